@@ -1,0 +1,183 @@
+//! Everything that can be wrong with a tokenizer, a text or a request for windows.
+
+use std::fmt::Display;
+use std::path::Path;
+
+/// Windows that could not be made.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum CalibrationError {
+    #[error("{path}: {source}")]
+    Read {
+        path: String,
+        source: std::io::Error,
+    },
+    #[error("`tokenizer.json` is missing from {folder}")]
+    TokenizerMissing { folder: String },
+    #[error("{path}: {reason}")]
+    TokenizerInvalid { path: String, reason: String },
+    #[error("a text of {bytes} bytes could not be tokenised: {reason}")]
+    Encode { bytes: usize, reason: String },
+    #[error("{tokens} tokens could not be decoded: {reason}")]
+    Decode { tokens: usize, reason: String },
+    #[error("token `{token}` has id {id}, but the model's vocabulary ends before {model_vocab}")]
+    Vocabulary {
+        token: String,
+        id: u32,
+        model_vocab: usize,
+    },
+    #[error(
+        "token {position} of window {window} is {id}, but the model's vocabulary ends before {model_vocab}"
+    )]
+    TokenOutOfRange {
+        window: usize,
+        position: usize,
+        id: u32,
+        model_vocab: usize,
+    },
+    #[error("source `{name}` is not one of {known}")]
+    UnknownSource { name: String, known: String },
+    #[error("{path} ends with none of {known}")]
+    UnknownFormat { path: String, known: String },
+    #[error("the rule of `{name}` needs {needs}, and {path} is a {format} file")]
+    Rule {
+        name: String,
+        path: String,
+        format: &'static str,
+        needs: &'static str,
+    },
+    #[error("source `self` holds no text: its windows come from the model")]
+    Generated,
+    #[error("manifest `{name}`: {reason}")]
+    Manifest { name: String, reason: String },
+    #[error("file `{file}` of dataset `{repo}` at `{revision}`: {reason}")]
+    Fetch {
+        repo: String,
+        revision: String,
+        file: String,
+        reason: String,
+    },
+    #[error("{path} has sha256 {found}, expected {expected}")]
+    Hash {
+        path: String,
+        found: String,
+        expected: String,
+    },
+    #[error("column `text` or `content` is missing from {path}, which has {found}")]
+    Column { path: String, found: String },
+    #[error("column `{column}` of {path} has type {found}, expected strings")]
+    ColumnType {
+        path: String,
+        column: String,
+        found: String,
+    },
+    #[error("row {row} of {path} holds no text in column `{column}`")]
+    NullText {
+        path: String,
+        row: usize,
+        column: String,
+    },
+    #[error("{path}: {reason}")]
+    Malformed { path: String, reason: String },
+    #[error("{path} is not UTF-8 at byte {offset}")]
+    NotUtf8 { path: String, offset: usize },
+    #[error("{path} holds {bytes} bytes or more of text, the limit is {limit}")]
+    TooLarge {
+        path: String,
+        bytes: u64,
+        limit: u64,
+    },
+    #[error("{path} holds no text")]
+    Empty { path: String },
+    #[error("tensor `{tensor}` in {path}: {reason}")]
+    Tensor {
+        path: String,
+        tensor: &'static str,
+        reason: String,
+    },
+    #[error("{path} has {found} tokens, a window needs {needed}")]
+    TooShort {
+        path: String,
+        found: usize,
+        needed: usize,
+    },
+    #[error(
+        "none of the {documents} documents of {path} has {needed} tokens, the longest has {longest}"
+    )]
+    NoLongDocument {
+        path: String,
+        documents: usize,
+        longest: usize,
+        needed: usize,
+    },
+    #[error("`{field}` is {value}, expected {expected}")]
+    Spec {
+        field: &'static str,
+        value: usize,
+        expected: String,
+    },
+}
+
+impl CalibrationError {
+    /// What the user may do about it, where something can be said; never part of the cause.
+    pub fn hint(&self) -> Option<&'static str> {
+        Some(match self {
+            Self::TokenizerMissing { .. } => {
+                "a `tokenizer.model` becomes `tokenizer.json` when the tokenizer is saved again as a fast tokenizer"
+            }
+            Self::Vocabulary { .. } | Self::TokenOutOfRange { .. } => {
+                "the tokenizer belongs to another model, or tokens were added to it and not to the model"
+            }
+            Self::UnknownSource { .. } => {
+                "a local file is given as a path, or as NAME=PATH under the rule of a named dataset"
+            }
+            Self::Fetch { .. } => "a local copy can be given as NAME=PATH",
+            Self::Hash { .. } => "remove the cached file and fetch it again",
+            Self::TooShort { .. } | Self::NoLongDocument { .. } => {
+                "give a longer text or ask for shorter windows"
+            }
+            Self::TooLarge { .. } => "give a part of the text: a run needs a few megabytes",
+            _ => return None,
+        })
+    }
+
+    pub(crate) fn read(path: &Path, source: std::io::Error) -> Self {
+        Self::Read {
+            path: path.display().to_string(),
+            source,
+        }
+    }
+
+    pub(crate) fn malformed(path: &Path, reason: impl Display) -> Self {
+        Self::Malformed {
+            path: path.display().to_string(),
+            reason: one_line(reason),
+        }
+    }
+
+    pub(crate) fn column(path: &Path, found: impl IntoIterator<Item = impl Display>) -> Self {
+        let names: Vec<String> = found.into_iter().map(|name| format!("`{name}`")).collect();
+        Self::Column {
+            path: path.display().to_string(),
+            found: if names.is_empty() {
+                "no columns".to_string()
+            } else {
+                names.join(", ")
+            },
+        }
+    }
+
+    pub(crate) fn null_text(path: &Path, row: usize, column: &str) -> Self {
+        Self::NullText {
+            path: path.display().to_string(),
+            row,
+            column: column.to_string(),
+        }
+    }
+}
+
+/// Causes from other libraries may span lines; an error here is one line.
+pub(crate) fn one_line(reason: impl Display) -> String {
+    let text = reason.to_string();
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}

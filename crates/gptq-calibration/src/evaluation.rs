@@ -1,0 +1,168 @@
+//! Evaluation windows: what a perplexity is taken over, and the protocol in words.
+
+use crate::CalibrationError;
+use crate::digest::token_sha256;
+use crate::manifest::Rule;
+use crate::material::{Content, DatasetFiles, Material, Purpose, join};
+use crate::rows::Rows;
+use crate::sample::{WindowSpec, check_ids, draw_documents};
+use crate::source::Source;
+use crate::tokenizer::Tokenizer;
+
+/// Windows of the document rule, and its seed: fixed by the original, whatever `--seed` says.
+const DOCUMENT_WINDOWS: usize = 256;
+const DOCUMENT_SEED: u64 = 0;
+
+/// A window of one token predicts nothing.
+const MIN_SEQ_LEN: usize = 2;
+
+/// The tokens of a perplexity.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EvaluationWindows {
+    /// Token ids, a vector per window.
+    pub ids: Vec<Vec<u32>>,
+    /// Text, join, window and count, in words.
+    pub protocol: String,
+    /// sha256 of the ids as little-endian u32, window after window.
+    pub token_sha256: String,
+}
+
+impl EvaluationWindows {
+    /// Refuses a token that a model of `model_vocab` embeddings does not know.
+    pub fn check_vocabulary(&self, model_vocab: usize) -> Result<(), CalibrationError> {
+        check_ids(&self.ids, model_vocab)
+    }
+}
+
+/// Evaluation windows of `source`: the first `max_windows` of those that its rule gives.
+///
+/// A joined text is cut into non-overlapping windows of `seq_len` tokens and the remainder is
+/// dropped; `c4` gives the original's 256 random windows (seed 0) of its validation split; stored
+/// windows are taken as they are, whatever `seq_len` is.
+///
+/// Fails when the source is `self`, cannot be fetched or read, or holds less than one window.
+pub fn evaluation_windows(
+    source: &Source,
+    seq_len: usize,
+    max_windows: Option<usize>,
+    tokenizer: &Tokenizer,
+    files: &dyn DatasetFiles,
+) -> Result<EvaluationWindows, CalibrationError> {
+    check(seq_len, max_windows)?;
+    let material = Material::read(source, Purpose::Evaluation, files)?;
+    let most = max_windows.unwrap_or(usize::MAX);
+    let (ids, how) = match (&material.content, material.rule) {
+        (Content::Windows(ids), _) => stored(ids, most),
+        (Content::Rows(rows), Rule::Documents) => {
+            documents(rows, seq_len, most, &material, tokenizer)?
+        }
+        (Content::Rows(rows), Rule::Joined) => {
+            let text = join(rows, &material.path)?;
+            let join = "rows joined with \"\\n\\n\" as one string";
+            cut(&text, join, seq_len, most, &material, tokenizer)?
+        }
+        (Content::Whole(text), _) => {
+            cut(text, "as one string", seq_len, most, &material, tokenizer)?
+        }
+    };
+    Ok(EvaluationWindows {
+        protocol: format!("{}, {how}", material.title),
+        token_sha256: token_sha256(&ids),
+        ids,
+    })
+}
+
+fn check(seq_len: usize, max_windows: Option<usize>) -> Result<(), CalibrationError> {
+    let wrong = |field, value, least: usize| CalibrationError::Spec {
+        field,
+        value,
+        expected: format!("at least {least}"),
+    };
+    if seq_len < MIN_SEQ_LEN {
+        return Err(wrong("seq_len", seq_len, MIN_SEQ_LEN));
+    }
+    match max_windows {
+        Some(0) => Err(wrong("max_windows", 0, 1)),
+        _ => Ok(()),
+    }
+}
+
+fn stored(ids: &[Vec<u32>], most: usize) -> (Vec<Vec<u32>>, String) {
+    let taken = &ids[..most.min(ids.len())];
+    let how = format!(
+        "windows of {} tokens as stored, {}",
+        taken.first().map_or(0, Vec::len),
+        count(taken.len(), ids.len())
+    );
+    (taken.to_vec(), how)
+}
+
+fn cut(
+    text: &str,
+    join: &str,
+    seq_len: usize,
+    most: usize,
+    material: &Material,
+    tokenizer: &Tokenizer,
+) -> Result<(Vec<Vec<u32>>, String), CalibrationError> {
+    let tokens = tokenizer.encode(text)?;
+    let total = tokens.len() / seq_len;
+    if total == 0 {
+        return Err(CalibrationError::TooShort {
+            path: material.place(),
+            found: tokens.len(),
+            needed: seq_len,
+        });
+    }
+    let ids: Vec<Vec<u32>> = tokens
+        .chunks_exact(seq_len)
+        .take(most)
+        .map(<[u32]>::to_vec)
+        .collect();
+    let how = format!(
+        "{join} of {} tokens ({}), non-overlapping windows of {seq_len}, {}, remainder dropped",
+        tokens.len(),
+        special_tokens(tokenizer)?,
+        count(ids.len(), total)
+    );
+    Ok((ids, how))
+}
+
+fn documents(
+    rows: &Rows,
+    seq_len: usize,
+    most: usize,
+    material: &Material,
+    tokenizer: &Tokenizer,
+) -> Result<(Vec<Vec<u32>>, String), CalibrationError> {
+    let spec = WindowSpec {
+        samples: DOCUMENT_WINDOWS.min(most),
+        seq_len,
+        seed: DOCUMENT_SEED,
+    };
+    spec.check()?;
+    let encode = |text: &str| tokenizer.encode(text);
+    let ids = draw_documents(rows, &spec, &material.place(), encode)?;
+    let how = format!(
+        "one window of {seq_len} tokens ({}) at random in each of {DOCUMENT_WINDOWS} random documents, seed {DOCUMENT_SEED}, {}",
+        special_tokens(tokenizer)?,
+        count(ids.len(), DOCUMENT_WINDOWS)
+    );
+    Ok((ids, how))
+}
+
+fn special_tokens(tokenizer: &Tokenizer) -> Result<String, CalibrationError> {
+    Ok(match tokenizer.special_ids()?.len() {
+        0 => "no special tokens".to_string(),
+        1 => "1 special token added".to_string(),
+        many => format!("{many} special tokens added"),
+    })
+}
+
+fn count(taken: usize, total: usize) -> String {
+    if taken == total {
+        format!("all {total} windows")
+    } else {
+        format!("the first {taken} of {total} windows")
+    }
+}

@@ -1,0 +1,38 @@
+//! Texts become token windows: exact, seeded, hashed.
+//!
+//! Knows: the registry of named datasets (`calibration/manifests`, embedded), the file kinds that
+//! texts come in ([`Format`]), CPython's random numbers ([`PythonRandom`]), the sampling and
+//! evaluation rules of the original GPTQ repository ([`windows`], [`evaluation_windows`]) and the
+//! hash by which two runs can tell that they saw the same tokens ([`token_sha256`]).
+//!
+//! Does not know: the network (files of the registry come through [`DatasetFiles`]), models,
+//! devices, and where generated windows come from: [`Windows::from_ids`] takes them as they are.
+//!
+//! The rules are copied to the last draw, so that a window of this crate is the window of the
+//! papers. One deviation: a document of exactly `seq_len` tokens, on which the original stops with
+//! a `ValueError`, is drawn again.
+
+mod digest;
+mod document;
+mod error;
+mod evaluation;
+mod json;
+mod manifest;
+mod material;
+mod python_random;
+mod rows;
+mod sample;
+mod source;
+mod stored;
+mod table;
+mod tokenizer;
+
+pub use digest::token_sha256;
+pub use error::CalibrationError;
+pub use evaluation::{EvaluationWindows, evaluation_windows};
+pub use manifest::{HubFile, Manifest, RawCopy, Rule};
+pub use material::DatasetFiles;
+pub use python_random::PythonRandom;
+pub use sample::{WindowSpec, Windows, windows};
+pub use source::{Format, Origin, Source};
+pub use tokenizer::Tokenizer;

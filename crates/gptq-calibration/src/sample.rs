@@ -1,0 +1,378 @@
+//! Calibration windows: the draws of `datautils.py` of the original GPTQ repository.
+
+use std::collections::HashSet;
+
+use gptq_types::CalibrationRecord;
+use rayon::prelude::*;
+
+use crate::CalibrationError;
+use crate::digest::token_sha256;
+use crate::manifest::Rule;
+use crate::material::{Content, DatasetFiles, Material, Purpose, join};
+use crate::python_random::PythonRandom;
+use crate::rows::Rows;
+use crate::source::Source;
+use crate::tokenizer::Tokenizer;
+
+/// Tokens in all windows of one request: 16,000 times the papers' 128 windows of 2048.
+const MAX_TOKENS: usize = 1 << 32;
+
+/// Documents tokenised at once while one is looked for. Few documents of C4 hold 2048
+/// tokens, so most of what is tokenised ahead is needed.
+const LOOK_AHEAD: usize = 32;
+
+/// The words of the rule for a file without a name.
+const JOINED_WORDS: &str = "rows joined with \"\\n\\n\" and tokenised as one string";
+const WHOLE_WORDS: &str = "the whole file tokenised as one string";
+const STARTS_WORDS: &str =
+    "after random.seed(seed) each window starts at random.randint(0, tokens - seq_len - 1)";
+
+/// How many windows, how long, from which seed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WindowSpec {
+    /// Windows; the papers take 128.
+    pub samples: usize,
+    /// Tokens in a window; the papers take 2048.
+    pub seq_len: usize,
+    /// For CPython's `random.seed`; the papers take 0.
+    pub seed: u64,
+}
+
+impl WindowSpec {
+    pub(crate) fn check(&self) -> Result<(), CalibrationError> {
+        let at_least_one = |field, value: usize| match value {
+            0 => Err(CalibrationError::Spec {
+                field,
+                value,
+                expected: "at least 1".to_string(),
+            }),
+            _ => Ok(()),
+        };
+        at_least_one("samples", self.samples)?;
+        at_least_one("seq_len", self.seq_len)?;
+        match self.samples.checked_mul(self.seq_len) {
+            Some(tokens) if tokens <= MAX_TOKENS => Ok(()),
+            _ => Err(CalibrationError::Spec {
+                field: "samples",
+                value: self.samples,
+                expected: format!("at most {MAX_TOKENS} tokens in windows of {}", self.seq_len),
+            }),
+        }
+    }
+}
+
+/// Token windows and the record of how they were made.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Windows {
+    /// Token ids, a vector per window.
+    pub ids: Vec<Vec<u32>>,
+    /// What the run record keeps of them.
+    pub record: CalibrationRecord,
+}
+
+impl Windows {
+    /// Windows that were made elsewhere, such as those that a model wrote itself.
+    ///
+    /// `rule` says in words how; `seed` is the one they were drawn with.
+    pub fn from_ids(ids: Vec<Vec<u32>>, dataset: &str, rule: &str, seed: u64) -> Self {
+        let record = CalibrationRecord {
+            dataset: dataset.to_string(),
+            rule: rule.to_string(),
+            seed,
+            samples: ids.len(),
+            seq_len: ids.iter().map(Vec::len).max().unwrap_or(0),
+            tokens: ids.iter().map(Vec::len).sum(),
+            token_sha256: token_sha256(&ids),
+        };
+        Self { ids, record }
+    }
+
+    /// Refuses a token that a model of `model_vocab` embeddings does not know.
+    pub fn check_vocabulary(&self, model_vocab: usize) -> Result<(), CalibrationError> {
+        check_ids(&self.ids, model_vocab)
+    }
+}
+
+/// Calibration windows of `source` under its rule.
+///
+/// A named dataset keeps the rule of its manifest. A file without a name is tokenised as one
+/// string (rows joined with a blank line) and windows start anywhere in it. Stored windows are
+/// taken all and as they are: `spec` draws nothing then, and the record shows what there was.
+///
+/// Fails when the source is `self`, cannot be fetched or read, or is too short; a text needs
+/// `seq_len + 1` tokens, because the original's draw never reaches the last start.
+pub fn windows(
+    source: &Source,
+    spec: &WindowSpec,
+    tokenizer: &Tokenizer,
+    files: &dyn DatasetFiles,
+) -> Result<Windows, CalibrationError> {
+    spec.check()?;
+    let material = Material::read(source, Purpose::Calibration, files)?;
+    let (ids, rule) = match (&material.content, material.rule) {
+        (Content::Windows(ids), _) => (ids.clone(), "windows as stored".to_string()),
+        (Content::Rows(rows), Rule::Documents) => {
+            let ids = draw_documents(rows, spec, &material.place(), |text| tokenizer.encode(text))?;
+            (ids, material.words.clone().unwrap_or_default())
+        }
+        (Content::Rows(rows), Rule::Joined) => {
+            let text = join(rows, &material.path)?;
+            draw_joined(&text, JOINED_WORDS, spec, &material, tokenizer)?
+        }
+        (Content::Whole(text), _) => draw_joined(text, WHOLE_WORDS, spec, &material, tokenizer)?,
+    };
+    Ok(Windows::from_ids(ids, source.given(), &rule, spec.seed))
+}
+
+fn draw_joined(
+    text: &str,
+    text_words: &str,
+    spec: &WindowSpec,
+    material: &Material,
+    tokenizer: &Tokenizer,
+) -> Result<(Vec<Vec<u32>>, String), CalibrationError> {
+    let tokens = tokenizer.encode(text)?;
+    let ids = window_starts(tokens.len(), spec, &material.place())?
+        .into_iter()
+        .map(|start| tokens[start..start + spec.seq_len].to_vec())
+        .collect();
+    let words = || format!("{text_words}; {STARTS_WORDS}");
+    Ok((ids, material.words.clone().unwrap_or_else(words)))
+}
+
+/// `random.seed(seed)`, then `random.randint(0, tokens - seq_len - 1)` per window.
+pub(crate) fn window_starts(
+    tokens: usize,
+    spec: &WindowSpec,
+    place: &str,
+) -> Result<Vec<usize>, CalibrationError> {
+    let starts = tokens.saturating_sub(spec.seq_len);
+    if starts == 0 {
+        return Err(CalibrationError::TooShort {
+            path: place.to_string(),
+            found: tokens,
+            needed: spec.seq_len.saturating_add(1),
+        });
+    }
+    let mut random = PythonRandom::new(spec.seed);
+    Ok((0..spec.samples)
+        .map(|_| random.below(starts as u64) as usize)
+        .collect())
+}
+
+/// For each window: documents by `random.randint(0, documents - 1)` until one has more than
+/// `seq_len` tokens, then a start in it.
+///
+/// The original accepts `seq_len` tokens too and then fails in `random.randint(0, -1)`; here such
+/// a document is drawn again. Every other stream of draws is the original's.
+pub(crate) fn draw_documents(
+    rows: &Rows,
+    spec: &WindowSpec,
+    place: &str,
+    encode: impl Fn(&str) -> Result<Vec<u32>, CalibrationError> + Sync,
+) -> Result<Vec<Vec<u32>>, CalibrationError> {
+    let mut search = Search {
+        rows,
+        seq_len: spec.seq_len,
+        random: PythonRandom::new(spec.seed),
+        too_short: HashSet::new(),
+        longest: 0,
+    };
+    (0..spec.samples)
+        .map(|_| search.next_window(place, &encode))
+        .collect()
+}
+
+/// The state between two draws.
+struct Search<'a> {
+    rows: &'a Rows,
+    seq_len: usize,
+    random: PythonRandom,
+    /// Documents known to be too short: not tokenised again, and all of them means no answer.
+    too_short: HashSet<usize>,
+    longest: usize,
+}
+
+impl Search<'_> {
+    fn next_window(
+        &mut self,
+        place: &str,
+        encode: &(impl Fn(&str) -> Result<Vec<u32>, CalibrationError> + Sync),
+    ) -> Result<Vec<u32>, CalibrationError> {
+        while self.too_short.len() < self.rows.len() {
+            let ahead = self.look_ahead();
+            let encoded: Vec<_> = ahead
+                .par_iter()
+                .map(|document| match self.too_short.contains(document) {
+                    true => Ok(Vec::new()),
+                    false => encode(self.rows.get(*document)),
+                })
+                .collect();
+            for (document, tokens) in ahead.into_iter().zip(encoded) {
+                let tokens = tokens?;
+                // the stream moves by the draws that are used, not by those looked at
+                self.random.below(self.rows.len() as u64);
+                if tokens.len() > self.seq_len {
+                    let start = self.random.below((tokens.len() - self.seq_len) as u64) as usize;
+                    return Ok(tokens[start..start + self.seq_len].to_vec());
+                }
+                self.longest = self.longest.max(tokens.len());
+                self.too_short.insert(document);
+            }
+        }
+        Err(CalibrationError::NoLongDocument {
+            path: place.to_string(),
+            documents: self.rows.len(),
+            longest: self.longest,
+            needed: self.seq_len.saturating_add(1),
+        })
+    }
+
+    /// The documents that come next if every one of them is too short.
+    fn look_ahead(&self) -> Vec<usize> {
+        let mut random = self.random.clone();
+        (0..LOOK_AHEAD)
+            .map(|_| random.below(self.rows.len() as u64) as usize)
+            .collect()
+    }
+}
+
+pub(crate) fn check_ids(ids: &[Vec<u32>], model_vocab: usize) -> Result<(), CalibrationError> {
+    for (window, tokens) in ids.iter().enumerate() {
+        let outside = tokens.iter().position(|&id| id as usize >= model_vocab);
+        if let Some(position) = outside {
+            return Err(CalibrationError::TokenOutOfRange {
+                window,
+                position,
+                id: tokens[position],
+                model_vocab,
+            });
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    fn spec(samples: usize, seq_len: usize, seed: u64) -> WindowSpec {
+        WindowSpec {
+            samples,
+            seq_len,
+            seed,
+        }
+    }
+
+    /// `[random.randint(0, tokens - seq_len - 1) for _ in range(samples)]` of CPython 3.11.
+    #[test]
+    fn starts_are_those_of_python() {
+        let starts = window_starts(341_469, &spec(12, 2048, 0), "t").unwrap();
+        let golden = [
+            201979, 220500, 21225, 135746, 268055, 254766, 212302, 159023, 249874, 187720, 305860,
+            114526,
+        ];
+        assert_eq!(starts, golden);
+        let starts = window_starts(341_469, &spec(12, 2048, 1), "t").unwrap();
+        let golden = [
+            70445, 298426, 33086, 133729, 61823, 259750, 235662, 247592, 199027, 110076, 49209,
+            255777,
+        ];
+        assert_eq!(starts, golden);
+        let starts = window_starts(1000, &spec(10, 64, 3), "t").unwrap();
+        assert_eq!(starts, [243, 606, 557, 133, 378, 618, 485, 640, 594, 67]);
+    }
+
+    #[test]
+    fn a_text_of_exactly_one_window_is_too_short() {
+        let error = window_starts(64, &spec(1, 64, 0), "t").unwrap_err();
+        assert_eq!(error.to_string(), "t has 64 tokens, a window needs 65");
+        assert_eq!(window_starts(65, &spec(2, 64, 0), "t").unwrap(), [0, 0]);
+    }
+
+    /// Document `d` of the given length is the tokens `1000 d, 1000 d + 1, ...`.
+    fn documents(lengths: &[usize]) -> Rows {
+        let mut rows = Rows::default();
+        for (document, length) in lengths.iter().enumerate() {
+            rows.push(&format!("{document} {length}"), Path::new("t"))
+                .unwrap();
+        }
+        rows
+    }
+
+    fn encode(text: &str) -> Result<Vec<u32>, CalibrationError> {
+        let (document, length) = text.split_once(' ').unwrap();
+        let first = document.parse::<u32>().unwrap() * 1000;
+        Ok((first..first + length.parse::<u32>().unwrap()).collect())
+    }
+
+    /// The loop of `get_c4` with `>` for `>=`, run by CPython 3.11 on these lengths.
+    #[test]
+    fn documents_and_their_starts_are_those_of_python() {
+        let rows = documents(&[10, 40, 33, 32, 7, 64, 31, 100, 5, 12]);
+        let golden = |seed, expected: &[(u32, u32)]| {
+            let windows =
+                draw_documents(&rows, &spec(expected.len(), 32, seed), "t", encode).unwrap();
+            let drawn: Vec<_> = windows.iter().map(|w| (w[0] / 1000, w[0] % 1000)).collect();
+            assert_eq!(drawn, expected, "seed {seed}");
+            assert!(windows.iter().all(|w| w.len() == 32));
+        };
+        golden(
+            0,
+            &[
+                (7, 51),
+                (7, 45),
+                (2, 0),
+                (2, 0),
+                (2, 0),
+                (1, 1),
+                (5, 30),
+                (1, 5),
+                (5, 13),
+                (7, 56),
+                (1, 6),
+                (7, 42),
+            ],
+        );
+        golden(5, &[(5, 1), (7, 31), (2, 0), (5, 30), (1, 3), (2, 0)]);
+    }
+
+    #[test]
+    fn a_search_without_an_answer_ends_and_says_what_it_saw() {
+        let rows = documents(&[32, 5, 20]);
+        let error = draw_documents(&rows, &spec(1, 32, 0), "t", encode).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "none of the 3 documents of t has 33 tokens, the longest has 32"
+        );
+    }
+
+    #[test]
+    fn requests_without_windows_or_without_end_are_refused() {
+        let field = |spec: WindowSpec| match spec.check() {
+            Err(CalibrationError::Spec { field, .. }) => field,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(field(spec(0, 8, 0)), "samples");
+        assert_eq!(field(spec(8, 0, 0)), "seq_len");
+        assert_eq!(field(spec(usize::MAX, 2, 0)), "samples");
+        assert!(spec(128, 2048, 0).check().is_ok());
+    }
+
+    #[test]
+    fn given_windows_are_recorded_and_checked() {
+        let windows = Windows::from_ids(vec![vec![1, 2, 3], vec![4]], "self", "temperature 1.0", 7);
+        let record = &windows.record;
+        assert_eq!((record.samples, record.seq_len, record.tokens), (2, 3, 4));
+        assert_eq!((record.dataset.as_str(), record.seed), ("self", 7));
+        assert_eq!(record.token_sha256, token_sha256(&windows.ids));
+        assert!(windows.check_vocabulary(5).is_ok());
+        let error = windows.check_vocabulary(4).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "token 0 of window 1 is 4, but the model's vocabulary ends before 4"
+        );
+    }
+}

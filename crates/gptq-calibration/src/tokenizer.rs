@@ -1,0 +1,344 @@
+//! A model's `tokenizer.json`, and the ids that its configuration files name.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use crate::CalibrationError;
+use crate::error::one_line;
+
+const TOKENIZER_FILE: &str = "tokenizer.json";
+const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+const MODEL_CONFIG: &str = "config.json";
+const GENERATION_CONFIG: &str = "generation_config.json";
+
+/// Larger configuration files are not read; those in use have up to 35 MB.
+const MAX_FILE_BYTES: u64 = 1 << 28;
+
+/// Text to token ids and back.
+///
+/// Truncation and padding that a `tokenizer.json` may ask for are switched off: a text is always
+/// its whole tokens.
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    path: PathBuf,
+    vocab_size: usize,
+    /// The largest id of the learned vocabulary, added tokens apart.
+    last_learned: (String, u32),
+    bos_id: Option<u32>,
+    eos_ids: Vec<u32>,
+}
+
+impl Tokenizer {
+    /// Reads `tokenizer.json` of a model folder, and from `tokenizer_config.json`, `config.json`
+    /// and `generation_config.json`, where they are there, which ids begin and end a text.
+    ///
+    /// Fails when `tokenizer.json` is missing or cannot be understood, or when one of the others
+    /// is there and is not JSON.
+    pub fn open(dir: &Path) -> Result<Self, CalibrationError> {
+        let path = dir.join(TOKENIZER_FILE);
+        let Some(bytes) = read_if_there(&path)? else {
+            return Err(CalibrationError::TokenizerMissing {
+                folder: dir.display().to_string(),
+            });
+        };
+        let mut inner =
+            tokenizers::Tokenizer::from_bytes(&bytes).map_err(|error| invalid(&path, error))?;
+        inner.with_padding(None);
+        inner
+            .with_truncation(None)
+            .map_err(|error| invalid(&path, error))?;
+        let last_learned =
+            last_of(&inner, false).ok_or_else(|| invalid(&path, "the vocabulary is empty"))?;
+        let vocab_size = last_of(&inner, true).map_or(0, |(_, id)| id as usize + 1);
+        let marks = Marks::read(dir, &inner)?;
+        Ok(Self {
+            inner,
+            path,
+            vocab_size,
+            last_learned,
+            bos_id: marks.bos_id,
+            eos_ids: marks.eos_ids,
+        })
+    }
+
+    /// The token ids of `text`, with the special tokens that the post-processor of
+    /// `tokenizer.json` adds (for Llama one `<s>` at the start).
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>, CalibrationError> {
+        self.encode_with(text, true)
+    }
+
+    /// The token ids of `text` alone, nothing added.
+    pub fn encode_plain(&self, text: &str) -> Result<Vec<u32>, CalibrationError> {
+        self.encode_with(text, false)
+    }
+
+    fn encode_with(&self, text: &str, special: bool) -> Result<Vec<u32>, CalibrationError> {
+        // the variant without offsets: nobody reads them
+        self.inner
+            .encode_fast(text, special)
+            .map(|encoding| encoding.get_ids().to_vec())
+            .map_err(|error| CalibrationError::Encode {
+                bytes: text.len(),
+                reason: one_line(error),
+            })
+    }
+
+    /// The text of `ids`; special tokens such as `<s>` are left out when `skip_special`.
+    ///
+    /// Ids that the vocabulary does not hold give no text.
+    pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String, CalibrationError> {
+        self.inner
+            .decode(ids, skip_special)
+            .map_err(|error| CalibrationError::Decode {
+                tokens: ids.len(),
+                reason: one_line(error),
+            })
+    }
+
+    /// Every id is below this: the largest one and 1, added tokens counted.
+    pub fn vocab_size(&self) -> usize {
+        self.vocab_size
+    }
+
+    /// The id of a token by its text, added tokens included.
+    pub fn token_id(&self, token: &str) -> Option<u32> {
+        self.inner.token_to_id(token)
+    }
+
+    /// The ids that [`Tokenizer::encode`] adds to any text.
+    pub fn special_ids(&self) -> Result<Vec<u32>, CalibrationError> {
+        self.encode("")
+    }
+
+    /// The id that begins a text, if a configuration file names one.
+    pub fn bos_id(&self) -> Option<u32> {
+        self.bos_id
+    }
+
+    /// The ids that end a text: all that the configuration files name, sorted.
+    pub fn eos_ids(&self) -> &[u32] {
+        &self.eos_ids
+    }
+
+    /// Refuses a tokenizer whose learned vocabulary, or whose special tokens that every text gets,
+    /// a model of `model_vocab` embeddings does not know: it belongs to another model.
+    ///
+    /// Added tokens above the vocabulary are left to [`crate::Windows::check_vocabulary`]: published
+    /// models carry some that the model has no embedding for and that no text holds.
+    pub fn check_vocabulary(&self, model_vocab: usize) -> Result<(), CalibrationError> {
+        let wrong = |token: &str, id| CalibrationError::Vocabulary {
+            token: token.to_string(),
+            id,
+            model_vocab,
+        };
+        let (token, id) = &self.last_learned;
+        if *id as usize >= model_vocab {
+            return Err(wrong(token, *id));
+        }
+        for id in self.special_ids()? {
+            if id as usize >= model_vocab {
+                return Err(wrong(&self.inner.id_to_token(id).unwrap_or_default(), id));
+            }
+        }
+        Ok(())
+    }
+
+    /// The file that was read.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+/// Which ids begin and end a text.
+#[derive(Default)]
+struct Marks {
+    bos_id: Option<u32>,
+    eos_ids: Vec<u32>,
+}
+
+impl Marks {
+    fn read(dir: &Path, tokenizer: &tokenizers::Tokenizer) -> Result<Self, CalibrationError> {
+        let mut marks = Self::default();
+        if let Some(config) = read_json_if_there(&dir.join(TOKENIZER_CONFIG))? {
+            let id = |name: &str| tokenizer.token_to_id(token_text(config.get(name)?)?);
+            marks.bos_id = id("bos_token");
+            marks.eos_ids.extend(id("eos_token"));
+        }
+        for file in [GENERATION_CONFIG, MODEL_CONFIG] {
+            if let Some(config) = read_json_if_there(&dir.join(file))? {
+                marks.bos_id = marks
+                    .bos_id
+                    .or(ids(&config["bos_token_id"]).first().copied());
+                marks.eos_ids.extend(ids(&config["eos_token_id"]));
+            }
+        }
+        marks.eos_ids.sort_unstable();
+        marks.eos_ids.dedup();
+        Ok(marks)
+    }
+}
+
+/// A token is a string or an object with its `content`.
+fn token_text(token: &Value) -> Option<&str> {
+    token.as_str().or_else(|| token.get("content")?.as_str())
+}
+
+/// One id or a list of them; anything else names none.
+fn ids(value: &Value) -> Vec<u32> {
+    let id = |value: &Value| u32::try_from(value.as_u64()?).ok();
+    match value {
+        Value::Array(values) => values.iter().filter_map(id).collect(),
+        one => id(one).into_iter().collect(),
+    }
+}
+
+fn last_of(tokenizer: &tokenizers::Tokenizer, with_added: bool) -> Option<(String, u32)> {
+    tokenizer
+        .get_vocab(with_added)
+        .into_iter()
+        .max_by_key(|(_, id)| *id)
+}
+
+fn read_json_if_there(path: &Path) -> Result<Option<Value>, CalibrationError> {
+    match read_if_there(path)? {
+        Some(bytes) => serde_json::from_slice(&bytes)
+            .map(Some)
+            .map_err(|error| CalibrationError::malformed(path, error)),
+        None => Ok(None),
+    }
+}
+
+fn read_if_there(path: &Path) -> Result<Option<Vec<u8>>, CalibrationError> {
+    let wrong = |source| CalibrationError::read(path, source);
+    let length = match std::fs::metadata(path) {
+        Ok(metadata) => metadata.len(),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(wrong(error)),
+    };
+    if length > MAX_FILE_BYTES {
+        return Err(CalibrationError::TooLarge {
+            path: path.display().to_string(),
+            bytes: length,
+            limit: MAX_FILE_BYTES,
+        });
+    }
+    std::fs::read(path).map(Some).map_err(wrong)
+}
+
+fn invalid(path: &Path, reason: impl std::fmt::Display) -> CalibrationError {
+    CalibrationError::TokenizerInvalid {
+        path: path.display().to_string(),
+        reason: one_line(reason),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A word-level tokenizer: `<s>` 0, `</s>` 4, `a` 1, `b` 2, `<unk>` 3; asks for truncation.
+    const WORDS: &str = r#"{
+        "version": "1.0",
+        "truncation": {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0},
+        "padding": {"strategy": {"Fixed": 8}, "direction": "Right", "pad_to_multiple_of": null,
+                    "pad_id": 3, "pad_type_id": 0, "pad_token": "<unk>"},
+        "added_tokens": [
+            {"id": 0, "content": "<s>", "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true},
+            {"id": 4, "content": "</s>", "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true}],
+        "normalizer": null,
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "post_processor": {"type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}}},
+        "decoder": null,
+        "model": {"type": "WordLevel", "vocab": {"<s>": 0, "a": 1, "b": 2, "<unk>": 3}, "unk_token": "<unk>"}
+    }"#;
+
+    fn folder(files: &[(&str, &str)]) -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        for (name, text) in files {
+            std::fs::write(folder.path().join(name), text).unwrap();
+        }
+        folder
+    }
+
+    #[test]
+    fn special_tokens_are_added_and_nothing_is_cut_or_padded() {
+        let folder = folder(&[(TOKENIZER_FILE, WORDS)]);
+        let tokenizer = Tokenizer::open(folder.path()).unwrap();
+        assert_eq!(tokenizer.encode("a b a x b").unwrap(), [0, 1, 2, 1, 3, 2]);
+        assert_eq!(tokenizer.encode_plain("a b").unwrap(), [1, 2]);
+        assert_eq!(tokenizer.special_ids().unwrap(), [0]);
+        assert_eq!(tokenizer.decode(&[0, 1, 2], true).unwrap(), "a b");
+        assert_eq!(tokenizer.decode(&[0, 1, 2], false).unwrap(), "<s> a b");
+        assert_eq!(tokenizer.vocab_size(), 5);
+        assert_eq!(tokenizer.token_id("</s>"), Some(4));
+        assert_eq!(tokenizer.bos_id(), None);
+        assert!(tokenizer.eos_ids().is_empty());
+    }
+
+    #[test]
+    fn the_marks_come_from_every_configuration_file() {
+        let folder = folder(&[
+            (TOKENIZER_FILE, WORDS),
+            (
+                TOKENIZER_CONFIG,
+                r#"{"bos_token": {"content": "<s>"}, "eos_token": "</s>"}"#,
+            ),
+            (GENERATION_CONFIG, r#"{"eos_token_id": [4, 2]}"#),
+            (MODEL_CONFIG, r#"{"bos_token_id": 1, "eos_token_id": 3}"#),
+        ]);
+        let tokenizer = Tokenizer::open(folder.path()).unwrap();
+        assert_eq!(tokenizer.bos_id(), Some(0));
+        assert_eq!(tokenizer.eos_ids(), [2, 3, 4]);
+    }
+
+    #[test]
+    fn a_tokenizer_of_another_model_is_refused() {
+        let folder = folder(&[(TOKENIZER_FILE, WORDS)]);
+        let tokenizer = Tokenizer::open(folder.path()).unwrap();
+        assert!(tokenizer.check_vocabulary(4).is_ok());
+        assert_eq!(
+            tokenizer.check_vocabulary(3).unwrap_err().to_string(),
+            "token `<unk>` has id 3, but the model's vocabulary ends before 3"
+        );
+        std::fs::write(
+            folder.path().join(TOKENIZER_FILE),
+            WORDS.replace("\"ids\": [0]", "\"ids\": [4]"),
+        )
+        .unwrap();
+        let tokenizer = Tokenizer::open(folder.path()).unwrap();
+        let error = tokenizer.check_vocabulary(4).unwrap_err();
+        assert!(
+            matches!(error, CalibrationError::Vocabulary { id: 4, .. }),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn missing_and_broken_files_are_told_apart() {
+        let empty = folder(&[]);
+        let error = Tokenizer::open(empty.path()).err().unwrap();
+        assert!(
+            matches!(error, CalibrationError::TokenizerMissing { .. }),
+            "{error}"
+        );
+        assert!(error.hint().is_some());
+        for text in ["", "{}", "{\"model\": 3}"] {
+            let broken = folder(&[(TOKENIZER_FILE, text)]);
+            let error = Tokenizer::open(broken.path()).err().unwrap();
+            assert!(
+                matches!(error, CalibrationError::TokenizerInvalid { .. }),
+                "{error}"
+            );
+        }
+        let broken = folder(&[(TOKENIZER_FILE, WORDS), (MODEL_CONFIG, "{")]);
+        let error = Tokenizer::open(broken.path()).err().unwrap();
+        assert!(
+            matches!(error, CalibrationError::Malformed { .. }),
+            "{error}"
+        );
+    }
+}

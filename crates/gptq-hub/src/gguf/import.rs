@@ -1,0 +1,189 @@
+//! A GGUF file turned into a model folder: f16 safetensors, `config.json`,
+//! `generation_config.json`, `tokenizer.json`, `tokenizer_config.json`.
+//!
+//! Tensors go through one at a time. Nothing is published unless everything was written, and
+//! nothing is left behind after an error.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use gptq_packer::{CheckpointLayout, StagedCheckpoint, discard_partial};
+use gptq_types::{Dtype, TensorInfo};
+use serde_json::Value as Json;
+
+use crate::HubError;
+use crate::gguf::config::{Dimensions, config_json, generation_json};
+use crate::gguf::dequant::{dequantise, to_f16_bytes};
+use crate::gguf::names::{Move, ROPE_DIVISORS, plan_moves};
+use crate::gguf::read::GgufFile;
+use crate::gguf::rope::unrope;
+use crate::gguf::tokenizer;
+
+/// What the hub and its libraries write by default.
+const MAX_SHARD_BYTES: u64 = 5_000_000_000;
+const F16_BYTES: usize = 2;
+
+/// What an import did.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ImportReport {
+    /// The published folder.
+    pub folder: PathBuf,
+    /// `llama`, `qwen2` or `qwen3`.
+    pub architecture: String,
+    /// Tensors written.
+    pub tensors: usize,
+    /// Elements in them.
+    pub parameters: u64,
+    /// Bytes of all weight files.
+    pub weight_bytes: u64,
+    /// Tensors per storage type of the source, such as `Q4_K`.
+    pub source_types: BTreeMap<String, usize>,
+    /// What had to be assumed or left out.
+    pub notes: Vec<String>,
+}
+
+/// Turns the GGUF file `src` into the model folder `out`, which must be empty or not exist.
+///
+/// `progress` is called with a tensor's name, the bytes of f16 written so far and in all.
+///
+/// Fails on architectures, tokenizers, keys, tensors and storage types that are not known, each by
+/// name; on values that f16 cannot hold; and when `out` cannot be written.
+///
+/// Not exact: 4- to 8-bit types are decoded in f32 and rounded to f16.
+pub fn import_gguf(
+    src: &Path,
+    out: &Path,
+    progress: &mut dyn FnMut(&str, u64, u64),
+) -> Result<ImportReport, HubError> {
+    let file = GgufFile::open(src)?;
+    let dims = Dimensions::read(&file)?;
+    let (moves, presence) = plan_moves(&file, &dims)?;
+    let tokens = tokenizer::rebuild(&file, dims.vocab, dims.context)?;
+    let divisors = rope_divisors(&file, dims.head_dim / 2)?;
+    let config = config_json(&file, &dims, presence, divisors.as_deref(), tokens.ids)?;
+    let layout = CheckpointLayout::plan(described(&moves), MAX_SHARD_BYTES)?;
+    let texts = [
+        ("config.json", config),
+        ("generation_config.json", generation_json(tokens.ids)),
+        ("tokenizer.json", tokens.tokenizer),
+        ("tokenizer_config.json", tokens.config),
+    ];
+    let folder = write_folder(&file, out, &layout, &moves, &texts, dims.head_dim, progress)?;
+    let mut source_types = BTreeMap::new();
+    for step in &moves {
+        *source_types
+            .entry(step.source.block_type.to_string())
+            .or_default() += 1;
+    }
+    Ok(ImportReport {
+        folder,
+        architecture: dims.architecture.name().to_string(),
+        tensors: moves.len(),
+        parameters: moves.iter().map(|m| m.source.elements() as u64).sum(),
+        weight_bytes: layout.file_bytes(),
+        source_types,
+        notes: tokens.notes,
+    })
+}
+
+fn described(moves: &[Move]) -> Vec<(String, TensorInfo)> {
+    moves
+        .iter()
+        .map(|step| {
+            let info = TensorInfo {
+                dtype: Dtype::F16,
+                shape: step.source.shape.clone(),
+            };
+            (step.target.clone(), info)
+        })
+        .collect()
+}
+
+/// The values of `rope_freqs.weight`, `[head_dim / 2]`, if the file has it.
+fn rope_divisors(file: &GgufFile, count: usize) -> Result<Option<Vec<f32>>, HubError> {
+    let Some(tensor) = file.tensors().iter().find(|t| t.name == ROPE_DIVISORS) else {
+        return Ok(None);
+    };
+    if tensor.shape != [count] {
+        let reason = format!("has shape {:?}, expected [{count}]", tensor.shape);
+        return Err(file.tensor_error(&tensor.name, reason));
+    }
+    let mut values = vec![0.0; count];
+    dequantise(tensor.block_type, &file.read(tensor)?, &mut values);
+    Ok(Some(values))
+}
+
+fn write_folder(
+    file: &GgufFile,
+    out: &Path,
+    layout: &CheckpointLayout,
+    moves: &[Move],
+    texts: &[(&str, Json)],
+    head_dim: usize,
+    progress: &mut dyn FnMut(&str, u64, u64),
+) -> Result<PathBuf, HubError> {
+    // an import does not resume: what a killed one left is of no use
+    discard_partial(out)?;
+    let stage = StagedCheckpoint::create(out, layout)?;
+    let filled = fill(&stage, file, moves, texts, head_dim, progress);
+    let published = match filled {
+        Ok(()) => stage.publish().map_err(HubError::from),
+        Err(error) => {
+            drop(stage);
+            Err(error)
+        }
+    };
+    if published.is_err() {
+        // the first error is the one to report
+        let _ = discard_partial(out);
+    }
+    published
+}
+
+fn fill(
+    stage: &StagedCheckpoint,
+    file: &GgufFile,
+    moves: &[Move],
+    texts: &[(&str, Json)],
+    head_dim: usize,
+    progress: &mut dyn FnMut(&str, u64, u64),
+) -> Result<(), HubError> {
+    let total = stage.layout().tensor_bytes();
+    let mut done = 0;
+    for step in moves {
+        let bytes = converted(file, step, head_dim)?;
+        stage.write(&step.target, &bytes)?;
+        done += bytes.len() as u64;
+        progress(&step.target, done, total);
+    }
+    for (name, json) in texts {
+        let mut text = serde_json::to_vec_pretty(json).map_err(|error| HubError::BadFile {
+            path: stage.partial_dir().join(name),
+            reason: error.to_string(),
+        })?;
+        text.push(b'\n');
+        stage.add_file(name, &text)?;
+    }
+    Ok(())
+}
+
+/// The tensor as f16 in the order of its new name.
+fn converted(file: &GgufFile, step: &Move, head_dim: usize) -> Result<Vec<u8>, HubError> {
+    let source = step.source;
+    let stored = file.read(source)?;
+    let bytes = to_f16_bytes(source.block_type, &stored).map_err(|unfit| {
+        let reason = format!(
+            "holds {} at element {}, which f16 cannot hold",
+            unfit.value, unfit.element
+        );
+        file.tensor_error(&source.name, reason)
+    })?;
+    if !step.unrope {
+        return Ok(bytes);
+    }
+    let row_elements: usize = source.shape[1..].iter().product();
+    Ok(unrope(&bytes, head_dim, row_elements * F16_BYTES))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,163 @@
+//! Rotary embeddings: the row order that llama.cpp gives to `q` and `k`, and scaled frequencies.
+
+use serde_json::{Value as Json, json};
+
+use crate::HubError;
+use crate::gguf::read::GgufFile;
+
+/// Puts the rows of a llama `attn_q` or `attn_k` back into the order of the Hugging Face layout.
+///
+/// `data` is `[heads * head_dim, ...]` row-major. llama.cpp rotates neighbouring rows, so its
+/// converter stored the pair (i, i + head_dim / 2) of each head as rows 2i and 2i + 1; this is the
+/// inverse. A bias is the case of one element per row.
+pub(crate) fn unrope(data: &[u8], head_dim: usize, row_bytes: usize) -> Vec<u8> {
+    let half = head_dim / 2;
+    let mut out = Vec::with_capacity(data.len());
+    for head in data.chunks_exact(head_dim * row_bytes) {
+        for row in 0..head_dim {
+            let source = row % half * 2 + row / half;
+            out.extend_from_slice(&head[source * row_bytes..][..row_bytes]);
+        }
+    }
+    out
+}
+
+/// `rope_scaling` of `config.json` out of the `ARCH.rope.scaling.*` keys; `null` for none.
+///
+/// Fails on methods and parameters that have no counterpart there.
+pub(crate) fn scaling_from_keys(file: &GgufFile, arch: &str) -> Result<Json, HubError> {
+    let key = |name: &str| format!("{arch}.rope.scaling.{name}");
+    let legacy = format!("{arch}.rope.scale_linear");
+    let method = file.optional_str(&key("type"))?;
+    let factor = match file.optional_f64(&key("factor"))? {
+        None if method.is_none() => file.optional_f64(&legacy)?,
+        factor => factor,
+    };
+    let method = method.unwrap_or(match factor {
+        Some(factor) if factor != 1.0 => "linear",
+        _ => "none",
+    });
+    match method {
+        "none" => Ok(Json::Null),
+        "linear" => {
+            let factor = file.require(&key("factor"), factor)?;
+            Ok(json!({"rope_type": "linear", "type": "linear", "factor": factor}))
+        }
+        "yarn" => yarn(file, &key, factor),
+        other => Err(file.metadata_error(&key("type"), format!("`{other}` is not supported"))),
+    }
+}
+
+fn yarn(
+    file: &GgufFile,
+    key: &dyn Fn(&str) -> String,
+    factor: Option<f64>,
+) -> Result<Json, HubError> {
+    let factor = file.require(&key("factor"), factor)?;
+    let original = key("original_context_length");
+    let original = file.require(&original, file.optional_u64(&original)?)?;
+    let mut scaling = json!({
+        "rope_type": "yarn",
+        "type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": original,
+    });
+    for (name, field) in [
+        ("yarn_beta_fast", "beta_fast"),
+        ("yarn_beta_slow", "beta_slow"),
+    ] {
+        if let Some(value) = file.optional_f64(&key(name))? {
+            scaling[field] = json!(value);
+        }
+    }
+    Ok(scaling)
+}
+
+/// The parameters that every published Llama 3.1 and 3.2 model shares.
+const LLAMA3_LOW: f64 = 1.0;
+const LLAMA3_HIGH: f64 = 4.0;
+const LLAMA3_ORIGINAL_CONTEXT: u64 = 8192;
+/// The converter computed in f32 from f32 frequencies: a few units in the last place of a value
+/// that the interpolation spreads by at most `factor`.
+const LLAMA3_TOLERANCE: f64 = 1e-4;
+
+/// `rope_scaling` of type `llama3` out of `rope_freqs.weight`, which holds the divisor of each
+/// rotary frequency (`head_dim / 2` of them).
+///
+/// The file keeps only the divisors, not the four parameters behind them. The largest divisor is
+/// the factor; the other three are taken as Llama 3 publishes them, and all divisors are computed
+/// anew: the answer is `None` unless every one agrees.
+pub(crate) fn llama3_scaling(divisors: &[f32], theta: f64) -> Option<Json> {
+    let factor = f64::from(divisors.iter().copied().fold(1.0, f32::max));
+    let agrees = llama3_divisors(divisors.len(), theta, factor)
+        .zip(divisors)
+        .all(|(expected, &found)| {
+            (f64::from(found) - expected).abs() <= LLAMA3_TOLERANCE * expected
+        });
+    (agrees && factor > 1.0).then(|| {
+        json!({
+            "rope_type": "llama3",
+            "factor": factor,
+            "low_freq_factor": LLAMA3_LOW,
+            "high_freq_factor": LLAMA3_HIGH,
+            "original_max_position_embeddings": LLAMA3_ORIGINAL_CONTEXT,
+        })
+    })
+}
+
+/// Long waves are divided by the factor, short ones are left, those between are interpolated.
+fn llama3_divisors(count: usize, theta: f64, factor: f64) -> impl Iterator<Item = f64> {
+    let context = LLAMA3_ORIGINAL_CONTEXT as f64;
+    (0..count).map(move |i| {
+        let frequency = theta.powf(-(i as f64) / count as f64);
+        let wavelength = std::f64::consts::TAU / frequency;
+        if wavelength < context / LLAMA3_HIGH {
+            1.0
+        } else if wavelength > context / LLAMA3_LOW {
+            factor
+        } else {
+            let smooth = (context / wavelength - LLAMA3_LOW) / (LLAMA3_HIGH - LLAMA3_LOW);
+            1.0 / ((1.0 - smooth) / factor + smooth)
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn unrope_inverts_the_order_of_llama_cpp() {
+        // one head of 6 rows: pairs (0,3) (1,4) (2,5) were stored next to each other
+        assert_eq!(unrope(&[0, 3, 1, 4, 2, 5], 6, 1), [0, 1, 2, 3, 4, 5]);
+        // two heads of 4 rows with 2 bytes each
+        let stored = [0, 0, 2, 2, 1, 1, 3, 3, 10, 10, 12, 12, 11, 11, 13, 13];
+        let plain = [0, 0, 1, 1, 2, 2, 3, 3, 10, 10, 11, 11, 12, 12, 13, 13];
+        assert_eq!(unrope(&stored, 4, 2), plain);
+    }
+
+    #[test]
+    fn llama3_divisors_are_recognised_and_others_are_not() {
+        let divisors: Vec<f32> = llama3_divisors(64, 500_000.0, 8.0)
+            .map(|d| d as f32)
+            .collect();
+        // Llama 3.1: 29 short waves, 6 between, 29 long ones; computed with the published formula
+        assert_eq!(divisors.iter().filter(|&&d| d == 1.0).count(), 29);
+        assert_eq!(divisors.iter().filter(|&&d| d == 8.0).count(), 29);
+        let scaling = llama3_scaling(&divisors, 500_000.0).unwrap();
+        assert_eq!(scaling["factor"], 8.0);
+        assert_eq!(scaling["original_max_position_embeddings"], 8192);
+
+        // Llama 3.2 1B: head size 64, factor 32; the middle as numpy computes it in f32
+        let mut small = vec![1.0f32; 15];
+        small.extend([1.651329, 3.292263, 9.666731]);
+        small.extend([32.0f32; 14]);
+        assert_eq!(llama3_scaling(&small, 500_000.0).unwrap()["factor"], 32.0);
+
+        assert!(llama3_scaling(&divisors, 10_000.0).is_none());
+        let mut changed = divisors.clone();
+        changed[32] *= 1.001;
+        assert!(llama3_scaling(&changed, 500_000.0).is_none());
+        assert!(llama3_scaling(&[1.0; 64], 500_000.0).is_none());
+    }
+}

@@ -1,0 +1,24 @@
+//! Where models come from.
+//!
+//! Knows: model folders ([`Checkpoint`]: one file or an index and its shards, every header checked
+//! before the first tensor is read), `owner/name[:branch]` and the hub's cache layout
+//! ([`resolve`], [`fetch_dataset_file`]), GGUF files ([`import_gguf`]). It is the only crate that
+//! touches the network, and only with the cargo feature `hub`.
+//!
+//! Does not know: architectures beyond their tensor names and configuration keys, GPTQ, tokens.
+//! Nothing is printed; progress goes to a callback `(what, done, total)`, in bytes.
+
+mod cache;
+mod checkpoint;
+#[cfg(feature = "hub")]
+mod download;
+mod error;
+pub mod gguf;
+mod reference;
+mod resolve;
+
+pub use checkpoint::Checkpoint;
+pub use error::HubError;
+pub use gguf::import::{ImportReport, import_gguf};
+pub use reference::{ModelRef, parse_model_ref};
+pub use resolve::{ResolveOptions, fetch_dataset_file, resolve};

@@ -1,0 +1,99 @@
+//! From a folder's tensors and configs to a decoder.
+
+use std::sync::Arc;
+
+use gptq_model::{
+    ConfigError, Decoder, DecoderConfig, Device, FloatWeights, ModelError, WeightSource,
+};
+use gptq_packer::QuantizeConfig;
+use gptq_types::TensorSource;
+
+use crate::PackedWeights;
+
+/// A checkpoint that cannot be opened.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum OpenError {
+    #[error("{place}: {source}")]
+    Config { place: String, source: ConfigError },
+    #[error("{place}: {source}")]
+    Quantization {
+        place: String,
+        source: gptq_packer::ConfigError,
+    },
+    #[error("{0} holds packed linears, but neither quantize_config.json nor config.json says how")]
+    NoSettings(String),
+    #[error(transparent)]
+    Model(#[from] ModelError),
+}
+
+/// A checkpoint whose kind is known.
+pub struct OpenedModel {
+    /// Weights, dequantised on reading where packed.
+    pub weights: Arc<dyn WeightSource>,
+    /// The architecture.
+    pub config: DecoderConfig,
+    /// How it is packed; absent for a float checkpoint.
+    pub quantization: Option<QuantizeConfig>,
+}
+
+/// Reads the configs of a checkpoint and picks the reader for its weights.
+pub fn open(
+    source: Arc<dyn TensorSource>,
+    config_json: &str,
+    quantize_config_json: Option<&str>,
+) -> Result<OpenedModel, OpenError> {
+    let place = source.place();
+    let config = DecoderConfig::parse(config_json).map_err(|source| OpenError::Config {
+        place: place.clone(),
+        source,
+    })?;
+    let packed = source.names().iter().any(|name| name.ends_with(".qweight"));
+    if !packed {
+        return Ok(OpenedModel {
+            weights: Arc::new(FloatWeights::new(source)),
+            config,
+            quantization: None,
+        });
+    }
+    let settings = QuantizeConfig::from_files(quantize_config_json, Some(config_json))
+        .map_err(|source| OpenError::Quantization {
+            place: place.clone(),
+            source,
+        })?
+        .ok_or(OpenError::NoSettings(place))?;
+    Ok(OpenedModel {
+        weights: Arc::new(PackedWeights::new(source, settings.clone())),
+        config,
+        quantization: Some(settings),
+    })
+}
+
+impl OpenedModel {
+    /// A decoder over the weights; every tensor is checked.
+    pub fn decoder(&self, device: Device) -> Result<Box<dyn Decoder>, OpenError> {
+        Ok(gptq_model::open(
+            self.weights.clone(),
+            self.config.clone(),
+            device,
+        )?)
+    }
+
+    /// `fp16`-like or `4-bit g64 sym` and so on, for tables.
+    pub fn kind(&self) -> String {
+        let Some(quantization) = &self.quantization else {
+            return "unquantised".to_string();
+        };
+        let group = match quantization.group_size {
+            gptq_types::GroupSize::None => "no group".to_string(),
+            size => format!("g{size}"),
+        };
+        let symmetry = if quantization.sym { "sym" } else { "asym" };
+        let order = if quantization.desc_act {
+            " act-order"
+        } else {
+            ""
+        };
+        format!("{}-bit {group} {symmetry}{order}", quantization.bits)
+    }
+}

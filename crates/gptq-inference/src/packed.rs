@@ -1,0 +1,125 @@
+//! Packed linears as weights of the forward pass.
+
+use std::sync::Arc;
+
+use gptq_model::{FloatWeights, LinearWeights, WeightSource};
+use gptq_packer::{QuantizeConfig, read_layer};
+use gptq_types::{LayerName, SolvedLayer, SourceError, TensorSource};
+
+/// A GPTQ checkpoint: linears with a `qweight` are dequantised as they are read, everything else
+/// is plain.
+pub struct PackedWeights {
+    source: Arc<dyn TensorSource>,
+    float: FloatWeights,
+    config: QuantizeConfig,
+}
+
+impl PackedWeights {
+    /// Over a source and the settings it was written with.
+    pub fn new(source: Arc<dyn TensorSource>, config: QuantizeConfig) -> Self {
+        PackedWeights {
+            float: FloatWeights::new(source.clone()),
+            source,
+            config,
+        }
+    }
+
+    fn is_packed(&self, layer: &LayerName) -> bool {
+        self.source.info(&layer.tensor("qweight")).is_some()
+    }
+
+    fn read(&self, layer: &LayerName) -> Result<SolvedLayer, SourceError> {
+        read_layer(self.source.as_ref(), layer, &self.config).map_err(|error| {
+            SourceError::Invalid {
+                name: layer.to_string(),
+                reason: error.to_string(),
+            }
+        })
+    }
+}
+
+impl WeightSource for PackedWeights {
+    fn place(&self) -> String {
+        self.source.place()
+    }
+
+    fn names(&self) -> Vec<String> {
+        self.source.names()
+    }
+
+    fn plain(&self, name: &str) -> Result<Vec<f32>, SourceError> {
+        self.float.plain(name)
+    }
+
+    fn linear(&self, layer: &LayerName, bias: bool) -> Result<LinearWeights, SourceError> {
+        if !self.is_packed(layer) {
+            return self.float.linear(layer, bias);
+        }
+        Ok(LinearWeights {
+            weight: self.read(layer)?.dequantise(),
+            bias: match bias {
+                true => Some(self.plain(&layer.tensor("bias"))?),
+                false => None,
+            },
+        })
+    }
+
+    fn linear_tensors(&self, layer: &LayerName, bias: bool) -> Vec<String> {
+        if !self.is_packed(layer) {
+            return self.float.linear_tensors(layer, bias);
+        }
+        let mut suffixes = vec!["qweight", "qzeros", "scales", "g_idx"];
+        // AutoGPTQ writes an all-zero bias for linears that have none.
+        if bias || self.source.info(&layer.tensor("bias")).is_some() {
+            suffixes.push("bias");
+        }
+        suffixes.iter().map(|suffix| layer.tensor(suffix)).collect()
+    }
+
+    fn check_plain(&self, name: &str, shape: &[usize]) -> Result<(), SourceError> {
+        self.float.check_plain(name, shape)
+    }
+
+    fn check_linear(
+        &self,
+        layer: &LayerName,
+        in_features: usize,
+        out_features: usize,
+        bias: bool,
+    ) -> Result<(), SourceError> {
+        if !self.is_packed(layer) {
+            return self
+                .float
+                .check_linear(layer, in_features, out_features, bias);
+        }
+        let name = layer.tensor("qweight");
+        let found = self.source.require(&name)?.shape;
+        let rows = (in_features * self.config.bits.width() as usize).div_ceil(32);
+        if found != [rows, out_features] {
+            return Err(SourceError::Shape {
+                name,
+                found,
+                expected: vec![rows, out_features],
+            });
+        }
+        if bias {
+            self.check_plain(&layer.tensor("bias"), &[out_features])?;
+        } else if self.source.info(&layer.tensor("bias")).is_some() {
+            self.refuse_lost_bias(&layer.tensor("bias"))?;
+        }
+        Ok(())
+    }
+}
+
+impl PackedWeights {
+    /// A bias that the architecture does not add may only be zero.
+    fn refuse_lost_bias(&self, name: &str) -> Result<(), SourceError> {
+        match self.plain(name)?.iter().find(|&&value| value != 0.0) {
+            None => Ok(()),
+            Some(value) => Err(SourceError::Invalid {
+                name: name.to_string(),
+                reason: format!("holds {value}, but the architecture has no bias here"),
+            }),
+        }
+    }
+}

@@ -1,0 +1,22 @@
+//! The heavy arithmetic of quantization and inference, on plain row-major slices.
+//!
+//! Knows: matrix products, Gram matrices, the Cholesky factor of an inverse, and the fused
+//! operations of a decoder block, each vectorised at run time for the processor it finds and
+//! spread over the rayon pool it is called from. Results do not depend on the number of threads:
+//! work is split over outputs, never over a sum.
+//!
+//! Does not know: tensors with names, models, what a Hessian is for.
+
+mod attention;
+mod elementwise;
+mod factor;
+mod product;
+mod vector;
+
+pub use attention::{AttentionShape, CachedRows, attend_cached, causal_attention};
+pub use elementwise::{Rotation, rms_norm, swiglu};
+pub use factor::{FactorError, inverse_cholesky};
+pub use product::{
+    Gram, measure_sgemm, multiply, multiply_add, multiply_f64, multiply_transposed, transpose,
+};
+pub use vector::{axpy, dot, exp, log_sum_exp, softmax, vectorised};

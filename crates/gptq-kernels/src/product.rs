@@ -1,0 +1,215 @@
+//! Matrix products through faer, on row-major slices.
+
+use std::time::Instant;
+
+use faer::linalg::matmul::triangular::{self, BlockStructure};
+use faer::{Accum, MatMut, MatRef, Par, linalg::matmul::matmul};
+use rayon::prelude::*;
+
+/// `out [m, n] = a [m, k] * b [k, n]`, f32.
+pub fn multiply(out: &mut [f32], a: &[f32], b: &[f32], m: usize, k: usize, n: usize) {
+    let out = MatMut::from_row_major_slice_mut(out, m, n);
+    let (a, b) = (
+        MatRef::from_row_major_slice(a, m, k),
+        MatRef::from_row_major_slice(b, k, n),
+    );
+    matmul(out, Accum::Replace, a, b, 1.0, Par::rayon(0));
+}
+
+/// `out [m, n] = a [m, k] * b^T` with `b [n, k]`, f32.
+pub fn multiply_transposed(out: &mut [f32], a: &[f32], b: &[f32], m: usize, k: usize, n: usize) {
+    let out = MatMut::from_row_major_slice_mut(out, m, n);
+    let (a, b) = (
+        MatRef::from_row_major_slice(a, m, k),
+        MatRef::from_row_major_slice(b, n, k).transpose(),
+    );
+    matmul(out, Accum::Replace, a, b, 1.0, Par::rayon(0));
+}
+
+/// `out [m, n] += alpha * a^T * b` with `a [k, lda]`, of which the columns `first..first + m` are
+/// taken, and `b [k, n]`: the trailing update of the solver. Stays on the calling thread, because
+/// the solver runs one for each panel side by side.
+#[allow(clippy::too_many_arguments)]
+pub fn multiply_add(
+    out: &mut [f32],
+    alpha: f32,
+    a: &[f32],
+    lda: usize,
+    first: usize,
+    b: &[f32],
+    m: usize,
+    k: usize,
+    n: usize,
+) {
+    let out = MatMut::from_row_major_slice_mut(out, m, n);
+    let a = MatRef::from_row_major_slice(a, k, lda).subcols(first, m);
+    let b = MatRef::from_row_major_slice(b, k, n);
+    matmul(out, Accum::Add, a.transpose(), b, alpha, Par::Seq);
+}
+
+/// `a [m, k] * b [k, n]` in f64.
+pub fn multiply_f64(a: &[f64], b: &[f64], m: usize, k: usize, n: usize) -> Vec<f64> {
+    let mut out = vec![0.0; m * n];
+    matmul(
+        MatMut::from_row_major_slice_mut(&mut out, m, n),
+        Accum::Replace,
+        MatRef::from_row_major_slice(a, m, k),
+        MatRef::from_row_major_slice(b, k, n),
+        1.0,
+        Par::rayon(0),
+    );
+    out
+}
+
+/// `[rows, cols]` to `[cols, rows]`, in tiles that stay in the first-level cache.
+pub fn transpose(x: &[f32], rows: usize, cols: usize) -> Vec<f32> {
+    const TILE: usize = 32;
+    let mut out = vec![0.0f32; x.len()];
+    out.par_chunks_mut(TILE * rows)
+        .enumerate()
+        .for_each(|(tile, out)| {
+            let first = tile * TILE;
+            let width = out.len() / rows;
+            for r0 in (0..rows).step_by(TILE) {
+                for r in r0..rows.min(r0 + TILE) {
+                    let row = &x[r * cols + first..][..width];
+                    for (c, &value) in row.iter().enumerate() {
+                        out[c * rows + r] = value;
+                    }
+                }
+            }
+        });
+    out
+}
+
+/// A running `X^T X`, of which only the lower triangle is computed.
+pub struct Gram {
+    features: usize,
+    sum: Vec<f32>,
+}
+
+impl Gram {
+    /// All zero, `[features, features]`.
+    pub fn new(features: usize) -> Self {
+        Gram {
+            features,
+            sum: vec![0.0; features * features],
+        }
+    }
+
+    /// Adds `x^T x` for `x [rows, features]` row-major.
+    pub fn add(&mut self, x: &[f32], rows: usize) {
+        let k = self.features;
+        let x = MatRef::from_row_major_slice(x, rows, k);
+        triangular::matmul(
+            MatMut::from_row_major_slice_mut(&mut self.sum, k, k),
+            BlockStructure::TriangularLower,
+            Accum::Add,
+            x.transpose(),
+            BlockStructure::Rectangular,
+            x,
+            BlockStructure::Rectangular,
+            1.0,
+            Par::rayon(0),
+        );
+    }
+
+    /// The full symmetric matrix times `scale`, `[features, features]` row-major.
+    pub fn finish(mut self, scale: f32) -> Vec<f32> {
+        let k = self.features;
+        for row in 0..k {
+            for col in 0..=row {
+                let value = self.sum[row * k + col] * scale;
+                self.sum[row * k + col] = value;
+                self.sum[col * k + row] = value;
+            }
+        }
+        self.sum
+    }
+}
+
+/// The f32 product rate of this machine in FLOP/s: the best of five `n^3` products.
+pub fn measure_sgemm(n: usize) -> f64 {
+    let a: Vec<f32> = (0..n * n).map(|i| (i % 13) as f32 - 6.0).collect();
+    let b: Vec<f32> = (0..n * n).map(|i| (i % 7) as f32 - 3.0).collect();
+    let mut c = vec![0.0; n * n];
+    let seconds = (0..5)
+        .map(|_| {
+            let start = Instant::now();
+            multiply(&mut c, &a, &b, n, n, n);
+            start.elapsed().as_secs_f64()
+        })
+        .fold(f64::INFINITY, f64::min);
+    2.0 * (n as f64).powi(3) / seconds
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn random(len: usize, seed: u64) -> Vec<f32> {
+        let mut state = seed;
+        (0..len)
+            .map(|_| {
+                state = state
+                    .wrapping_mul(6_364_136_223_846_793_005)
+                    .wrapping_add(1_442_695_040_888_963_407);
+                (state >> 40) as f32 / (1u64 << 24) as f32 - 0.5
+            })
+            .collect()
+    }
+
+    #[test]
+    fn products_agree_with_the_definition() {
+        let (m, k, n) = (7, 13, 5);
+        let (a, b) = (random(m * k, 1), random(k * n, 2));
+        let mut c = vec![0.0; m * n];
+        multiply(&mut c, &a, &b, m, k, n);
+        let mut ct = vec![0.0; m * n];
+        multiply_transposed(&mut ct, &a, &transpose(&b, k, n), m, k, n);
+        for i in 0..m {
+            for j in 0..n {
+                let want: f32 = (0..k).map(|l| a[i * k + l] * b[l * n + j]).sum();
+                assert!((c[i * n + j] - want).abs() < 1e-5);
+                assert!((ct[i * n + j] - want).abs() < 1e-5);
+            }
+        }
+    }
+
+    #[test]
+    fn trailing_update_takes_the_named_columns() {
+        let (m, k, n, lda, first) = (4, 3, 6, 11, 5);
+        let (a, b) = (random(k * lda, 3), random(k * n, 4));
+        let mut out = vec![1.0; m * n];
+        multiply_add(&mut out, -1.0, &a, lda, first, &b, m, k, n);
+        let want: f32 = 1.0
+            - (0..k)
+                .map(|l| a[l * lda + first + 2] * b[l * n + 3])
+                .sum::<f32>();
+        assert!((out[2 * n + 3] - want).abs() < 1e-6);
+    }
+
+    #[test]
+    fn gram_is_symmetric_and_the_same_for_any_thread_count() {
+        let (rows, k) = (300, 130);
+        let x = random(rows * k, 5);
+        let run = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new()
+                .num_threads(threads)
+                .build()
+                .unwrap();
+            pool.install(|| {
+                let mut gram = Gram::new(k);
+                gram.add(&x, rows);
+                gram.add(&x, rows);
+                gram.finish(0.5)
+            })
+        };
+        let one = run(1);
+        assert_eq!(one, run(2));
+        assert_eq!(one, run(3));
+        let want: f32 = (0..rows).map(|r| x[r * k + 3] * x[r * k + 99]).sum();
+        assert!((one[3 * k + 99] - want).abs() < 1e-3);
+        assert_eq!(one[3 * k + 99], one[99 * k + 3]);
+    }
+}

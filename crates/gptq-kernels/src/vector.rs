@@ -1,0 +1,149 @@
+//! Run-time choice of the instruction set, and the scalar functions written so that the compiler
+//! vectorises them.
+
+/// Runs `op` compiled for the widest vector instructions of this processor.
+///
+/// Only what is inlined into `op` profits: pass a closure around `#[inline(always)]` functions.
+pub fn vectorised<R>(op: impl FnOnce() -> R) -> R {
+    struct Op<F>(F);
+    impl<R, F: FnOnce() -> R> pulp::NullaryFnOnce for Op<F> {
+        type Output = R;
+        #[inline(always)]
+        fn call(self) -> R {
+            (self.0)()
+        }
+    }
+    pulp::Arch::new().dispatch(Op(op))
+}
+
+/// `e^x` to 2 ulp for `x <= 88`, flushed to 0 below -87.
+///
+/// Range reduction by `ln 2` in two parts and a polynomial of degree 6 (Cephes `expf`), without
+/// branches or calls, which is what lets the loop around it vectorise.
+#[inline(always)]
+pub fn exp(x: f32) -> f32 {
+    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to the nearest integer
+    let clamped = x.clamp(-87.0, 88.0);
+    let n = (clamped * std::f32::consts::LOG2_E + ROUND) - ROUND;
+    let r = clamped - n * 0.693_359_4 - n * -2.121_944_4e-4;
+    let p = 1.987_569_1e-4_f32;
+    let p = p * r + 1.398_199_9e-3;
+    let p = p * r + 8.333_452e-3;
+    let p = p * r + 4.166_579_6e-2;
+    let p = p * r + 1.666_666_5e-1;
+    let p = p * r + 5.000_000_3e-1;
+    let e = p * r * r + r + 1.0;
+    let power = f32::from_bits((((n as i32) + 127) << 23) as u32);
+    if x < -87.0 { 0.0 } else { e * power }
+}
+
+/// `y += a * x`, element by element.
+#[inline(always)]
+pub fn axpy(y: &mut [f32], a: f32, x: &[f32]) {
+    for (y, x) in y.iter_mut().zip(x) {
+        *y += a * x;
+    }
+}
+
+const LANES: usize = 16;
+
+/// Sum over `f(x)` in sixteen interleaved partial sums: one order for every instruction set.
+#[inline(always)]
+fn lane_sum(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
+    let mut lanes = [0.0f32; LANES];
+    let chunks = x.chunks_exact(LANES);
+    let tail: f32 = chunks.remainder().iter().map(|&x| f(x)).sum();
+    for chunk in chunks {
+        for (lane, &x) in lanes.iter_mut().zip(chunk) {
+            *lane += f(x);
+        }
+    }
+    lanes.iter().sum::<f32>() + tail
+}
+
+#[inline(always)]
+fn lane_max(x: &[f32]) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let chunks = x.chunks_exact(LANES);
+    let tail = chunks
+        .remainder()
+        .iter()
+        .copied()
+        .fold(f32::NEG_INFINITY, f32::max);
+    for chunk in chunks {
+        for (lane, &x) in lanes.iter_mut().zip(chunk) {
+            *lane = if x > *lane { x } else { *lane };
+        }
+    }
+    lanes.iter().copied().fold(tail, f32::max)
+}
+
+/// Sum of squares.
+#[inline(always)]
+pub(crate) fn square_sum(x: &[f32]) -> f32 {
+    lane_sum(x, |x| x * x)
+}
+
+/// Inner product of two equally long slices.
+#[inline(always)]
+pub fn dot(x: &[f32], y: &[f32]) -> f32 {
+    let mut lanes = [0.0f32; LANES];
+    let (xs, ys) = (x.chunks_exact(LANES), y.chunks_exact(LANES));
+    let tail: f32 = (xs.remainder().iter())
+        .zip(ys.remainder())
+        .map(|(x, y)| x * y)
+        .sum();
+    for (xs, ys) in xs.zip(ys) {
+        for ((lane, x), y) in lanes.iter_mut().zip(xs).zip(ys) {
+            *lane += x * y;
+        }
+    }
+    lanes.iter().sum::<f32>() + tail
+}
+
+/// Replaces `row` by its softmax and returns nothing; an empty row stays empty.
+#[inline(always)]
+pub fn softmax(row: &mut [f32]) {
+    let max = lane_max(row);
+    for x in row.iter_mut() {
+        *x = exp(*x - max);
+    }
+    let scale = 1.0 / lane_sum(row, |x| x);
+    for x in row.iter_mut() {
+        *x *= scale;
+    }
+}
+
+/// `(max, ln sum exp(x - max))`: `max + second` is the log of the partition sum.
+#[inline(always)]
+pub fn log_sum_exp(row: &[f32]) -> (f32, f32) {
+    let max = lane_max(row);
+    (max, lane_sum(row, |x| exp(x - max)).ln())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_within_two_ulp() {
+        for i in -8700..8800 {
+            let x = i as f32 / 100.0 + 0.0037;
+            let want = f64::from(x).exp();
+            let got = f64::from(vectorised(|| exp(x)));
+            assert!((got - want).abs() <= want * 2.4e-7, "exp({x}) = {got}");
+        }
+        assert_eq!(exp(-1000.0), 0.0);
+        assert_eq!(exp(f32::NEG_INFINITY), 0.0);
+        assert_eq!(exp(0.0), 1.0);
+    }
+
+    #[test]
+    fn softmax_sums_to_one_and_ignores_minus_infinity() {
+        let mut row: Vec<f32> = (0..37).map(|i| (i as f32 * 0.7).sin() * 4.0).collect();
+        row[5] = f32::NEG_INFINITY;
+        softmax(&mut row);
+        assert_eq!(row[5], 0.0);
+        assert!((row.iter().sum::<f32>() - 1.0).abs() < 1e-6);
+    }
+}

@@ -1,0 +1,12 @@
+//! Qwen2 and Qwen2.5 (`Qwen2ForCausalLM`, arXiv:2407.10671): Llama with biases on queries, keys
+//! and values.
+
+use crate::config::{ConfigError, DecoderConfig, Fields, read_common};
+
+pub(super) fn read(fields: &Fields<'_>) -> Result<DecoderConfig, ConfigError> {
+    Ok(DecoderConfig {
+        qkv_bias: true,
+        sliding_window: super::qwen_window(fields)?,
+        ..read_common(fields)?
+    })
+}

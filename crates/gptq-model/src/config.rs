@@ -1,0 +1,341 @@
+//! `config.json` of a decoder, read strictly: what cannot be honoured is refused by name.
+
+use gptq_types::{LayerName, Stage};
+use serde_json::Value;
+
+use crate::weights::WeightSource;
+use crate::{ModelError, RopeScaling, arch};
+
+/// A configuration that this crate cannot run.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum ConfigError {
+    #[error("config.json is not valid: {0}")]
+    Json(#[from] serde_json::Error),
+    #[error("config.json has no `{0}`")]
+    Missing(&'static str),
+    #[error("config.json has `{key}` = {value}, expected {expected}")]
+    Value {
+        key: &'static str,
+        value: String,
+        expected: &'static str,
+    },
+    #[error("architecture `{0}` is not one of {known}", known = arch::KNOWN)]
+    UnknownArchitecture(String),
+}
+
+/// A decoder of the Llama family.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DecoderConfig {
+    /// `model_type`.
+    pub architecture: String,
+    /// Width of the hidden state.
+    pub hidden_size: usize,
+    /// Width of the gated product.
+    pub intermediate_size: usize,
+    /// Blocks.
+    pub num_hidden_layers: usize,
+    /// Query heads.
+    pub num_attention_heads: usize,
+    /// Key and value heads.
+    pub num_key_value_heads: usize,
+    /// Width of a head; `hidden_size / num_attention_heads` unless given.
+    pub head_dim: usize,
+    /// Rows of the embedding.
+    pub vocab_size: usize,
+    /// Positions the model was trained for.
+    pub max_position_embeddings: usize,
+    /// Added to the mean square in norms.
+    pub rms_norm_eps: f64,
+    /// Base of the rotary frequencies.
+    pub rope_theta: f64,
+    /// Change of the rotary frequencies for long contexts.
+    pub rope_scaling: RopeScaling,
+    /// The head is the embedding.
+    pub tie_word_embeddings: bool,
+    /// `q_proj`, `k_proj`, `v_proj` have a bias.
+    pub qkv_bias: bool,
+    /// `o_proj` has a bias.
+    pub o_bias: bool,
+    /// `gate_proj`, `up_proj`, `down_proj` have a bias.
+    pub mlp_bias: bool,
+    /// Queries and keys are normed per head.
+    pub qk_norm: bool,
+    /// Tokens that attention looks back, where limited.
+    pub sliding_window: Option<usize>,
+    /// First of the `bos_token_id`s.
+    pub bos_token_id: Option<u32>,
+}
+
+impl DecoderConfig {
+    /// Reads the text of a `config.json`.
+    pub fn parse(text: &str) -> Result<Self, ConfigError> {
+        let json: Value = serde_json::from_str(text)?;
+        let model_type = json["model_type"]
+            .as_str()
+            .ok_or(ConfigError::Missing("model_type"))?;
+        let config = arch::read(model_type, &Fields(&json))?;
+        config.check()?;
+        Ok(config)
+    }
+
+    fn check(&self) -> Result<(), ConfigError> {
+        let whole = |key, value: usize, of: usize, expected| {
+            if of == 0 || value == 0 || !value.is_multiple_of(of) {
+                let value = value.to_string();
+                return Err(ConfigError::Value {
+                    key,
+                    value,
+                    expected,
+                });
+            }
+            Ok(())
+        };
+        whole("hidden_size", self.hidden_size, 1, "at least 1")?;
+        whole("intermediate_size", self.intermediate_size, 1, "at least 1")?;
+        whole("num_hidden_layers", self.num_hidden_layers, 1, "at least 1")?;
+        whole("vocab_size", self.vocab_size, 1, "at least 1")?;
+        whole("head_dim", self.head_dim, 2, "an even width")?;
+        whole(
+            "num_attention_heads",
+            self.num_attention_heads,
+            self.num_key_value_heads,
+            "a multiple of num_key_value_heads",
+        )
+    }
+
+    /// Names and shapes `(name, in_features, out_features)` of the linears of `stage` in block
+    /// `index`.
+    pub fn linears(&self, index: usize, stage: Stage) -> Vec<(LayerName, usize, usize)> {
+        let (hidden, ffn) = (self.hidden_size, self.intermediate_size);
+        let (q, kv) = (
+            self.num_attention_heads * self.head_dim,
+            self.num_key_value_heads * self.head_dim,
+        );
+        let list: &[(&str, usize, usize)] = match stage {
+            Stage::AttentionIn => &[
+                ("self_attn.q_proj", hidden, q),
+                ("self_attn.k_proj", hidden, kv),
+                ("self_attn.v_proj", hidden, kv),
+            ],
+            Stage::AttentionOut => &[("self_attn.o_proj", q, hidden)],
+            Stage::MlpIn => &[("mlp.gate_proj", hidden, ffn), ("mlp.up_proj", hidden, ffn)],
+            Stage::MlpOut => &[("mlp.down_proj", ffn, hidden)],
+        };
+        list.iter()
+            .map(|&(name, k, n)| (LayerName(format!("{}{name}", prefix(index))), k, n))
+            .collect()
+    }
+
+    /// All linears of block `index` in true-sequential order.
+    pub fn block_linears(&self, index: usize) -> Vec<(LayerName, usize, usize)> {
+        Stage::ALL
+            .into_iter()
+            .flat_map(|stage| self.linears(index, stage))
+            .collect()
+    }
+
+    /// Whether the linears of `stage` have a bias.
+    pub fn has_bias(&self, stage: Stage) -> bool {
+        match stage {
+            Stage::AttentionIn => self.qkv_bias,
+            Stage::AttentionOut => self.o_bias,
+            Stage::MlpIn | Stage::MlpOut => self.mlp_bias,
+        }
+    }
+
+    /// Bytes of one block's weights in f32.
+    pub fn block_bytes(&self) -> usize {
+        let elements = |(_, k, n): (LayerName, usize, usize)| k * n;
+        self.block_linears(0)
+            .into_iter()
+            .map(elements)
+            .sum::<usize>()
+            * 4
+    }
+
+    /// Floating-point operations of one block for windows of `tokens`: linears, and the half of
+    /// the score matrix that causal attention needs, twice.
+    pub fn block_flop(&self, windows: usize, tokens: usize) -> f64 {
+        let all = (windows * tokens) as f64;
+        let linears: usize = self.block_linears(0).iter().map(|(_, k, n)| k * n).sum();
+        let width = (self.num_attention_heads * self.head_dim) as f64;
+        2.0 * all * linears as f64 + 2.0 * all * (tokens as f64 + 1.0) * width
+    }
+
+    /// Names and shapes of every plain tensor: `[rows, columns]` or `[length]`.
+    fn plain_tensors(&self) -> Vec<(String, Vec<usize>)> {
+        let hidden = self.hidden_size;
+        let mut list = vec![
+            (
+                "model.embed_tokens.weight".to_string(),
+                vec![self.vocab_size, hidden],
+            ),
+            ("model.norm.weight".to_string(), vec![hidden]),
+        ];
+        if !self.tie_word_embeddings {
+            list.push(("lm_head.weight".to_string(), vec![self.vocab_size, hidden]));
+        }
+        for index in 0..self.num_hidden_layers {
+            let at = prefix(index);
+            list.push((format!("{at}input_layernorm.weight"), vec![hidden]));
+            list.push((format!("{at}post_attention_layernorm.weight"), vec![hidden]));
+            if self.qk_norm {
+                list.push((format!("{at}self_attn.q_norm.weight"), vec![self.head_dim]));
+                list.push((format!("{at}self_attn.k_norm.weight"), vec![self.head_dim]));
+            }
+        }
+        list
+    }
+
+    /// Everything the architecture needs is there in its shape, and nothing is there that it
+    /// would ignore.
+    pub(crate) fn check_tensors(&self, source: &dyn WeightSource) -> Result<(), ModelError> {
+        let mut known = std::collections::HashSet::new();
+        for (name, shape) in self.plain_tensors() {
+            source.check_plain(&name, &shape)?;
+            known.insert(name);
+        }
+        for index in 0..self.num_hidden_layers {
+            for stage in Stage::ALL {
+                for (layer, k, n) in self.linears(index, stage) {
+                    source.check_linear(&layer, k, n, self.has_bias(stage))?;
+                    known.extend(source.linear_tensors(&layer, self.has_bias(stage)));
+                }
+            }
+        }
+        for name in source.names() {
+            // Older exporters stored the rotary frequencies, and a tied head beside its embedding.
+            let derived = name.ends_with("rotary_emb.inv_freq")
+                || (self.tie_word_embeddings && name == "lm_head.weight");
+            if !derived && !known.contains(&name) {
+                return Err(ModelError::Unexpected {
+                    name,
+                    place: source.place(),
+                    architecture: self.architecture.clone(),
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// `model.layers.INDEX.`
+pub(crate) fn prefix(index: usize) -> String {
+    format!("model.layers.{index}.")
+}
+
+/// Typed access to `config.json`; a present value of the wrong type is an error, never a default.
+pub(crate) struct Fields<'a>(pub &'a Value);
+
+impl Fields<'_> {
+    fn get(&self, key: &str) -> Option<&Value> {
+        self.0.get(key).filter(|value| !value.is_null())
+    }
+
+    fn wrong(key: &'static str, value: &Value, expected: &'static str) -> ConfigError {
+        let value = value.to_string();
+        ConfigError::Value {
+            key,
+            value,
+            expected,
+        }
+    }
+
+    pub fn optional_size(&self, key: &'static str) -> Result<Option<usize>, ConfigError> {
+        self.get(key)
+            .map(|value| {
+                value
+                    .as_u64()
+                    .map(|n| n as usize)
+                    .ok_or_else(|| Self::wrong(key, value, "a whole number"))
+            })
+            .transpose()
+    }
+
+    pub fn size(&self, key: &'static str) -> Result<usize, ConfigError> {
+        self.optional_size(key)?.ok_or(ConfigError::Missing(key))
+    }
+
+    pub fn optional_number(&self, key: &'static str) -> Result<Option<f64>, ConfigError> {
+        self.get(key)
+            .map(|value| {
+                value
+                    .as_f64()
+                    .ok_or_else(|| Self::wrong(key, value, "a number"))
+            })
+            .transpose()
+    }
+
+    pub fn flag(&self, key: &'static str, default: bool) -> Result<bool, ConfigError> {
+        match self.get(key) {
+            None => Ok(default),
+            Some(value) => value
+                .as_bool()
+                .ok_or_else(|| Self::wrong(key, value, "true or false")),
+        }
+    }
+
+    pub fn text(&self, key: &'static str) -> Option<&str> {
+        self.get(key).and_then(Value::as_str)
+    }
+
+    pub fn object(&self, key: &str) -> Option<Fields<'_>> {
+        self.get(key).map(Fields)
+    }
+
+    /// A token id, or the first of several.
+    pub fn first_token(&self, key: &str) -> Option<u32> {
+        let value = self.get(key)?;
+        let first = value
+            .as_array()
+            .and_then(|ids| ids.first())
+            .unwrap_or(value);
+        first.as_u64().map(|id| id as u32)
+    }
+}
+
+/// The part that all families share, with Llama's defaults.
+pub(crate) fn read_common(fields: &Fields<'_>) -> Result<DecoderConfig, ConfigError> {
+    let activation = fields.text("hidden_act").unwrap_or("silu");
+    if activation != "silu" {
+        return Err(ConfigError::Value {
+            key: "hidden_act",
+            value: activation.to_string(),
+            expected: "silu",
+        });
+    }
+    let heads = fields.size("num_attention_heads")?;
+    let hidden_size = fields.size("hidden_size")?;
+    let max_position_embeddings = fields
+        .optional_size("max_position_embeddings")?
+        .unwrap_or(2048);
+    let head_dim = match fields.optional_size("head_dim")? {
+        Some(width) => width,
+        None => hidden_size / heads.max(1),
+    };
+    let (rope_theta, rope_scaling) = crate::rope::read(fields, max_position_embeddings)?;
+    Ok(DecoderConfig {
+        architecture: fields.text("model_type").unwrap_or_default().to_string(),
+        hidden_size,
+        intermediate_size: fields.size("intermediate_size")?,
+        num_hidden_layers: fields.size("num_hidden_layers")?,
+        num_attention_heads: heads,
+        num_key_value_heads: fields
+            .optional_size("num_key_value_heads")?
+            .unwrap_or(heads),
+        head_dim,
+        vocab_size: fields.size("vocab_size")?,
+        max_position_embeddings,
+        rms_norm_eps: fields.optional_number("rms_norm_eps")?.unwrap_or(1e-6),
+        rope_theta,
+        rope_scaling,
+        tie_word_embeddings: fields.flag("tie_word_embeddings", false)?,
+        qkv_bias: false,
+        o_bias: false,
+        mlp_bias: false,
+        qk_norm: false,
+        sliding_window: None,
+        bos_token_id: fields.first_token("bos_token_id"),
+    })
+}

@@ -1,0 +1,122 @@
+//! Decoder architectures on Burn, one block at a time.
+//!
+//! Knows: the `config.json` of Llama, Mistral, Qwen2 and Qwen3 ([`DecoderConfig`], one file a
+//! family under `arch`), rotary scalings, the forward pass of a block cut at the inputs of its
+//! linears ([`Decoder::stage`]), scores of the language-model head, and sampling from the model.
+//!
+//! Does not know: what the inputs are collected for, packed files, calibration data. Burn stays
+//! inside: callers see `f32` slices, names and a run-time [`Device`].
+
+mod arch;
+mod backend;
+mod block;
+mod config;
+mod engine;
+mod rope;
+mod sample;
+mod score;
+mod weights;
+
+use std::sync::Arc;
+
+use gptq_types::{ActivationSink, LayerName, SourceError, Stage};
+
+pub use config::{ConfigError, DecoderConfig};
+pub use rope::RopeScaling;
+pub use sample::{SampleSpec, sample_windows};
+pub use score::{HeadInput, TokenScore};
+pub use weights::{FloatWeights, LinearWeights, WeightSource};
+
+/// Where the forward pass runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Device {
+    /// Burn's Flex backend, with the products of `gptq-kernels`.
+    Cpu,
+}
+
+/// A forward pass that cannot go on.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum ModelError {
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    #[error("tensor `{name}` in {place} is not part of a {architecture} model")]
+    Unexpected {
+        name: String,
+        place: String,
+        architecture: String,
+    },
+    #[error(
+        "token id {id} is outside the vocabulary of {vocab_size}: the tokenizer does not belong to the model"
+    )]
+    TokenOutsideVocabulary { id: u32, vocab_size: usize },
+    #[error(
+        "windows of {tokens} tokens are longer than the sliding window of {window}, which is not supported"
+    )]
+    SlidingWindow { tokens: usize, window: usize },
+    #[error("layer `{0}` is not in the resident block")]
+    NotResident(LayerName),
+}
+
+/// A decoder with one resident block and the hidden states of a set of token windows.
+///
+/// The order of calls: [`embed`](Decoder::embed); for each block
+/// [`load_block`](Decoder::load_block), then either [`forward_block`](Decoder::forward_block) or
+/// the four [`stage`](Decoder::stage)s with weights replaced in between and
+/// [`finish_block`](Decoder::finish_block); at the end [`head_input`](Decoder::head_input).
+pub trait Decoder {
+    /// The architecture.
+    fn config(&self) -> &DecoderConfig;
+
+    /// Starts a pass: hidden states are the embeddings of `windows`.
+    fn embed(&mut self, windows: &[Vec<u32>]) -> Result<(), ModelError>;
+
+    /// Makes block `index` the resident one; the one before is dropped.
+    fn load_block(&mut self, index: usize) -> Result<(), ModelError>;
+
+    /// Computes the input of the linears of `stage` for every token and shows it to `sink`.
+    /// Stages are visited in the order of [`Stage::ALL`], each once.
+    fn stage(&mut self, stage: Stage, sink: &mut dyn ActivationSink);
+
+    /// Adds the output of the last linear to the hidden states.
+    fn finish_block(&mut self);
+
+    /// All four stages and the finish, with nobody looking.
+    fn forward_block(&mut self);
+
+    /// The weight of a resident linear, `[in_features, out_features]` row-major.
+    fn weight(&self, layer: &LayerName) -> Result<Vec<f32>, ModelError>;
+
+    /// Replaces it, so that later stages see the new outputs.
+    fn replace_weight(&mut self, layer: &LayerName, weight: Vec<f32>) -> Result<(), ModelError>;
+
+    /// Batches that the windows were cut into.
+    fn batches(&self) -> usize;
+
+    /// Final-normed hidden states of one batch with the head, in the order of the windows.
+    fn head_input(&mut self, batch: usize) -> Result<HeadInput, ModelError>;
+
+    /// The windows of one batch.
+    fn batch_windows(&self, batch: usize) -> &[Vec<u32>];
+}
+
+/// Opens a decoder over `source`; every tensor is checked for presence and shape at once.
+pub fn open(
+    source: Arc<dyn WeightSource>,
+    config: DecoderConfig,
+    device: Device,
+) -> Result<Box<dyn Decoder>, ModelError> {
+    config.check_tensors(source.as_ref())?;
+    match device {
+        Device::Cpu => Ok(Box::new(engine::Engine::<burn::backend::Flex>::new(
+            source, config,
+        )?)),
+    }
+}
+
+/// The sink that looks at nothing.
+pub(crate) struct Unwatched;
+
+impl ActivationSink for Unwatched {
+    fn observe(&mut self, _: &[f32], _: usize, _: usize) {}
+}

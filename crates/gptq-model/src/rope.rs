@@ -1,0 +1,268 @@
+//! Rotary frequencies and their scalings, as `modeling_rope_utils.py` of transformers has them.
+
+use std::f64::consts::PI;
+
+use gptq_kernels::Rotation;
+
+use crate::config::{ConfigError, Fields};
+
+/// How the rotary frequencies differ from `theta^(-2i/d)`.
+#[derive(Clone, Debug, PartialEq)]
+#[allow(missing_docs)]
+pub enum RopeScaling {
+    /// Not at all.
+    None,
+    /// Positions divided by `factor` (Chen et al. 2023, arXiv:2306.15595).
+    Linear { factor: f64 },
+    /// Base grown with the window beyond the trained length (NTK-aware).
+    Dynamic { factor: f64, original: usize },
+    /// Low frequencies divided by `factor`, high ones kept, a ramp between (Llama 3.1).
+    Llama3 {
+        factor: f64,
+        low_freq_factor: f64,
+        high_freq_factor: f64,
+        original: usize,
+    },
+    /// Interpolation by wavelength and a temperature (Peng et al. 2023, arXiv:2309.00071).
+    Yarn {
+        factor: f64,
+        beta_fast: f64,
+        beta_slow: f64,
+        attention_factor: f64,
+        original: usize,
+    },
+}
+
+/// `rope_theta` and the scaling from either spelling: `rope_theta` + `rope_scaling`, or the
+/// `rope_parameters` of transformers 5.
+pub(crate) fn read(
+    fields: &Fields<'_>,
+    max_positions: usize,
+) -> Result<(f64, RopeScaling), ConfigError> {
+    const DEFAULT_THETA: f64 = 10_000.0;
+    let block = fields
+        .object("rope_parameters")
+        .or_else(|| fields.object("rope_scaling"));
+    let theta = match &block {
+        Some(block) => block.optional_number("rope_theta")?,
+        None => None,
+    };
+    let theta = match theta {
+        Some(theta) => theta,
+        None => fields
+            .optional_number("rope_theta")?
+            .unwrap_or(DEFAULT_THETA),
+    };
+    let scaling = match &block {
+        Some(block) => read_scaling(block, max_positions)?,
+        None => RopeScaling::None,
+    };
+    Ok((theta, scaling))
+}
+
+fn read_scaling(block: &Fields<'_>, max_positions: usize) -> Result<RopeScaling, ConfigError> {
+    let number = |key| block.optional_number(key)?.ok_or(ConfigError::Missing(key));
+    let kind = block.text("rope_type").or_else(|| block.text("type"));
+    let original = block
+        .optional_size("original_max_position_embeddings")?
+        .unwrap_or(max_positions);
+    match kind {
+        None | Some("default") => Ok(RopeScaling::None),
+        Some("linear") => Ok(RopeScaling::Linear {
+            factor: number("factor")?,
+        }),
+        Some("dynamic") => Ok(RopeScaling::Dynamic {
+            factor: number("factor")?,
+            original,
+        }),
+        Some("llama3") => Ok(RopeScaling::Llama3 {
+            factor: number("factor")?,
+            low_freq_factor: number("low_freq_factor")?,
+            high_freq_factor: number("high_freq_factor")?,
+            original,
+        }),
+        Some("yarn") => {
+            let factor = number("factor")?;
+            Ok(RopeScaling::Yarn {
+                factor,
+                beta_fast: block.optional_number("beta_fast")?.unwrap_or(32.0),
+                beta_slow: block.optional_number("beta_slow")?.unwrap_or(1.0),
+                attention_factor: yarn_attention_factor(block, factor)?,
+                original,
+            })
+        }
+        Some(other) => Err(ConfigError::Value {
+            key: "rope_scaling",
+            value: other.to_string(),
+            expected: "linear, dynamic, llama3 or yarn",
+        }),
+    }
+}
+
+fn yarn_attention_factor(block: &Fields<'_>, factor: f64) -> Result<f64, ConfigError> {
+    if let Some(given) = block.optional_number("attention_factor")? {
+        return Ok(given);
+    }
+    let temperature = |mscale: f64| match factor > 1.0 {
+        true => 0.1 * mscale * factor.ln() + 1.0,
+        false => 1.0,
+    };
+    let mscale = block.optional_number("mscale")?.filter(|&m| m != 0.0);
+    let all_dim = block
+        .optional_number("mscale_all_dim")?
+        .filter(|&m| m != 0.0);
+    Ok(match (mscale, all_dim) {
+        (Some(mscale), Some(all_dim)) => temperature(mscale) / temperature(all_dim),
+        _ => temperature(1.0),
+    })
+}
+
+impl RopeScaling {
+    /// Tables for `positions` of windows `tokens` long.
+    pub(crate) fn rotation(
+        &self,
+        head_dim: usize,
+        theta: f64,
+        positions: std::ops::Range<usize>,
+        tokens: usize,
+    ) -> Rotation {
+        let frequencies: Vec<f32> = self
+            .inverse_frequencies(head_dim, theta, tokens)
+            .into_iter()
+            .map(|f| f as f32)
+            .collect();
+        let scale = match self {
+            RopeScaling::Yarn {
+                attention_factor, ..
+            } => *attention_factor as f32,
+            _ => 1.0,
+        };
+        Rotation::new(&frequencies, positions, scale)
+    }
+
+    /// `[head_dim / 2]`.
+    fn inverse_frequencies(&self, head_dim: usize, theta: f64, tokens: usize) -> Vec<f64> {
+        let d = head_dim as f64;
+        let plain = |theta: f64| -> Vec<f64> {
+            (0..head_dim / 2)
+                .map(|i| theta.powf(-2.0 * i as f64 / d))
+                .collect()
+        };
+        match *self {
+            RopeScaling::None => plain(theta),
+            RopeScaling::Linear { factor } => {
+                plain(theta).into_iter().map(|f| f / factor).collect()
+            }
+            RopeScaling::Dynamic { factor, original } => {
+                let reach = tokens.max(original) as f64 / original as f64;
+                let growth = factor * reach - (factor - 1.0);
+                plain(theta * growth.powf(d / (d - 2.0)))
+            }
+            RopeScaling::Llama3 {
+                factor,
+                low_freq_factor,
+                high_freq_factor,
+                original,
+            } => plain(theta)
+                .into_iter()
+                .map(|f| {
+                    let turns = original as f64 * f / (2.0 * PI);
+                    let keep = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor);
+                    let keep = keep.clamp(0.0, 1.0);
+                    (1.0 - keep) * f / factor + keep * f
+                })
+                .collect(),
+            RopeScaling::Yarn {
+                factor,
+                beta_fast,
+                beta_slow,
+                original,
+                ..
+            } => {
+                let dimension_of = |turns: f64| {
+                    d * (original as f64 / (turns * 2.0 * PI)).ln() / (2.0 * theta.ln())
+                };
+                let low = dimension_of(beta_fast).floor().max(0.0);
+                let high = dimension_of(beta_slow).ceil().min(d - 1.0);
+                let high = if high == low { low + 0.001 } else { high };
+                let ramp = |i: usize| ((i as f64 - low) / (high - low)).clamp(0.0, 1.0);
+                plain(theta)
+                    .into_iter()
+                    .enumerate()
+                    .map(|(i, f)| f / factor * ramp(i) + f * (1.0 - ramp(i)))
+                    .collect()
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn scaling(json: &str) -> (f64, RopeScaling) {
+        let json: serde_json::Value = serde_json::from_str(json).unwrap();
+        read(&Fields(&json), 4096).unwrap()
+    }
+
+    /// Values of transformers 4.46 `ROPE_INIT_FUNCTIONS`, recomputed from their formulas in
+    /// arbitrary precision; head width 8.
+    #[test]
+    fn frequencies_of_every_scaling() {
+        let (theta, linear) = scaling(
+            r#"{"rope_scaling": {"type": "linear", "factor": 8.0}, "rope_theta": 10000.0}"#,
+        );
+        let got = linear.inverse_frequencies(8, theta, 2048);
+        for (got, want) in got.iter().zip([0.125, 0.0125, 0.00125, 0.000125]) {
+            assert!((got / want - 1.0).abs() < 1e-12);
+        }
+
+        let (theta, dynamic) = scaling(r#"{"rope_scaling": {"type": "dynamic", "factor": 2.0}}"#);
+        assert_eq!(
+            dynamic.inverse_frequencies(8, theta, 4096),
+            RopeScaling::None.inverse_frequencies(8, theta, 4096)
+        );
+        let grown = dynamic.inverse_frequencies(8, theta, 8192);
+        let base: f64 = 10_000.0 * 3.0f64.powf(8.0 / 6.0);
+        assert!((grown[1] / base.powf(-0.25) - 1.0).abs() < 1e-12);
+
+        let (theta, llama3) = scaling(
+            r#"{"rope_parameters": {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0,
+                "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192}}"#,
+        );
+        let plain = RopeScaling::None.inverse_frequencies(8, theta, 0);
+        let got = llama3.inverse_frequencies(8, theta, 0);
+        assert_eq!(theta, 500_000.0);
+        assert_eq!(got[0], plain[0]);
+        assert!((got[3] * 8.0 / plain[3] - 1.0).abs() < 1e-12);
+        let turns = 8192.0 * plain[2] / (2.0 * PI);
+        let smooth = (turns - 1.0) / 3.0;
+        let want = (1.0 - smooth) * plain[2] / 8.0 + smooth * plain[2];
+        assert!((got[2] / want - 1.0).abs() < 1e-12, "{turns}");
+
+        let (theta, yarn) = scaling(
+            r#"{"rope_scaling": {"rope_type": "yarn", "factor": 4.0,
+                "original_max_position_embeddings": 32768}, "rope_theta": 1000000.0}"#,
+        );
+        let got = yarn.inverse_frequencies(128, theta, 0);
+        let plain = RopeScaling::None.inverse_frequencies(128, theta, 0);
+        assert_eq!(got[0], plain[0]);
+        assert!((got[63] * 4.0 / plain[63] - 1.0).abs() < 1e-12);
+        let RopeScaling::Yarn {
+            attention_factor, ..
+        } = yarn
+        else {
+            panic!("not yarn");
+        };
+        assert!((attention_factor - (0.1 * 4.0f64.ln() + 1.0)).abs() < 1e-12);
+    }
+
+    #[test]
+    fn an_unknown_scaling_is_refused_by_name() {
+        let json: serde_json::Value =
+            serde_json::from_str(r#"{"rope_scaling": {"rope_type": "longrope"}}"#).unwrap();
+        let error = read(&Fields(&json), 4096).unwrap_err().to_string();
+        assert!(error.contains("longrope"), "{error}");
+    }
+}

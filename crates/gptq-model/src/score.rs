@@ -1,0 +1,248 @@
+//! The language-model head: logits, likelihoods, and divergence from another model.
+
+use std::sync::Arc;
+
+use gptq_kernels::{exp, multiply_transposed, vectorised};
+use rayon::prelude::*;
+
+/// Rows scored together, and head rows multiplied at a time: a tile of logits takes 4 MB.
+const ROWS: usize = 128;
+const VOCAB_TILE: usize = 8192;
+
+/// Final-normed hidden states and the head they go through.
+pub struct HeadInput {
+    pub(crate) normed: Vec<f32>,    // [tokens, width]
+    pub(crate) head: Arc<Vec<f32>>, // [vocab, width]
+    pub(crate) width: usize,
+}
+
+/// What the model says about one next token.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct TokenScore {
+    /// `-ln p(target)`, nats.
+    pub nll: f64,
+    /// `sum p ln(p/q)` in nats, `p` the reference; 0 without one.
+    pub kl: f64,
+    /// Whether the likeliest token is the reference's; true without one.
+    pub top1_agrees: bool,
+}
+
+impl HeadInput {
+    /// Tokens of the batch.
+    pub fn tokens(&self) -> usize {
+        self.normed.len() / self.width
+    }
+
+    fn vocab(&self) -> usize {
+        self.head.len() / self.width
+    }
+
+    /// Logits `[tokens, vocab]` row-major, for short inputs.
+    pub fn logits(&self) -> Vec<f32> {
+        let (rows, vocab) = (self.tokens(), self.vocab());
+        let mut out = vec![0.0; rows * vocab];
+        multiply_transposed(&mut out, &self.normed, &self.head, rows, self.width, vocab);
+        out
+    }
+
+    /// Scores row `row` of the batch for the token that follows it, for all `(row, target)`.
+    /// `reference` holds the same rows of another model with the same vocabulary.
+    pub fn score(
+        &self,
+        targets: &[(usize, u32)],
+        reference: Option<&HeadInput>,
+    ) -> Vec<TokenScore> {
+        targets
+            .par_chunks(ROWS)
+            .flat_map_iter(|targets| self.score_rows(targets, reference))
+            .collect()
+    }
+
+    fn score_rows(
+        &self,
+        targets: &[(usize, u32)],
+        reference: Option<&HeadInput>,
+    ) -> Vec<TokenScore> {
+        let mut running = vec![Running::default(); targets.len()];
+        let own = self.gather(targets);
+        let other = reference.map(|reference| reference.gather(targets));
+        let vocab = self.vocab();
+        let (mut q, mut p) = (Vec::new(), Vec::new());
+        for first in (0..vocab).step_by(VOCAB_TILE) {
+            let count = VOCAB_TILE.min(vocab - first);
+            self.tile(&own, first, count, &mut q);
+            if let (Some(reference), Some(other)) = (reference, &other) {
+                reference.tile(other, first, count, &mut p);
+            }
+            for (row, (running, &(_, target))) in running.iter_mut().zip(targets).enumerate() {
+                let q = &q[row * count..(row + 1) * count];
+                let p = p.get(row * count..(row + 1) * count);
+                vectorised(|| running.add(q, p, first));
+                if let Some(at) = (target as usize)
+                    .checked_sub(first)
+                    .filter(|&at| at < count)
+                {
+                    running.target = q[at];
+                }
+            }
+        }
+        running.iter().map(Running::finish).collect()
+    }
+
+    fn gather(&self, targets: &[(usize, u32)]) -> Vec<f32> {
+        (targets.iter())
+            .flat_map(|&(row, _)| &self.normed[row * self.width..(row + 1) * self.width])
+            .copied()
+            .collect()
+    }
+
+    /// Logits of `rows` for the tokens `first..first + count`.
+    fn tile(&self, rows: &[f32], first: usize, count: usize, out: &mut Vec<f32>) {
+        let m = rows.len() / self.width;
+        out.resize(m * count, 0.0);
+        let head = &self.head[first * self.width..(first + count) * self.width];
+        multiply_transposed(out, rows, head, m, self.width, count);
+    }
+}
+
+/// Log-sum-exps of both models over the part of the vocabulary seen so far, each relative to its
+/// own running maximum, and `sum e^p (p - q)` on the reference's scale.
+#[derive(Clone)]
+struct Running {
+    q: Partition,
+    p: Partition,
+    difference: f64,
+    target: f32,
+    with_reference: bool,
+}
+
+#[derive(Clone, Copy)]
+struct Partition {
+    max: f32,
+    argmax: usize,
+    sum: f64,
+}
+
+impl Default for Running {
+    fn default() -> Self {
+        let empty = Partition {
+            max: f32::NEG_INFINITY,
+            argmax: 0,
+            sum: 0.0,
+        };
+        Running {
+            q: empty,
+            p: empty,
+            difference: 0.0,
+            target: f32::NAN,
+            with_reference: false,
+        }
+    }
+}
+
+impl Partition {
+    /// Takes a tile in; returns by how much earlier sums shrank.
+    #[inline(always)]
+    fn add(&mut self, logits: &[f32], first: usize) -> f64 {
+        let mut shrink = 1.0;
+        let tile_max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        if tile_max > self.max {
+            shrink = f64::from(self.max - tile_max).exp();
+            self.max = tile_max;
+            let at = logits.iter().position(|&x| x == tile_max).unwrap_or(0);
+            self.argmax = first + at;
+        }
+        let max = self.max;
+        self.sum = self.sum * shrink + lane_sum(logits, |x| exp(x - max));
+        shrink
+    }
+
+    fn log(&self) -> f64 {
+        f64::from(self.max) + self.sum.ln()
+    }
+}
+
+#[inline(always)]
+fn lane_sum(x: &[f32], f: impl Fn(f32) -> f32) -> f64 {
+    let mut lanes = [0.0f32; 16];
+    let chunks = x.chunks_exact(16);
+    let tail: f32 = chunks.remainder().iter().map(|&x| f(x)).sum();
+    for chunk in chunks {
+        for (lane, &x) in lanes.iter_mut().zip(chunk) {
+            *lane += f(x);
+        }
+    }
+    lanes.iter().map(|&lane| f64::from(lane)).sum::<f64>() + f64::from(tail)
+}
+
+impl Running {
+    #[inline(always)]
+    fn add(&mut self, q: &[f32], p: Option<&[f32]>, first: usize) {
+        self.q.add(q, first);
+        let Some(p) = p else { return };
+        self.with_reference = true;
+        let shrink = self.p.add(p, first);
+        let max = self.p.max;
+        let mut lanes = [0.0f64; 8];
+        for (at, (&p, &q)) in p.iter().zip(q).enumerate() {
+            lanes[at % 8] += f64::from(exp(p - max) * (p - q));
+        }
+        self.difference = self.difference * shrink + lanes.iter().sum::<f64>();
+    }
+
+    fn finish(&self) -> TokenScore {
+        let nll = self.q.log() - f64::from(self.target);
+        if !self.with_reference {
+            return TokenScore {
+                nll,
+                kl: 0.0,
+                top1_agrees: true,
+            };
+        }
+        TokenScore {
+            nll,
+            kl: self.difference / self.p.sum - self.p.log() + self.q.log(),
+            top1_agrees: self.p.argmax == self.q.argmax,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn input(seed: f32, vocab: usize) -> HeadInput {
+        let width = 6;
+        let wave = |len: usize, step: f32| (0..len).map(|i| (i as f32 * step).sin()).collect();
+        HeadInput {
+            normed: wave(5 * width, seed),
+            head: Arc::new(wave(vocab * width, 0.7)),
+            width,
+        }
+    }
+
+    /// More than one tile, so that sums are carried over.
+    #[test]
+    fn scores_agree_with_the_definition_over_whole_rows() {
+        let vocab = VOCAB_TILE + 77;
+        let (own, other) = (input(0.31, vocab), input(0.35, vocab));
+        let targets = [(0, 3u32), (4, (vocab - 1) as u32)];
+        let scores = own.score(&targets, Some(&other));
+        let softmax = |logits: &[f32]| -> Vec<f64> {
+            let exps: Vec<f64> = logits.iter().map(|&x| f64::from(x).exp()).collect();
+            let sum: f64 = exps.iter().sum();
+            exps.iter().map(|e| e / sum).collect()
+        };
+        let (ql, pl) = (own.logits(), other.logits());
+        for (score, &(row, target)) in scores.iter().zip(&targets) {
+            let q = softmax(&ql[row * vocab..(row + 1) * vocab]);
+            let p = softmax(&pl[row * vocab..(row + 1) * vocab]);
+            let kl: f64 = p.iter().zip(&q).map(|(p, q)| p * (p / q).ln()).sum();
+            assert!((score.nll + q[target as usize].ln()).abs() < 1e-5);
+            assert!((score.kl - kl).abs() < 1e-5, "{} against {kl}", score.kl);
+        }
+        let alone = own.score(&targets, None);
+        assert_eq!(alone[0].nll, scores[0].nll);
+        assert!(alone[0].top1_agrees);
+    }
+}

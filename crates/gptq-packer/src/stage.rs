@@ -1,0 +1,604 @@
+//! A checkpoint comes into being beside its place and is renamed into it when it is whole.
+//!
+//! The shard files have their full length and real disk blocks from the start, so a full disk is
+//! found before hours of work and not after them. Tensors may be written in any order, from any
+//! thread, and again after a restart.
+
+use std::fs::{self, File};
+use std::io::{self, ErrorKind, Write};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use gptq_types::{SourceError, TensorInfo, TensorSource};
+
+use crate::durable::{parent_of, replace_file, sync_folder};
+use crate::layout::{CheckpointLayout, INDEX_FILE, Placement};
+use crate::shard_files::{
+    fill, lock, refuse_foreign_shards, remove_leftovers, reopen_shard, shard_names, write_index,
+};
+
+/// A checkpoint that could not be staged.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum StageError {
+    #[error("`{}` does not name a folder to write", .0.display())]
+    BadName(PathBuf),
+    #[error("`{}` exists and is not an empty folder", .0.display())]
+    Occupied(PathBuf),
+    #[error("`{}` is a mount point and cannot be replaced by a rename", .0.display())]
+    MountPoint(PathBuf),
+    #[error("`{}` is left from an earlier run", .0.display())]
+    PartialExists(PathBuf),
+    #[error("`{}` does not exist", .0.display())]
+    NoPartial(PathBuf),
+    #[error("`{}` is being written by another process", .0.display())]
+    InUse(PathBuf),
+    #[error("`{}` needs {needed} bytes, {free} are free", path.display())]
+    NoSpace {
+        path: PathBuf,
+        needed: u64,
+        free: u64,
+    },
+    #[error("`{}` was begun with another layout: {difference}", path.display())]
+    Differs { path: PathBuf, difference: String },
+    #[error("tensor `{name}` is not part of `{}`", path.display())]
+    Unknown { path: PathBuf, name: String },
+    #[error("tensor `{name}` has {found} bytes, `{}` holds {expected} for it", path.display())]
+    Length {
+        path: PathBuf,
+        name: String,
+        found: u64,
+        expected: u64,
+    },
+    #[error("{count} tensors were never written to `{}`, the first is `{first}`", path.display())]
+    Unwritten {
+        path: PathBuf,
+        count: usize,
+        first: String,
+    },
+    #[error("`{0}` is not a plain file name, or belongs to a shard")]
+    BadFileName(String),
+    #[error("cannot {action} `{}`: {source}", path.display())]
+    Io {
+        action: &'static str,
+        path: PathBuf,
+        source: io::Error,
+    },
+}
+
+pub(crate) fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StageError {
+    let path = path.to_path_buf();
+    move |source| StageError::Io {
+        action,
+        path,
+        source,
+    }
+}
+
+/// A checkpoint under construction. Dropping it leaves the partial folder for a later
+/// [`StagedCheckpoint::reopen`].
+#[derive(Debug)]
+pub struct StagedCheckpoint {
+    out_dir: PathBuf,
+    partial: PathBuf,
+    layout: CheckpointLayout,
+    /// One per shard; the first is locked while this value lives.
+    files: Vec<File>,
+    /// One per tensor, by [`Placement`] number.
+    written: Vec<AtomicBool>,
+}
+
+impl StagedCheckpoint {
+    /// Makes `.{name}.partial` beside `out_dir` and allocates every shard in it.
+    ///
+    /// # Errors
+    /// An `out_dir` that holds something, a partial folder of an earlier run, a disk without room.
+    /// Nothing is left behind then.
+    pub fn create(out_dir: &Path, layout: &CheckpointLayout) -> Result<Self, StageError> {
+        let out_dir = vacant(out_dir)?;
+        let partial = partial_path(&out_dir)?;
+        let parent = parent_of(&out_dir);
+        fs::create_dir_all(&parent).map_err(io_error("create", &parent))?;
+        match fs::create_dir(&partial) {
+            Ok(()) => {}
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+                return Err(StageError::PartialExists(partial));
+            }
+            Err(source) => return Err(io_error("create", &partial)(source)),
+        }
+        let filled = fill(&partial, layout);
+        if filled.is_err() {
+            // The first error is the one to report; what remains is an empty promise either way.
+            let _ = fs::remove_dir_all(&partial);
+        }
+        Ok(Self::new(out_dir, partial, layout, filled?))
+    }
+
+    /// Takes up the partial folder of an earlier run. No tensor counts as written until
+    /// [`StagedCheckpoint::mark_written`] or [`StagedCheckpoint::write`] says so.
+    ///
+    /// # Errors
+    /// Shards whose headers are not byte for byte those of `layout`; the difference is named.
+    pub fn reopen(out_dir: &Path, layout: &CheckpointLayout) -> Result<Self, StageError> {
+        let out_dir = vacant(out_dir)?;
+        let partial = partial_path(&out_dir)?;
+        if !partial.is_dir() {
+            return Err(StageError::NoPartial(partial));
+        }
+        refuse_foreign_shards(&partial, layout)?;
+        let files = layout
+            .shards()
+            .iter()
+            .map(|shard| reopen_shard(&partial, shard))
+            .collect::<Result<Vec<_>, _>>()?;
+        lock(&files, &partial)?;
+        remove_leftovers(&partial)?;
+        write_index(&partial, layout)?;
+        Ok(Self::new(out_dir, partial, layout, files))
+    }
+
+    fn new(
+        out_dir: PathBuf,
+        partial: PathBuf,
+        layout: &CheckpointLayout,
+        files: Vec<File>,
+    ) -> Self {
+        let count = layout.tensors().len();
+        StagedCheckpoint {
+            out_dir,
+            partial,
+            layout: layout.clone(),
+            files,
+            written: (0..count).map(|_| AtomicBool::new(false)).collect(),
+        }
+    }
+
+    /// The folder that holds the files until they are published.
+    pub fn partial_dir(&self) -> &Path {
+        &self.partial
+    }
+
+    /// The plan this checkpoint follows.
+    pub fn layout(&self) -> &CheckpointLayout {
+        &self.layout
+    }
+
+    /// Puts a tensor in its place. Several threads may write at once.
+    ///
+    /// # Errors
+    /// A name outside the layout, bytes of another length, and anything the disk refuses.
+    pub fn write(&self, name: &str, bytes: &[u8]) -> Result<(), StageError> {
+        let placement = self.placement(name)?;
+        if placement.bytes != bytes.len() as u64 {
+            return Err(StageError::Length {
+                path: self.shard_path(placement),
+                name: name.to_string(),
+                found: bytes.len() as u64,
+                expected: placement.bytes,
+            });
+        }
+        self.files[placement.shard]
+            .write_all_at(bytes, placement.offset)
+            .map_err(io_error("write", &self.shard_path(placement)))?;
+        self.written[placement.number].store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// Declares that an earlier run wrote this tensor; its bytes are not looked at.
+    pub fn mark_written(&self, name: &str) -> Result<(), StageError> {
+        let placement = self.placement(name)?;
+        self.written[placement.number].store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// Whether the tensor was written or declared written.
+    pub fn is_written(&self, name: &str) -> bool {
+        self.layout
+            .placement(name)
+            .is_some_and(|placement| self.written[placement.number].load(Ordering::Acquire))
+    }
+
+    /// Makes everything written so far survive a power cut; to be called before a journal says so.
+    pub fn sync(&self) -> Result<(), StageError> {
+        for (file, shard) in self.files.iter().zip(self.layout.shards()) {
+            let path = self.partial.join(&shard.file_name);
+            file.sync_all().map_err(io_error("sync", &path))?;
+        }
+        Ok(())
+    }
+
+    /// Adds a small file such as `config.json`; one of the same name is replaced.
+    pub fn add_file(&self, file_name: &str, bytes: &[u8]) -> Result<(), StageError> {
+        let path = self.extra_path(file_name)?;
+        replace_file(&path, |file| file.write_all(bytes)).map_err(io_error("write", &path))
+    }
+
+    /// Adds a copy of `source` under its own name. Only bytes are copied, not permissions: a
+    /// read-only original must not make the copy unreplaceable.
+    pub fn copy_file(&self, source: &Path) -> Result<(), StageError> {
+        let name = source.file_name().map(|name| name.to_string_lossy());
+        let name = name.ok_or_else(|| StageError::BadFileName(source.display().to_string()))?;
+        let path = self.extra_path(&name)?;
+        let mut from = File::open(source).map_err(io_error("open", source))?;
+        replace_file(&path, |file| io::copy(&mut from, file).map(drop))
+            .map_err(io_error("copy to", &path))
+    }
+
+    /// Syncs everything and renames the partial folder to `out_dir`, in one step: readers see no
+    /// checkpoint or all of it.
+    ///
+    /// # Errors
+    /// Tensors that were never written; an `out_dir` that has been filled meanwhile. The partial
+    /// folder then stays.
+    pub fn publish(self) -> Result<PathBuf, StageError> {
+        self.refuse_unwritten()?;
+        self.sync()?;
+        sync_folder(&self.partial).map_err(io_error("sync", &self.partial))?;
+        // rename(2) replaces an empty folder and refuses a full one.
+        fs::rename(&self.partial, &self.out_dir).map_err(|source| match source.kind() {
+            ErrorKind::DirectoryNotEmpty | ErrorKind::AlreadyExists | ErrorKind::NotADirectory => {
+                StageError::Occupied(self.out_dir.clone())
+            }
+            _ => io_error("rename the partial folder to", &self.out_dir)(source),
+        })?;
+        let parent = parent_of(&self.out_dir);
+        sync_folder(&parent).map_err(io_error("sync", &parent))?;
+        Ok(self.out_dir)
+    }
+
+    /// Removes the partial folder and everything in it.
+    pub fn discard(self) -> Result<(), StageError> {
+        fs::remove_dir_all(&self.partial).map_err(io_error("remove", &self.partial))
+    }
+
+    fn refuse_unwritten(&self) -> Result<(), StageError> {
+        let mut missing = self
+            .layout
+            .tensors()
+            .keys()
+            .filter(|name| !self.is_written(name));
+        match missing.next() {
+            None => Ok(()),
+            Some(first) => Err(StageError::Unwritten {
+                path: self.partial.clone(),
+                first: first.clone(),
+                count: 1 + missing.count(),
+            }),
+        }
+    }
+
+    fn placement(&self, name: &str) -> Result<Placement, StageError> {
+        self.layout
+            .placement(name)
+            .ok_or_else(|| StageError::Unknown {
+                path: self.partial.clone(),
+                name: name.to_string(),
+            })
+    }
+
+    fn shard_path(&self, placement: Placement) -> PathBuf {
+        self.partial
+            .join(&self.layout.shards()[placement.shard].file_name)
+    }
+
+    fn extra_path(&self, file_name: &str) -> Result<PathBuf, StageError> {
+        let plain = Path::new(file_name).file_name() == Some(file_name.as_ref());
+        if !plain || file_name == INDEX_FILE || file_name.ends_with(".safetensors") {
+            return Err(StageError::BadFileName(file_name.to_string()));
+        }
+        Ok(self.partial.join(file_name))
+    }
+}
+
+/// What was written can be read back before it is published.
+impl TensorSource for StagedCheckpoint {
+    fn place(&self) -> String {
+        self.partial.display().to_string()
+    }
+
+    fn names(&self) -> Vec<String> {
+        self.layout.tensors().keys().cloned().collect()
+    }
+
+    fn info(&self, name: &str) -> Option<TensorInfo> {
+        self.layout.tensors().get(name).cloned()
+    }
+
+    fn bytes(&self, name: &str) -> Result<Vec<u8>, SourceError> {
+        let Some(placement) = self.layout.placement(name) else {
+            return Err(SourceError::Missing {
+                name: name.to_string(),
+                place: self.place(),
+            });
+        };
+        if !self.is_written(name) {
+            return Err(SourceError::Invalid {
+                name: name.to_string(),
+                reason: format!("not yet written to {}", self.place()),
+            });
+        }
+        let mut bytes = vec![0; placement.bytes as usize];
+        match self.files[placement.shard].read_exact_at(&mut bytes, placement.offset) {
+            Ok(()) => Ok(bytes),
+            Err(source) => Err(SourceError::Read {
+                name: name.to_string(),
+                path: self.shard_path(placement).display().to_string(),
+                source,
+            }),
+        }
+    }
+}
+
+/// The folder in which a checkpoint for `out_dir` is built: `.{name}.partial` beside it, so that
+/// the final rename stays on one filesystem.
+pub fn partial_path(out_dir: &Path) -> Result<PathBuf, StageError> {
+    let name = out_dir
+        .file_name()
+        .ok_or_else(|| StageError::BadName(out_dir.to_path_buf()))?;
+    let mut partial = std::ffi::OsString::from(".");
+    partial.push(name);
+    partial.push(".partial");
+    Ok(out_dir.with_file_name(partial))
+}
+
+/// Removes the partial folder of an earlier run, if there is one; says whether there was.
+///
+/// # Errors
+/// A partial folder that another process is writing.
+pub fn discard_partial(out_dir: &Path) -> Result<bool, StageError> {
+    let partial = partial_path(&vacant(out_dir)?)?;
+    if !partial.is_dir() {
+        return Ok(false);
+    }
+    for name in shard_names(&partial)? {
+        let path = partial.join(name);
+        let file = File::open(&path).map_err(io_error("open", &path))?;
+        lock(std::slice::from_ref(&file), &partial)?;
+    }
+    fs::remove_dir_all(&partial).map_err(io_error("remove", &partial))?;
+    Ok(true)
+}
+
+/// The absolute path, which is free: nothing there, or an empty folder that a rename can replace.
+fn vacant(out_dir: &Path) -> Result<PathBuf, StageError> {
+    if !out_dir.exists() {
+        let path = std::path::absolute(out_dir).map_err(io_error("resolve", out_dir))?;
+        return match path.file_name() {
+            Some(_) => Ok(path),
+            None => Err(StageError::BadName(out_dir.to_path_buf())),
+        };
+    }
+    let path = fs::canonicalize(out_dir).map_err(io_error("resolve", out_dir))?;
+    let occupied = !path.is_dir()
+        || fs::read_dir(&path)
+            .map_err(io_error("read", &path))?
+            .next()
+            .is_some();
+    if occupied {
+        return Err(StageError::Occupied(path));
+    }
+    let device = |path: &Path| fs::metadata(path).map(|metadata| metadata.dev());
+    let here = device(&path).map_err(io_error("read", &path))?;
+    let above = device(&parent_of(&path)).map_err(io_error("read", &path))?;
+    if here != above {
+        return Err(StageError::MountPoint(path));
+    }
+    Ok(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use gptq_types::Dtype;
+
+    use super::*;
+    use crate::SafetensorsFile;
+
+    fn layout(max_shard_bytes: u64) -> CheckpointLayout {
+        layout_of(&[("a", 3), ("b", 8)], max_shard_bytes)
+    }
+
+    fn layout_of(tensors: &[(&str, usize)], max_shard_bytes: u64) -> CheckpointLayout {
+        let tensors = tensors
+            .iter()
+            .map(|&(name, count)| {
+                let info = TensorInfo {
+                    dtype: Dtype::U8,
+                    shape: vec![count],
+                };
+                (name.to_string(), info)
+            })
+            .collect();
+        CheckpointLayout::plan(tensors, max_shard_bytes).unwrap()
+    }
+
+    fn entries(folder: &Path) -> Vec<String> {
+        let mut names: Vec<_> = fs::read_dir(folder)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn a_checkpoint_appears_whole() {
+        let folder = tempfile::tempdir().unwrap();
+        let out = folder.path().join("deep/out");
+        fs::create_dir_all(&out).unwrap();
+        let staged = StagedCheckpoint::create(&out, &layout(8)).unwrap();
+        assert_eq!(entries(&out), [""; 0]);
+        staged.write("b", &[2; 8]).unwrap();
+        staged.write("a", &[1; 3]).unwrap();
+        staged.add_file("config.json", b"{}").unwrap();
+        let original = folder.path().join("tokenizer.json");
+        fs::write(&original, "[]").unwrap();
+        staged.copy_file(&original).unwrap();
+        assert_eq!(staged.bytes("a").unwrap(), [1; 3]);
+        let published = staged.publish().unwrap();
+        assert_eq!(
+            entries(&published),
+            [
+                "config.json",
+                "model-00001-of-00002.safetensors",
+                "model-00002-of-00002.safetensors",
+                "model.safetensors.index.json",
+                "tokenizer.json"
+            ]
+        );
+        assert_eq!(entries(out.parent().unwrap()), ["out"]);
+        let second = out.join("model-00002-of-00002.safetensors");
+        let file = SafetensorsFile::open(&second).unwrap();
+        assert_eq!(file.read("b").unwrap(), [2; 8]);
+        assert_eq!(file.metadata()["format"], "pt");
+    }
+
+    #[test]
+    fn publishing_needs_every_tensor() {
+        let folder = tempfile::tempdir().unwrap();
+        let out = folder.path().join("out");
+        let staged = StagedCheckpoint::create(&out, &layout(100)).unwrap();
+        staged.write("a", &[1; 3]).unwrap();
+        let error = staged.publish().unwrap_err();
+        assert!(
+            matches!(&error, StageError::Unwritten { count: 1, first, .. } if first == "b"),
+            "{error}"
+        );
+        assert!(!out.exists());
+        let leftover = folder.path().join(".out.partial/.config.json.partial");
+        fs::write(&leftover, "{").unwrap();
+        let staged = StagedCheckpoint::reopen(&out, &layout(100)).unwrap();
+        assert!(!leftover.exists());
+        assert!(!staged.is_written("a"));
+        staged.mark_written("a").unwrap();
+        staged.write("b", &[2; 8]).unwrap();
+        assert_eq!(staged.bytes("a").unwrap(), [1; 3]);
+        staged.publish().unwrap();
+    }
+
+    #[test]
+    fn what_is_there_is_never_overwritten() {
+        let folder = tempfile::tempdir().unwrap();
+        let out = folder.path().join("out");
+        fs::create_dir(&out).unwrap();
+        fs::write(out.join("precious"), "x").unwrap();
+        assert!(matches!(
+            StagedCheckpoint::create(&out, &layout(100)),
+            Err(StageError::Occupied(_))
+        ));
+        fs::remove_file(out.join("precious")).unwrap();
+        let staged = StagedCheckpoint::create(&out, &layout(100)).unwrap();
+        staged.write("a", &[1; 3]).unwrap();
+        staged.write("b", &[2; 8]).unwrap();
+        fs::write(out.join("precious"), "y").unwrap();
+        assert!(matches!(staged.publish(), Err(StageError::Occupied(_))));
+        assert_eq!(fs::read_to_string(out.join("precious")).unwrap(), "y");
+    }
+
+    #[test]
+    fn nothing_is_left_after_discard() {
+        let folder = tempfile::tempdir().unwrap();
+        let out = folder.path().join("out");
+        let staged = StagedCheckpoint::create(&out, &layout(100)).unwrap();
+        assert!(matches!(
+            StagedCheckpoint::create(&out, &layout(100)),
+            Err(StageError::PartialExists(_))
+        ));
+        assert!(matches!(
+            StagedCheckpoint::reopen(&out, &layout(100)),
+            Err(StageError::InUse(_))
+        ));
+        assert!(matches!(discard_partial(&out), Err(StageError::InUse(_))));
+        staged.discard().unwrap();
+        assert_eq!(entries(folder.path()), [""; 0]);
+        assert!(!discard_partial(&out).unwrap());
+        drop(StagedCheckpoint::create(&out, &layout(100)).unwrap());
+        assert_eq!(entries(folder.path()), [".out.partial"]);
+        assert!(discard_partial(&out).unwrap());
+        assert_eq!(entries(folder.path()), [""; 0]);
+    }
+
+    #[test]
+    fn a_partial_folder_of_another_layout_is_refused_by_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let out = folder.path().join("out");
+        assert!(matches!(
+            StagedCheckpoint::reopen(&out, &layout(100)),
+            Err(StageError::NoPartial(_))
+        ));
+        drop(StagedCheckpoint::create(&out, &layout(100)).unwrap());
+        let difference = |other: CheckpointLayout| match StagedCheckpoint::reopen(&out, &other) {
+            Err(StageError::Differs { difference, .. }) => difference,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(
+            difference(layout_of(&[("a", 3), ("b", 9)], 100)),
+            "tensor `b` is U8 [8] instead of U8 [9]"
+        );
+        assert_eq!(
+            difference(layout_of(&[("a", 3), ("c", 8)], 100)),
+            "tensor `b` instead of `c`"
+        );
+        assert_eq!(
+            difference(layout_of(&[("a", 3)], 100)),
+            "2 tensors instead of 1"
+        );
+        assert_eq!(
+            difference(layout(8)),
+            "`model.safetensors` is not one of its shards"
+        );
+        let shard = folder.path().join(".out.partial/model.safetensors");
+        File::options()
+            .write(true)
+            .open(&shard)
+            .unwrap()
+            .set_len(layout(100).file_bytes() - 1)
+            .unwrap();
+        assert!(difference(layout(100)).contains("bytes instead of"));
+    }
+
+    #[test]
+    fn wrong_names_and_lengths_are_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let out = folder.path().join("out");
+        let staged = StagedCheckpoint::create(&out, &layout(100)).unwrap();
+        assert!(matches!(
+            staged.write("c", &[]),
+            Err(StageError::Unknown { .. })
+        ));
+        assert!(matches!(
+            staged.write("a", &[1; 4]),
+            Err(StageError::Length {
+                found: 4,
+                expected: 3,
+                ..
+            })
+        ));
+        assert!(matches!(
+            staged.bytes("a"),
+            Err(SourceError::Invalid { .. })
+        ));
+        for name in ["", "..", "a/b", "/etc/x", "model.safetensors", INDEX_FILE] {
+            assert!(
+                matches!(staged.add_file(name, b""), Err(StageError::BadFileName(_))),
+                "{name}"
+            );
+        }
+        assert!(matches!(
+            StagedCheckpoint::create(Path::new("/"), &layout(100)),
+            Err(StageError::Occupied(_))
+        ));
+    }
+
+    #[test]
+    fn a_disk_without_room_is_found_first() {
+        let folder = tempfile::tempdir().unwrap();
+        let out = folder.path().join("out");
+        let error = StagedCheckpoint::create(&out, &layout_of(&[("a", 1 << 60)], 1)).unwrap_err();
+        assert!(
+            matches!(error, StageError::NoSpace { needed, free, .. } if needed > free),
+            "{error}"
+        );
+        assert_eq!(entries(folder.path()), [""; 0]);
+    }
+}

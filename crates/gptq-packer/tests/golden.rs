@@ -1,0 +1,230 @@
+//! Checkpoints written by GPTQModel 7.7.0, and configs published by others.
+#![allow(clippy::print_stderr)]
+
+use std::path::{Path, PathBuf};
+
+use gptq_packer::{
+    QuantizeConfig, SafetensorsFile, ZeroConvention, config_json_with_quantization, pack,
+    packed_layers, packed_tensors, read_layer, verify_layer, zero_convention,
+};
+use gptq_types::{
+    Bits, CheckpointFormat, GroupSize, LayerName, QuantSpec, SolvedLayer, TensorSource,
+};
+use serde_json::{Map, Value};
+
+fn shared(path: &str) -> Option<PathBuf> {
+    let path = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../../shared")).join(path);
+    if path.exists() {
+        return Some(path);
+    }
+    eprintln!("skipped: {} is absent", path.display());
+    None
+}
+
+struct Golden {
+    file: SafetensorsFile,
+    config: QuantizeConfig,
+}
+
+fn golden(name: &str) -> Option<Golden> {
+    let folder = shared(&format!("golden/{name}"))?;
+    let text = |file: &str| std::fs::read_to_string(folder.join(file)).unwrap();
+    let own = text("quantize_config.json");
+    let model = text("config.json");
+    let config = QuantizeConfig::from_files(Some(&own), Some(&model));
+    Some(Golden {
+        file: SafetensorsFile::open(&folder.join("model.safetensors")).unwrap(),
+        config: config.unwrap().unwrap(),
+    })
+}
+
+fn words(file: &SafetensorsFile, name: &str) -> Vec<i32> {
+    let bytes = file.read(name).unwrap();
+    let words = bytes.as_chunks::<4>().0.iter();
+    words.map(|&word| i32::from_le_bytes(word)).collect()
+}
+
+fn layers(golden: &Golden) -> Vec<(LayerName, SolvedLayer)> {
+    let names = packed_layers(&golden.file);
+    assert_eq!(names.len(), 5 * 7);
+    names
+        .into_iter()
+        .map(|name| {
+            let layer = read_layer(&golden.file, &name, &golden.config).unwrap();
+            (name, layer)
+        })
+        .collect()
+}
+
+fn spec(config: &QuantizeConfig) -> QuantSpec {
+    QuantSpec {
+        bits: config.bits,
+        group_size: config.group_size,
+        format: config.format,
+        ..QuantSpec::published()
+    }
+}
+
+fn check(golden: &Golden) {
+    for (name, layer) in layers(golden) {
+        verify_layer(&golden.file, &name, &layer, golden.config.format).unwrap();
+        let packed = pack(&layer, golden.config.format).unwrap();
+        for (tensor, bytes) in packed.tensors(&name) {
+            if tensor.ends_with("qzeros") {
+                continue;
+            }
+            assert_eq!(bytes, golden.file.read(&tensor).unwrap(), "{tensor}");
+        }
+        let planned = packed_tensors(
+            &name,
+            layer.in_features,
+            layer.out_features,
+            &spec(&golden.config),
+            false,
+        );
+        for (tensor, info) in planned {
+            assert_eq!(golden.file.info(&tensor), Some(info), "{tensor}");
+        }
+    }
+}
+
+#[test]
+fn the_symmetric_v1_checkpoint_is_read_and_packed_again() {
+    let Some(golden) = golden("gptq-4bit-32g-act0-sym1") else {
+        return;
+    };
+    assert_eq!(golden.config.format, CheckpointFormat::Gptq);
+    assert_eq!(golden.config.damp_percent, Some(0.01));
+    check(&golden);
+    for (name, layer) in layers(&golden) {
+        assert!(layer.zeros.iter().all(|&zero| zero == 8), "{name}");
+        assert!(layer.has_trivial_g_idx(32), "{name}");
+    }
+    let names = packed_layers(&golden.file);
+    assert_eq!(
+        zero_convention(&golden.file, &names, Bits::Four).unwrap(),
+        ZeroConvention::V1
+    );
+}
+
+/// GPTQModel subtracts 1 from whole words, so fields past the last output borrow: 0xEEEF7777.
+#[test]
+fn padding_of_foreign_zero_words_is_not_read() {
+    let Some(golden) = golden("gptq-4bit-32g-act0-sym1") else {
+        return;
+    };
+    let name = LayerName("model.layers.0.mlp.gate_proj".into());
+    let stored = words(&golden.file, &name.tensor("qzeros"));
+    assert_eq!(stored[21] as u32, 0xEEEF_7777);
+    let layer = read_layer(&golden.file, &name, &golden.config).unwrap();
+    let ours = pack(&layer, CheckpointFormat::Gptq).unwrap();
+    assert_eq!(ours.qzeros[21], 0x0000_7777);
+    for (index, (ours, stored)) in ours.qzeros.iter().zip(&stored).enumerate() {
+        let outputs = if index % 22 == 21 { 0xFFFF } else { -1 };
+        assert_eq!(*ours, stored & outputs, "word {index}");
+    }
+}
+
+#[test]
+fn the_act_order_v2_checkpoint_is_read_and_packed_again() {
+    let Some(golden) = golden("gptq_v2-4bit-64g-act1-sym0") else {
+        return;
+    };
+    assert_eq!(golden.config.format, CheckpointFormat::GptqV2);
+    assert!(golden.config.desc_act && !golden.config.sym);
+    check(&golden);
+    for (name, layer) in layers(&golden) {
+        let packed = pack(&layer, CheckpointFormat::GptqV2).unwrap();
+        assert_eq!(
+            packed.qzeros,
+            words(&golden.file, &name.tensor("qzeros")),
+            "{name}"
+        );
+    }
+    let down = LayerName("model.layers.0.mlp.down_proj".into());
+    let layer = read_layer(&golden.file, &down, &golden.config).unwrap();
+    assert_eq!(layer.g_idx[..8], [1, 1, 1, 1, 0, 2, 0, 2]);
+    assert_eq!(layer.groups(), 3);
+    let names = packed_layers(&golden.file);
+    assert_eq!(
+        zero_convention(&golden.file, &names, Bits::Four).unwrap(),
+        ZeroConvention::Asymmetric
+    );
+}
+
+#[test]
+fn a_config_that_does_not_fit_the_tensors_is_refused() {
+    let Some(golden) = golden("gptq-4bit-32g-act0-sym1") else {
+        return;
+    };
+    let name = &packed_layers(&golden.file)[0];
+    for (bits, group_size, tensor) in [
+        (Bits::Two, GroupSize::Channels(32), "qweight"),
+        (Bits::Four, GroupSize::Channels(64), "scales"),
+    ] {
+        let config = QuantizeConfig {
+            bits,
+            group_size,
+            ..golden.config.clone()
+        };
+        let error = read_layer(&golden.file, name, &config).unwrap_err();
+        assert!(error.to_string().contains(tensor), "{error}");
+    }
+}
+
+#[test]
+fn published_configs_are_read() {
+    for (model, damp) in [
+        ("llama2-13b-chat-thebloke", 0.01),
+        ("mythomax-l2-13b-gptq", 0.1),
+        ("phi-2-gptq", 0.1),
+        ("qwen-vl-chat-int4", 0.01),
+    ] {
+        let path = |suffix: &str| shared(&format!("data/gptq-configs/{model}.{suffix}"));
+        let (Some(own), Some(model_config)) = (path("quantize_config.json"), path("config.json"))
+        else {
+            return;
+        };
+        let own = std::fs::read_to_string(own).unwrap();
+        let model_config = std::fs::read_to_string(model_config).unwrap();
+        let config = QuantizeConfig::from_files(Some(&own), Some(&model_config))
+            .unwrap()
+            .unwrap();
+        assert_eq!(config.bits, Bits::Four, "{model}");
+        assert_eq!(config.group_size, GroupSize::Channels(128), "{model}");
+        assert_eq!(config.format, CheckpointFormat::Gptq, "{model}");
+        assert_eq!(config.damp_percent, Some(damp), "{model}");
+        assert!(config.sym && !config.desc_act && config.notes.is_empty());
+        round_trip(&own);
+        rewrite(&model_config);
+    }
+}
+
+/// Nothing of a config is lost between reading and writing its raw settings.
+fn round_trip(own: &str) {
+    let config = QuantizeConfig::from_quantize_config(own).unwrap();
+    let written = Value::Object(config.raw.clone()).to_string();
+    assert_eq!(
+        serde_json::from_str::<Value>(&written).unwrap(),
+        serde_json::from_str::<Value>(own).unwrap()
+    );
+    assert_eq!(
+        QuantizeConfig::from_quantize_config(&written).unwrap(),
+        config
+    );
+}
+
+/// Only the settings and the element type of a model's config change.
+fn rewrite(original: &str) {
+    let spec = QuantSpec::published();
+    let text = config_json_with_quantization(original, &spec, "t:1", &Map::new()).unwrap();
+    let mut before: Map<String, Value> = serde_json::from_str(original).unwrap();
+    let mut after: Map<String, Value> = serde_json::from_str(&text).unwrap();
+    for key in ["quantization_config", "torch_dtype"] {
+        before.shift_remove(key);
+        after.shift_remove(key);
+    }
+    assert_eq!(before, after);
+    let config = QuantizeConfig::from_model_config(&text).unwrap().unwrap();
+    assert_eq!(config.group_size, GroupSize::Channels(128));
+}

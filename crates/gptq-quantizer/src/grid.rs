@@ -1,0 +1,162 @@
+//! The stored grid: a scale rounded to f16 and an integer zero, fixed before any code is chosen.
+
+use gptq_types::QuantSpec;
+use half::f16;
+
+/// Scales and zeros of one group for some outputs.
+#[derive(Clone, Debug, Default)]
+pub struct Grid {
+    /// `[outputs]`, exactly representable in f16.
+    pub scales: Vec<f32>,
+    /// `[outputs]`, whole numbers.
+    pub zeros: Vec<f32>,
+}
+
+/// What a spec says about grids, in the types the inner loop wants.
+#[derive(Clone, Copy, Debug)]
+pub struct GridRule {
+    max_code: f32,
+    min_zero: f32,
+    sym: bool,
+}
+
+impl GridRule {
+    /// The rule of `spec`.
+    pub fn new(spec: &QuantSpec) -> Self {
+        GridRule {
+            max_code: spec.bits.max_code() as f32,
+            min_zero: spec.min_zero() as f32,
+            sym: spec.sym,
+        }
+    }
+
+    /// Largest code.
+    pub fn max_code(&self) -> f32 {
+        self.max_code
+    }
+
+    /// Grids of `outputs` columns from `weights`, rows of a group one after the other.
+    #[inline(always)]
+    pub fn fit<'a>(&self, weights: impl Iterator<Item = &'a [f32]>, outputs: usize) -> Grid {
+        let mut low = vec![0.0f32; outputs];
+        let mut high = vec![0.0f32; outputs];
+        for row in weights {
+            for ((low, high), &w) in low.iter_mut().zip(&mut high).zip(row) {
+                *low = if w < *low { w } else { *low };
+                *high = if w > *high { w } else { *high };
+            }
+        }
+        let mut grid = Grid {
+            scales: Vec::with_capacity(outputs),
+            zeros: Vec::with_capacity(outputs),
+        };
+        for (low, high) in low.into_iter().zip(high) {
+            let (scale, zero) = self.fit_range(low, high);
+            grid.scales.push(scale);
+            grid.zeros.push(zero);
+        }
+        grid
+    }
+
+    /// Scale and zero for weights in `low..=high`, with `low <= 0 <= high`.
+    ///
+    /// Symmetric: `scale = 2 max|w| / max_code`, also where all weights have one sign; the
+    /// original code then halves the range. Asymmetric: `scale = (high - low) / max_code` and
+    /// `zero = -low / scale`, at least what the format can store.
+    pub fn fit_range(&self, low: f32, high: f32) -> (f32, f32) {
+        if self.sym {
+            let reach = high.max(-low);
+            let zero = (self.max_code + 1.0) / 2.0;
+            return (storable(2.0 * reach / self.max_code), zero);
+        }
+        if low == 0.0 && high == 0.0 {
+            return (1.0, self.min_zero.max(1.0));
+        }
+        let scale = storable((high - low) / self.max_code);
+        let zero = (-low / scale).round().clamp(0.0, self.max_code);
+        if zero >= self.min_zero {
+            return (scale, zero);
+        }
+        (
+            storable(high / (self.max_code - self.min_zero)),
+            self.min_zero,
+        )
+    }
+}
+
+/// The nearest f16 that is neither zero nor subnormal; 1 for the scale of an all-zero group.
+/// A scale beyond f16 stays infinite, for the caller to report.
+fn storable(scale: f32) -> f32 {
+    if scale == 0.0 {
+        return 1.0;
+    }
+    f16::from_f32(scale.max(f16::MIN_POSITIVE.to_f32())).to_f32()
+}
+
+impl Grid {
+    /// The first scale that f16 cannot hold.
+    pub fn overflow(&self) -> Option<f32> {
+        self.scales.iter().copied().find(|s| !s.is_finite())
+    }
+}
+
+/// Steps from the zero to the grid point nearest to `w`, half to even as torch rounds.
+#[inline(always)]
+pub fn nearest(w: f32, scale: f32, zero: f32, max_code: f32) -> f32 {
+    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23
+    let x = w / scale;
+    let (low, high) = (-zero, max_code - zero);
+    let x = if x < low { low } else { x };
+    let x = if x > high { high } else { x };
+    (x + ROUND) - ROUND
+}
+
+#[cfg(test)]
+mod tests {
+    use gptq_types::{Bits, CheckpointFormat};
+
+    use super::*;
+
+    fn rule(sym: bool, format: CheckpointFormat) -> GridRule {
+        GridRule::new(&QuantSpec {
+            bits: Bits::Four,
+            sym,
+            format,
+            ..QuantSpec::published()
+        })
+    }
+
+    #[test]
+    fn a_one_sided_symmetric_group_keeps_its_full_range() {
+        let (scale, zero) = rule(true, CheckpointFormat::Gptq).fit_range(0.0, 7.5);
+        assert_eq!((scale, zero), (1.0, 8.0));
+    }
+
+    #[test]
+    fn v1_never_stores_a_zero_of_zero() {
+        let (scale, zero) = rule(false, CheckpointFormat::Gptq).fit_range(0.0, 14.0);
+        assert_eq!((scale, zero), (1.0, 1.0));
+        let (scale, zero) = rule(false, CheckpointFormat::GptqV2).fit_range(0.0, 15.0);
+        assert_eq!((scale, zero), (1.0, 0.0));
+    }
+
+    #[test]
+    fn scales_are_f16_values_and_never_zero() {
+        let (scale, _) = rule(true, CheckpointFormat::Gptq).fit_range(-0.1234, 0.1);
+        assert_eq!(scale, f16::from_f32(scale).to_f32());
+        let (tiny, _) = rule(true, CheckpointFormat::Gptq).fit_range(-1e-12, 0.0);
+        assert!(tiny > 0.0);
+        assert_eq!(
+            rule(true, CheckpointFormat::Gptq).fit_range(0.0, 0.0).0,
+            1.0
+        );
+    }
+
+    #[test]
+    fn rounding_is_half_to_even_and_clamped() {
+        assert_eq!(nearest(2.5, 1.0, 8.0, 15.0), 2.0);
+        assert_eq!(nearest(3.5, 1.0, 8.0, 15.0), 4.0);
+        assert_eq!(nearest(99.0, 1.0, 8.0, 15.0), 7.0);
+        assert_eq!(nearest(-99.0, 1.0, 8.0, 15.0), -8.0);
+    }
+}

@@ -1,0 +1,105 @@
+//! Accumulation of `H = 2/tokens * X^T X`.
+
+use gptq_kernels::Gram;
+use gptq_types::ActivationSink;
+
+use crate::QuantizeError;
+
+/// `H` while tokens arrive.
+pub struct HessianSum {
+    features: usize,
+    tokens: usize,
+    gram: Gram,
+}
+
+impl HessianSum {
+    /// For a layer of `features` input channels.
+    pub fn new(features: usize) -> Self {
+        HessianSum {
+            features,
+            tokens: 0,
+            gram: Gram::new(features),
+        }
+    }
+
+    /// Divides by the tokens seen. An activation that overflowed shows in the diagonal and is an
+    /// error here: carried on it would turn every code of the layer into noise.
+    pub fn finish(self) -> Result<Hessian, QuantizeError> {
+        if self.tokens == 0 {
+            return Err(QuantizeError::NoTokens);
+        }
+        let values = self.gram.finish(2.0 / self.tokens as f32);
+        let hessian = Hessian {
+            features: self.features,
+            tokens: self.tokens,
+            values,
+        };
+        for channel in 0..hessian.features {
+            let value = hessian.at(channel, channel);
+            if !value.is_finite() {
+                return Err(QuantizeError::NotFinite { channel, value });
+            }
+        }
+        Ok(hessian)
+    }
+}
+
+impl ActivationSink for HessianSum {
+    fn observe(&mut self, x: &[f32], tokens: usize, in_features: usize) {
+        assert_eq!(
+            in_features, self.features,
+            "in_features of the observed rows"
+        );
+        self.gram.add(x, tokens);
+        self.tokens += tokens;
+    }
+}
+
+/// `H = 2/tokens * X^T X`, undamped, symmetric, `[features, features]` row-major in f32.
+pub struct Hessian {
+    features: usize,
+    tokens: usize,
+    values: Vec<f32>,
+}
+
+impl Hessian {
+    /// From a full matrix, for tests and tools.
+    pub fn from_values(features: usize, tokens: usize, values: Vec<f32>) -> Self {
+        assert_eq!(values.len(), features * features, "elements of a square");
+        Hessian {
+            features,
+            tokens,
+            values,
+        }
+    }
+
+    /// `K`.
+    pub fn features(&self) -> usize {
+        self.features
+    }
+
+    /// Tokens that went into the sum.
+    pub fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// Element `[i, j]`.
+    pub fn at(&self, i: usize, j: usize) -> f32 {
+        self.values[i * self.features + j]
+    }
+
+    /// All elements, row-major.
+    pub fn values(&self) -> &[f32] {
+        &self.values
+    }
+
+    /// The diagonal: twice the mean square of each input channel.
+    pub fn diagonal(&self) -> Vec<f32> {
+        (0..self.features).map(|i| self.at(i, i)).collect()
+    }
+
+    /// Channels that were zero on every token.
+    pub fn dead_channels(&self) -> usize {
+        self.diagonal().iter().filter(|&&d| d == 0.0).count()
+    }
+}

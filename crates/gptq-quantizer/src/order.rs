@@ -1,0 +1,111 @@
+//! In which order input channels are rounded, and which grid each one uses.
+
+use gptq_types::{ColumnOrder, GroupSize};
+
+/// A processing order over `K` input channels.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Order {
+    /// `[K]`: the channel that is rounded at each position.
+    pub channels: Vec<usize>,
+    /// `[K]`: the group of the channel at each position. Positions of one group are adjacent
+    /// unless `fixed_grids`.
+    pub groups: Vec<u32>,
+    /// Whether the grids come from the original weights instead of those that carry the errors of
+    /// all positions before.
+    pub fixed_grids: bool,
+}
+
+impl Order {
+    /// The order for a Hessian diagonal `[K]`; ties keep the stored order.
+    pub fn new(order: ColumnOrder, group_size: GroupSize, diagonal: &[f32]) -> Self {
+        let k = diagonal.len();
+        let size = group_size.resolve(k);
+        let natural: Vec<usize> = (0..k).collect();
+        let channels = match order {
+            ColumnOrder::Natural => natural,
+            ColumnOrder::ActOrder | ColumnOrder::ActOrderStaticGroups => {
+                falling(natural, |&channel| diagonal[channel])
+            }
+            ColumnOrder::GroupAware => group_aware(diagonal, size),
+        };
+        let groups = match order {
+            ColumnOrder::ActOrder => (0..k).map(|position| (position / size) as u32).collect(),
+            _ => channels.iter().map(|c| (c / size) as u32).collect(),
+        };
+        Order {
+            channels,
+            groups,
+            fixed_grids: order == ColumnOrder::ActOrderStaticGroups,
+        }
+    }
+
+    /// `[K]`: the group of each channel in stored order, as the file has it.
+    pub fn g_idx(&self) -> Vec<u32> {
+        let mut g_idx = vec![0; self.channels.len()];
+        for (&channel, &group) in self.channels.iter().zip(&self.groups) {
+            g_idx[channel] = group;
+        }
+        g_idx
+    }
+
+    /// The end of the run of positions that share the group of `position`.
+    pub fn group_end(&self, position: usize) -> usize {
+        let group = self.groups[position];
+        position
+            + self.groups[position..]
+                .iter()
+                .take_while(|&&g| g == group)
+                .count()
+    }
+}
+
+/// Groups by their largest diagonal, channels sorted inside; every group keeps its channels.
+fn group_aware(diagonal: &[f32], size: usize) -> Vec<usize> {
+    let channels: Vec<usize> = (0..diagonal.len()).collect();
+    let groups: Vec<Vec<usize>> = channels
+        .chunks(size)
+        .map(|group| falling(group.to_vec(), |&channel| diagonal[channel]))
+        .collect();
+    falling(groups, |group| diagonal[group[0]]).concat()
+}
+
+fn falling<T>(mut items: Vec<T>, key: impl Fn(&T) -> f32) -> Vec<T> {
+    items.sort_by(|a, b| key(b).total_cmp(&key(a)));
+    items
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DIAGONAL: [f32; 5] = [1.0, 5.0, 2.0, 9.0, 4.0];
+
+    fn order(order: ColumnOrder) -> Order {
+        let mut made = Order::new(order, GroupSize::None, &DIAGONAL);
+        // Two channels a group: smaller than any group a user may ask for.
+        made.groups = match order {
+            ColumnOrder::ActOrder => vec![0, 0, 1, 1, 2],
+            _ => made.channels.iter().map(|c| (c / 2) as u32).collect(),
+        };
+        made
+    }
+
+    #[test]
+    fn act_order_permutes_g_idx_and_static_groups_do_not() {
+        let act = order(ColumnOrder::ActOrder);
+        assert_eq!(act.channels, [3, 1, 4, 2, 0]);
+        assert_eq!(act.g_idx(), [2, 0, 1, 0, 1]);
+        let fixed = order(ColumnOrder::ActOrderStaticGroups);
+        assert_eq!(fixed.channels, act.channels);
+        assert_eq!(fixed.g_idx(), [0, 0, 1, 1, 2]);
+        assert!(fixed.fixed_grids);
+    }
+
+    #[test]
+    fn group_aware_keeps_groups_together() {
+        assert_eq!(group_aware(&DIAGONAL, 2), [3, 2, 1, 0, 4]);
+        let order = order(ColumnOrder::Natural);
+        assert_eq!(order.group_end(2), 4);
+        assert_eq!(order.group_end(4), 5);
+    }
+}

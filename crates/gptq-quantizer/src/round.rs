@@ -1,0 +1,55 @@
+//! Rounding to nearest: the baseline that looks at no data.
+
+use gptq_kernels::vectorised;
+use gptq_types::{QuantSpec, SolvedLayer};
+use half::f16;
+
+use crate::QuantizeError;
+use crate::grid::{GridRule, nearest};
+
+/// Rounds `weight [K, N]` to the grids of its groups in stored order.
+pub fn round_to_nearest(
+    weight: &[f32],
+    out_features: usize,
+    spec: &QuantSpec,
+) -> Result<SolvedLayer, QuantizeError> {
+    let n = out_features;
+    let k = weight.len() / n.max(1);
+    if k * n != weight.len() {
+        return Err(QuantizeError::Shape {
+            found: weight.len(),
+            in_features: k,
+            out_features,
+        });
+    }
+    let rule = GridRule::new(spec);
+    let size = spec.group_size.resolve(k);
+    let mut layer = SolvedLayer {
+        bits: spec.bits,
+        in_features: k,
+        out_features,
+        codes: Vec::with_capacity(k * n),
+        scales: Vec::new(),
+        zeros: Vec::new(),
+        g_idx: (0..k).map(|channel| (channel / size) as u32).collect(),
+    };
+    for (group, rows) in weight.chunks(size * n).enumerate() {
+        let grid = vectorised(|| rule.fit(rows.chunks_exact(n), n));
+        if let Some(scale) = grid.overflow() {
+            return Err(QuantizeError::ScaleOverflow { group, scale });
+        }
+        vectorised(|| {
+            for row in rows.chunks_exact(n) {
+                let columns = row.iter().zip(&grid.scales).zip(&grid.zeros);
+                layer.codes.extend(columns.map(|((&w, &scale), &zero)| {
+                    (nearest(w, scale, zero, rule.max_code()) + zero) as u8
+                }));
+            }
+        });
+        layer
+            .scales
+            .extend(grid.scales.iter().map(|&s| f16::from_f32(s)));
+        layer.zeros.extend(grid.zeros.iter().map(|&z| z as u16));
+    }
+    Ok(layer)
+}

@@ -1,0 +1,296 @@
+//! The blocked f32 solver against the plain f64 reference, over every setting.
+
+use gptq_quantizer::{
+    Factor, Hessian, HessianSum, output_error, reference, round_to_nearest, solve,
+};
+use gptq_types::{
+    ActivationSink, Bits, CheckpointFormat, ColumnOrder, GroupSize, Method, QuantSpec,
+};
+
+/// Both solvers see the same problem; a code on a rounding boundary may fall either way.
+const RELATIVE_ERROR_TOLERANCE: f64 = 1e-3;
+
+const ORDERS: [ColumnOrder; 4] = [
+    ColumnOrder::Natural,
+    ColumnOrder::ActOrder,
+    ColumnOrder::ActOrderStaticGroups,
+    ColumnOrder::GroupAware,
+];
+
+struct Random(u64);
+
+impl Random {
+    fn uniform(&mut self) -> f32 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005);
+        self.0 = self.0.wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 40) as f32 / (1u64 << 24) as f32
+    }
+
+    fn normal(&mut self) -> f32 {
+        (0..12).map(|_| self.uniform()).sum::<f32>() - 6.0
+    }
+}
+
+/// Inputs with correlated channels of very different size, as layer norms leave them.
+fn inputs(tokens: usize, k: usize, random: &mut Random) -> Vec<f32> {
+    let size: Vec<f32> = (0..k).map(|_| (random.normal() * 0.8).exp()).collect();
+    let mut x = Vec::with_capacity(tokens * k);
+    for _ in 0..tokens {
+        let shared = random.normal();
+        x.extend(size.iter().map(|s| s * (random.normal() + 0.7 * shared)));
+    }
+    x
+}
+
+struct Problem {
+    k: usize,
+    n: usize,
+    weight: Vec<f32>,
+    hessian: Hessian,
+}
+
+fn problem(k: usize, n: usize, seed: u64) -> Problem {
+    let mut random = Random(seed);
+    let tokens = 3 * k;
+    let mut sum = HessianSum::new(k);
+    sum.observe(&inputs(tokens, k, &mut random), tokens, k);
+    Problem {
+        k,
+        n,
+        weight: (0..k * n).map(|_| random.normal() * 0.05).collect(),
+        hessian: sum.finish().unwrap(),
+    }
+}
+
+fn spec(bits: Bits, group_size: GroupSize, order: ColumnOrder, sym: bool) -> QuantSpec {
+    QuantSpec {
+        bits,
+        group_size,
+        order,
+        sym,
+        ..QuantSpec::published()
+    }
+}
+
+fn wide(x: &[f32]) -> Vec<f64> {
+    x.iter().map(|&x| f64::from(x)).collect()
+}
+
+#[test]
+fn errors_match_the_f64_reference_for_every_setting() {
+    // 172 is divided by no group; 320 spans three blocks; group 200 ends inside a block.
+    for (k, n, seed) in [(172, 43, 1), (320, 130, 2)] {
+        let problem = problem(k, n, seed);
+        for bits in Bits::ALL {
+            for group_size in [16, 48, 128, 200]
+                .map(GroupSize::Channels)
+                .into_iter()
+                .chain([GroupSize::None])
+            {
+                for order in ORDERS {
+                    for sym in [true, false] {
+                        check(&problem, &spec(bits, group_size, order, sym));
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn check(problem: &Problem, spec: &QuantSpec) {
+    let Problem {
+        k,
+        n,
+        weight,
+        hessian,
+    } = problem;
+    let factor = Factor::new(hessian, spec).unwrap();
+    let ours = solve(weight, *n, &factor, spec).unwrap().layer;
+    let want = reference::gptq(&wide(weight), &wide(hessian.values()), *n, spec).unwrap();
+    assert_eq!(ours.g_idx, want.g_idx, "{spec:?}");
+    assert_eq!((ours.in_features, ours.out_features), (*k, *n));
+
+    let got_error = output_error(hessian, weight, &ours);
+    let want_error = output_error(hessian, weight, &want);
+    let relative = (got_error / want_error - 1.0).abs();
+    assert!(
+        relative < RELATIVE_ERROR_TOLERANCE,
+        "error {got_error} against {want_error} ({relative:e}) with {spec:?}"
+    );
+}
+
+#[test]
+fn measured_error_is_the_definition() {
+    let problem = problem(96, 20, 3);
+    let spec = spec(
+        Bits::Three,
+        GroupSize::Channels(32),
+        ColumnOrder::Natural,
+        true,
+    );
+    let layer = round_to_nearest(&problem.weight, problem.n, &spec).unwrap();
+    let got = output_error(&problem.hessian, &problem.weight, &layer);
+    let want = reference::output_error(
+        &wide(&problem.weight),
+        &wide(problem.hessian.values()),
+        &layer,
+    );
+    assert!((got / want - 1.0).abs() < 1e-4, "{got} against {want}");
+}
+
+#[test]
+fn gptq_beats_rounding_to_nearest() {
+    let problem = problem(256, 64, 4);
+    for bits in Bits::ALL {
+        for order in ORDERS {
+            let spec = spec(bits, GroupSize::Channels(64), order, true);
+            let factor = Factor::new(&problem.hessian, &spec).unwrap();
+            let solved = solve(&problem.weight, problem.n, &factor, &spec).unwrap();
+            let rounded = round_to_nearest(&problem.weight, problem.n, &spec).unwrap();
+            let gptq = output_error(&problem.hessian, &problem.weight, &solved.layer);
+            let rtn = output_error(&problem.hessian, &problem.weight, &rounded);
+            assert!(gptq < rtn, "{gptq} against {rtn} with {spec:?}");
+        }
+    }
+}
+
+#[test]
+fn compensated_error_is_the_damped_trace() {
+    let problem = problem(128, 32, 5);
+    let spec = spec(
+        Bits::Four,
+        GroupSize::Channels(64),
+        ColumnOrder::ActOrder,
+        true,
+    );
+    let factor = Factor::new(&problem.hessian, &spec).unwrap();
+    let solved = solve(&problem.weight, problem.n, &factor, &spec).unwrap();
+    let diagonal = problem.hessian.diagonal();
+    let damp = 0.1 * diagonal.iter().map(|&d| f64::from(d)).sum::<f64>() / 128.0;
+    let squares: f64 = (solved.layer.dequantise().iter())
+        .zip(&problem.weight)
+        .map(|(q, w)| f64::from(q - w).powi(2))
+        .sum();
+    let undamped = output_error(&problem.hessian, &problem.weight, &solved.layer);
+    let want = undamped + damp * squares;
+    assert!((solved.compensated_error / want - 1.0).abs() < 1e-3);
+}
+
+#[test]
+fn zeros_of_a_v1_file_are_at_least_one() {
+    let mut problem = problem(64, 24, 6);
+    problem.weight.iter_mut().for_each(|w| *w = w.abs());
+    let mut spec = spec(
+        Bits::Four,
+        GroupSize::Channels(16),
+        ColumnOrder::Natural,
+        false,
+    );
+    for (format, least) in [(CheckpointFormat::Gptq, 1), (CheckpointFormat::GptqV2, 0)] {
+        spec.format = format;
+        let factor = Factor::new(&problem.hessian, &spec).unwrap();
+        let zeros = solve(&problem.weight, problem.n, &factor, &spec)
+            .unwrap()
+            .layer
+            .zeros;
+        assert_eq!(zeros.into_iter().min(), Some(least));
+    }
+}
+
+#[test]
+fn rtn_codes_are_the_nearest_grid_points() {
+    let problem = problem(40, 9, 7);
+    let mut spec = spec(
+        Bits::Four,
+        GroupSize::Channels(16),
+        ColumnOrder::Natural,
+        true,
+    );
+    spec.method = Method::Rtn;
+    let layer = round_to_nearest(&problem.weight, problem.n, &spec).unwrap();
+    assert_eq!(layer.groups(), 3);
+    for (at, (q, w)) in layer.dequantise().iter().zip(&problem.weight).enumerate() {
+        let (channel, output) = (at / problem.n, at % problem.n);
+        let scale = layer.scales[channel / 16 * problem.n + output].to_f32();
+        // The largest positive weight lies half a step outside the symmetric grid.
+        assert!(
+            (q - w).abs() <= scale * 0.502,
+            "{q} for {w} at scale {scale}"
+        );
+    }
+}
+
+#[test]
+fn a_dead_channel_is_rounded_to_nearest_and_counted() {
+    let (k, n) = (64, 16);
+    let mut random = Random(8);
+    let mut x = inputs(200, k, &mut random);
+    x.iter_mut().skip(10).step_by(k).for_each(|x| *x = 0.0);
+    let mut sum = HessianSum::new(k);
+    sum.observe(&x, 200, k);
+    let hessian = sum.finish().unwrap();
+    let weight: Vec<f32> = (0..k * n).map(|_| random.normal()).collect();
+    let spec = spec(Bits::Eight, GroupSize::None, ColumnOrder::Natural, true);
+    let factor = Factor::new(&hessian, &spec).unwrap();
+    assert_eq!(factor.dead_channels, 1);
+    let layer = solve(&weight, n, &factor, &spec).unwrap().layer;
+    for output in 0..n {
+        let at = 10 * n + output;
+        let scale = layer.scales[output].to_f32();
+        assert!((layer.dequantise()[at] - weight[at]).abs() <= scale * 0.6);
+    }
+}
+
+#[test]
+fn a_singular_hessian_is_damped_further_and_counted() {
+    // Rank 1 and slightly indefinite, as rounding leaves it.
+    let k = 8;
+    let values: Vec<f32> = (0..k * k)
+        .map(|at| if at == 9 { 0.9 } else { 1.0 })
+        .collect();
+    let hessian = Hessian::from_values(k, 1, values);
+    let mut spec = spec(Bits::Four, GroupSize::None, ColumnOrder::Natural, true);
+    spec.damp_percent = 0.01;
+    let factor = Factor::new(&hessian, &spec).unwrap();
+    assert!(factor.escalations > 0);
+    assert!(factor.damp_used > 0.01);
+}
+
+#[test]
+fn an_overflowed_activation_is_named() {
+    let mut sum = HessianSum::new(3);
+    sum.observe(&[1.0, 2.0, 3.0, 1.0, f32::INFINITY, 3.0], 2, 3);
+    let message = sum.finish().err().unwrap().to_string();
+    assert_eq!(
+        message,
+        "the Hessian holds inf for input channel 1: an activation overflowed"
+    );
+    let no_tokens = HessianSum::new(3).finish().err().unwrap().to_string();
+    assert_eq!(no_tokens, "no calibration token reached the layer");
+}
+
+#[test]
+fn codes_are_the_same_for_any_number_of_threads() {
+    let problem = problem(192, 300, 9);
+    let spec = spec(
+        Bits::Four,
+        GroupSize::Channels(64),
+        ColumnOrder::ActOrder,
+        true,
+    );
+    let run = |threads| {
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .build()
+            .unwrap();
+        pool.install(|| {
+            let factor = Factor::new(&problem.hessian, &spec).unwrap();
+            solve(&problem.weight, problem.n, &factor, &spec)
+                .unwrap()
+                .layer
+        })
+    };
+    let one = run(1);
+    assert_eq!(one, run(2));
+    assert_eq!(one, run(5));
+}

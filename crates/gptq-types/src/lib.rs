@@ -1,0 +1,22 @@
+//! The words of the domain, shared by every other crate.
+//!
+//! Knows: quantization settings ([`QuantSpec`]), layer names, tensor descriptions, solved layers
+//! and the records that a run leaves behind; the two traits at which the crates meet,
+//! [`TensorSource`] (weights come in) and [`ActivationSink`] (layer inputs come out).
+//!
+//! Does not know: files, bytes on disk, Burn, arithmetic beyond a cast. No I/O happens here.
+
+mod layer;
+mod record;
+mod solved;
+mod source;
+mod spec;
+
+pub use layer::{ActivationSink, LayerName, Stage};
+pub use record::{
+    CalibrationRecord, EvalRecord, LayerRecord, Phase, PhaseTimes, RUN_RECORD_SCHEMA, RunRecord,
+    Warning,
+};
+pub use solved::{LayerLoss, SolvedLayer};
+pub use source::{Dtype, SourceError, TensorInfo, TensorSource};
+pub use spec::{Bits, CheckpointFormat, ColumnOrder, GroupSize, Method, QuantSpec, SpecError};

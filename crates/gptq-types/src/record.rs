@@ -1,0 +1,156 @@
+//! What a run leaves behind for machines to read.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{LayerLoss, LayerName, QuantSpec};
+
+/// Version of [`RunRecord`]; readers refuse a larger one.
+pub const RUN_RECORD_SCHEMA: u32 = 1;
+
+/// The calibration tokens of a run.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct CalibrationRecord {
+    /// As given on the command line.
+    pub dataset: String,
+    /// How windows were drawn.
+    pub rule: String,
+    /// Seed of the draw.
+    pub seed: u64,
+    /// Windows.
+    pub samples: usize,
+    /// Tokens in the longest window.
+    pub seq_len: usize,
+    /// Tokens in all windows.
+    pub tokens: usize,
+    /// sha256 of the token ids as little-endian u32, window after window.
+    pub token_sha256: String,
+}
+
+/// One quantised linear.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LayerRecord {
+    /// Module name.
+    pub layer: LayerName,
+    /// `K`.
+    pub in_features: usize,
+    /// `N`.
+    pub out_features: usize,
+    /// Calibration tokens this layer saw.
+    pub tokens: usize,
+    /// `tokens` over all calibration tokens, 0 to 1.
+    pub token_share: f64,
+    /// Quality of the rounding; absent for `method rtn` without calibration.
+    pub loss: LayerLoss,
+    /// Seconds in factorisation and sweep.
+    pub solve_seconds: f64,
+}
+
+impl LayerRecord {
+    /// Whether plain rounding would have done better: the layer counts as degraded.
+    pub fn is_worse_than_rtn(&self) -> bool {
+        self.loss.error > self.loss.rtn_error * (1.0 + 1e-9)
+    }
+}
+
+/// Something that a reader of the result should know.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Warning {
+    /// The module it concerns, or empty for the run.
+    pub module: String,
+    /// What was seen, with the value.
+    pub text: String,
+}
+
+/// The parts of a run that are timed apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[allow(missing_docs)]
+pub enum Phase {
+    Load,
+    Forward,
+    Hessian,
+    Factor,
+    Sweep,
+    Measure,
+    Pack,
+    Write,
+    Verify,
+}
+
+/// Seconds and useful operations per phase.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct PhaseTimes {
+    /// Wall seconds.
+    pub seconds: BTreeMap<Phase, f64>,
+    /// Floating-point operations that the phase's matrix products need, where counted.
+    pub flop: BTreeMap<Phase, f64>,
+}
+
+impl PhaseTimes {
+    /// Adds a measured duration.
+    pub fn add(&mut self, phase: Phase, elapsed: Duration) {
+        *self.seconds.entry(phase).or_default() += elapsed.as_secs_f64();
+    }
+
+    /// Adds useful operations.
+    pub fn add_flop(&mut self, phase: Phase, flop: f64) {
+        *self.flop.entry(phase).or_default() += flop;
+    }
+}
+
+/// A whole quantization run; stored as `gptq_run.json` beside the weights.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RunRecord {
+    /// [`RUN_RECORD_SCHEMA`].
+    pub schema: u32,
+    /// Name and version of the tool.
+    pub tool: String,
+    /// The model as given.
+    pub model: String,
+    /// Settings.
+    pub spec: QuantSpec,
+    /// Tokens; absent for `method rtn`.
+    pub calibration: Option<CalibrationRecord>,
+    /// A row per quantised linear.
+    pub layers: Vec<LayerRecord>,
+    /// Degradations and doubts.
+    pub warnings: Vec<Warning>,
+    /// Wall seconds of all.
+    pub seconds: f64,
+    /// Seconds per phase.
+    pub phases: PhaseTimes,
+}
+
+/// The perplexity of one checkpoint under one protocol.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct EvalRecord {
+    /// The checkpoint as given.
+    pub model: String,
+    /// `fp16`, `4-bit g64` and so on.
+    pub kind: String,
+    /// Text, join, window and count, in words.
+    pub protocol: String,
+    /// sha256 of the evaluated token ids as little-endian u32.
+    pub token_sha256: String,
+    /// Windows scored.
+    pub windows: usize,
+    /// Tokens in a window.
+    pub seq_len: usize,
+    /// Mean negative log-likelihood per predicted token, nats.
+    pub nll: f64,
+    /// Standard error of `nll` over windows.
+    pub nll_stderr: f64,
+    /// `exp(nll)`.
+    pub perplexity: f64,
+    /// Mean KL divergence from the first checkpoint, nats; absent for the first itself.
+    pub kl: Option<f64>,
+    /// Share of positions where the likeliest token is the first checkpoint's.
+    pub top1_agreement: Option<f64>,
+    /// Bytes of all weight files.
+    pub weight_bytes: u64,
+    /// Wall seconds.
+    pub seconds: f64,
+}

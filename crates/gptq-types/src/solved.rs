@@ -1,0 +1,77 @@
+//! What the solver hands to the packer: integers, never re-derived from rounded floats.
+
+use half::f16;
+use serde::{Deserialize, Serialize};
+
+use crate::Bits;
+
+/// One quantised linear. `K` = in_features, `N` = out_features, `G` = groups.
+///
+/// `W[k, n] = scales[g_idx[k], n] * (codes[k, n] - zeros[g_idx[k], n])`, evaluated in f32.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SolvedLayer {
+    /// Width of a code.
+    pub bits: Bits,
+    /// `K`.
+    pub in_features: usize,
+    /// `N`.
+    pub out_features: usize,
+    /// `[K, N]` row-major, input channel first: the order in which words are packed.
+    pub codes: Vec<u8>,
+    /// `[G, N]` row-major; the solver rounded to f16 before it chose the first code.
+    pub scales: Vec<f16>,
+    /// `[G, N]` row-major; the true zero, without any format's offset.
+    pub zeros: Vec<u16>,
+    /// `[K]`: the group of each input channel.
+    pub g_idx: Vec<u32>,
+}
+
+impl SolvedLayer {
+    /// `G`.
+    pub fn groups(&self) -> usize {
+        self.scales.len() / self.out_features.max(1)
+    }
+
+    /// The dequantised weight, `[K, N]` row-major.
+    pub fn dequantise(&self) -> Vec<f32> {
+        let n = self.out_features;
+        let all_scales: Vec<f32> = self.scales.iter().map(|scale| scale.to_f32()).collect();
+        let mut weight = vec![0.0f32; self.in_features * n];
+        for (k, row) in weight.chunks_exact_mut(n).enumerate() {
+            let group = self.g_idx[k] as usize * n;
+            let scales = &all_scales[group..group + n];
+            let zeros = &self.zeros[group..group + n];
+            let codes = &self.codes[k * n..(k + 1) * n];
+            for (((w, &code), &scale), &zero) in row.iter_mut().zip(codes).zip(scales).zip(zeros) {
+                *w = scale * (f32::from(code) - f32::from(zero));
+            }
+        }
+        weight
+    }
+
+    /// Whether `g_idx[k] = k / group_size` for some group size.
+    pub fn has_trivial_g_idx(&self, group_size: usize) -> bool {
+        self.g_idx
+            .iter()
+            .enumerate()
+            .all(|(k, &g)| g as usize == k / group_size.max(1))
+    }
+}
+
+/// How well a layer was rounded. Losses are traces `tr(E H E^T)` with the undamped Hessian
+/// `H = 2/tokens * X^T X`: twice the mean squared output error per token, summed over outputs.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct LayerLoss {
+    /// Error of the chosen codes.
+    pub error: f64,
+    /// Error of rounding the same weights to nearest on the same kind of grid.
+    pub rtn_error: f64,
+    /// `tr(W H W^T)`, so that `error / signal` is the squared relative output error.
+    pub signal: f64,
+    /// Diagonal share that was added in the end, at least the requested `damp_percent`.
+    pub damp_used: f64,
+    /// How often damping had to grow before the factorisation succeeded.
+    pub damp_escalations: u32,
+    /// Input channels that were zero on every calibration token.
+    pub dead_channels: usize,
+}

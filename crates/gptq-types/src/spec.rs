@@ -1,0 +1,274 @@
+//! Quantization settings, under the names of `quantize_config.json`.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+/// Settings that cannot be met.
+#[derive(Debug, thiserror::Error, PartialEq)]
+#[allow(missing_docs)]
+pub enum SpecError {
+    #[error("bits `{0}` is not one of 2, 3, 4, 8")]
+    Bits(String),
+    #[error("group size `{0}` is not `none`, -1 or a multiple of 8 from 16 to 1024")]
+    GroupSize(String),
+    #[error("damp percent `{0}` is not between 0 and 1")]
+    Damp(f64),
+    #[error("`{0}` and `{1}` exclude each other")]
+    Conflict(&'static str, &'static str),
+    #[error("`{0}` is not one of {1}")]
+    Unknown(String, &'static str),
+}
+
+/// Width of a stored code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(into = "u8", try_from = "u8")]
+#[allow(missing_docs)]
+pub enum Bits {
+    Two,
+    Three,
+    Four,
+    Eight,
+}
+
+impl Bits {
+    /// Every supported width, narrow to wide.
+    pub const ALL: [Bits; 4] = [Bits::Two, Bits::Three, Bits::Four, Bits::Eight];
+
+    /// The width as a number of bits.
+    pub fn width(self) -> u32 {
+        match self {
+            Bits::Two => 2,
+            Bits::Three => 3,
+            Bits::Four => 4,
+            Bits::Eight => 8,
+        }
+    }
+
+    /// Largest code, `2^bits - 1`.
+    pub fn max_code(self) -> u32 {
+        (1 << self.width()) - 1
+    }
+}
+
+impl TryFrom<u8> for Bits {
+    type Error = SpecError;
+    fn try_from(width: u8) -> Result<Self, SpecError> {
+        Bits::ALL
+            .into_iter()
+            .find(|bits| bits.width() == u32::from(width))
+            .ok_or_else(|| SpecError::Bits(width.to_string()))
+    }
+}
+
+impl From<Bits> for u8 {
+    fn from(bits: Bits) -> u8 {
+        bits.width() as u8
+    }
+}
+
+impl FromStr for Bits {
+    type Err = SpecError;
+    fn from_str(text: &str) -> Result<Self, SpecError> {
+        text.parse::<u8>()
+            .map_err(|_| SpecError::Bits(text.to_string()))?
+            .try_into()
+    }
+}
+
+impl fmt::Display for Bits {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.width())
+    }
+}
+
+/// Input channels that share one scale and zero; `-1` in files means one group per output row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(into = "i64", try_from = "i64")]
+pub enum GroupSize {
+    /// One group spans all of `in_features`.
+    None,
+    /// This many consecutive channels; the last group may be short.
+    Channels(usize),
+}
+
+impl GroupSize {
+    /// The size for a layer of `in_features` channels, at least 1.
+    pub fn resolve(self, in_features: usize) -> usize {
+        match self {
+            GroupSize::None => in_features.max(1),
+            GroupSize::Channels(size) => size,
+        }
+    }
+
+    /// How many groups `in_features` channels make, the short last one counted.
+    pub fn count(self, in_features: usize) -> usize {
+        in_features.div_ceil(self.resolve(in_features))
+    }
+}
+
+impl TryFrom<i64> for GroupSize {
+    type Error = SpecError;
+    fn try_from(size: i64) -> Result<Self, SpecError> {
+        match size {
+            -1 => Ok(GroupSize::None),
+            16..=1024 if size % 8 == 0 => Ok(GroupSize::Channels(size as usize)),
+            _ => Err(SpecError::GroupSize(size.to_string())),
+        }
+    }
+}
+
+impl From<GroupSize> for i64 {
+    fn from(size: GroupSize) -> i64 {
+        match size {
+            GroupSize::None => -1,
+            GroupSize::Channels(size) => size as i64,
+        }
+    }
+}
+
+impl FromStr for GroupSize {
+    type Err = SpecError;
+    fn from_str(text: &str) -> Result<Self, SpecError> {
+        if text == "none" {
+            return Ok(GroupSize::None);
+        }
+        text.parse::<i64>()
+            .map_err(|_| SpecError::GroupSize(text.to_string()))?
+            .try_into()
+    }
+}
+
+impl fmt::Display for GroupSize {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            GroupSize::None => f.write_str("none"),
+            GroupSize::Channels(size) => write!(f, "{size}"),
+        }
+    }
+}
+
+/// How codes are chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Method {
+    /// Error-compensated rounding (Frantar et al. 2022, algorithm 1).
+    Gptq,
+    /// Round to nearest: the baseline that needs no calibration.
+    Rtn,
+}
+
+/// The zero-point convention of a file; other names for it are v1 and v2.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CheckpointFormat {
+    /// v1: stores `zero - 1`; every reader knows it.
+    Gptq,
+    /// v2: stores `zero`; GPTQModel and vLLM know it.
+    GptqV2,
+}
+
+impl fmt::Display for CheckpointFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            CheckpointFormat::Gptq => "gptq",
+            CheckpointFormat::GptqV2 => "gptq_v2",
+        })
+    }
+}
+
+/// In which order the solver rounds the input channels, and what that does to `g_idx`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ColumnOrder {
+    /// As stored; `g_idx` is trivial.
+    Natural,
+    /// By falling Hessian diagonal, groups formed in that order; `g_idx` is a real permutation.
+    ActOrder,
+    /// By falling Hessian diagonal over grids fixed beforehand in natural order; `g_idx` is trivial.
+    ActOrderStaticGroups,
+    /// Groups by their largest Hessian diagonal and channels sorted inside; `g_idx` is trivial.
+    GroupAware,
+}
+
+/// Everything that decides the codes of a layer, apart from its weights and inputs.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct QuantSpec {
+    /// Width of a code.
+    pub bits: Bits,
+    /// Channels that share a scale.
+    pub group_size: GroupSize,
+    /// Symmetric grid: zero is the middle code.
+    pub sym: bool,
+    /// Column order of the solver.
+    pub order: ColumnOrder,
+    /// Share of the mean Hessian diagonal that is added to the diagonal, between 0 and 1.
+    pub damp_percent: f64,
+    /// Rounding method.
+    pub method: Method,
+    /// Zero-point convention of the file; decides which zeros may be chosen.
+    pub format: CheckpointFormat,
+}
+
+impl QuantSpec {
+    /// The settings of the published reference checkpoints: 4-bit, group 128, symmetric, damp 0.1.
+    pub fn published() -> Self {
+        QuantSpec {
+            bits: Bits::Four,
+            group_size: GroupSize::Channels(128),
+            sym: true,
+            order: ColumnOrder::Natural,
+            damp_percent: 0.1,
+            method: Method::Gptq,
+            format: CheckpointFormat::Gptq,
+        }
+    }
+
+    /// Refuses values outside their range.
+    pub fn validate(&self) -> Result<(), SpecError> {
+        if !(self.damp_percent > 0.0 && self.damp_percent < 1.0) {
+            return Err(SpecError::Damp(self.damp_percent));
+        }
+        if self.method == Method::Rtn && self.order != ColumnOrder::Natural {
+            return Err(SpecError::Conflict("method rtn", "a column order"));
+        }
+        Ok(())
+    }
+
+    /// The smallest zero a file of this format can hold without touching its neighbours.
+    ///
+    /// v1 stores `zero - 1`, so a zero of 0 would borrow from the next field of the word.
+    pub fn min_zero(&self) -> u32 {
+        match self.format {
+            CheckpointFormat::Gptq => 1,
+            CheckpointFormat::GptqV2 => 0,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn group_size_counts_the_short_last_group() {
+        assert_eq!(GroupSize::Channels(64).count(172), 3);
+        assert_eq!(GroupSize::None.count(172), 1);
+    }
+
+    #[test]
+    fn numbers_outside_the_field_are_refused() {
+        assert_eq!("5".parse::<Bits>(), Err(SpecError::Bits("5".into())));
+        assert_eq!(
+            "12".parse::<GroupSize>(),
+            Err(SpecError::GroupSize("12".into()))
+        );
+        assert_eq!("-1".parse::<GroupSize>(), Ok(GroupSize::None));
+        let spec = QuantSpec {
+            damp_percent: 1.0,
+            ..QuantSpec::published()
+        };
+        assert_eq!(spec.validate(), Err(SpecError::Damp(1.0)));
+    }
+}
