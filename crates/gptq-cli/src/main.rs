@@ -1,1 +1,56 @@
-fn main(){}
+//! The `gptq` command: arguments, progress, hints, exit codes. It wires the libraries together and
+//! computes nothing.
+//!
+//! Exit codes: 0 done; 1 ran, and the answer is no; 2 usage, input or internal error.
+#![allow(clippy::print_stdout, clippy::print_stderr)]
+
+mod args;
+mod commands;
+mod datasets;
+mod failure;
+mod models;
+mod progress;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use args::{Cli, Command};
+use failure::Failure;
+
+/// What a command that ran has to say.
+pub(crate) enum Verdict {
+    Yes,
+    No,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match run(cli) {
+        Ok(Verdict::Yes) => ExitCode::SUCCESS,
+        Ok(Verdict::No) => ExitCode::from(1),
+        Err(failure) => {
+            eprintln!("error: {}", failure.text);
+            if let Some(hint) = failure.hint {
+                eprintln!("hint: {hint}");
+            }
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<Verdict, Failure> {
+    if let Some(threads) = cli.threads {
+        rayon::ThreadPoolBuilder::new()
+            .num_threads(threads.into())
+            .build_global()
+            .map_err(|error| Failure::new(error.to_string()))?;
+    }
+    match cli.command {
+        Command::Quantize(args) => commands::quantize::run(&args),
+        Command::Import(args) => commands::import::run(&args),
+        Command::Eval(args) => commands::eval::run(&args),
+        Command::Verify(args) => commands::verify::run(&args),
+        Command::Inspect(args) => commands::inspect::run(&args),
+    }
+}

@@ -25,7 +25,7 @@ pub use config::{ConfigError, DecoderConfig};
 pub use rope::RopeScaling;
 pub use sample::{SampleSpec, sample_windows};
 pub use score::{HeadInput, TokenScore};
-pub use weights::{FloatWeights, LinearWeights, WeightSource};
+pub use weights::{FloatWeights, LinearWeights, WeightSource, check_finite};
 
 /// Where the forward pass runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -66,16 +66,7 @@ impl WeightSource for FloatWeights {
     }
 
     fn plain(&self, name: &str) -> Result<Vec<f32>, SourceError> {
-        let info = self.0.require(name)?;
-        let values = to_f32(name, info.dtype, &self.0.bytes(name)?)?;
-        match values.par_iter().position_first(|value| !value.is_finite()) {
-            Some(index) => Err(SourceError::NotFinite {
-                name: name.to_string(),
-                value: values[index],
-                index,
-            }),
-            None => Ok(values),
-        }
+        read_finite(self.0.as_ref(), name)
     }
 
     fn linear(&self, layer: &LayerName, bias: bool) -> Result<LinearWeights, SourceError> {
@@ -138,6 +129,27 @@ impl WeightSource for FloatWeights {
         }
         Ok(())
     }
+}
+
+fn read_finite(source: &dyn TensorSource, name: &str) -> Result<Vec<f32>, SourceError> {
+    let info = source.require(name)?;
+    let values = to_f32(name, info.dtype, &source.bytes(name)?)?;
+    match values.par_iter().position_first(|value| !value.is_finite()) {
+        Some(index) => Err(SourceError::NotFinite {
+            name: name.to_string(),
+            value: values[index],
+            index,
+        }),
+        None => Ok(values),
+    }
+}
+
+/// Refuses a float tensor with a value that is not finite; tensors of other types pass.
+pub fn check_finite(source: &dyn TensorSource, name: &str) -> Result<(), SourceError> {
+    if source.require(name)?.dtype.is_weight() {
+        read_finite(source, name)?;
+    }
+    Ok(())
 }
 
 fn to_f32(name: &str, dtype: Dtype, bytes: &[u8]) -> Result<Vec<f32>, SourceError> {

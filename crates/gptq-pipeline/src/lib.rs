@@ -1,1 +1,19 @@
-//! placeholder
+//! The block loop: from an opened model and token windows to a published checkpoint folder.
+//!
+//! Knows: which tensors the result has, the order of work (one forward per block, each group of
+//! linears solved as its inputs arrive), the journal by which an interrupted run goes on, and what
+//! a reader of the result must be told.
+//!
+//! Does not know: where models and texts come from, how progress is shown, bit order.
+
+mod job;
+mod journal;
+mod layers;
+mod plan;
+mod preflight;
+mod run;
+
+pub use job::{Job, PipelineError, Progress};
+pub use plan::OutputPlan;
+pub use preflight::{check_finite, check_shapes};
+pub use run::quantize;

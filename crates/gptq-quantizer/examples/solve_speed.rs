@@ -10,12 +10,16 @@ use gptq_quantizer::{Factor, HessianSum, solve};
 use gptq_types::{ActivationSink, ColumnOrder, QuantSpec};
 
 fn main() {
-    let mut sizes = std::env::args().skip(1).map(|arg| arg.parse().expect("a size"));
+    let mut sizes = std::env::args()
+        .skip(1)
+        .map(|arg| arg.parse().expect("a size"));
     let k: usize = sizes.next().unwrap_or(4096);
     let n: usize = sizes.next().unwrap_or(k);
     let mut state = 1u64;
     let mut random = || {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1);
         (state >> 40) as f32 / (1u64 << 24) as f32 - 0.5
     };
     let tokens = k + k / 2;
@@ -27,7 +31,10 @@ fn main() {
 
     let sgemm = 2.0 * (k as f64).powi(2) * n as f64 / measure_sgemm(k.min(4096));
     for order in [ColumnOrder::Natural, ColumnOrder::ActOrder] {
-        let spec = QuantSpec { order, ..QuantSpec::published() };
+        let spec = QuantSpec {
+            order,
+            ..QuantSpec::published()
+        };
         let start = Instant::now();
         let factor = Factor::new(&hessian, &spec).expect("a positive definite Hessian");
         let factored = start.elapsed().as_secs_f64();

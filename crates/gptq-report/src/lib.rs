@@ -1,1 +1,30 @@
-//! placeholder
+//! Run records rendered for people.
+//!
+//! Knows: the comparison table of evaluated checkpoints, the summary of a quantization run and
+//! its time profile, all from records alone: any of them can be made again from JSON.
+//!
+//! Does not know: models, files, how a number was measured.
+
+mod comparison;
+mod profile;
+mod summary;
+
+pub use comparison::comparison;
+pub use profile::profile;
+pub use summary::summary;
+
+/// Bytes with a decimal unit, three digits.
+fn size(bytes: u64) -> String {
+    let units = ["B", "kB", "MB", "GB", "TB"];
+    let mut value = bytes as f64;
+    let mut unit = 0;
+    while value >= 1000.0 && unit + 1 < units.len() {
+        value /= 1000.0;
+        unit += 1;
+    }
+    format!(
+        "{value:.*} {}",
+        if unit == 0 || value >= 100.0 { 0 } else { 1 },
+        units[unit]
+    )
+}

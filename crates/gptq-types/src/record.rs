@@ -1,7 +1,7 @@
 //! What a run leaves behind for machines to read.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -42,8 +42,8 @@ pub struct LayerRecord {
     pub tokens: usize,
     /// `tokens` over all calibration tokens, 0 to 1.
     pub token_share: f64,
-    /// Quality of the rounding; absent for `method rtn` without calibration.
-    pub loss: LayerLoss,
+    /// Quality of the rounding; absent for `method rtn`, which sees no inputs.
+    pub loss: Option<LayerLoss>,
     /// Seconds in factorisation and sweep.
     pub solve_seconds: f64,
 }
@@ -51,7 +51,9 @@ pub struct LayerRecord {
 impl LayerRecord {
     /// Whether plain rounding would have done better: the layer counts as degraded.
     pub fn is_worse_than_rtn(&self) -> bool {
-        self.loss.error > self.loss.rtn_error * (1.0 + 1e-9)
+        self.loss
+            .as_ref()
+            .is_some_and(|loss| loss.error > loss.rtn_error * (1.0 + 1e-9))
     }
 }
 
@@ -93,6 +95,14 @@ impl PhaseTimes {
     /// Adds a measured duration.
     pub fn add(&mut self, phase: Phase, elapsed: Duration) {
         *self.seconds.entry(phase).or_default() += elapsed.as_secs_f64();
+    }
+
+    /// Runs `work` and adds the time it took.
+    pub fn time<R>(&mut self, phase: Phase, work: impl FnOnce() -> R) -> R {
+        let start = Instant::now();
+        let result = work();
+        self.add(phase, start.elapsed());
+        result
     }
 
     /// Adds useful operations.

@@ -1,0 +1,7 @@
+//! One file a command.
+
+pub mod eval;
+pub mod import;
+pub mod inspect;
+pub mod quantize;
+pub mod verify;

@@ -1,0 +1,90 @@
+//! `gptq verify`.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use gptq_inference::{compare, logits};
+use gptq_packer::{SafetensorsFile, write_safetensors};
+use gptq_types::{Dtype, TensorInfo};
+
+use crate::Verdict;
+use crate::args::VerifyArgs;
+use crate::failure::Failure;
+use crate::models::find;
+
+pub fn run(args: &VerifyArgs) -> Result<Verdict, Failure> {
+    let opened = find(&args.model, &args.hub)?.open()?;
+    let vocab = opened.config.vocab_size;
+    let mut decoder = opened.decoder(args.device.resolve())?;
+    if let Some(path) = &args.write {
+        let got = logits(decoder.as_mut(), &args.ids)?;
+        write(path, &args.ids, &got, vocab)?;
+        eprintln!("wrote {}", path.display());
+        return Ok(Verdict::Yes);
+    }
+    let path = args.expect.as_deref().unwrap_or(Path::new(""));
+    let (ids, expected) = read(path, vocab)?;
+    let found = compare(&logits(decoder.as_mut(), &ids)?, &expected, vocab);
+    println!(
+        "largest difference {:.3e} (got {}, expected {}) at token {}, entry {}; same top token {:.2} %",
+        found.max_difference,
+        found.values.0,
+        found.values.1,
+        found.at.0,
+        found.at.1,
+        100.0 * found.top1_agreement
+    );
+    match found.max_difference <= args.tolerance {
+        true => Ok(Verdict::Yes),
+        false => Ok(Verdict::No),
+    }
+}
+
+fn read(path: &Path, vocab: usize) -> Result<(Vec<u32>, Vec<f32>), Failure> {
+    let file = SafetensorsFile::open(path)?;
+    let tensor = |name: &str, dtype: Dtype, shape: &dyn Fn(&[usize]) -> bool, wanted: &str| {
+        let info = file.tensors().get(name);
+        match info.filter(|info| info.dtype == dtype && shape(&info.shape)) {
+            Some(_) => Ok(file.read(name)?),
+            None => Err(Failure::new(format!(
+                "`{}` has no tensor `{name}` of {wanted}",
+                path.display()
+            ))),
+        }
+    };
+    let ids = tensor(
+        "input_ids",
+        Dtype::I32,
+        &|s| s.len() == 1 && s[0] > 0,
+        "I32 [t]",
+    )?;
+    let tokens = ids.len() / 4;
+    let wanted = format!("F32 [{tokens}, {vocab}]");
+    let logits = tensor("logits", Dtype::F32, &|s| s == [tokens, vocab], &wanted)?;
+    let words = |bytes: &[u8]| -> Vec<u32> {
+        (bytes.chunks_exact(4))
+            .map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+            .collect()
+    };
+    let logits = words(&logits).into_iter().map(f32::from_bits).collect();
+    Ok((words(&ids), logits))
+}
+
+fn write(path: &Path, ids: &[u32], logits: &[f32], vocab: usize) -> Result<(), Failure> {
+    let id_bytes: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
+    let logit_bytes: Vec<u8> = logits.iter().flat_map(|x| x.to_le_bytes()).collect();
+    let info = |dtype, shape| TensorInfo { dtype, shape };
+    let tensors = [
+        (
+            "input_ids",
+            info(Dtype::I32, vec![ids.len()]),
+            id_bytes.as_slice(),
+        ),
+        (
+            "logits",
+            info(Dtype::F32, vec![ids.len(), vocab]),
+            &logit_bytes,
+        ),
+    ];
+    Ok(write_safetensors(path, &tensors, &BTreeMap::new())?)
+}

@@ -1,0 +1,71 @@
+//! Errors of all crates as one line and, apart from it, advice.
+
+use gptq_calibration::CalibrationError;
+use gptq_hub::HubError;
+use gptq_inference::OpenError;
+use gptq_model::{ConfigError, ModelError};
+use gptq_packer::{ReadError, SafetensorsError};
+use gptq_pipeline::PipelineError;
+use gptq_types::{SourceError, SpecError};
+
+/// Ends the program with exit code 2.
+#[derive(Debug)]
+pub struct Failure {
+    /// What failed, where, with the value.
+    pub text: String,
+    /// What to do about it.
+    pub hint: Option<String>,
+}
+
+impl Failure {
+    /// Without advice.
+    pub fn new(text: impl Into<String>) -> Self {
+        Failure {
+            text: text.into(),
+            hint: None,
+        }
+    }
+
+    /// With advice.
+    pub fn with_hint(text: impl Into<String>, hint: impl Into<String>) -> Self {
+        Failure {
+            text: text.into(),
+            hint: Some(hint.into()),
+        }
+    }
+}
+
+macro_rules! plain {
+    ($($error:ty),*) => {$(
+        impl From<$error> for Failure {
+            fn from(error: $error) -> Self {
+                Failure::new(error.to_string())
+            }
+        }
+    )*};
+}
+
+macro_rules! hinted {
+    ($($error:ty),*) => {$(
+        impl From<$error> for Failure {
+            fn from(error: $error) -> Self {
+                Failure {
+                    text: error.to_string(),
+                    hint: error.hint().map(|hint| hint.to_string()),
+                }
+            }
+        }
+    )*};
+}
+
+plain!(
+    SpecError,
+    SourceError,
+    ConfigError,
+    ModelError,
+    OpenError,
+    ReadError,
+    SafetensorsError,
+    serde_json::Error
+);
+hinted!(PipelineError, HubError, CalibrationError);

@@ -1,0 +1,138 @@
+//! What is asked of a run, what it reports on the way, how it can fail.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use gptq_model::{ConfigError, Device, ModelError};
+use gptq_packer::{LayoutError, PackError, StageError, VerifyError};
+use gptq_quantizer::QuantizeError;
+use gptq_types::{
+    CalibrationRecord, LayerName, LayerRecord, QuantSpec, SourceError, SpecError, TensorSource,
+};
+
+/// A quantization to be done.
+pub struct Job {
+    /// The float checkpoint.
+    pub source: Arc<dyn TensorSource>,
+    /// Text of its `config.json`.
+    pub config_json: String,
+    /// The model as given, for records and `model_name_or_path`.
+    pub model_name: String,
+    /// Settings.
+    pub spec: QuantSpec,
+    /// Token windows and how they were made; empty for `method rtn`.
+    pub windows: Vec<Vec<u32>>,
+    /// What the record keeps of them.
+    pub calibration: Option<CalibrationRecord>,
+    /// Files copied beside the weights: tokenizer, generation settings.
+    pub companions: Vec<PathBuf>,
+    /// The folder to publish.
+    pub out_dir: PathBuf,
+    /// Largest weight file.
+    pub max_shard_bytes: u64,
+    /// Where the forward pass runs.
+    pub device: Device,
+    /// Go on where an interrupted run stopped.
+    pub resume: bool,
+    /// Name and version, `gptq-rs:0.1.0`.
+    pub tool: String,
+}
+
+/// Progress of a run, in the order of events.
+#[derive(Clone, Copy, Debug)]
+#[allow(missing_docs)]
+pub enum Progress<'a> {
+    /// Weights were checked and the output folder is ready.
+    Begin { blocks: usize, resumed: usize },
+    /// A linear was quantised, written and read back.
+    Layer { record: &'a LayerRecord },
+    /// A block is done.
+    Block { done: usize, blocks: usize },
+    /// The folder has its final name.
+    Published,
+}
+
+/// A run that did not end in a published folder.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum PipelineError {
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    #[error("{place}: {source}")]
+    Config { place: String, source: ConfigError },
+    #[error("{place}: {source}")]
+    QuantizationConfig {
+        place: String,
+        source: gptq_packer::ConfigError,
+    },
+    #[error("{0} is quantised already")]
+    AlreadyQuantised(String),
+    #[error("group size {group_size} is larger than the {in_features} input channels of `{layer}`")]
+    GroupTooLarge {
+        group_size: usize,
+        in_features: usize,
+        layer: LayerName,
+    },
+    #[error("no calibration windows were given")]
+    NoWindows,
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    #[error(transparent)]
+    Stage(#[from] StageError),
+    #[error("layer `{layer}`: {source}")]
+    Quantize {
+        layer: LayerName,
+        source: QuantizeError,
+    },
+    #[error("layer `{layer}`: {source}")]
+    Pack { layer: LayerName, source: PackError },
+    #[error("layer `{layer}` reads back differently than it was solved: {source}")]
+    Verify {
+        layer: LayerName,
+        source: VerifyError,
+    },
+    #[error("layer `{layer}` of the interrupted run cannot be read: {source}")]
+    Reread {
+        layer: LayerName,
+        source: gptq_packer::ReadError,
+    },
+    #[error("the interrupted run in `{}` had another {what}: {found}, now {wanted}", path.display())]
+    OtherSettings {
+        path: PathBuf,
+        what: String,
+        found: String,
+        wanted: String,
+    },
+    #[error("`{}`: {reason}", path.display())]
+    Journal { path: PathBuf, reason: String },
+}
+
+impl PipelineError {
+    /// Advice, apart from the cause.
+    pub fn hint(&self) -> Option<&'static str> {
+        match self {
+            PipelineError::Stage(StageError::PartialExists(_)) => {
+                Some("pass --resume to go on with it, or delete the folder")
+            }
+            PipelineError::Stage(StageError::NoPartial(_)) => {
+                Some("there is no interrupted run; leave out --resume")
+            }
+            PipelineError::Stage(StageError::Occupied(_)) => {
+                Some("name a folder that does not exist yet")
+            }
+            PipelineError::GroupTooLarge { .. } => Some("use a smaller group, or `none`"),
+            PipelineError::OtherSettings { .. } => {
+                Some("repeat the settings of the interrupted run, or delete its folder")
+            }
+            PipelineError::Quantize {
+                source: QuantizeError::Singular { .. },
+                ..
+            } => Some("more or other calibration text makes the Hessian regular"),
+            _ => None,
+        }
+    }
+}

@@ -1,0 +1,61 @@
+//! What can be known before the first hour is spent.
+
+use gptq_model::DecoderConfig;
+use gptq_types::{CheckpointFormat, GroupSize, QuantSpec, SourceError, TensorSource, Warning};
+
+use crate::PipelineError;
+
+/// Refuses groups that no reader can use and names, as warnings, the readers that will refuse the
+/// shapes of this model.
+pub fn check_shapes(
+    config: &DecoderConfig,
+    spec: &QuantSpec,
+) -> Result<Vec<Warning>, PipelineError> {
+    let mut warnings = Vec::new();
+    // All blocks have the shapes of the first.
+    for (layer, in_features, out_features) in config.block_linears(0) {
+        if let GroupSize::Channels(group_size) = spec.group_size {
+            if group_size > in_features {
+                return Err(PipelineError::GroupTooLarge {
+                    group_size,
+                    in_features,
+                    layer,
+                });
+            }
+            if !in_features.is_multiple_of(group_size) {
+                let text = format!(
+                    "in_features {in_features} is not a multiple of group size {group_size}: \
+                     ExLlama, vLLM and TGI refuse it, GPTQModel's torch kernel reads it"
+                );
+                warnings.push(Warning {
+                    module: layer.to_string(),
+                    text,
+                });
+            }
+        }
+        if !in_features.is_multiple_of(32) || !out_features.is_multiple_of(32) {
+            let text = format!(
+                "{in_features} x {out_features} is not a multiple of 32: AutoGPTQ, ExLlama and \
+                 Marlin refuse it, GPTQModel's torch kernel reads it"
+            );
+            warnings.push(Warning {
+                module: layer.to_string(),
+                text,
+            });
+        }
+    }
+    if spec.format == CheckpointFormat::GptqV2 {
+        warnings.push(Warning {
+            module: String::new(),
+            text: "checkpoint_format gptq_v2 is read by GPTQModel, vLLM and ExLlamaV2, not by AutoGPTQ"
+                .to_string(),
+        });
+    }
+    Ok(warnings)
+}
+
+/// Reads every tensor once and refuses the first value that is not finite: better now than in the
+/// last block.
+pub fn check_finite(source: &dyn TensorSource) -> Result<(), SourceError> {
+    (source.names().iter()).try_for_each(|name| gptq_model::check_finite(source, name))
+}

@@ -1,0 +1,337 @@
+//! A whole run, from checks to the rename that publishes it.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use gptq_model::{Decoder, DecoderConfig, FloatWeights, WeightSource};
+use gptq_packer::{
+    QuantizeConfig, StagedCheckpoint, config_json_with_quantization, quantize_config_json,
+    read_layer,
+};
+use gptq_quantizer::round_to_nearest;
+use gptq_types::{
+    LayerRecord, Method, Phase, PhaseTimes, RUN_RECORD_SCHEMA, RunRecord, Stage, Warning,
+};
+use serde_json::{Map, Value, json};
+
+use crate::journal::{BlockEntry, Journal};
+use crate::layers::LayerWork;
+use crate::preflight::{check_finite, check_shapes};
+use crate::{Job, OutputPlan, PipelineError, Progress};
+
+/// The run record's file name in the published folder.
+const RECORD_FILE: &str = "gptq_run.json";
+
+/// Quantises a model and publishes the folder. When it fails nothing of it stays, unless it was
+/// the continuation of an interrupted run.
+pub fn quantize(
+    job: &Job,
+    progress: &mut dyn FnMut(Progress<'_>),
+) -> Result<RunRecord, PipelineError> {
+    let started = Instant::now();
+    job.spec.validate()?;
+    let config = read_config(job)?;
+    let mut warnings = check_shapes(&config, &job.spec)?;
+    if job.spec.method == Method::Gptq && job.windows.is_empty() {
+        return Err(PipelineError::NoWindows);
+    }
+    let weights: Arc<dyn WeightSource> = Arc::new(FloatWeights::new(job.source.clone()));
+    let mut decoder = gptq_model::open(weights.clone(), config.clone(), job.device)?;
+    let mut times = PhaseTimes::default();
+    times.time(Phase::Load, || check_finite(job.source.as_ref()))?;
+
+    let plan = OutputPlan::new(job.source.as_ref(), &config, &job.spec, job.max_shard_bytes)?;
+    let staged = match job.resume {
+        true => StagedCheckpoint::reopen(&job.out_dir, &plan.layout)?,
+        false => StagedCheckpoint::create(&job.out_dir, &plan.layout)?,
+    };
+    let mut run = Run {
+        job,
+        config: &config,
+        weights: weights.as_ref(),
+        decoder: decoder.as_mut(),
+        staged: &staged,
+        times,
+        layers: Vec::new(),
+        warnings: Vec::new(),
+    };
+    let outcome = run.blocks(&plan, progress);
+    let (layers, times) = (run.layers, run.times);
+    warnings.extend(run.warnings);
+    let record = RunRecord {
+        schema: RUN_RECORD_SCHEMA,
+        tool: job.tool.clone(),
+        model: job.model_name.clone(),
+        spec: job.spec.clone(),
+        calibration: job.calibration.clone(),
+        layers,
+        warnings,
+        seconds: started.elapsed().as_secs_f64(),
+        phases: times,
+    };
+    match outcome.and_then(|journal| finish(job, &staged, journal, &record)) {
+        Ok(()) => {
+            staged.publish()?;
+            progress(Progress::Published);
+            Ok(record)
+        }
+        Err(error) if job.resume => Err(error),
+        Err(error) => {
+            staged.discard()?;
+            Err(error)
+        }
+    }
+}
+
+fn read_config(job: &Job) -> Result<DecoderConfig, PipelineError> {
+    let place = job.source.place();
+    let packed = QuantizeConfig::from_model_config(&job.config_json);
+    let has_packed = job
+        .source
+        .names()
+        .iter()
+        .any(|name| name.ends_with(".qweight"));
+    if has_packed || !matches!(packed, Ok(None)) {
+        return Err(PipelineError::AlreadyQuantised(place));
+    }
+    DecoderConfig::parse(&job.config_json).map_err(|source| PipelineError::Config { place, source })
+}
+
+/// The parts of a run that its blocks need.
+struct Run<'a> {
+    job: &'a Job,
+    config: &'a DecoderConfig,
+    weights: &'a dyn WeightSource,
+    decoder: &'a mut dyn Decoder,
+    staged: &'a StagedCheckpoint,
+    times: PhaseTimes,
+    layers: Vec<LayerRecord>,
+    warnings: Vec<Warning>,
+}
+
+impl Run<'_> {
+    fn blocks(
+        &mut self,
+        plan: &OutputPlan,
+        progress: &mut dyn FnMut(Progress<'_>),
+    ) -> Result<Journal, PipelineError> {
+        let blocks = self.config.num_hidden_layers;
+        let settings = resume_settings(self.job);
+        let folder = self.staged.partial_dir();
+        let (mut journal, done) = match self.job.resume {
+            true => Journal::reopen(folder, &settings)?,
+            false => (Journal::begin(folder, &settings)?, Vec::new()),
+        };
+        progress(Progress::Begin {
+            blocks,
+            resumed: done.len(),
+        });
+        self.copy_plain(&plan.copied)?;
+        if self.job.spec.method == Method::Gptq {
+            let windows = &self.job.windows;
+            self.times
+                .time(Phase::Load, || self.decoder.embed(windows))?;
+        }
+        for index in 0..blocks {
+            match done.get(index) {
+                Some(entry) => self.replay(index, entry)?,
+                None => {
+                    let entry = match self.job.spec.method {
+                        Method::Gptq => self.solve_block(index, progress)?,
+                        Method::Rtn => self.round_block(index, progress)?,
+                    };
+                    self.times.time(Phase::Write, || self.staged.sync())?;
+                    journal.record(&entry)?;
+                    self.keep(entry);
+                }
+            }
+            progress(Progress::Block {
+                done: index + 1,
+                blocks,
+            });
+        }
+        Ok(journal)
+    }
+
+    fn keep(&mut self, entry: BlockEntry) {
+        self.layers.extend(entry.layers);
+        self.warnings.extend(entry.warnings);
+    }
+
+    fn copy_plain(&mut self, names: &[String]) -> Result<(), PipelineError> {
+        for name in names {
+            let bytes = self
+                .times
+                .time(Phase::Load, || self.job.source.bytes(name))?;
+            self.times
+                .time(Phase::Write, || self.staged.write(name, &bytes))?;
+        }
+        Ok(())
+    }
+
+    /// One forward pass through a block: each stage is solved as its inputs arrive, and the next
+    /// stage sees the quantised outputs.
+    fn solve_block(
+        &mut self,
+        index: usize,
+        progress: &mut dyn FnMut(Progress<'_>),
+    ) -> Result<BlockEntry, PipelineError> {
+        self.times
+            .time(Phase::Load, || self.decoder.load_block(index))?;
+        self.count_forward();
+        let mut work = LayerWork::new(self.job, self.staged, &mut self.times);
+        for stage in Stage::ALL {
+            work.stage(self.decoder, index, stage, progress)?;
+        }
+        let (layers, warnings) = (work.layers, work.warnings);
+        self.times
+            .time(Phase::Forward, || self.decoder.finish_block());
+        Ok(BlockEntry {
+            block: index,
+            layers,
+            warnings,
+        })
+    }
+
+    fn count_forward(&mut self) {
+        for same_length in self.job.windows.chunk_by(|a, b| a.len() == b.len()) {
+            let flop = self
+                .config
+                .block_flop(same_length.len(), same_length[0].len());
+            self.times.add_flop(Phase::Forward, flop);
+        }
+    }
+
+    /// Rounding to nearest looks at weights alone: no forward pass.
+    fn round_block(
+        &mut self,
+        index: usize,
+        progress: &mut dyn FnMut(Progress<'_>),
+    ) -> Result<BlockEntry, PipelineError> {
+        let weights = self.weights;
+        let spec = &self.job.spec;
+        let mut layers = Vec::new();
+        for (layer, in_features, out_features) in self.config.block_linears(index) {
+            let stored = self
+                .times
+                .time(Phase::Load, || weights.linear(&layer, false))?;
+            let start = Instant::now();
+            let solved =
+                round_to_nearest(&stored.weight, out_features, spec).map_err(|source| {
+                    PipelineError::Quantize {
+                        layer: layer.clone(),
+                        source,
+                    }
+                })?;
+            self.times.add(Phase::Sweep, start.elapsed());
+            let solve_seconds = start.elapsed().as_secs_f64();
+            LayerWork::new(self.job, self.staged, &mut self.times).store(&layer, &solved)?;
+            let record = LayerRecord {
+                layer,
+                in_features,
+                out_features,
+                tokens: 0,
+                token_share: 0.0,
+                loss: None,
+                solve_seconds,
+            };
+            progress(Progress::Layer { record: &record });
+            layers.push(record);
+        }
+        Ok(BlockEntry {
+            block: index,
+            layers,
+            warnings: Vec::new(),
+        })
+    }
+
+    /// A block of the interrupted run: its codes are read back, and the hidden states pass through
+    /// them exactly as they did.
+    fn replay(&mut self, index: usize, entry: &BlockEntry) -> Result<(), PipelineError> {
+        let config = written_config(self.job)?;
+        let gptq = self.job.spec.method == Method::Gptq;
+        if gptq {
+            self.times
+                .time(Phase::Load, || self.decoder.load_block(index))?;
+        }
+        for (layer, _, _) in self.config.block_linears(index) {
+            for suffix in ["qweight", "qzeros", "scales", "g_idx"] {
+                self.staged.mark_written(&layer.tensor(suffix))?;
+            }
+            let solved = read_layer(self.staged, &layer, &config).map_err(|source| {
+                PipelineError::Reread {
+                    layer: layer.clone(),
+                    source,
+                }
+            })?;
+            if gptq {
+                self.decoder.replace_weight(&layer, solved.dequantise())?;
+            }
+        }
+        if gptq {
+            self.count_forward();
+            self.times
+                .time(Phase::Forward, || self.decoder.forward_block());
+        }
+        self.keep(entry.clone());
+        Ok(())
+    }
+}
+
+fn no_meta() -> Map<String, Value> {
+    Map::new()
+}
+
+fn settings_text(job: &Job) -> String {
+    quantize_config_json(&job.spec, &job.tool, &job.model_name, &no_meta())
+}
+
+fn written_config(job: &Job) -> Result<QuantizeConfig, PipelineError> {
+    QuantizeConfig::from_quantize_config(&settings_text(job)).map_err(|source| {
+        PipelineError::QuantizationConfig {
+            place: "the output".to_string(),
+            source,
+        }
+    })
+}
+
+/// What must not change between an interrupted run and its continuation.
+fn resume_settings(job: &Job) -> Map<String, Value> {
+    let tokens = job.calibration.as_ref().map(|record| &record.token_sha256);
+    let entries = [
+        ("tool", json!(job.tool)),
+        ("model", json!(job.model_name)),
+        ("config.json", json!(job.config_json)),
+        ("settings", json!(job.spec)),
+        ("calibration tokens", json!(tokens)),
+    ];
+    entries
+        .into_iter()
+        .map(|(name, value)| (name.to_string(), value))
+        .collect()
+}
+
+/// The small files, after the last tensor.
+fn finish(
+    job: &Job,
+    staged: &StagedCheckpoint,
+    journal: Journal,
+    record: &RunRecord,
+) -> Result<(), PipelineError> {
+    let config = config_json_with_quantization(&job.config_json, &job.spec, &job.tool, &no_meta())
+        .map_err(|source| PipelineError::QuantizationConfig {
+            place: job.source.place(),
+            source,
+        })?;
+    staged.add_file("config.json", config.as_bytes())?;
+    staged.add_file("quantize_config.json", settings_text(job).as_bytes())?;
+    for file in &job.companions {
+        staged.copy_file(file)?;
+    }
+    let text = serde_json::to_string_pretty(record).map_err(|error| PipelineError::Journal {
+        path: job.out_dir.join(RECORD_FILE),
+        reason: error.to_string(),
+    })?;
+    staged.add_file(RECORD_FILE, text.as_bytes())?;
+    journal.end()
+}

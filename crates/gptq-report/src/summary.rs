@@ -1,0 +1,55 @@
+//! What a quantization run did, in a few lines.
+
+use gptq_types::RunRecord;
+
+/// Counts, quality against rounding to nearest, and every warning.
+pub fn summary(record: &RunRecord) -> String {
+    let worse = record
+        .layers
+        .iter()
+        .filter(|l| l.is_worse_than_rtn())
+        .count();
+    let losses = || record.layers.iter().filter_map(|layer| layer.loss.as_ref());
+    let mut out = format!("{} linears in {:.1} s", record.layers.len(), record.seconds);
+    if let Some(calibration) = &record.calibration {
+        out += &format!(", {} tokens of {}", calibration.tokens, calibration.dataset);
+    }
+    out.push('\n');
+    let (error, rtn): (f64, f64) = (
+        losses().map(|loss| loss.error).sum(),
+        losses().map(|loss| loss.rtn_error).sum(),
+    );
+    if rtn > 0.0 {
+        out += &format!(
+            "output error {:.1} % of rounding to nearest; {worse} layers above it\n",
+            100.0 * error / rtn
+        );
+    }
+    let escalated = losses().filter(|loss| loss.damp_escalations > 0).count();
+    let dead: usize = losses().map(|loss| loss.dead_channels).sum();
+    out += &format!("damped further than asked: {escalated} layers; dead input channels: {dead}\n");
+    for (module, text, count) in grouped(record) {
+        let times = if count > 1 {
+            format!(" ({count} modules)")
+        } else {
+            String::new()
+        };
+        match module.is_empty() {
+            true => out += &format!("warning: {text}{times}\n"),
+            false => out += &format!("warning: {module}: {text}{times}\n"),
+        }
+    }
+    out
+}
+
+/// Warnings of one text once, with the first module and the count.
+fn grouped(record: &RunRecord) -> Vec<(&str, &str, usize)> {
+    let mut groups: Vec<(&str, &str, usize)> = Vec::new();
+    for warning in &record.warnings {
+        match groups.iter_mut().find(|(_, text, _)| *text == warning.text) {
+            Some(group) => group.2 += 1,
+            None => groups.push((&warning.module, &warning.text, 1)),
+        }
+    }
+    groups
+}
