@@ -20,8 +20,11 @@ pub enum CalibrationError {
     Encode { bytes: usize, reason: String },
     #[error("{tokens} tokens could not be decoded: {reason}")]
     Decode { tokens: usize, reason: String },
-    #[error("token `{token}` has id {id}, but the model's vocabulary ends before {model_vocab}")]
+    #[error(
+        "token `{token}` of {path} has id {id}, but the model's vocabulary ends before {model_vocab}"
+    )]
     Vocabulary {
+        path: String,
         token: String,
         id: u32,
         model_vocab: usize,

@@ -52,7 +52,7 @@ pub fn evaluation_windows(
     let material = Material::read(source, Purpose::Evaluation, files)?;
     let most = max_windows.unwrap_or(usize::MAX);
     let (ids, how) = match (&material.content, material.rule) {
-        (Content::Windows(ids), _) => stored(ids, most),
+        (Content::Windows(ids), _) => stored(ids, most, &material)?,
         (Content::Rows(rows), Rule::Documents) => {
             documents(rows, seq_len, most, &material, tokenizer)?
         }
@@ -87,14 +87,25 @@ fn check(seq_len: usize, max_windows: Option<usize>) -> Result<(), CalibrationEr
     }
 }
 
-fn stored(ids: &[Vec<u32>], most: usize) -> (Vec<Vec<u32>>, String) {
+fn stored(
+    ids: &[Vec<u32>],
+    most: usize,
+    material: &Material,
+) -> Result<(Vec<Vec<u32>>, String), CalibrationError> {
+    if let Some(short) = ids.iter().find(|window| window.len() < MIN_SEQ_LEN) {
+        return Err(CalibrationError::TooShort {
+            path: material.place(),
+            found: short.len(),
+            needed: MIN_SEQ_LEN,
+        });
+    }
     let taken = &ids[..most.min(ids.len())];
     let how = format!(
         "windows of {} tokens as stored, {}",
         taken.first().map_or(0, Vec::len),
         count(taken.len(), ids.len())
     );
-    (taken.to_vec(), how)
+    Ok((taken.to_vec(), how))
 }
 
 fn cut(

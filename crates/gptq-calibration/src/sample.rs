@@ -39,7 +39,8 @@ pub struct WindowSpec {
 }
 
 impl WindowSpec {
-    pub(crate) fn check(&self) -> Result<(), CalibrationError> {
+    /// Refuses no windows, empty ones, and more tokens than can be meant.
+    pub fn check(&self) -> Result<(), CalibrationError> {
         let at_least_one = |field, value: usize| match value {
             0 => Err(CalibrationError::Spec {
                 field,

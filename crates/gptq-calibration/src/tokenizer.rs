@@ -128,6 +128,7 @@ impl Tokenizer {
     /// models carry some that the model has no embedding for and that no text holds.
     pub fn check_vocabulary(&self, model_vocab: usize) -> Result<(), CalibrationError> {
         let wrong = |token: &str, id| CalibrationError::Vocabulary {
+            path: self.path.display().to_string(),
             token: token.to_string(),
             id,
             model_vocab,
@@ -302,7 +303,10 @@ mod tests {
         assert!(tokenizer.check_vocabulary(4).is_ok());
         assert_eq!(
             tokenizer.check_vocabulary(3).unwrap_err().to_string(),
-            "token `<unk>` has id 3, but the model's vocabulary ends before 3"
+            format!(
+                "token `<unk>` of {} has id 3, but the model's vocabulary ends before 3",
+                tokenizer.path().display()
+            )
         );
         std::fs::write(
             folder.path().join(TOKENIZER_FILE),

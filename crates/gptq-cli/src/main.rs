@@ -2,13 +2,14 @@
 //! computes nothing.
 //!
 //! Exit codes: 0 done; 1 ran, and the answer is no; 2 usage, input or internal error.
-#![allow(clippy::print_stdout, clippy::print_stderr)]
+#![allow(clippy::print_stderr)]
 
 mod args;
 mod commands;
 mod datasets;
 mod failure;
 mod models;
+mod output;
 mod progress;
 
 use std::process::ExitCode;

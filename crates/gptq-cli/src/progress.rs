@@ -67,9 +67,8 @@ impl Steps {
 
     /// Says something beside the bar.
     pub fn say(&self, text: &str) {
-        match &self.bar {
-            Some(bar) => bar.set_message(text.to_string()),
-            None => {}
+        if let Some(bar) = &self.bar {
+            bar.set_message(text.to_string());
         }
     }
 

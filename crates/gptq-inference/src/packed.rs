@@ -98,6 +98,7 @@ impl WeightSource for PackedWeights {
         if found != [rows, out_features] {
             return Err(SourceError::Shape {
                 name,
+                place: self.place(),
                 found,
                 expected: vec![rows, out_features],
             });

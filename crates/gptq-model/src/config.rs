@@ -276,12 +276,22 @@ impl Fields<'_> {
         }
     }
 
-    pub fn text(&self, key: &'static str) -> Option<&str> {
-        self.get(key).and_then(Value::as_str)
+    pub fn text(&self, key: &'static str) -> Result<Option<&str>, ConfigError> {
+        self.get(key)
+            .map(|value| {
+                value
+                    .as_str()
+                    .ok_or_else(|| Self::wrong(key, value, "a string"))
+            })
+            .transpose()
     }
 
-    pub fn object(&self, key: &str) -> Option<Fields<'_>> {
-        self.get(key).map(Fields)
+    pub fn object(&self, key: &'static str) -> Result<Option<Fields<'_>>, ConfigError> {
+        match self.get(key) {
+            None => Ok(None),
+            Some(value) if value.is_object() => Ok(Some(Fields(value))),
+            Some(value) => Err(Self::wrong(key, value, "an object")),
+        }
     }
 
     /// A token id, or the first of several.
@@ -297,7 +307,7 @@ impl Fields<'_> {
 
 /// The part that all families share, with Llama's defaults.
 pub(crate) fn read_common(fields: &Fields<'_>) -> Result<DecoderConfig, ConfigError> {
-    let activation = fields.text("hidden_act").unwrap_or("silu");
+    let activation = fields.text("hidden_act")?.unwrap_or("silu");
     if activation != "silu" {
         return Err(ConfigError::Value {
             key: "hidden_act",
@@ -316,7 +326,7 @@ pub(crate) fn read_common(fields: &Fields<'_>) -> Result<DecoderConfig, ConfigEr
     };
     let (rope_theta, rope_scaling) = crate::rope::read(fields, max_position_embeddings)?;
     Ok(DecoderConfig {
-        architecture: fields.text("model_type").unwrap_or_default().to_string(),
+        architecture: fields.text("model_type")?.unwrap_or_default().to_string(),
         hidden_size,
         intermediate_size: fields.size("intermediate_size")?,
         num_hidden_layers: fields.size("num_hidden_layers")?,

@@ -40,9 +40,10 @@ pub(crate) fn read(
     max_positions: usize,
 ) -> Result<(f64, RopeScaling), ConfigError> {
     const DEFAULT_THETA: f64 = 10_000.0;
-    let block = fields
-        .object("rope_parameters")
-        .or_else(|| fields.object("rope_scaling"));
+    let block = match fields.object("rope_parameters")? {
+        Some(block) => Some(block),
+        None => fields.object("rope_scaling")?,
+    };
     let theta = match &block {
         Some(block) => block.optional_number("rope_theta")?,
         None => None,
@@ -62,11 +63,18 @@ pub(crate) fn read(
 
 fn read_scaling(block: &Fields<'_>, max_positions: usize) -> Result<RopeScaling, ConfigError> {
     let number = |key| block.optional_number(key)?.ok_or(ConfigError::Missing(key));
-    let kind = block.text("rope_type").or_else(|| block.text("type"));
+    let kind = match block.text("rope_type")? {
+        Some(kind) => Some(kind),
+        None => block.text("type")?,
+    };
     let original = block
         .optional_size("original_max_position_embeddings")?
         .unwrap_or(max_positions);
     match kind {
+        // A factor of an unknown kind must not be dropped.
+        None if block.optional_number("factor")?.is_some() => {
+            Err(ConfigError::Missing("rope_type"))
+        }
         None | Some("default") => Ok(RopeScaling::None),
         Some("linear") => Ok(RopeScaling::Linear {
             factor: number("factor")?,

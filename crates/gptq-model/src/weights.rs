@@ -75,6 +75,7 @@ impl WeightSource for FloatWeights {
         let &[out_features, in_features] = shape.as_slice() else {
             return Err(SourceError::Shape {
                 name,
+                place: self.place(),
                 found: shape,
                 expected: vec![0, 0],
             });
@@ -102,6 +103,7 @@ impl WeightSource for FloatWeights {
         if !info.dtype.is_weight() {
             return Err(SourceError::Type {
                 name: name.to_string(),
+                place: self.place(),
                 found: info.dtype,
                 expected: "F16, BF16 or F32",
             });
@@ -109,6 +111,7 @@ impl WeightSource for FloatWeights {
         if info.shape != shape {
             return Err(SourceError::Shape {
                 name: name.to_string(),
+                place: self.place(),
                 found: info.shape,
                 expected: shape.to_vec(),
             });
@@ -133,10 +136,16 @@ impl WeightSource for FloatWeights {
 
 fn read_finite(source: &dyn TensorSource, name: &str) -> Result<Vec<f32>, SourceError> {
     let info = source.require(name)?;
-    let values = to_f32(name, info.dtype, &source.bytes(name)?)?;
+    let values = to_f32(info.dtype, &source.bytes(name)?).ok_or_else(|| SourceError::Type {
+        name: name.to_string(),
+        place: source.place(),
+        found: info.dtype,
+        expected: "F16, BF16 or F32",
+    })?;
     match values.par_iter().position_first(|value| !value.is_finite()) {
         Some(index) => Err(SourceError::NotFinite {
             name: name.to_string(),
+            place: source.place(),
             value: values[index],
             index,
         }),
@@ -152,7 +161,8 @@ pub fn check_finite(source: &dyn TensorSource, name: &str) -> Result<(), SourceE
     Ok(())
 }
 
-fn to_f32(name: &str, dtype: Dtype, bytes: &[u8]) -> Result<Vec<f32>, SourceError> {
+/// Nothing for a type that holds no weights.
+fn to_f32(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
     // Long enough to amortise a task, short enough to stay in cache between the two casts.
     const CHUNK: usize = 1 << 16;
     let mut out = vec![0.0f32; bytes.len() / dtype.size()];
@@ -175,15 +185,9 @@ fn to_f32(name: &str, dtype: Dtype, bytes: &[u8]) -> Result<Vec<f32>, SourceErro
                 *out = half::bf16::from_le_bytes([b[0], b[1]]).to_f32();
             }
         }),
-        found => {
-            return Err(SourceError::Type {
-                name: name.to_string(),
-                found,
-                expected: "F16, BF16 or F32",
-            });
-        }
+        _ => return None,
     }
-    Ok(out)
+    Some(out)
 }
 
 #[cfg(test)]
@@ -242,7 +246,7 @@ mod tests {
         let error = source(Dtype::F32, bytes).plain("x.weight").unwrap_err();
         assert_eq!(
             error.to_string(),
-            "tensor `x.weight` holds NaN at element 1"
+            "tensor `x.weight` in memory holds NaN at element 1"
         );
     }
 }

@@ -58,6 +58,7 @@ pub fn read_layer(
     if shapes.groups != groups {
         return Err(ReadError::Source(SourceError::Shape {
             name: name.tensor("scales"),
+            place: source.place(),
             found: vec![shapes.groups, shapes.outputs],
             expected: vec![groups, shapes.outputs],
         }));
@@ -100,18 +101,21 @@ impl Shapes {
             None => inputs_of_rows(name, rows, bits)?,
         };
         expect_shape(
+            source,
             name.tensor("qweight"),
             [rows, outputs],
             [word_count(inputs, bits), outputs],
         )?;
         let [groups, scale_outputs] = scales_shape(source, &name.tensor("scales"))?;
         expect_shape(
+            source,
             name.tensor("scales"),
             [groups, scale_outputs],
             [groups.max(1), outputs],
         )?;
         let zeros = matrix(source, &name.tensor("qzeros"), Dtype::I32)?;
         expect_shape(
+            source,
             name.tensor("qzeros"),
             zeros,
             [groups, word_count(outputs, bits)],
@@ -159,12 +163,18 @@ fn inputs_of_rows(name: &LayerName, rows: usize, bits: Bits) -> Result<usize, Re
     }
 }
 
-fn expect_shape(name: String, found: [usize; 2], expected: [usize; 2]) -> Result<(), ReadError> {
+fn expect_shape(
+    source: &dyn TensorSource,
+    name: String,
+    found: [usize; 2],
+    expected: [usize; 2],
+) -> Result<(), ReadError> {
     if found == expected {
         return Ok(());
     }
     Err(ReadError::Source(SourceError::Shape {
         name,
+        place: source.place(),
         found: found.to_vec(),
         expected: expected.to_vec(),
     }))
@@ -175,6 +185,7 @@ fn typed(source: &dyn TensorSource, name: &str, dtype: Dtype) -> Result<TensorIn
     if info.dtype != dtype {
         return Err(SourceError::Type {
             name: name.to_string(),
+            place: source.place(),
             found: info.dtype,
             expected: dtype.safetensors_name(),
         });
@@ -195,6 +206,7 @@ fn scales_shape(source: &dyn TensorSource, name: &str) -> Result<[usize; 2], Sou
     if !info.dtype.is_weight() {
         return Err(SourceError::Type {
             name: name.to_string(),
+            place: source.place(),
             found: info.dtype,
             expected: "F16, BF16 or F32",
         });

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use gptq_types::{ColumnOrder, Method, QuantSpec};
+use gptq_types::{CheckpointFormat, ColumnOrder, Method, QuantSpec};
 use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
 use serde_json::value::RawValue;
@@ -28,7 +28,7 @@ fn settings(spec: &QuantSpec, tool: &str, extra_meta: &Map<String, Value>) -> Ma
     };
     let static_groups = spec.order == ColumnOrder::ActOrderStaticGroups;
     let meta = json!({
-        "quantizer": [tool],
+        "quantizer": quantizers(spec, tool),
         "solver": solver,
         "damp_percent": spec.damp_percent,
         "static_groups": static_groups,
@@ -54,6 +54,20 @@ fn settings(spec: &QuantSpec, tool: &str, extra_meta: &Map<String, Value>) -> Ma
         meta.extend(extra_meta.clone());
     }
     settings
+}
+
+/// The tool, and for asymmetric v1 files a mark of compatibility.
+///
+/// GPTQModel refuses asymmetric v1 files unless `meta.quantizer` names its own version 0.9.0 or
+/// later, since older writers let a zero of 0 borrow from its neighbour. Our zeros are at least 1
+/// there, which is what the mark stands for; without it the file would load nowhere but in
+/// AutoGPTQ.
+fn quantizers(spec: &QuantSpec, tool: &str) -> Vec<String> {
+    let mut quantizers = vec![tool.to_string()];
+    if !spec.sym && spec.format == CheckpointFormat::Gptq {
+        quantizers.push("gptqmodel:0.9.0".to_string());
+    }
+    quantizers
 }
 
 fn into_object(value: Value) -> Map<String, Value> {
@@ -178,13 +192,28 @@ impl<'de> Visitor<'de> for MembersVisitor {
 
 #[cfg(test)]
 mod tests {
-    use gptq_types::{Bits, CheckpointFormat, GroupSize};
+    use gptq_types::{Bits, GroupSize};
 
     use super::*;
     use crate::QuantizeConfig;
 
     fn no_meta() -> Map<String, Value> {
         Map::new()
+    }
+
+    /// GPTQModel 7.7.0 answered "only supported if produced by gptqmodel version >= 0.9.0".
+    #[test]
+    fn asymmetric_v1_files_bear_the_mark_that_readers_ask_for() {
+        let mut spec = QuantSpec {
+            sym: false,
+            ..QuantSpec::published()
+        };
+        let marked = |spec: &QuantSpec| {
+            quantize_config_json(spec, "t:1", "m", &no_meta()).contains("gptqmodel:0.9.0")
+        };
+        assert!(marked(&spec));
+        spec.format = CheckpointFormat::GptqV2;
+        assert!(!marked(&spec));
     }
 
     #[test]

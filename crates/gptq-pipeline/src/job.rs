@@ -73,6 +73,15 @@ pub enum PipelineError {
         in_features: usize,
         layer: LayerName,
     },
+    #[error(
+        "3-bit packing of {in_features} x {out_features} (`{layer}`) ends inside a run of 32 codes, \
+         which no reader accepts"
+    )]
+    Unpackable {
+        in_features: usize,
+        out_features: usize,
+        layer: LayerName,
+    },
     #[error("no calibration windows were given")]
     NoWindows,
     #[error(transparent)]
@@ -125,6 +134,7 @@ impl PipelineError {
                 Some("name a folder that does not exist yet")
             }
             PipelineError::GroupTooLarge { .. } => Some("use a smaller group, or `none`"),
+            PipelineError::Unpackable { .. } => Some("use 2, 4 or 8 bits"),
             PipelineError::OtherSettings { .. } => {
                 Some("repeat the settings of the interrupted run, or delete its folder")
             }

@@ -1,7 +1,7 @@
 //! The journal of a run: one line when it begins, one for each block that lies safely on disk.
 
 use std::fs::{File, OpenOptions};
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
 use gptq_types::{LayerRecord, Warning};
@@ -39,6 +39,17 @@ impl Journal {
         Ok(journal)
     }
 
+    /// Refuses other settings by name, before anybody looks at the shapes that follow from them.
+    /// A folder without a journal says nothing.
+    pub fn check(folder: &Path, settings: &Map<String, Value>) -> Result<(), PipelineError> {
+        let path = folder.join(FILE_NAME);
+        match std::fs::read_to_string(&path) {
+            Ok(text) => refuse_other_settings(&path, &text, settings),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(failure(&path, &error)),
+        }
+    }
+
     /// Reopens a journal; refuses other settings by name. A last line that was cut short by the
     /// interruption is dropped.
     pub fn reopen(
@@ -48,22 +59,10 @@ impl Journal {
         let path = folder.join(FILE_NAME);
         let text = std::fs::read_to_string(&path).map_err(|error| failure(&path, &error))?;
         let whole = text.rfind('\n').map_or(0, |end| end + 1);
-        let mut lines = text[..whole].lines();
-        let first = lines.next().unwrap_or("{}");
-        let found: Map<String, Value> =
-            serde_json::from_str(first).map_err(|error| failure(&path, &error))?;
-        for (what, wanted) in settings {
-            let found = found.get(what).cloned().unwrap_or(Value::Null);
-            if found != *wanted {
-                return Err(PipelineError::OtherSettings {
-                    path: folder.to_path_buf(),
-                    what: what.clone(),
-                    found: found.to_string(),
-                    wanted: wanted.to_string(),
-                });
-            }
-        }
-        let entries = lines
+        refuse_other_settings(&path, &text[..whole], settings)?;
+        let entries = text[..whole]
+            .lines()
+            .skip(1)
             .map(serde_json::from_str)
             .collect::<Result<Vec<BlockEntry>, _>>()
             .map_err(|error| failure(&path, &error))?;
@@ -92,6 +91,29 @@ impl Journal {
             .and_then(|()| self.file.sync_data())
             .map_err(|error| failure(&self.path, &error))
     }
+}
+
+/// The first line of a journal against what is asked for now.
+fn refuse_other_settings(
+    path: &Path,
+    text: &str,
+    settings: &Map<String, Value>,
+) -> Result<(), PipelineError> {
+    let first = text.lines().next().unwrap_or("{}");
+    let found: Map<String, Value> =
+        serde_json::from_str(first).map_err(|error| failure(path, &error))?;
+    for (what, wanted) in settings {
+        let found = found.get(what).cloned().unwrap_or(Value::Null);
+        if found != *wanted {
+            return Err(PipelineError::OtherSettings {
+                path: path.parent().unwrap_or(path).to_path_buf(),
+                what: what.clone(),
+                found: found.to_string(),
+                wanted: wanted.to_string(),
+            });
+        }
+    }
+    Ok(())
 }
 
 fn failure(path: &Path, error: &dyn std::error::Error) -> PipelineError {

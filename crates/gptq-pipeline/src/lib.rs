@@ -15,5 +15,5 @@ mod run;
 
 pub use job::{Job, PipelineError, Progress};
 pub use plan::OutputPlan;
-pub use preflight::{check_finite, check_shapes};
+pub use preflight::{check_finite, check_shapes, check_unquantised};
 pub use run::quantize;

@@ -1,7 +1,10 @@
 //! What can be known before the first hour is spent.
 
 use gptq_model::DecoderConfig;
-use gptq_types::{CheckpointFormat, GroupSize, QuantSpec, SourceError, TensorSource, Warning};
+use gptq_packer::QuantizeConfig;
+use gptq_types::{
+    Bits, CheckpointFormat, GroupSize, QuantSpec, SourceError, TensorSource, Warning,
+};
 
 use crate::PipelineError;
 
@@ -34,6 +37,14 @@ pub fn check_shapes(
             }
         }
         if !in_features.is_multiple_of(32) || !out_features.is_multiple_of(32) {
+            // GPTQModel 7.7.0 on such files: "3-bit GPTQ qzeros expects columns divisible by 3".
+            if spec.bits == Bits::Three {
+                return Err(PipelineError::Unpackable {
+                    in_features,
+                    out_features,
+                    layer,
+                });
+            }
             let text = format!(
                 "{in_features} x {out_features} is not a multiple of 32: AutoGPTQ, ExLlama and \
                  Marlin refuse it, GPTQModel's torch kernel reads it"
@@ -52,6 +63,20 @@ pub fn check_shapes(
         });
     }
     Ok(warnings)
+}
+
+/// Refuses a model that is packed, or whose `config.json` (valid JSON) says that it is quantised in
+/// whatever way.
+pub fn check_unquantised(
+    source: &dyn TensorSource,
+    config_json: &str,
+) -> Result<(), PipelineError> {
+    let is_packed = |name: &String| name.ends_with(".qweight");
+    let declared = QuantizeConfig::from_model_config(config_json);
+    if source.names().iter().any(is_packed) || !matches!(declared, Ok(None)) {
+        return Err(PipelineError::AlreadyQuantised(source.place()));
+    }
+    Ok(())
 }
 
 /// Reads every tensor once and refuses the first value that is not finite: better now than in the

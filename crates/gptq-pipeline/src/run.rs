@@ -5,8 +5,8 @@ use std::time::Instant;
 
 use gptq_model::{Decoder, DecoderConfig, FloatWeights, WeightSource};
 use gptq_packer::{
-    QuantizeConfig, StagedCheckpoint, config_json_with_quantization, quantize_config_json,
-    read_layer,
+    QuantizeConfig, StagedCheckpoint, config_json_with_quantization, partial_path,
+    quantize_config_json, read_layer,
 };
 use gptq_quantizer::round_to_nearest;
 use gptq_types::{
@@ -16,7 +16,7 @@ use serde_json::{Map, Value, json};
 
 use crate::journal::{BlockEntry, Journal};
 use crate::layers::LayerWork;
-use crate::preflight::{check_finite, check_shapes};
+use crate::preflight::{check_finite, check_shapes, check_unquantised};
 use crate::{Job, OutputPlan, PipelineError, Progress};
 
 /// The run record's file name in the published folder.
@@ -42,7 +42,10 @@ pub fn quantize(
 
     let plan = OutputPlan::new(job.source.as_ref(), &config, &job.spec, job.max_shard_bytes)?;
     let staged = match job.resume {
-        true => StagedCheckpoint::reopen(&job.out_dir, &plan.layout)?,
+        true => {
+            Journal::check(&partial_path(&job.out_dir)?, &resume_settings(job))?;
+            StagedCheckpoint::reopen(&job.out_dir, &plan.layout)?
+        }
         false => StagedCheckpoint::create(&job.out_dir, &plan.layout)?,
     };
     let mut run = Run {
@@ -84,17 +87,13 @@ pub fn quantize(
 }
 
 fn read_config(job: &Job) -> Result<DecoderConfig, PipelineError> {
-    let place = job.source.place();
-    let packed = QuantizeConfig::from_model_config(&job.config_json);
-    let has_packed = job
-        .source
-        .names()
-        .iter()
-        .any(|name| name.ends_with(".qweight"));
-    if has_packed || !matches!(packed, Ok(None)) {
-        return Err(PipelineError::AlreadyQuantised(place));
-    }
-    DecoderConfig::parse(&job.config_json).map_err(|source| PipelineError::Config { place, source })
+    let config =
+        DecoderConfig::parse(&job.config_json).map_err(|source| PipelineError::Config {
+            place: job.source.place(),
+            source,
+        })?;
+    check_unquantised(job.source.as_ref(), &job.config_json)?;
+    Ok(config)
 }
 
 /// The parts of a run that its blocks need.
@@ -302,13 +301,17 @@ fn resume_settings(job: &Job) -> Map<String, Value> {
         ("tool", json!(job.tool)),
         ("model", json!(job.model_name)),
         ("config.json", json!(job.config_json)),
-        ("settings", json!(job.spec)),
         ("calibration tokens", json!(tokens)),
     ];
-    entries
+    let mut settings: Map<String, Value> = entries
         .into_iter()
         .map(|(name, value)| (name.to_string(), value))
-        .collect()
+        .collect();
+    // Each under its own name, so that the one that differs can be named.
+    if let Value::Object(spec) = json!(job.spec) {
+        settings.extend(spec);
+    }
+    settings
 }
 
 /// The small files, after the last tensor.

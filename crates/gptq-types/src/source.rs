@@ -104,21 +104,24 @@ impl TensorInfo {
 pub enum SourceError {
     #[error("tensor `{name}` is missing from {place}")]
     Missing { name: String, place: String },
-    #[error("tensor `{name}` has shape {found:?}, expected {expected:?}")]
+    #[error("tensor `{name}` in {place} has shape {found:?}, expected {expected:?}")]
     Shape {
         name: String,
+        place: String,
         found: Vec<usize>,
         expected: Vec<usize>,
     },
-    #[error("tensor `{name}` has type {found}, expected {expected}")]
+    #[error("tensor `{name}` in {place} has type {found}, expected {expected}")]
     Type {
         name: String,
+        place: String,
         found: Dtype,
         expected: &'static str,
     },
-    #[error("tensor `{name}` holds {value} at element {index}")]
+    #[error("tensor `{name}` in {place} holds {value} at element {index}")]
     NotFinite {
         name: String,
+        place: String,
         value: f32,
         index: usize,
     },

@@ -11,6 +11,7 @@ use crate::args::EvalArgs;
 use crate::datasets::HubFiles;
 use crate::failure::Failure;
 use crate::models::{Model, find};
+use crate::output::{print, print_json};
 use crate::progress::Steps;
 
 pub fn run(args: &EvalArgs) -> Result<Verdict, Failure> {
@@ -58,8 +59,8 @@ pub fn run(args: &EvalArgs) -> Result<Verdict, Failure> {
         reference.get_or_insert((hidden, opened.config.vocab_size));
     }
     match args.json {
-        true => println!("{}", serde_json::to_string_pretty(&records)?),
-        false => print!("{}", gptq_report::comparison(&records)),
+        true => print_json(&records)?,
+        false => print(&gptq_report::comparison(&records))?,
     }
     Ok(Verdict::Yes)
 }

@@ -8,6 +8,7 @@ use crate::Verdict;
 use crate::args::InspectArgs;
 use crate::failure::Failure;
 use crate::models::find;
+use crate::output::{print, print_json};
 
 /// What a checkpoint holds, found in its data where the data can say.
 #[derive(Serialize)]
@@ -65,8 +66,8 @@ pub fn run(args: &InspectArgs) -> Result<Verdict, Failure> {
         quantization,
     };
     match args.json {
-        true => println!("{}", serde_json::to_string_pretty(&inspection)?),
-        false => print(&inspection, args.layers),
+        true => print_json(&inspection)?,
+        false => print(&table(&inspection, args.layers))?,
     }
     let agrees = inspection.quantization.is_none_or(|q| q.agrees);
     Ok(if agrees { Verdict::Yes } else { Verdict::No })
@@ -123,39 +124,59 @@ fn judge(found: ZeroConvention, config: &QuantizeConfig) -> (&'static str, bool)
     }
 }
 
-fn print(inspection: &Inspection, with_layers: bool) {
-    println!("architecture     {}", inspection.architecture);
-    println!("parameters       {}", inspection.parameters);
-    println!("weight bytes     {}", inspection.weight_bytes);
-    let Some(quantization) = &inspection.quantization else {
-        println!("quantization     none");
-        return;
-    };
-    let q = quantization;
-    println!("packed linears   {}", q.packed_layers);
-    println!("bits             {}", q.bits);
-    println!("group size       {}", q.group_size);
-    println!("sym              {}", q.sym);
-    println!(
-        "act-order        {} linears with a permuted g_idx",
-        q.act_order_layers
-    );
-    println!("bits per weight  {:.3}", q.bits_per_weight);
-    println!("format declared  {}", q.declared_format);
-    println!("format found     {}", q.zero_points_found);
-    if !q.agrees {
-        println!("the stored zeros contradict the declared format");
+fn table(inspection: &Inspection, with_layers: bool) -> String {
+    let mut lines = vec![
+        format!("architecture     {}", inspection.architecture),
+        format!("parameters       {}", inspection.parameters),
+        format!("weight bytes     {}", inspection.weight_bytes),
+    ];
+    match &inspection.quantization {
+        None => lines.push("quantization     none".to_string()),
+        Some(quantization) => lines.extend(quantization.lines(with_layers)),
     }
-    for note in &q.notes {
-        println!("note             {note}");
-    }
-    if with_layers {
-        for l in &q.layers {
-            let order = if l.act_order { "act-order" } else { "trivial" };
-            println!(
-                "{}  {} x {}  {} groups  g_idx {order}",
-                l.name, l.in_features, l.out_features, l.groups
-            );
+    lines.join("\n") + "\n"
+}
+
+impl Quantization {
+    fn lines(&self, with_layers: bool) -> Vec<String> {
+        let mut lines = vec![
+            format!("packed linears   {}", self.packed_layers),
+            format!("bits             {}", self.bits),
+            format!("group size       {}", self.group_size),
+            format!("sym              {}", self.sym),
+            format!(
+                "act-order        {} linears with a permuted g_idx",
+                self.act_order_layers
+            ),
+            format!("bits per weight  {:.3}", self.bits_per_weight),
+            format!("format declared  {}", self.declared_format),
+            format!("format found     {}", self.zero_points_found),
+        ];
+        if !self.agrees {
+            lines.push("the stored zeros contradict the declared format".to_string());
         }
+        lines.extend(
+            self.notes
+                .iter()
+                .map(|note| format!("note             {note}")),
+        );
+        if with_layers {
+            lines.extend(self.layers.iter().map(Layer::line));
+        }
+        lines
+    }
+}
+
+impl Layer {
+    fn line(&self) -> String {
+        let order = if self.act_order {
+            "act-order"
+        } else {
+            "trivial"
+        };
+        format!(
+            "{}  {} x {}  {} groups  g_idx {order}",
+            self.name, self.in_features, self.out_features, self.groups
+        )
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use gptq_calibration::{Source, Tokenizer, WindowSpec, Windows, windows};
 use gptq_kernels::measure_sgemm;
 use gptq_model::{DecoderConfig, FloatWeights, SampleSpec, sample_windows};
-use gptq_pipeline::{Job, Progress, check_shapes, quantize};
+use gptq_pipeline::{Job, Progress, check_shapes, check_unquantised, quantize};
 use gptq_types::{Method, RunRecord};
 
 use crate::Verdict;
@@ -13,6 +13,7 @@ use crate::args::{DeviceArg, QuantizeArgs};
 use crate::datasets::HubFiles;
 use crate::failure::Failure;
 use crate::models::{Model, find};
+use crate::output::{print, print_json};
 use crate::progress::Steps;
 
 /// Size of the products that the sgemm rate is measured with.
@@ -24,6 +25,7 @@ pub fn run(args: &QuantizeArgs) -> Result<Verdict, Failure> {
     let model = find(&args.model, &args.hub)?;
     let config = DecoderConfig::parse(&model.config_json)
         .map_err(|error| Failure::new(format!("{}: {error}", model.dir().display())))?;
+    check_unquantised(model.checkpoint.as_ref(), &model.config_json)?;
     check_shapes(&config, &spec)?;
     let windows = match spec.method {
         Method::Gptq => Some(calibrate(args, &model, &config)?),
@@ -67,7 +69,7 @@ fn check_output(args: &QuantizeArgs) -> Result<(), Failure> {
             "name a folder that does not exist yet",
         ));
     }
-    if !(args.max_shard_size > 0.0) {
+    if args.max_shard_size.is_nan() || args.max_shard_size <= 0.0 {
         let text = format!("--max-shard-size {} is not above 0", args.max_shard_size);
         return Err(Failure::new(text));
     }
@@ -91,15 +93,19 @@ fn calibrate(
     } else {
         let tokenizer = Tokenizer::open(model.dir())?;
         tokenizer.check_vocabulary(config.vocab_size)?;
-        let spec = WindowSpec {
-            samples: args.samples,
-            seq_len: args.seq_len,
-            seed: args.seed,
-        };
-        windows(&source, &spec, &tokenizer, &HubFiles::new(&args.hub))?
+        let files = HubFiles::new(&args.hub);
+        windows(&source, &window_spec(args), &tokenizer, &files)?
     };
     windows.check_vocabulary(config.vocab_size)?;
     Ok(windows)
+}
+
+fn window_spec(args: &QuantizeArgs) -> WindowSpec {
+    WindowSpec {
+        samples: args.samples,
+        seq_len: args.seq_len,
+        seed: args.seed,
+    }
 }
 
 /// Windows that the model writes itself.
@@ -108,7 +114,10 @@ fn write_own(
     model: &Model,
     config: &DecoderConfig,
 ) -> Result<Windows, Failure> {
-    if args.samples == 0 || args.seq_len < 2 || !(args.temperature > 0.0) {
+    let spec = window_spec(args);
+    spec.check()?;
+    let cold = args.temperature.is_nan() || args.temperature <= 0.0;
+    if args.seq_len < 2 || cold {
         let text = format!(
             "cannot sample {} windows of {} tokens at temperature {}",
             args.samples, args.seq_len, args.temperature
@@ -169,13 +178,13 @@ fn report(args: &QuantizeArgs, record: &RunRecord) -> Result<Verdict, Failure> {
     eprint!("{}", gptq_report::summary(record));
     eprintln!("wrote {}", args.out.display());
     if args.json {
-        println!("{}", serde_json::to_string_pretty(record)?);
+        print_json(record)?;
     }
     if args.profile {
         let text = gptq_report::profile(record, measure_sgemm(SGEMM_SIZE));
         match args.json {
             true => eprint!("{text}"),
-            false => print!("{text}"),
+            false => print(&text)?,
         }
     }
     let degraded = record

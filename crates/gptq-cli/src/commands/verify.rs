@@ -11,6 +11,7 @@ use crate::Verdict;
 use crate::args::VerifyArgs;
 use crate::failure::Failure;
 use crate::models::find;
+use crate::output::print;
 
 pub fn run(args: &VerifyArgs) -> Result<Verdict, Failure> {
     let opened = find(&args.model, &args.hub)?.open()?;
@@ -25,15 +26,15 @@ pub fn run(args: &VerifyArgs) -> Result<Verdict, Failure> {
     let path = args.expect.as_deref().unwrap_or(Path::new(""));
     let (ids, expected) = read(path, vocab)?;
     let found = compare(&logits(decoder.as_mut(), &ids)?, &expected, vocab);
-    println!(
-        "largest difference {:.3e} (got {}, expected {}) at token {}, entry {}; same top token {:.2} %",
+    print(&format!(
+        "largest difference {:.3e} (got {}, expected {}) at token {}, entry {}; same top token {:.2} %\n",
         found.max_difference,
         found.values.0,
         found.values.1,
         found.at.0,
         found.at.1,
         100.0 * found.top1_agreement
-    );
+    ))?;
     match found.max_difference <= args.tolerance {
         true => Ok(Verdict::Yes),
         false => Ok(Verdict::No),

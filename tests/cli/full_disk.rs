@@ -1,0 +1,59 @@
+//! A disk without room.
+
+use std::process::Command;
+
+use crate::support::{Family, TinyModel, gptq, run, write_text};
+
+const NO_MOUNT: i32 = 77;
+
+/// Mounts a small disk at `$1`, runs the rest there and lists what it left.
+const ON_A_SMALL_DISK: &str = r#"
+    disk=$1; shift
+    mount -t tmpfs -o size=64k small "$disk" || exit 77
+    "$@"; code=$?
+    find "$disk" -mindepth 1 | sed 's/^/left: /' >&2
+    exit $code
+"#;
+
+#[test]
+fn a_disk_without_room_is_found_before_the_work_and_nothing_stays() {
+    let folder = tempfile::tempdir().unwrap();
+    let (model, text) = (folder.path().join("model"), folder.path().join("text.txt"));
+    let shapes = TinyModel {
+        vocab: 512,
+        ..TinyModel::new(Family::Llama)
+    };
+    shapes.write(&model);
+    write_text(&text, shapes.vocab, 2_000);
+    let disk = folder.path().join("disk");
+    std::fs::create_dir(&disk).unwrap();
+
+    let probe = Command::new("unshare").args(["-rm", "true"]).output();
+    if !probe.is_ok_and(|output| output.status.success()) {
+        eprintln!("skipped: `unshare -rm` is not possible here, so no small disk can be mounted");
+        return;
+    }
+    let told = run(Command::new("unshare")
+        .args(["-rm", "sh", "-c", ON_A_SMALL_DISK, "sh"])
+        .arg(&disk)
+        .arg(gptq("quantize").get_program())
+        .arg("quantize")
+        .arg(&model)
+        .arg("--out")
+        .arg(disk.join("out"))
+        .arg("--dataset")
+        .arg(&text)
+        .args(["--group-size", "32", "--samples", "4", "--seq-len", "32"]));
+    if told.code == Some(NO_MOUNT) {
+        eprintln!(
+            "skipped: no small disk can be mounted: {}",
+            told.stderr.trim()
+        );
+        return;
+    }
+    let told = told.ended_with(2);
+    assert!(!told.stderr.contains("left: "), "{told:#?}");
+    let error = told.error_line();
+    assert!(error.contains("bytes") && error.contains("free"), "{error}");
+    assert!(error.contains("out"), "{error}");
+}

@@ -1,0 +1,156 @@
+//! Help names every flag; what cannot be understood is a usage error.
+
+use crate::support::{gptq, run};
+
+/// Every flag and argument by subcommand. `--threads` belongs to all of them.
+const FLAGS: [(&str, &[&str]); 5] = [
+    (
+        "quantize",
+        &[
+            "<MODEL>",
+            "--out",
+            "--bits",
+            "--group-size",
+            "--desc-act",
+            "--static-groups",
+            "--act-group-aware",
+            "--sym",
+            "--asym",
+            "--damp",
+            "--method",
+            "--dataset",
+            "--samples",
+            "--seq-len",
+            "--seed",
+            "--temperature",
+            "--format",
+            "--max-shard-size",
+            "--device",
+            "--resume",
+            "--profile",
+            "--max-degraded",
+            "--json",
+            "--offline",
+        ],
+    ),
+    ("import", &["<FILE>", "--out"]),
+    (
+        "eval",
+        &[
+            "<MODELS>...",
+            "--dataset",
+            "--seq-len",
+            "--max-windows",
+            "--device",
+            "--json",
+            "--offline",
+        ],
+    ),
+    (
+        "verify",
+        &[
+            "<MODEL>",
+            "--expect",
+            "--write",
+            "--ids",
+            "--tolerance",
+            "--device",
+            "--offline",
+        ],
+    ),
+    ("inspect", &["<MODEL>", "--layers", "--json", "--offline"]),
+];
+
+#[test]
+fn help_lists_the_subcommands() {
+    let help = run(&mut gptq("--help")).done().stdout;
+    for (subcommand, _) in FLAGS {
+        assert!(help.contains(&format!("\n  {subcommand} ")), "{help}");
+    }
+}
+
+#[test]
+fn help_of_a_subcommand_names_its_flags_and_no_others() {
+    for (subcommand, flags) in FLAGS {
+        let help = run(gptq(subcommand).arg("--help")).done().stdout;
+        let named = flags.iter().chain(&["--threads", "--help"]);
+        for flag in named.clone() {
+            assert!(help.contains(flag), "`{flag}` of {subcommand}: {help}");
+        }
+        // A definition is the first thing on its line; prose may name flags too.
+        let defined = help.lines().filter_map(|line| {
+            let words = line.trim_start().split([' ', ',', '=']);
+            let mut words = words.filter(|word| !word.is_empty());
+            let first = words.next()?;
+            match first.len() == 2 && first.starts_with('-') {
+                true => words.next(),
+                false => first.starts_with("--").then_some(first),
+            }
+        });
+        for flag in defined {
+            assert!(
+                named.clone().any(|known| *known == flag),
+                "`{flag}` of {subcommand} is not in the list of this test"
+            );
+        }
+    }
+}
+
+#[test]
+fn the_version_is_data() {
+    let run = run(&mut gptq("--version")).done();
+    assert!(run.stdout.starts_with("gptq "), "{run:#?}");
+    assert_eq!(run.stderr, "");
+}
+
+#[test]
+fn what_cannot_be_understood_is_a_usage_error() {
+    let wrong: [(&[&str], &str); 14] = [
+        (&["quantise"], "quantise"),
+        (&["quantize"], "<MODEL>"),
+        (&["quantize", "m"], "--out"),
+        (&["quantize", "m", "-o", "o", "--fast"], "--fast"),
+        (
+            &["quantize", "m", "-o", "o", "--bits", "5"],
+            "bits `5` is not one of 2, 3, 4, 8",
+        ),
+        (
+            &["quantize", "m", "-o", "o", "--group-size", "100"],
+            "group size `100`",
+        ),
+        (
+            &["quantize", "m", "-o", "o", "--static-groups"],
+            "--desc-act",
+        ),
+        (
+            &[
+                "quantize",
+                "m",
+                "-o",
+                "o",
+                "--desc-act",
+                "--act-group-aware",
+            ],
+            "--act-group-aware",
+        ),
+        (&["quantize", "m", "-o", "o", "--method", "awq"], "awq"),
+        (&["quantize", "m", "-o", "o", "--threads", "0"], "--threads"),
+        (&["eval"], "<MODELS>..."),
+        (&["verify", "m"], "--expect"),
+        (&["verify", "m", "--write", "f"], "--ids"),
+        (
+            &["verify", "m", "--write", "f", "--expect", "g"],
+            "--expect",
+        ),
+    ];
+    for (args, named) in wrong {
+        let run = run(gptq(args[0]).args(&args[1..])).ended_with(2);
+        let errors = run
+            .stderr
+            .lines()
+            .filter(|line| line.starts_with("error: "));
+        assert_eq!(errors.count(), 1, "{args:?}: {run:#?}");
+        assert!(run.stderr.contains(named), "{args:?}: {run:#?}");
+        assert_eq!(run.stdout, "", "{args:?}");
+    }
+}

@@ -1,0 +1,7 @@
+//! What is typed, and how it is answered.
+
+mod bad_input;
+mod bad_model;
+mod full_disk;
+mod help;
+mod streams;

@@ -1,0 +1,10 @@
+//! What a run leaves on disk, and what it is worth.
+
+mod architectures;
+mod generated;
+mod matrix;
+mod memory;
+mod published;
+mod quality;
+mod resume;
+mod same_bytes;

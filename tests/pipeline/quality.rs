@@ -1,0 +1,67 @@
+//! GPTQ is worth more than rounding.
+
+use std::path::Path;
+
+use crate::support::{gptq, json, quantize, run, shared, tiny_stories};
+
+/// Evaluated on text that was not calibrated on.
+#[test]
+fn gptq_beats_rounding_to_nearest_in_2_bits() {
+    gptq_beats_rounding_to_nearest("2");
+}
+
+#[test]
+fn gptq_beats_rounding_to_nearest_in_4_bits() {
+    gptq_beats_rounding_to_nearest("4");
+}
+
+fn gptq_beats_rounding_to_nearest(bits: &str) {
+    let kind = ["--bits", bits, "--group-size", "32"];
+    let (Some(model), Some(story)) = (shared("data/stories260k"), tiny_stories(120_000)) else {
+        return;
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let place = |name: &str| folder.path().join(name);
+    let (calibration, held_out) = story.split_at(story.char_indices().nth(80_000).unwrap().0);
+    std::fs::write(place("calibration.txt"), calibration).unwrap();
+    std::fs::write(place("held_out.txt"), held_out).unwrap();
+
+    let (solved, rounded) = (place("gptq"), place("rtn"));
+    let mut command = quantize(&model, &solved, &place("calibration.txt"));
+    command
+        .args(kind)
+        .args(["--samples", "32", "--seq-len", "256"]);
+    let record = json(&mut command);
+    let mut command = gptq("quantize");
+    command.arg(&model).arg("--out").arg(&rounded);
+    run(command.args(kind).args(["--method", "rtn"])).done();
+
+    let layers = record["layers"].as_array().unwrap();
+    assert_eq!(layers.len(), 5 * 7);
+    for layer in layers {
+        let (error, rounding) = (&layer["loss"]["error"], &layer["loss"]["rtn_error"]);
+        assert!(error.as_f64() <= rounding.as_f64(), "{layer:#}");
+        assert_eq!(layer["tokens"], 32 * 256);
+    }
+
+    let records = evaluate(&[&model, &solved, &rounded], &place("held_out.txt"));
+    let of = |index: usize, key: &str| records[index][key].as_f64().unwrap();
+    let (float, gptq, rtn) = (
+        of(0, "perplexity"),
+        of(1, "perplexity"),
+        of(2, "perplexity"),
+    );
+    assert!(float < gptq && gptq < rtn, "{records:#}");
+    assert!(of(1, "kl") < of(2, "kl"), "{records:#}");
+    assert!(
+        of(1, "top1_agreement") > of(2, "top1_agreement"),
+        "{records:#}"
+    );
+    assert!(records[0]["kl"].is_null());
+}
+
+fn evaluate(models: &[&Path], text: &Path) -> serde_json::Value {
+    let mut eval = gptq("eval");
+    eval.args(models).arg("--dataset").arg(text);
+    json(eval.args(["--seq-len", "256", "--max-windows", "16"]))
+}

@@ -1,0 +1,162 @@
+//! A run that is killed goes on where it stopped, and ends in the bytes of an undisturbed one.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::support::{entries, quantize, refused, run, same_files, small_model};
+
+/// Enough text for each block to take a while, so that the kill comes in the middle.
+const WORK: [&str; 4] = ["--samples", "192", "--seq-len", "128"];
+
+struct Place {
+    folder: tempfile::TempDir,
+    model: PathBuf,
+    text: PathBuf,
+    out: PathBuf,
+    partial: PathBuf,
+}
+
+impl Place {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let (model, text) = small_model(folder.path());
+        let out = folder.path().join("out");
+        let partial = folder.path().join(".out.partial");
+        Place {
+            folder,
+            model,
+            text,
+            out,
+            partial,
+        }
+    }
+
+    fn run_into(&self, out: &Path, flags: &[&str]) -> Command {
+        let mut command = quantize(&self.model, out, &self.text);
+        command.args(WORK).args(flags);
+        command
+    }
+
+    /// Starts a run and kills it once `blocks` of its blocks are in the journal.
+    fn kill_after(&self, blocks: usize, flags: &[&str]) {
+        let mut command = self.run_into(&self.out, flags);
+        command.stdout(Stdio::null()).stderr(Stdio::null());
+        let mut child = command.spawn().unwrap();
+        // The first line holds the settings.
+        self.wait_for_lines(&mut child, 1 + blocks);
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(!self.out.exists(), "the run ended before it was killed");
+        assert!(self.partial.is_dir());
+    }
+
+    fn wait_for_lines(&self, child: &mut Child, lines: usize) {
+        let journal = self.partial.join("journal.jsonl");
+        let begun = Instant::now();
+        while begun.elapsed() < Duration::from_secs(60) {
+            let text = fs::read_to_string(&journal).unwrap_or_default();
+            if text.matches('\n').count() >= lines {
+                return;
+            }
+            if let Some(status) = child.try_wait().unwrap() {
+                panic!("the run ended by itself: {status}");
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        panic!("no {lines} lines in the journal after a minute");
+    }
+}
+
+fn killed_and_resumed(blocks: usize, flags: &[&str]) {
+    let place = Place::new();
+    let whole = place.folder.path().join("whole");
+    run(&mut place.run_into(&whole, flags)).done();
+    place.kill_after(blocks, flags);
+    let told = run(place.run_into(&place.out, flags).arg("--resume")).done();
+    assert!(told.stderr.contains("blocks are done already"), "{told:#?}");
+    assert!(!place.partial.exists());
+    same_files(&whole, &place.out);
+    assert!(place.out.join("gptq_run.json").exists());
+    assert!(!place.out.join("journal.jsonl").exists());
+}
+
+#[test]
+fn after_the_first_block() {
+    killed_and_resumed(1, &["--group-size", "32", "--asym"]);
+}
+
+#[test]
+fn after_the_second_block_with_act_order_and_shards() {
+    killed_and_resumed(
+        2,
+        &[
+            "--group-size",
+            "64",
+            "--desc-act",
+            "--bits",
+            "2",
+            "--format",
+            "gptq_v2",
+            "--max-shard-size",
+            "0.0001",
+        ],
+    );
+}
+
+#[test]
+fn what_is_left_of_a_run_is_neither_taken_nor_overwritten_unasked() {
+    let place = Place::new();
+    let flags = ["--group-size", "32", "--bits", "4"];
+    let whole = place.folder.path().join("whole");
+    run(&mut place.run_into(&whole, &flags)).done();
+    place.kill_after(1, &flags);
+    let left = entries(&place.partial);
+
+    let told = refused(
+        &mut place.run_into(&place.out, &flags),
+        place.folder.path(),
+        &[".out.partial", "earlier run"],
+    );
+    assert!(told.hint().unwrap().contains("--resume"), "{told:#?}");
+
+    let others: [(&[&str], &str); 7] = [
+        (&["--group-size", "32", "--bits", "8"], "bits"),
+        (&["--group-size", "64", "--bits", "4"], "group_size"),
+        (&["--group-size", "32", "--bits", "4", "--asym"], "sym"),
+        (
+            &["--group-size", "32", "--bits", "4", "--damp", "0.05"],
+            "damp_percent",
+        ),
+        (
+            &["--group-size", "32", "--bits", "4", "--desc-act"],
+            "order",
+        ),
+        (
+            &["--group-size", "32", "--bits", "4", "--format", "gptq_v2"],
+            "format",
+        ),
+        (
+            &["--group-size", "32", "--bits", "4", "--seed", "1"],
+            "calibration tokens",
+        ),
+    ];
+    for (other, setting) in others {
+        let told = refused(
+            place.run_into(&place.out, other).arg("--resume"),
+            place.folder.path(),
+            &[".out.partial", &format!("another {setting}:")],
+        );
+        assert!(told.hint().is_some(), "{told:#?}");
+    }
+    assert_eq!(entries(&place.partial), left);
+
+    // A line that the kill cut short was never a finished block.
+    let journal = place.partial.join("journal.jsonl");
+    let mut text = fs::read_to_string(&journal).unwrap();
+    text.push_str("{\"block\": 1, \"lay");
+    fs::write(&journal, text).unwrap();
+    run(place.run_into(&place.out, &flags).arg("--resume")).done();
+    same_files(&whole, &place.out);
+}

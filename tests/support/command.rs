@@ -1,0 +1,110 @@
+//! The command, its exit code and both of its streams.
+
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use serde_json::Value;
+
+use super::entries;
+
+/// What a finished process said.
+#[derive(Debug)]
+pub struct Run {
+    pub code: Option<i32>,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+/// The command under test: no network, no hub cache, few threads whatever the machine has.
+pub fn gptq(subcommand: &str) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_gptq"));
+    command
+        .arg(subcommand)
+        .env("HF_HUB_OFFLINE", "1")
+        .env(
+            "HF_HOME",
+            concat!(env!("CARGO_TARGET_TMPDIR"), "/no-hub-cache"),
+        )
+        .env_remove("HF_HUB_CACHE")
+        .env("RAYON_NUM_THREADS", "2")
+        .stdin(Stdio::null());
+    command
+}
+
+/// `quantize` with settings that fit a tiny model; later flags may not repeat these.
+pub fn quantize(model: &Path, out: &Path, text: &Path) -> Command {
+    let mut command = gptq("quantize");
+    command.arg(model).arg("--out").arg(out);
+    command.arg("--dataset").arg(text);
+    command
+}
+
+/// Runs to the end.
+pub fn run(command: &mut Command) -> Run {
+    let output = command.output().unwrap();
+    Run {
+        code: output.status.code(),
+        stdout: String::from_utf8(output.stdout).unwrap(),
+        stderr: String::from_utf8(output.stderr).unwrap(),
+    }
+}
+
+impl Run {
+    /// Exit code 0.
+    #[track_caller]
+    pub fn done(self) -> Self {
+        self.ended_with(0)
+    }
+
+    /// This exit code; the streams are shown if not.
+    #[track_caller]
+    pub fn ended_with(self, code: i32) -> Self {
+        assert_eq!(self.code, Some(code), "{self:#?}");
+        self
+    }
+
+    /// Exactly one `error: ` line, with nothing after it but one `hint: ` line at most.
+    #[track_caller]
+    pub fn error_line(&self) -> &str {
+        let lines: Vec<&str> = self.stderr.lines().collect();
+        let errors: Vec<usize> = (0..lines.len())
+            .filter(|&index| lines[index].starts_with("error: "))
+            .collect();
+        let &[at] = errors.as_slice() else {
+            panic!("{} error lines: {self:#?}", errors.len());
+        };
+        match lines[at + 1..] {
+            [] => {}
+            [hint] if hint.starts_with("hint: ") => {}
+            _ => panic!("more than a hint after the error: {self:#?}"),
+        }
+        lines[at]
+    }
+
+    /// The hint, where there is one.
+    pub fn hint(&self) -> Option<&str> {
+        self.stderr.lines().find(|line| line.starts_with("hint: "))
+    }
+}
+
+/// Runs `command`, which must say in one error line all of `names`, exit with 2, print nothing on
+/// stdout and leave `workspace` as it was.
+#[track_caller]
+pub fn refused(command: &mut Command, workspace: &Path, names: &[&str]) -> Run {
+    let before = entries(workspace);
+    let run = run(command).ended_with(2);
+    let error = run.error_line();
+    for name in names {
+        assert!(error.contains(name), "`{name}` is not in: {error}");
+    }
+    assert_eq!(run.stdout, "", "stdout is for data");
+    assert_eq!(entries(workspace), before, "something was left behind");
+    run
+}
+
+/// Runs `command` to exit code 0 and reads its stdout.
+#[track_caller]
+pub fn json(command: &mut Command) -> Value {
+    let run = run(command.arg("--json")).done();
+    serde_json::from_str(&run.stdout).unwrap_or_else(|error| panic!("{error}: {run:#?}"))
+}
