@@ -48,8 +48,9 @@ pub fn inverse_cholesky(
     Ok(reversed_transpose(&inverse))
 }
 
-/// `U[row, col] = inverse[n-1-row, n-1-col]` above the diagonal, in tiles that stay in cache: the
-/// factor is stored by columns, `U` by rows.
+/// `U[row, col] = inverse[n-1-row, n-1-col]` above the diagonal. The factor is stored by columns
+/// and `U` by rows: each tile goes through a buffer of its own, because the rows of `U` lie a
+/// power of two apart for common widths and would push each other out of the cache.
 fn reversed_transpose(inverse: &Mat<f64>) -> Vec<f32> {
     const TILE: usize = 64;
     let n = inverse.nrows();
@@ -58,10 +59,19 @@ fn reversed_transpose(inverse: &Mat<f64>) -> Vec<f32> {
         .enumerate()
         .for_each(|(tile, u)| {
             let first = tile * TILE;
-            for col in first..n {
-                let column = inverse.col(n - 1 - col);
-                for row in first..(first + TILE).min(col + 1) {
-                    u[(row - first) * n + col] = column[n - 1 - row] as f32;
+            let rows = u.len() / n;
+            for left in (first..n).step_by(TILE) {
+                let columns = TILE.min(n - left);
+                let mut buffer = [0.0f32; TILE * TILE];
+                for col in 0..columns {
+                    let column = inverse.col(n - 1 - left - col);
+                    for row in 0..rows.min(left + col + 1 - first) {
+                        buffer[row * TILE + col] = column[n - 1 - first - row] as f32;
+                    }
+                }
+                for row in 0..rows {
+                    u[row * n + left..][..columns]
+                        .copy_from_slice(&buffer[row * TILE..row * TILE + columns]);
                 }
             }
         });

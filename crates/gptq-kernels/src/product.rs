@@ -2,7 +2,6 @@
 
 use std::time::Instant;
 
-use faer::linalg::matmul::triangular::{self, BlockStructure};
 use faer::{Accum, MatMut, MatRef, Par, linalg::matmul::matmul};
 use rayon::prelude::*;
 
@@ -61,7 +60,8 @@ pub fn multiply_f64(a: &[f64], b: &[f64], m: usize, k: usize, n: usize) -> Vec<f
     out
 }
 
-/// `[rows, cols]` to `[cols, rows]`, in tiles that stay in the first-level cache.
+/// `[rows, cols]` to `[cols, rows]`, tile by tile through a buffer: rows a power of two apart
+/// would push each other out of the cache.
 pub fn transpose(x: &[f32], rows: usize, cols: usize) -> Vec<f32> {
     const TILE: usize = 32;
     let mut out = vec![0.0f32; x.len()];
@@ -70,61 +70,107 @@ pub fn transpose(x: &[f32], rows: usize, cols: usize) -> Vec<f32> {
         .for_each(|(tile, out)| {
             let first = tile * TILE;
             let width = out.len() / rows;
-            for r0 in (0..rows).step_by(TILE) {
-                for r in r0..rows.min(r0 + TILE) {
-                    let row = &x[r * cols + first..][..width];
+            for top in (0..rows).step_by(TILE) {
+                let height = TILE.min(rows - top);
+                let mut buffer = [0.0f32; TILE * TILE];
+                for r in 0..height {
+                    let row = &x[(top + r) * cols + first..][..width];
                     for (c, &value) in row.iter().enumerate() {
-                        out[c * rows + r] = value;
+                        buffer[c * TILE + r] = value;
                     }
+                }
+                for c in 0..width {
+                    out[c * rows + top..][..height]
+                        .copy_from_slice(&buffer[c * TILE..c * TILE + height]);
                 }
             }
         });
     out
 }
 
-/// A running `X^T X`, of which only the lower triangle is computed.
+/// A running `X^T X`, of which only the tiles on and below the diagonal are computed, side by
+/// side. Tiles depend on the width alone: the sums are the same for any number of threads.
 pub struct Gram {
     features: usize,
+    side: usize,
+    tiles: Vec<Tile>,
+}
+
+/// Rows `row..` and columns `col..` of the sum, `[height, width]` row-major.
+struct Tile {
+    row: usize,
+    col: usize,
+    height: usize,
+    width: usize,
     sum: Vec<f32>,
 }
 
 impl Gram {
     /// All zero, `[features, features]`.
+    ///
+    /// Eight tiles a side compute an eighth more than the triangle and feed many threads; below
+    /// 64 columns a product no longer reaches the machine's rate.
     pub fn new(features: usize) -> Self {
+        let side = features.div_ceil(8).max(64);
+        let starts = || (0..features).step_by(side);
+        let tiles = starts()
+            .flat_map(|row| {
+                starts()
+                    .take_while(move |&col| col <= row)
+                    .map(move |col| (row, col))
+            })
+            .map(|(row, col)| {
+                let (height, width) = (side.min(features - row), side.min(features - col));
+                Tile {
+                    row,
+                    col,
+                    height,
+                    width,
+                    sum: vec![0.0; height * width],
+                }
+            })
+            .collect();
         Gram {
             features,
-            sum: vec![0.0; features * features],
+            side,
+            tiles,
         }
     }
 
     /// Adds `x^T x` for `x [rows, features]` row-major.
     pub fn add(&mut self, x: &[f32], rows: usize) {
-        let k = self.features;
-        let x = MatRef::from_row_major_slice(x, rows, k);
-        triangular::matmul(
-            MatMut::from_row_major_slice_mut(&mut self.sum, k, k),
-            BlockStructure::TriangularLower,
-            Accum::Add,
-            x.transpose(),
-            BlockStructure::Rectangular,
-            x,
-            BlockStructure::Rectangular,
-            1.0,
-            Par::rayon(0),
-        );
+        let x = MatRef::from_row_major_slice(x, rows, self.features);
+        self.tiles.par_iter_mut().for_each(|tile| {
+            let sum = MatMut::from_row_major_slice_mut(&mut tile.sum, tile.height, tile.width);
+            let left = x.subcols(tile.row, tile.height).transpose();
+            let right = x.subcols(tile.col, tile.width);
+            matmul(sum, Accum::Add, left, right, 1.0, Par::Seq);
+        });
     }
 
     /// The full symmetric matrix times `scale`, `[features, features]` row-major.
-    pub fn finish(mut self, scale: f32) -> Vec<f32> {
+    pub fn finish(self, scale: f32) -> Vec<f32> {
         let k = self.features;
-        for row in 0..k {
-            for col in 0..=row {
-                let value = self.sum[row * k + col] * scale;
-                self.sum[row * k + col] = value;
-                self.sum[col * k + row] = value;
-            }
-        }
-        self.sum
+        let mut full = vec![0.0; k * k];
+        full.par_chunks_mut(self.side * k)
+            .enumerate()
+            .for_each(|(band, rows)| {
+                let top = band * self.side;
+                for tile in self.tiles.iter().filter(|tile| tile.row == top) {
+                    for (r, values) in tile.sum.chunks_exact(tile.width).enumerate() {
+                        let out = &mut rows[r * k + tile.col..][..tile.width];
+                        out.iter_mut().zip(values).for_each(|(o, v)| *o = v * scale);
+                    }
+                }
+                for tile in self.tiles.iter().filter(|tile| tile.col == top) {
+                    for (r, values) in tile.sum.chunks_exact(tile.width).enumerate() {
+                        for (c, v) in values.iter().enumerate() {
+                            rows[c * k + tile.row + r] = v * scale;
+                        }
+                    }
+                }
+            });
+        full
     }
 }
 

@@ -27,8 +27,9 @@ pub struct SampleSpec {
     pub seed: u64,
 }
 
-/// Samples windows token by token, each from the model's beginning-of-sequence token, or from a
-/// token drawn uniformly where the model has none. All blocks are resident while it runs.
+/// Samples windows token by token, each from a first token drawn uniformly over the vocabulary: a
+/// chat model that starts from its beginning-of-sequence token opens every window with the same
+/// system prompt. All blocks are resident while it runs.
 /// `progress` hears of tokens done and all.
 pub fn sample_windows(
     source: Arc<dyn WeightSource>,
@@ -116,10 +117,7 @@ impl<B: DecoderBackend> Sampler<B> {
     }
 
     fn first_token(&self, draw: &mut Draw) -> u32 {
-        match self.config.bos_token_id {
-            Some(id) if (id as usize) < self.config.vocab_size => id,
-            _ => (draw.uniform() * self.config.vocab_size as f64) as u32,
-        }
+        (draw.uniform() * self.config.vocab_size as f64) as u32
     }
 
     /// Hidden states `[sequences, hidden_size]` after all blocks.
