@@ -19,4 +19,4 @@ pub use factor::{FactorError, inverse_cholesky};
 pub use product::{
     Gram, measure_sgemm, multiply, multiply_add, multiply_f64, multiply_transposed, transpose,
 };
-pub use vector::{axpy, dot, exp, log_sum_exp, softmax, vectorised};
+pub use vector::{axpy, dot, exp, exp_sum, softmax, vectorised};

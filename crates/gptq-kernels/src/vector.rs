@@ -114,11 +114,10 @@ pub fn softmax(row: &mut [f32]) {
     }
 }
 
-/// `(max, ln sum exp(x - max))`: `max + second` is the log of the partition sum.
+/// `sum e^(x - max)`, the partition sum of a row relative to `max`.
 #[inline(always)]
-pub fn log_sum_exp(row: &[f32]) -> (f32, f32) {
-    let max = lane_max(row);
-    (max, lane_sum(row, |x| exp(x - max)).ln())
+pub fn exp_sum(row: &[f32], max: f32) -> f32 {
+    lane_sum(row, |x| exp(x - max))
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use gptq_kernels::{exp, multiply_transposed, vectorised};
+use gptq_kernels::{exp, exp_sum, multiply_transposed, vectorised};
 use rayon::prelude::*;
 
 /// Rows scored together, and head rows multiplied at a time: a tile of logits takes 4 MB.
@@ -152,27 +152,13 @@ impl Partition {
             let at = logits.iter().position(|&x| x == tile_max).unwrap_or(0);
             self.argmax = first + at;
         }
-        let max = self.max;
-        self.sum = self.sum * shrink + lane_sum(logits, |x| exp(x - max));
+        self.sum = self.sum * shrink + f64::from(exp_sum(logits, self.max));
         shrink
     }
 
     fn log(&self) -> f64 {
         f64::from(self.max) + self.sum.ln()
     }
-}
-
-#[inline(always)]
-fn lane_sum(x: &[f32], f: impl Fn(f32) -> f32) -> f64 {
-    let mut lanes = [0.0f32; 16];
-    let chunks = x.chunks_exact(16);
-    let tail: f32 = chunks.remainder().iter().map(|&x| f(x)).sum();
-    for chunk in chunks {
-        for (lane, &x) in lanes.iter_mut().zip(chunk) {
-            *lane += f(x);
-        }
-    }
-    lanes.iter().map(|&lane| f64::from(lane)).sum::<f64>() + f64::from(tail)
 }
 
 impl Running {
