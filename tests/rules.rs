@@ -13,7 +13,7 @@ const MAY_USE: [(&str, &[&str]); 11] = [
     ("gptq-types", &[]),
     ("gptq-packer", &["gptq-types"]),
     ("gptq-calibration", &["gptq-types"]),
-    ("gptq-kernels", &[]),
+    ("gptq-kernels", &["gptq-types"]),
     ("gptq-report", &["gptq-types"]),
     ("gptq-hub", &["gptq-types", "gptq-packer"]),
     ("gptq-model", &["gptq-types", "gptq-kernels"]),

@@ -68,6 +68,11 @@ fn numbers_outside_their_range() {
     place.refuses_flags(&["--damp", "1"], &["damp", "`1`"]);
     place.refuses_flags(&["--damp", "NaN"], &["damp"]);
     place.refuses_flags(&["--max-shard-size", "0"], &["--max-shard-size 0"]);
+    // Less than a byte was taken for no limit that matters.
+    for tiny in ["1e-12", "0.0009", "-1"] {
+        let flag = format!("--max-shard-size={tiny}");
+        place.refuses_flags(&[&flag], &["--max-shard-size", "0.001 GB or more"]);
+    }
     place.refuses_flags(&["--max-shard-size", "NaN"], &["--max-shard-size"]);
     place.refuses_flags(
         &["--method", "rtn", "--desc-act"],

@@ -40,7 +40,8 @@ fn a_disk_without_room_is_found_before_the_work_and_nothing_stays() {
         .arg("quantize")
         .arg(&model)
         .arg("--out")
-        .arg(disk.join("out"))
+        // folders above the output go too
+        .arg(disk.join("deep/er/out"))
         .arg("--dataset")
         .arg(&text)
         .args(["--group-size", "32", "--samples", "4", "--seq-len", "32"]));

@@ -3,7 +3,7 @@
 use crate::support::{gptq, run};
 
 /// Every flag and argument by subcommand. `--threads` belongs to all of them.
-const FLAGS: [(&str, &[&str]); 5] = [
+const FLAGS: [(&str, &[&str]); 6] = [
     (
         "quantize",
         &[
@@ -18,6 +18,7 @@ const FLAGS: [(&str, &[&str]); 5] = [
             "--asym",
             "--damp",
             "--method",
+            "--no-scale-search",
             "--dataset",
             "--samples",
             "--seq-len",
@@ -26,6 +27,7 @@ const FLAGS: [(&str, &[&str]); 5] = [
             "--format",
             "--max-shard-size",
             "--device",
+            "--gpu-memory",
             "--resume",
             "--profile",
             "--max-degraded",
@@ -35,6 +37,19 @@ const FLAGS: [(&str, &[&str]); 5] = [
     ),
     ("import", &["<FILE>", "--out"]),
     (
+        "synth",
+        &[
+            "--shape",
+            "--out",
+            "--layers",
+            "--seed",
+            "--dtype",
+            "--calibration",
+            "--samples",
+            "--seq-len",
+        ],
+    ),
+    (
         "eval",
         &[
             "<MODELS>...",
@@ -42,6 +57,7 @@ const FLAGS: [(&str, &[&str]); 5] = [
             "--seq-len",
             "--max-windows",
             "--device",
+            "--gpu-memory",
             "--json",
             "--offline",
         ],
@@ -105,7 +121,7 @@ fn the_version_is_data() {
 
 #[test]
 fn what_cannot_be_understood_is_a_usage_error() {
-    let wrong: [(&[&str], &str); 14] = [
+    let wrong: [(&[&str], &str); 17] = [
         (&["quantise"], "quantise"),
         (&["quantize"], "<MODEL>"),
         (&["quantize", "m"], "--out"),
@@ -135,6 +151,18 @@ fn what_cannot_be_understood_is_a_usage_error() {
         ),
         (&["quantize", "m", "-o", "o", "--method", "awq"], "awq"),
         (&["quantize", "m", "-o", "o", "--threads", "0"], "--threads"),
+        (
+            &["synth", "-o", "o", "--shape", "llama-3"],
+            "shape `llama-3` is not one of `llama-2-7b`, `llama-2-7b-32k`, `tiny`",
+        ),
+        (
+            &["synth", "-o", "o", "--shape", "tiny", "--layers", "0"],
+            "--layers",
+        ),
+        (
+            &["synth", "-o", "o", "--shape", "tiny", "--samples", "4"],
+            "--calibration",
+        ),
         (&["eval"], "<MODELS>..."),
         (&["verify", "m"], "--expect"),
         (&["verify", "m", "--write", "f"], "--ids"),

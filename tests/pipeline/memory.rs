@@ -31,10 +31,10 @@ fn peak_kib(layers: usize) -> Option<u64> {
     let (model, text) = (folder.path().join("model"), folder.path().join("text.txt"));
     let shapes = TinyModel {
         dtype: Dtype::F16,
-        hidden: 256,
-        ffn: 704,
-        heads: 4,
-        kv_heads: 4,
+        hidden: 512,
+        ffn: 1408,
+        heads: 8,
+        kv_heads: 8,
         head_dim: 64,
         vocab: 512,
         layers,

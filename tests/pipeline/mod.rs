@@ -8,3 +8,4 @@ mod published;
 mod quality;
 mod resume;
 mod same_bytes;
+mod synthetic;

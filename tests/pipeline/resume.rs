@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::support::{entries, quantize, refused, run, same_files, small_model};
+use crate::support::{
+    Family, TinyModel, entries, quantize, refused, run, same_files, small_model, write_text,
+};
 
 /// Enough text for each block to take a while, so that the kill comes in the middle.
 const WORK: [&str; 4] = ["--samples", "192", "--seq-len", "128"];
@@ -22,6 +24,26 @@ impl Place {
     fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
         let (model, text) = small_model(folder.path());
+        Place::of(folder, model, text)
+    }
+
+    /// A model whose blocks have half a megabyte each at 8 bits, to be cut into files of one.
+    fn with_larger_blocks() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let (model, text) = (folder.path().join("model"), folder.path().join("text.txt"));
+        let shapes = TinyModel {
+            hidden: 128,
+            head_dim: 32,
+            ffn: 1024,
+            layers: 3,
+            ..TinyModel::new(Family::Llama)
+        };
+        shapes.write(&model);
+        write_text(&text, shapes.vocab, 30_000);
+        Place::of(folder, model, text)
+    }
+
+    fn of(folder: tempfile::TempDir, model: PathBuf, text: PathBuf) -> Self {
         let out = folder.path().join("out");
         let partial = folder.path().join(".out.partial");
         Place {
@@ -69,8 +91,7 @@ impl Place {
     }
 }
 
-fn killed_and_resumed(blocks: usize, flags: &[&str]) {
-    let place = Place::new();
+fn killed_and_resumed(place: &Place, blocks: usize, flags: &[&str]) {
     let whole = place.folder.path().join("whole");
     run(&mut place.run_into(&whole, flags)).done();
     place.kill_after(blocks, flags);
@@ -84,25 +105,29 @@ fn killed_and_resumed(blocks: usize, flags: &[&str]) {
 
 #[test]
 fn after_the_first_block() {
-    killed_and_resumed(1, &["--group-size", "32", "--asym"]);
+    killed_and_resumed(&Place::new(), 1, &["--group-size", "32", "--asym"]);
 }
 
 #[test]
 fn after_the_second_block_with_act_order_and_shards() {
+    let place = Place::with_larger_blocks();
     killed_and_resumed(
+        &place,
         2,
         &[
             "--group-size",
             "64",
             "--desc-act",
             "--bits",
-            "2",
+            "8",
             "--format",
             "gptq_v2",
             "--max-shard-size",
-            "0.0001",
+            "0.001",
         ],
     );
+    let second = place.out.join("model-00002-of-00002.safetensors");
+    assert!(second.exists(), "{:?}", entries(&place.out));
 }
 
 #[test]

@@ -1,9 +1,11 @@
 //! What can be typed.
 
+use std::num::NonZeroU16;
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use gptq_model::Device;
+use gptq_hub::{HalfType, ModelShape};
 use gptq_types::{Bits, CheckpointFormat, ColumnOrder, GroupSize, Method, QuantSpec};
 
 use crate::failure::Failure;
@@ -25,12 +27,16 @@ pub enum Command {
     Quantize(QuantizeArgs),
     /// Turn a GGUF file into a model folder that `quantize` takes
     Import(ImportArgs),
+    /// Make a model folder of random weights, for measurements of speed and memory
+    Synth(SynthArgs),
     /// Perplexity of checkpoints, and divergence from the first
     Eval(EvalArgs),
     /// Compare a checkpoint's logits with stored ones, or store them
     Verify(VerifyArgs),
     /// Say what a checkpoint holds
     Inspect(InspectArgs),
+    /// Say which devices and libraries this machine has, and what a missing one costs
+    Doctor,
 }
 
 /// Where models come from.
@@ -41,19 +47,55 @@ pub struct HubArgs {
     pub offline: bool,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
-pub enum DeviceArg {
-    /// The best there is; says which
-    Auto,
-    Cpu,
+/// Where to compute.
+#[derive(Args, Clone)]
+pub struct DeviceArgs {
+    /// `auto` takes the first GPU if there is one and says what it took; `cpu`; `cuda:N`
+    #[arg(long, default_value = "auto", value_name = "DEVICE")]
+    pub device: DeviceArg,
+    /// GPU memory that the run may take; activations beyond it wait in host memory
+    #[arg(long, default_value = "10GB", value_name = "SIZE", value_parser = parse_size)]
+    pub gpu_memory: usize,
 }
 
-impl DeviceArg {
-    /// This build computes on the CPU alone.
-    pub fn resolve(self) -> Device {
-        match self {
-            DeviceArg::Auto | DeviceArg::Cpu => Device::Cpu,
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceArg {
+    Auto,
+    Cpu,
+    Cuda(usize),
+}
+
+impl FromStr for DeviceArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(DeviceArg::Auto),
+            "cpu" => Ok(DeviceArg::Cpu),
+            "cuda" => Ok(DeviceArg::Cuda(0)),
+            _ => (text.strip_prefix("cuda:"))
+                .and_then(|ordinal| ordinal.parse().ok())
+                .map(DeviceArg::Cuda)
+                .ok_or_else(|| "expected auto, cpu or cuda:N".to_string()),
         }
+    }
+}
+
+/// `8GB`, `6000MB`, `8GiB` or a number of bytes.
+fn parse_size(text: &str) -> Result<usize, String> {
+    let units = [
+        ("GiB", (1u64 << 30) as f64),
+        ("MiB", (1u64 << 20) as f64),
+        ("GB", 1e9),
+        ("MB", 1e6),
+        ("", 1.0),
+    ];
+    let (number, unit) = (units.iter())
+        .find_map(|(suffix, unit)| Some((text.strip_suffix(suffix)?, unit)))
+        .expect("the last suffix is empty");
+    match number.trim().parse::<f64>() {
+        Ok(number) if number > 0.0 && number.is_finite() => Ok((number * unit) as usize),
+        _ => Err("expected a size such as 8GB".to_string()),
     }
 }
 
@@ -107,6 +149,9 @@ pub struct QuantizeArgs {
     pub damp_percent: f64,
     #[arg(long, value_enum, default_value = "gptq")]
     pub method: MethodArg,
+    /// Fit each scale to the largest weight of its group instead of searching for the least error
+    #[arg(long)]
+    pub no_scale_search: bool,
     /// Calibration data: `c4`, `wikitext2`, NAME=FILE for a local copy, a FILE (txt, jsonl, json,
     /// parquet, arrow; .gz and .zst; safetensors with input_ids), or `self`: text that the model
     /// writes itself
@@ -127,11 +172,11 @@ pub struct QuantizeArgs {
     /// Zero-point convention of the file
     #[arg(long, value_enum, default_value = "gptq")]
     pub format: FormatArg,
-    /// Largest weight file, in GB (10^9 bytes)
+    /// Largest weight file, in GB (10^9 bytes); 0.001 at least
     #[arg(long, default_value_t = 4.0, value_name = "GB")]
     pub max_shard_size: f64,
-    #[arg(long, value_enum, default_value = "auto")]
-    pub device: DeviceArg,
+    #[command(flatten)]
+    pub device: DeviceArgs,
     /// Go on where an interrupted run into the same folder stopped
     #[arg(long)]
     pub resume: bool,
@@ -170,6 +215,8 @@ impl QuantizeArgs {
                 FormatArg::Gptq => CheckpointFormat::Gptq,
                 FormatArg::GptqV2 => CheckpointFormat::GptqV2,
             },
+            // The baseline looks at no data, so nothing says which error weighs more.
+            scale_search: !self.no_scale_search && matches!(self.method, MethodArg::Gptq),
         };
         spec.validate()?;
         Ok(spec)
@@ -183,6 +230,49 @@ pub struct ImportArgs {
     /// The folder to write; must not exist or be empty
     #[arg(short, long)]
     pub out: PathBuf,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub enum HalfArg {
+    F16,
+    Bf16,
+}
+
+impl HalfArg {
+    pub fn resolve(self) -> HalfType {
+        match self {
+            HalfArg::F16 => HalfType::F16,
+            HalfArg::Bf16 => HalfType::Bf16,
+        }
+    }
+}
+
+#[derive(Args)]
+pub struct SynthArgs {
+    /// `llama-2-7b`, `llama-2-7b-32k` or `tiny`
+    #[arg(long)]
+    pub shape: ModelShape,
+    /// The folder to write; must not exist or be empty
+    #[arg(short, long)]
+    pub out: PathBuf,
+    /// Blocks [default: those of the shape]
+    #[arg(long)]
+    pub layers: Option<NonZeroU16>,
+    /// Seed of weights and tokens
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Element type of the weights
+    #[arg(long, value_enum, default_value = "f16")]
+    pub dtype: HalfArg,
+    /// Also write windows of random tokens, as `quantize` takes for its dataset
+    #[arg(long, value_name = "FILE.safetensors")]
+    pub calibration: Option<PathBuf>,
+    /// With --calibration: windows
+    #[arg(long, default_value_t = 128, requires = "calibration")]
+    pub samples: usize,
+    /// With --calibration: tokens in a window
+    #[arg(long, default_value_t = 2048, requires = "calibration")]
+    pub seq_len: usize,
 }
 
 #[derive(Args)]
@@ -199,8 +289,8 @@ pub struct EvalArgs {
     /// Score only this many windows from the start
     #[arg(long)]
     pub max_windows: Option<usize>,
-    #[arg(long, value_enum, default_value = "auto")]
-    pub device: DeviceArg,
+    #[command(flatten)]
+    pub device: DeviceArgs,
     /// Print the records as JSON
     #[arg(long)]
     pub json: bool,
@@ -225,7 +315,8 @@ pub struct VerifyArgs {
     /// Largest absolute difference of a logit
     #[arg(long, default_value_t = 1e-3)]
     pub tolerance: f32,
-    #[arg(long, value_enum, default_value = "auto")]
+    /// `cpu` computes in f32; `cuda:N` in the model's sixteen-bit type, which needs another tolerance
+    #[arg(long, default_value = "cpu", value_name = "DEVICE")]
     pub device: DeviceArg,
     #[command(flatten)]
     pub hub: HubArgs,

@@ -62,10 +62,11 @@ plain!(
     SpecError,
     SourceError,
     ConfigError,
-    ModelError,
     OpenError,
     ReadError,
     SafetensorsError,
     serde_json::Error
 );
-hinted!(PipelineError, HubError, CalibrationError);
+hinted!(PipelineError, HubError, CalibrationError, ModelError);
+#[cfg(feature = "cuda")]
+hinted!(gptq_kernels::cuda::CudaError);

@@ -7,6 +7,7 @@
 mod args;
 mod commands;
 mod datasets;
+mod device;
 mod failure;
 mod models;
 mod output;
@@ -50,8 +51,10 @@ fn run(cli: Cli) -> Result<Verdict, Failure> {
     match cli.command {
         Command::Quantize(args) => commands::quantize::run(&args),
         Command::Import(args) => commands::import::run(&args),
+        Command::Synth(args) => commands::synth::run(&args),
         Command::Eval(args) => commands::eval::run(&args),
         Command::Verify(args) => commands::verify::run(&args),
         Command::Inspect(args) => commands::inspect::run(&args),
+        Command::Doctor => commands::doctor::run(),
     }
 }

@@ -11,7 +11,7 @@ use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use gptq_packer::SafetensorsFile;
+use gptq_packer::{SafetensorsError, SafetensorsFile};
 use gptq_types::{SourceError, TensorInfo, TensorSource};
 use rayon::prelude::*;
 use serde::Deserialize;
@@ -112,18 +112,30 @@ impl TensorSource for Checkpoint {
     }
 
     fn bytes(&self, name: &str) -> Result<Vec<u8>, SourceError> {
-        let Some(&home) = self.homes.get(name) else {
-            return Err(SourceError::Missing {
+        (self.home(name)?.read(name)).map_err(|error| invalid(name, &error))
+    }
+
+    fn read_at(&self, name: &str, offset: usize, out: &mut [u8]) -> Result<(), SourceError> {
+        (self.home(name)?.read_at(name, offset, out)).map_err(|error| invalid(name, &error))
+    }
+}
+
+impl Checkpoint {
+    fn home(&self, name: &str) -> Result<&SafetensorsFile, SourceError> {
+        match self.homes.get(name) {
+            Some(&home) => Ok(&self.shards[home]),
+            None => Err(SourceError::Missing {
                 name: name.to_string(),
                 place: self.place(),
-            });
-        };
-        self.shards[home]
-            .read(name)
-            .map_err(|error| SourceError::Invalid {
-                name: name.to_string(),
-                reason: error.to_string(),
-            })
+            }),
+        }
+    }
+}
+
+fn invalid(name: &str, error: &SafetensorsError) -> SourceError {
+    SourceError::Invalid {
+        name: name.to_string(),
+        reason: error.to_string(),
     }
 }
 

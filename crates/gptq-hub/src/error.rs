@@ -117,6 +117,16 @@ pub enum HubError {
         tensor: String,
         reason: String,
     },
+    #[error("shape `{name}` is not one of {known}")]
+    UnknownShape { name: String, known: String },
+    #[error("`{0}` does not end in `.safetensors`")]
+    WindowFileName(PathBuf),
+    #[error("{samples} windows of {seq_len} tokens are not between 1 and {most} tokens in all")]
+    WindowCount {
+        samples: usize,
+        seq_len: usize,
+        most: usize,
+    },
     #[error(transparent)]
     Layout(#[from] LayoutError),
     #[error(transparent)]

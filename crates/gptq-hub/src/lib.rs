@@ -2,8 +2,9 @@
 //!
 //! Knows: model folders ([`Checkpoint`]: one file or an index and its shards, every header checked
 //! before the first tensor is read), `owner/name[:branch]` and the hub's cache layout
-//! ([`resolve`], [`fetch_dataset_file`]), GGUF files ([`import_gguf`]). It is the only crate that
-//! touches the network, and only with the cargo feature `hub`.
+//! ([`resolve`], [`fetch_dataset_file`]), GGUF files ([`import_gguf`]), models of random weights
+//! ([`synth`]). It is the only crate that touches the network, and only with the cargo feature
+//! `hub`.
 //!
 //! Does not know: architectures beyond their tensor names and configuration keys, GPTQ, tokens.
 //! Nothing is printed; progress goes to a callback `(what, done, total)`, in bytes.
@@ -13,12 +14,15 @@ mod checkpoint;
 #[cfg(feature = "hub")]
 mod download;
 mod error;
+mod folder;
 pub mod gguf;
 mod reference;
 mod resolve;
+mod synth;
 
 pub use checkpoint::Checkpoint;
 pub use error::HubError;
 pub use gguf::import::{ImportReport, import_gguf};
 pub use reference::{ModelRef, parse_model_ref};
 pub use resolve::{ResolveOptions, fetch_dataset_file, resolve};
+pub use synth::{HalfType, ModelShape, SynthReport, SynthSpec, SynthWindows, synth};

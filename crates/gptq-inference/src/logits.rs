@@ -7,7 +7,7 @@ pub fn logits(decoder: &mut dyn Decoder, ids: &[u32]) -> Result<Vec<f32>, ModelE
     decoder.embed(&[ids.to_vec()])?;
     for index in 0..decoder.config().num_hidden_layers {
         decoder.load_block(index)?;
-        decoder.forward_block();
+        decoder.forward_block()?;
     }
     Ok(decoder.head_input(0)?.logits())
 }

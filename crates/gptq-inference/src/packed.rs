@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use gptq_model::{FloatWeights, LinearWeights, WeightSource};
+use gptq_model::{FloatWeights, LinearValues, LinearWeights, WeightSource};
 use gptq_packer::{QuantizeConfig, read_layer};
-use gptq_types::{LayerName, SolvedLayer, SourceError, TensorSource};
+use gptq_types::{Dtype, LayerName, SolvedLayer, SourceError, TensorSource};
 
 /// A GPTQ checkpoint: linears with a `qweight` are dequantised as they are read, everything else
 /// is plain.
@@ -56,12 +56,31 @@ impl WeightSource for PackedWeights {
             return self.float.linear(layer, bias);
         }
         Ok(LinearWeights {
-            weight: self.read(layer)?.dequantise(),
+            weight: LinearValues::InputMajor(self.read(layer)?.dequantise()),
             bias: match bias {
                 true => Some(self.plain(&layer.tensor("bias"))?),
                 false => None,
             },
         })
+    }
+
+    fn linear_as_stored(
+        &self,
+        layer: &LayerName,
+        bias: bool,
+    ) -> Result<LinearWeights, SourceError> {
+        match self.is_packed(layer) {
+            true => self.linear(layer, bias),
+            false => self.float.linear_as_stored(layer, bias),
+        }
+    }
+
+    fn plain_as_stored(&self, name: &str) -> Result<(Dtype, Vec<u8>), SourceError> {
+        self.float.plain_as_stored(name)
+    }
+
+    fn dtype(&self, name: &str) -> Option<Dtype> {
+        self.float.dtype(name)
     }
 
     fn linear_tensors(&self, layer: &LayerName, bias: bool) -> Vec<String> {

@@ -41,7 +41,7 @@ pub fn evaluate(
     decoder.embed(windows)?;
     for index in 0..blocks {
         decoder.load_block(index)?;
-        decoder.forward_block();
+        decoder.forward_block()?;
         progress(index + 1, blocks + 1);
     }
     let mut of_windows = Vec::with_capacity(windows.len());
@@ -49,7 +49,8 @@ pub fn evaluate(
     for batch in 0..decoder.batches() {
         let input = decoder.head_input(batch)?;
         let targets = next_tokens(decoder.batch_windows(batch));
-        let scores = input.score(&targets, reference.map(|Reference(inputs)| &inputs[batch]));
+        let compared = reference.map(|Reference(inputs)| &inputs[batch]);
+        let scores = input.score(&targets, compared)?;
         let per_window = decoder.batch_windows(batch)[0].len() - 1;
         of_windows.extend(scores.chunks(per_window).map(mean));
         kept.push(input);

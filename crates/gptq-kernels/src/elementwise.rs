@@ -74,6 +74,16 @@ impl Rotation {
         }
     }
 
+    /// Width of the heads it turns.
+    pub fn head_dim(&self) -> usize {
+        self.head_dim
+    }
+
+    /// Cosines and sines, `[positions, head_dim / 2]` each.
+    pub fn tables(&self) -> (&[f32], &[f32]) {
+        (&self.cos, &self.sin)
+    }
+
     /// Rotates `x [windows * tokens, heads * head_dim]` in place; row `r` stands at position
     /// `r % tokens` of the table.
     pub fn apply(&self, x: &mut [f32], width: usize, tokens: usize) {

@@ -8,6 +8,8 @@
 //! Does not know: tensors with names, models, what a Hessian is for.
 
 mod attention;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod elementwise;
 mod factor;
 mod product;

@@ -1,19 +1,20 @@
 //! One decoder block: pre-norm attention and a gated feed-forward, as the Llama family has it.
 
 use burn::tensor::Tensor;
-use gptq_kernels::{AttentionShape, Rotation};
-use gptq_types::{LayerName, Stage};
+use gptq_kernels::AttentionShape;
+use gptq_types::{LayerName, SourceError, Stage, Weight};
 
-use crate::ModelError;
 use crate::backend::DecoderBackend;
 use crate::config::{DecoderConfig, prefix};
-use crate::weights::WeightSource;
+use crate::weights::{LinearValues, LinearWeights, WeightSource};
 
 /// A linear on the device.
 pub(crate) struct Linear<B: DecoderBackend> {
     pub name: LayerName,
-    weight: Tensor<B, 2>,       // [K, N]
-    bias: Option<Tensor<B, 2>>, // [1, N]
+    weight: Tensor<B, 2>,
+    bias: Option<B::Vector>, // [N]
+    in_features: usize,
+    out_features: usize,
 }
 
 impl<B: DecoderBackend> Linear<B> {
@@ -21,13 +22,51 @@ impl<B: DecoderBackend> Linear<B> {
         B::project(x, &self.weight, self.bias.as_ref())
     }
 
-    pub fn weight(&self) -> Vec<f32> {
-        B::download(self.weight.clone())
+    pub fn weight(&self) -> Weight {
+        B::show_weight(&self.weight)
     }
 
-    pub fn replace(&mut self, weight: Vec<f32>) {
-        let [k, n] = self.weight.dims();
-        self.weight = B::upload(weight, k, n);
+    /// A weight on the device was written over by whoever solved it.
+    pub fn replace(&mut self, weight: Weight) {
+        if let Weight::Host(values) = weight {
+            let values = LinearValues::InputMajor(values);
+            self.weight = B::weight(values, self.in_features, self.out_features);
+        }
+    }
+}
+
+/// The weights of one block in host memory, on their way to the device.
+pub(crate) struct HostBlock {
+    input_norm: Vec<f32>,
+    post_attention_norm: Vec<f32>,
+    head_norms: Option<[Vec<f32>; 2]>,
+    linears: Vec<(LayerName, usize, usize, LinearWeights)>,
+}
+
+impl HostBlock {
+    pub fn read<B: DecoderBackend>(
+        source: &dyn WeightSource,
+        config: &DecoderConfig,
+        index: usize,
+    ) -> Result<Self, SourceError> {
+        let at = prefix(index);
+        let norm = |name: &str| source.plain(&format!("{at}{name}.weight"));
+        let mut linears = Vec::new();
+        for stage in Stage::ALL {
+            for (name, k, n) in config.linears(index, stage) {
+                let stored = B::read(source, &name, config.has_bias(stage))?;
+                linears.push((name, k, n, stored));
+            }
+        }
+        Ok(HostBlock {
+            input_norm: norm("input_layernorm")?,
+            post_attention_norm: norm("post_attention_layernorm")?,
+            head_norms: match config.qk_norm {
+                true => Some([norm("self_attn.q_norm")?, norm("self_attn.k_norm")?]),
+                false => None,
+            },
+            linears,
+        })
     }
 }
 
@@ -35,59 +74,44 @@ impl<B: DecoderBackend> Linear<B> {
 pub(crate) struct Block<B: DecoderBackend> {
     shape: AttentionShape,
     eps: f64,
-    input_norm: Vec<f32>,             // [hidden]
-    post_attention_norm: Vec<f32>,    // [hidden]
-    q_norm: Option<Vec<f32>>,         // [head_dim]
-    k_norm: Option<Vec<f32>>,         // [head_dim]
-    pub attention_in: [Linear<B>; 3], // q, k, v
+    input_norm: B::Vector,              // [hidden]
+    post_attention_norm: B::Vector,     // [hidden]
+    head_norms: Option<[B::Vector; 2]>, // queries and keys, [head_dim]
+    pub attention_in: [Linear<B>; 3],   // q, k, v
     pub attention_out: Linear<B>,
     pub mlp_in: [Linear<B>; 2], // gate, up
     pub mlp_out: Linear<B>,
 }
 
 impl<B: DecoderBackend> Block<B> {
-    pub fn load(
-        source: &dyn WeightSource,
-        config: &DecoderConfig,
-        index: usize,
-    ) -> Result<Self, ModelError> {
-        let at = prefix(index);
-        let head_norm = |which: &str| -> Result<Option<Vec<f32>>, ModelError> {
-            if !config.qk_norm {
-                return Ok(None);
-            }
-            Ok(Some(
-                source.plain(&format!("{at}self_attn.{which}_norm.weight"))?,
-            ))
+    pub fn load(host: HostBlock, config: &DecoderConfig) -> Self {
+        let mut linears = host.linears.into_iter().map(|(name, k, n, stored)| Linear {
+            weight: B::weight(stored.weight, k, n),
+            bias: stored.bias.map(B::vector),
+            name,
+            in_features: k,
+            out_features: n,
+        });
+        let mut next = || {
+            linears
+                .next()
+                .expect("the config names seven linears a block")
         };
-        let linears = |stage| -> Result<Vec<Linear<B>>, ModelError> {
-            (config.linears(index, stage).into_iter())
-                .map(|(name, k, n)| {
-                    let stored = source.linear(&name, config.has_bias(stage))?;
-                    Ok(Linear {
-                        weight: B::upload(stored.weight, k, n),
-                        bias: stored.bias.map(|bias| B::upload(bias, 1, n)),
-                        name,
-                    })
-                })
-                .collect()
-        };
-        Ok(Block {
+        Block {
             shape: AttentionShape {
                 heads: config.num_attention_heads,
                 kv_heads: config.num_key_value_heads,
                 head_dim: config.head_dim,
             },
             eps: config.rms_norm_eps,
-            input_norm: source.plain(&format!("{at}input_layernorm.weight"))?,
-            post_attention_norm: source.plain(&format!("{at}post_attention_layernorm.weight"))?,
-            q_norm: head_norm("q")?,
-            k_norm: head_norm("k")?,
-            attention_in: exactly(linears(Stage::AttentionIn)?),
-            attention_out: only(linears(Stage::AttentionOut)?),
-            mlp_in: exactly(linears(Stage::MlpIn)?),
-            mlp_out: only(linears(Stage::MlpOut)?),
-        })
+            input_norm: B::vector(host.input_norm),
+            post_attention_norm: B::vector(host.post_attention_norm),
+            head_norms: host.head_norms.map(|norms| norms.map(B::vector)),
+            attention_in: [next(), next(), next()],
+            attention_out: next(),
+            mlp_in: [next(), next()],
+            mlp_out: next(),
+        }
     }
 
     pub fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear<B>> {
@@ -116,36 +140,36 @@ impl<B: DecoderBackend> Block<B> {
     }
 
     /// The input of `o_proj`, from that of `q_proj`.
-    pub fn attend(&self, x: &Tensor<B, 2>, rotation: &Rotation, tokens: usize) -> Tensor<B, 2> {
-        let [q, k, v] = self.queries_keys_values(x, rotation, tokens);
+    pub fn attend(&self, x: &Tensor<B, 2>, turn: &B::Turn, tokens: usize) -> Tensor<B, 2> {
+        let [q, k, v] = self.queries_keys_values(x, turn, tokens);
         B::attend(&q, &k, &v, tokens, self.shape)
     }
 
-    /// The same for one new token a sequence, which `rotation` holds the position of.
+    /// The same for one new token a sequence, which `turn` holds the position of.
     pub fn attend_cached(
         &self,
         x: &Tensor<B, 2>,
-        rotation: &Rotation,
+        turn: &B::Turn,
         cache: &mut B::Cache,
     ) -> Tensor<B, 2> {
-        let [q, k, v] = self.queries_keys_values(x, rotation, 1);
+        let [q, k, v] = self.queries_keys_values(x, turn, 1);
         B::attend_cached(cache, &q, &k, &v, self.shape)
     }
 
     fn queries_keys_values(
         &self,
         x: &Tensor<B, 2>,
-        rotation: &Rotation,
+        turn: &B::Turn,
         tokens: usize,
     ) -> [Tensor<B, 2>; 3] {
         let [q, k, v] = &self.attention_in;
-        let normed = |x: Tensor<B, 2>, norm: &Option<Vec<f32>>| match norm {
-            Some(weight) => B::norm(&x, weight, self.eps),
+        let normed = |x: Tensor<B, 2>, which: usize| match &self.head_norms {
+            Some(norms) => B::norm(&x, &norms[which], self.eps),
             None => x,
         };
         [
-            B::rotate(normed(q.forward(x), &self.q_norm), rotation, tokens),
-            B::rotate(normed(k.forward(x), &self.k_norm), rotation, tokens),
+            B::rotate(normed(q.forward(x), 0), turn, tokens),
+            B::rotate(normed(k.forward(x), 1), turn, tokens),
             v.forward(x),
         ]
     }
@@ -160,15 +184,4 @@ impl<B: DecoderBackend> Block<B> {
         let [gate, up] = &self.mlp_in;
         B::gate(gate.forward(x), &up.forward(x))
     }
-}
-
-fn exactly<T, const N: usize>(items: Vec<T>) -> [T; N] {
-    items
-        .try_into()
-        .unwrap_or_else(|_| unreachable!("the config names {N} linears for the stage"))
-}
-
-fn only<T>(items: Vec<T>) -> T {
-    let [item] = exactly(items);
-    item
 }

@@ -2,43 +2,52 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::thread::JoinHandle;
 
 use burn::tensor::Tensor;
 use gptq_kernels::{Rotation, rms_norm};
-use gptq_types::{ActivationSink, LayerName, Stage};
+use gptq_types::{ActivationSink, LayerName, SourceError, Stage, Weight};
 
-use crate::backend::DecoderBackend;
-use crate::block::{Block, Linear};
-use crate::score::HeadInput;
+use crate::backend::{DecoderBackend, DeviceHead, ShelfNeed};
+use crate::block::{Block, HostBlock, Linear};
+use crate::score::{HeadInput, HeadRows};
 use crate::weights::WeightSource;
-use crate::{Decoder, DecoderConfig, ModelError, Unwatched};
-
-/// Rows of a batch: enough for full speed of the products, few enough that its widest temporary
-/// (`rows * intermediate_size`) stays near the processor; 4096 rows were 5 % slower.
-const BATCH_TOKENS: usize = 2048;
+use crate::{Decoder, DecoderConfig, ModelError};
 
 /// Windows of one length that go through a block together.
 struct Batch<B: DecoderBackend> {
     windows: Vec<Vec<u32>>,
-    hidden: Tensor<B, 2>,        // [tokens, hidden_size]
-    inner: Option<Tensor<B, 2>>, // input of the linear whose output is due: attention or gated
+    hidden: Option<B::Kept>, // [tokens, hidden_size]; out only while it is changed
+    inner: Option<B::Kept>,  // input of the linear whose output is due: attention or gated
 }
 
 impl<B: DecoderBackend> Batch<B> {
     fn tokens(&self) -> usize {
         self.windows[0].len()
     }
+
+    fn hidden(&self) -> Tensor<B, 2> {
+        B::peek(self.hidden.as_ref().expect("hidden states are kept"))
+    }
+}
+
+/// Both heads: for products on the host, and on the device where it scores.
+struct Head {
+    host: Arc<Vec<f32>>, // [vocab_size, hidden_size]
+    device: DeviceHead,
 }
 
 /// See [`Decoder`].
 pub(crate) struct Engine<B: DecoderBackend> {
     source: Arc<dyn WeightSource>,
     config: DecoderConfig,
-    head: Option<Arc<Vec<f32>>>, // [vocab_size, hidden_size], read when first asked for
-    final_norm: Vec<f32>,        // [hidden_size]
+    head: Option<Head>,   // read when first asked for
+    final_norm: Vec<f32>, // [hidden_size]
     block: Option<Block<B>>,
+    next: Option<(usize, JoinHandle<Result<HostBlock, SourceError>>)>,
     batches: Vec<Batch<B>>,
-    rotations: BTreeMap<usize, Rotation>, // by window length
+    shelves: Option<[B::Shelf; 2]>,  // hidden, inner
+    turns: BTreeMap<usize, B::Turn>, // by window length
 }
 
 impl<B: DecoderBackend> Engine<B> {
@@ -49,41 +58,44 @@ impl<B: DecoderBackend> Engine<B> {
             config,
             head: None,
             block: None,
+            next: None,
             batches: Vec::new(),
-            rotations: BTreeMap::new(),
+            shelves: None,
+            turns: BTreeMap::new(),
         })
     }
 
-    /// `[vocab_size, hidden_size]`; not kept, since a pass needs it once and it may be larger
-    /// than a block.
-    pub fn embedding(&self) -> Result<Arc<Vec<f32>>, ModelError> {
-        Ok(Arc::new(self.source.plain("model.embed_tokens.weight")?))
+    /// Not kept, since a pass needs it once and it may be larger than a block.
+    pub fn table(&self) -> Result<B::Table, ModelError> {
+        let name = "model.embed_tokens.weight";
+        Ok(B::table(
+            self.source.as_ref(),
+            name,
+            self.config.hidden_size,
+        )?)
     }
 
-    fn head(&mut self) -> Result<Arc<Vec<f32>>, ModelError> {
+    fn head(&mut self) -> Result<&Head, ModelError> {
         if self.head.is_none() {
-            self.head = Some(match self.config.tie_word_embeddings {
-                true => self.embedding()?,
-                false => Arc::new(self.source.plain("lm_head.weight")?),
-            });
+            let name = match self.config.tie_word_embeddings {
+                true => "model.embed_tokens.weight",
+                false => "lm_head.weight",
+            };
+            let host = Arc::new(self.source.plain(name)?);
+            let device = B::head(&host, self.config.hidden_size);
+            B::check()?;
+            self.head = Some(Head { host, device });
         }
-        Ok(self.head.clone().expect("it was read just now"))
+        Ok(self.head.as_ref().expect("it was read just now"))
     }
 
     /// `[ids, hidden_size]`.
-    pub fn embed_ids(&self, embedding: &[f32], ids: &[u32]) -> Result<Tensor<B, 2>, ModelError> {
-        let width = self.config.hidden_size;
-        let mut rows = Vec::with_capacity(ids.len() * width);
-        for &id in ids {
-            if id as usize >= self.config.vocab_size {
-                return Err(ModelError::TokenOutsideVocabulary {
-                    id,
-                    vocab_size: self.config.vocab_size,
-                });
-            }
-            rows.extend_from_slice(&embedding[id as usize * width..][..width]);
+    pub fn embed_ids(&self, table: &B::Table, ids: &[u32]) -> Result<Tensor<B, 2>, ModelError> {
+        let vocab_size = self.config.vocab_size;
+        match ids.iter().find(|&&id| id as usize >= vocab_size) {
+            Some(&id) => Err(ModelError::TokenOutsideVocabulary { id, vocab_size }),
+            None => Ok(B::embed(table, ids)),
         }
-        Ok(B::upload(rows, ids.len(), width))
     }
 
     pub fn rotation(&self, positions: std::ops::Range<usize>, tokens: usize) -> Rotation {
@@ -96,7 +108,28 @@ impl<B: DecoderBackend> Engine<B> {
     }
 
     pub fn load(&self, index: usize) -> Result<Block<B>, ModelError> {
-        Block::load(self.source.as_ref(), &self.config, index)
+        let host = HostBlock::read::<B>(self.source.as_ref(), &self.config, index)?;
+        Ok(Block::load(host, &self.config))
+    }
+
+    /// Block `index` from the thread that read it ahead, if one did.
+    fn take_next(&mut self, index: usize) -> Result<Block<B>, ModelError> {
+        match self.next.take() {
+            Some((ahead, reader)) if ahead == index => {
+                let host = reader.join().expect("the reader does not panic")?;
+                Ok(Block::load(host, &self.config))
+            }
+            _ => self.load(index),
+        }
+    }
+
+    fn read_ahead(&mut self, index: usize) {
+        if !B::PREFETCH || index >= self.config.num_hidden_layers {
+            return;
+        }
+        let (source, config) = (self.source.clone(), self.config.clone());
+        let read = move || HostBlock::read::<B>(source.as_ref(), &config, index);
+        self.next = Some((index, std::thread::spawn(read)));
     }
 
     pub fn check_window(&self, tokens: usize) -> Result<(), ModelError> {
@@ -107,15 +140,19 @@ impl<B: DecoderBackend> Engine<B> {
     }
 
     pub fn head_of(&mut self, hidden: Tensor<B, 2>) -> Result<HeadInput, ModelError> {
-        let normed = rms_norm(
-            &B::download(hidden),
-            &self.final_norm,
-            self.config.rms_norm_eps as f32,
-        );
+        let hidden = B::download(hidden);
+        B::check()?;
+        let eps = self.config.rms_norm_eps as f32;
+        let normed = rms_norm(&hidden, &self.final_norm, eps);
+        let width = self.config.hidden_size;
+        let head = self.head()?;
         Ok(HeadInput {
-            normed,
-            head: self.head()?,
-            width: self.config.hidden_size,
+            rows: HeadRows {
+                normed,
+                head: head.host.clone(),
+                width,
+            },
+            device: head.device.clone(),
         })
     }
 
@@ -125,13 +162,71 @@ impl<B: DecoderBackend> Engine<B> {
             .and_then(|block| block.linears().find(|linear| linear.name == *layer))
             .ok_or_else(|| ModelError::NotResident(layer.clone()))
     }
-}
 
-/// Takes the hidden states out, leaving nothing behind that would force a copy.
-fn add_output<B: DecoderBackend>(hidden: &mut Tensor<B, 2>, output: Tensor<B, 2>) {
-    let empty = B::upload(Vec::new(), 0, 1);
-    let taken = std::mem::replace(hidden, empty);
-    *hidden = taken + output;
+    /// Windows of one length side by side, as many as a batch takes.
+    fn cut(windows: &[Vec<u32>]) -> Vec<&[Vec<u32>]> {
+        (windows.chunk_by(|a, b| a.len() == b.len()))
+            .filter(|same| !same[0].is_empty())
+            .flat_map(|same| same.chunks((B::BATCH_TOKENS / same[0].len()).max(1)))
+            .collect()
+    }
+
+    fn need(&self, batches: &[&[Vec<u32>]]) -> ShelfNeed {
+        let rows = |batch: &&[Vec<u32>]| batch.len() * batch[0].len();
+        let attention = self.config.num_attention_heads * self.config.head_dim;
+        ShelfNeed {
+            batches: batches.len(),
+            rows: batches.iter().map(rows).max().unwrap_or(0),
+            hidden: self.config.hidden_size,
+            inner: attention.max(self.config.intermediate_size),
+            block_elements: self.config.block_bytes() / 4,
+        }
+    }
+
+    /// Adds the output of the linear that `inner` waits for to the hidden states.
+    fn add_output(
+        batch: &mut Batch<B>,
+        linear: &Linear<B>,
+        shelf: &B::Shelf,
+        place: usize,
+    ) -> Tensor<B, 2> {
+        let inner = B::recall(batch.inner.take().expect("its input came before"));
+        let output = linear.forward(&inner);
+        drop(inner);
+        let hidden = B::recall(batch.hidden.take().expect("hidden states are kept"));
+        let hidden = B::add(hidden, output);
+        batch.hidden = Some(B::keep(shelf, place, hidden));
+        batch.hidden()
+    }
+
+    fn pass(
+        &mut self,
+        stage: Stage,
+        look: &mut dyn FnMut(&Tensor<B, 2>),
+    ) -> Result<(), ModelError> {
+        let block = self.block.as_ref().expect("a block is resident");
+        let [hidden_shelf, inner_shelf] = self.shelves.as_ref().expect("windows were embedded");
+        for (place, batch) in self.batches.iter_mut().enumerate() {
+            let tokens = batch.tokens();
+            let input = match stage {
+                Stage::AttentionIn => block.attention_input(&batch.hidden()),
+                Stage::AttentionOut => {
+                    let x = block.attention_input(&batch.hidden());
+                    block.attend(&x, &self.turns[&tokens], tokens)
+                }
+                Stage::MlpIn => {
+                    let hidden = Self::add_output(batch, &block.attention_out, hidden_shelf, place);
+                    block.mlp_input(&hidden)
+                }
+                Stage::MlpOut => block.gated(&block.mlp_input(&batch.hidden())),
+            };
+            look(&input);
+            if matches!(stage, Stage::AttentionOut | Stage::MlpOut) {
+                batch.inner = Some(B::keep(inner_shelf, place, input));
+            }
+        }
+        B::check()
+    }
 }
 
 impl<B: DecoderBackend> Decoder for Engine<B> {
@@ -141,86 +236,78 @@ impl<B: DecoderBackend> Decoder for Engine<B> {
 
     fn embed(&mut self, windows: &[Vec<u32>]) -> Result<(), ModelError> {
         self.batches.clear();
-        let embedding = self.embedding()?;
-        for same_length in windows.chunk_by(|a, b| a.len() == b.len()) {
-            let tokens = same_length[0].len();
-            if tokens == 0 {
-                continue;
-            }
-            self.check_window(tokens)?;
-            for windows in same_length.chunks((BATCH_TOKENS / tokens).max(1)) {
-                self.batches.push(Batch {
-                    hidden: self.embed_ids(&embedding, &windows.concat())?,
-                    windows: windows.to_vec(),
-                    inner: None,
-                });
-            }
-            let rotation = self.rotation(0..tokens, tokens);
-            self.rotations.insert(tokens, rotation);
+        self.shelves = None;
+        let cut = Self::cut(windows);
+        for batch in &cut {
+            self.check_window(batch[0].len())?;
         }
-        Ok(())
+        let shelves = B::shelves(&self.need(&cut));
+        B::check()?;
+        let table = self.table()?;
+        for (place, windows) in cut.into_iter().enumerate() {
+            let hidden = self.embed_ids(&table, &windows.concat())?;
+            self.batches.push(Batch {
+                hidden: Some(B::keep(&shelves[0], place, hidden)),
+                windows: windows.to_vec(),
+                inner: None,
+            });
+            let tokens = windows[0].len();
+            if !self.turns.contains_key(&tokens) {
+                let turn = B::turn(self.rotation(0..tokens, tokens));
+                self.turns.insert(tokens, turn);
+            }
+        }
+        self.shelves = Some(shelves);
+        B::check()
     }
 
     fn load_block(&mut self, index: usize) -> Result<(), ModelError> {
         self.block = None; // frees the old block before the new one is read
-        self.block = Some(self.load(index)?);
+        self.block = Some(self.take_next(index)?);
+        self.read_ahead(index + 1);
+        B::check()
+    }
+
+    fn stage(&mut self, stage: Stage, sink: &mut dyn ActivationSink) -> Result<(), ModelError> {
+        self.pass(stage, &mut |input| {
+            let [rows, columns] = input.dims();
+            B::show(input, &mut |x| sink.observe(x, rows, columns));
+        })?;
+        B::tidy();
         Ok(())
     }
 
-    fn stage(&mut self, stage: Stage, sink: &mut dyn ActivationSink) {
+    fn finish_block(&mut self) -> Result<(), ModelError> {
         let block = self.block.as_ref().expect("a block is resident");
-        for batch in &mut self.batches {
-            let tokens = batch.tokens();
-            let input = match stage {
-                Stage::AttentionIn => block.attention_input(&batch.hidden),
-                Stage::AttentionOut => {
-                    let x = block.attention_input(&batch.hidden);
-                    block.attend(&x, &self.rotations[&tokens], tokens)
-                }
-                Stage::MlpIn => {
-                    let attended = batch.inner.take().expect("attention came before");
-                    add_output(&mut batch.hidden, block.attention_out.forward(&attended));
-                    block.mlp_input(&batch.hidden)
-                }
-                Stage::MlpOut => block.gated(&block.mlp_input(&batch.hidden)),
-            };
-            let [rows, columns] = input.dims();
-            B::show(&input, &mut |x| sink.observe(x, rows, columns));
-            if matches!(stage, Stage::AttentionOut | Stage::MlpOut) {
-                batch.inner = Some(input);
-            }
+        let [hidden_shelf, _] = self.shelves.as_ref().expect("windows were embedded");
+        for (place, batch) in self.batches.iter_mut().enumerate() {
+            Self::add_output(batch, &block.mlp_out, hidden_shelf, place);
         }
+        B::tidy();
+        B::check()
     }
 
-    fn finish_block(&mut self) {
-        let block = self.block.as_ref().expect("a block is resident");
-        for batch in &mut self.batches {
-            let gated = batch.inner.take().expect("the gated product came before");
-            add_output(&mut batch.hidden, block.mlp_out.forward(&gated));
-        }
-    }
-
-    fn forward_block(&mut self) {
+    fn forward_block(&mut self) -> Result<(), ModelError> {
         for stage in Stage::ALL {
             // The inputs of these two are computed again on the way to the next stage.
             if stage != Stage::AttentionIn {
-                self.stage(stage, &mut Unwatched);
+                self.pass(stage, &mut |_| {})?;
             }
         }
-        self.finish_block();
+        self.finish_block()
     }
 
-    fn weight(&self, layer: &LayerName) -> Result<Vec<f32>, ModelError> {
+    fn weight(&self, layer: &LayerName) -> Result<Weight, ModelError> {
         Ok(self.linear(layer)?.weight())
     }
 
-    fn replace_weight(&mut self, layer: &LayerName, weight: Vec<f32>) -> Result<(), ModelError> {
+    fn replace_weight(&mut self, layer: &LayerName, weight: Weight) -> Result<(), ModelError> {
         let block = self.block.as_mut();
         let linear = block
             .and_then(|block| block.linears_mut().find(|linear| linear.name == *layer))
             .ok_or_else(|| ModelError::NotResident(layer.clone()))?;
         linear.replace(weight);
-        Ok(())
+        B::check()
     }
 
     fn batches(&self) -> usize {
@@ -228,7 +315,7 @@ impl<B: DecoderBackend> Decoder for Engine<B> {
     }
 
     fn head_input(&mut self, batch: usize) -> Result<HeadInput, ModelError> {
-        self.head_of(self.batches[batch].hidden.clone())
+        self.head_of(self.batches[batch].hidden())
     }
 
     fn batch_windows(&self, batch: usize) -> &[Vec<u32>] {

@@ -11,6 +11,8 @@ mod arch;
 mod backend;
 mod block;
 mod config;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod engine;
 mod rope;
 mod sample;
@@ -19,19 +21,28 @@ mod weights;
 
 use std::sync::Arc;
 
-use gptq_types::{ActivationSink, LayerName, SourceError, Stage};
+use gptq_types::{ActivationSink, LayerName, SourceError, Stage, Weight};
 
 pub use config::{ConfigError, DecoderConfig};
 pub use rope::RopeScaling;
 pub use sample::{SampleSpec, sample_windows};
 pub use score::{HeadInput, TokenScore};
-pub use weights::{FloatWeights, LinearWeights, WeightSource, check_finite};
+pub use weights::{FloatWeights, LinearValues, LinearWeights, WeightSource, check_finite};
 
 /// Where the forward pass runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Device {
-    /// Burn's Flex backend, with the products of `gptq-kernels`.
+    /// Burn's Flex backend, with the products of `gptq-kernels`, in f32.
     Cpu,
+    /// Burn's CUDA backend, likewise, in the model's own sixteen-bit type.
+    #[cfg(feature = "cuda")]
+    Cuda {
+        /// `N` of `cuda:N`.
+        ordinal: usize,
+        /// Bytes of GPU memory that the whole run may take; activations beyond it wait in host
+        /// memory.
+        memory: usize,
+    },
 }
 
 /// A forward pass that cannot go on.
@@ -56,6 +67,20 @@ pub enum ModelError {
     SlidingWindow { tokens: usize, window: usize },
     #[error("layer `{0}` is not in the resident block")]
     NotResident(LayerName),
+    #[cfg(feature = "cuda")]
+    #[error(transparent)]
+    Cuda(#[from] gptq_kernels::cuda::CudaError),
+}
+
+impl ModelError {
+    /// Advice, apart from the cause.
+    pub fn hint(&self) -> Option<&'static str> {
+        match self {
+            #[cfg(feature = "cuda")]
+            ModelError::Cuda(error) => error.hint(),
+            _ => None,
+        }
+    }
 }
 
 /// A decoder with one resident block and the hidden states of a set of token windows.
@@ -76,19 +101,19 @@ pub trait Decoder {
 
     /// Computes the input of the linears of `stage` for every token and shows it to `sink`.
     /// Stages are visited in the order of [`Stage::ALL`], each once.
-    fn stage(&mut self, stage: Stage, sink: &mut dyn ActivationSink);
+    fn stage(&mut self, stage: Stage, sink: &mut dyn ActivationSink) -> Result<(), ModelError>;
 
     /// Adds the output of the last linear to the hidden states.
-    fn finish_block(&mut self);
+    fn finish_block(&mut self) -> Result<(), ModelError>;
 
     /// All four stages and the finish, with nobody looking.
-    fn forward_block(&mut self);
+    fn forward_block(&mut self) -> Result<(), ModelError>;
 
-    /// The weight of a resident linear, `[in_features, out_features]` row-major.
-    fn weight(&self, layer: &LayerName) -> Result<Vec<f32>, ModelError>;
+    /// The weight of a resident linear. One on the device may be written over in place.
+    fn weight(&self, layer: &LayerName) -> Result<Weight, ModelError>;
 
     /// Replaces it, so that later stages see the new outputs.
-    fn replace_weight(&mut self, layer: &LayerName, weight: Vec<f32>) -> Result<(), ModelError>;
+    fn replace_weight(&mut self, layer: &LayerName, weight: Weight) -> Result<(), ModelError>;
 
     /// Batches that the windows were cut into.
     fn batches(&self) -> usize;
@@ -111,12 +136,19 @@ pub fn open(
         Device::Cpu => Ok(Box::new(engine::Engine::<burn::backend::Flex>::new(
             source, config,
         )?)),
+        #[cfg(feature = "cuda")]
+        Device::Cuda { ordinal, memory } => {
+            cuda::select(ordinal, memory)?;
+            match cuda::is_bf16(source.as_ref()) {
+                true => Ok(Box::new(engine::Engine::<cuda::Bf16>::new(source, config)?)),
+                false => Ok(Box::new(engine::Engine::<cuda::F16>::new(source, config)?)),
+            }
+        }
     }
 }
 
-/// The sink that looks at nothing.
-pub(crate) struct Unwatched;
-
-impl ActivationSink for Unwatched {
-    fn observe(&mut self, _: &[f32], _: usize, _: usize) {}
+/// The GPU that decoders of this thread run on, once one was opened there.
+#[cfg(feature = "cuda")]
+pub fn gpu() -> Option<Arc<gptq_kernels::cuda::Gpu>> {
+    cuda::selected()
 }

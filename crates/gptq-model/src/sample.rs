@@ -41,13 +41,21 @@ pub fn sample_windows(
     config.check_tensors(source.as_ref())?;
     match device {
         Device::Cpu => Sampler::<burn::backend::Flex>::new(source, config)?.run(spec, progress),
+        #[cfg(feature = "cuda")]
+        Device::Cuda { ordinal, memory } => {
+            crate::cuda::select(ordinal, memory)?;
+            match crate::cuda::is_bf16(source.as_ref()) {
+                true => Sampler::<crate::cuda::Bf16>::new(source, config)?.run(spec, progress),
+                false => Sampler::<crate::cuda::F16>::new(source, config)?.run(spec, progress),
+            }
+        }
     }
 }
 
 struct Sampler<B: DecoderBackend> {
     engine: Engine<B>,
     config: DecoderConfig,
-    embedding: Arc<Vec<f32>>, // [vocab_size, hidden_size]
+    table: B::Table,
     blocks: Vec<Block<B>>,
 }
 
@@ -58,7 +66,7 @@ impl<B: DecoderBackend> Sampler<B> {
             .map(|index| engine.load(index))
             .collect::<Result<_, _>>()?;
         Ok(Sampler {
-            embedding: engine.embedding()?,
+            table: engine.table()?,
             engine,
             config,
             blocks,
@@ -128,13 +136,13 @@ impl<B: DecoderBackend> Sampler<B> {
         tokens: usize,
         caches: &mut [B::Cache],
     ) -> Result<Tensor<B, 2>, ModelError> {
-        let rotation = self.engine.rotation(position..position + 1, tokens);
-        let mut hidden = self.engine.embed_ids(&self.embedding, ids)?;
+        let turn = B::turn(self.engine.rotation(position..position + 1, tokens));
+        let mut hidden = self.engine.embed_ids(&self.table, ids)?;
         for (block, cache) in self.blocks.iter().zip(caches) {
-            let attended = block.attend_cached(&block.attention_input(&hidden), &rotation, cache);
-            hidden = hidden + block.attention_out.forward(&attended);
+            let attended = block.attend_cached(&block.attention_input(&hidden), &turn, cache);
+            hidden = B::add(hidden, block.attention_out.forward(&attended));
             let gated = block.gated(&block.mlp_input(&hidden));
-            hidden = hidden + block.mlp_out.forward(&gated);
+            hidden = B::add(hidden, block.mlp_out.forward(&gated));
         }
         Ok(hidden)
     }

@@ -5,16 +5,31 @@ use std::sync::Arc;
 use gptq_kernels::{exp, exp_sum, multiply_transposed, vectorised};
 use rayon::prelude::*;
 
+use crate::ModelError;
+
 /// Rows scored together, and head rows multiplied at a time: a tile of logits takes 4 MB.
 const ROWS: usize = 128;
 const VOCAB_TILE: usize = 8192;
 
 /// Final-normed hidden states and the head they go through.
 pub struct HeadInput {
-    pub(crate) normed: Vec<f32>,    // [tokens, width]
-    pub(crate) head: Arc<Vec<f32>>, // [vocab, width]
-    pub(crate) width: usize,
+    pub(crate) rows: HeadRows,
+    pub(crate) device: Option<Arc<Scorer>>, // the same head where scores are computed on a GPU
 }
+
+/// The part in host memory, which threads share.
+pub(crate) struct HeadRows {
+    pub normed: Vec<f32>,    // [tokens, width]
+    pub head: Arc<Vec<f32>>, // [vocab, width]
+    pub width: usize,
+}
+
+#[cfg(feature = "cuda")]
+pub(crate) type Scorer = gptq_kernels::cuda::DeviceHead;
+
+/// Nothing scores on a device in this build.
+#[cfg(not(feature = "cuda"))]
+pub(crate) enum Scorer {}
 
 /// What the model says about one next token.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -30,19 +45,12 @@ pub struct TokenScore {
 impl HeadInput {
     /// Tokens of the batch.
     pub fn tokens(&self) -> usize {
-        self.normed.len() / self.width
+        self.rows.tokens()
     }
 
-    fn vocab(&self) -> usize {
-        self.head.len() / self.width
-    }
-
-    /// Logits `[tokens, vocab]` row-major, for short inputs.
+    /// Logits `[tokens, vocab]` row-major, for short inputs; always on the processor, in f32.
     pub fn logits(&self) -> Vec<f32> {
-        let (rows, vocab) = (self.tokens(), self.vocab());
-        let mut out = vec![0.0; rows * vocab];
-        multiply_transposed(&mut out, &self.normed, &self.head, rows, self.width, vocab);
-        out
+        self.rows.logits()
     }
 
     /// Scores row `row` of the batch for the token that follows it, for all `(row, target)`.
@@ -51,7 +59,64 @@ impl HeadInput {
         &self,
         targets: &[(usize, u32)],
         reference: Option<&HeadInput>,
-    ) -> Vec<TokenScore> {
+    ) -> Result<Vec<TokenScore>, ModelError> {
+        match &self.device {
+            Some(scorer) => self.score_on_device(scorer, targets, reference),
+            None => Ok(self
+                .rows
+                .score(targets, reference.map(|reference| &reference.rows))),
+        }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn score_on_device(
+        &self,
+        scorer: &Scorer,
+        targets: &[(usize, u32)],
+        reference: Option<&HeadInput>,
+    ) -> Result<Vec<TokenScore>, ModelError> {
+        let own = self.rows.gather(targets);
+        let other = reference.map(|reference| reference.rows.gather(targets));
+        let other_scorer = reference.and_then(|reference| reference.device.as_deref());
+        let other = other_scorer.zip(other.as_deref());
+        let tokens: Vec<u32> = targets.iter().map(|&(_, token)| token).collect();
+        let rows = scorer.score(&own, &tokens, other)?;
+        let score = |row: gptq_kernels::cuda::RowScore| TokenScore {
+            nll: -row.log_likelihood,
+            kl: row.kl,
+            top1_agrees: row.top1_agrees,
+        };
+        Ok(rows.into_iter().map(score).collect())
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    fn score_on_device(
+        &self,
+        scorer: &Scorer,
+        _: &[(usize, u32)],
+        _: Option<&HeadInput>,
+    ) -> Result<Vec<TokenScore>, ModelError> {
+        match *scorer {}
+    }
+}
+
+impl HeadRows {
+    fn tokens(&self) -> usize {
+        self.normed.len() / self.width
+    }
+
+    fn vocab(&self) -> usize {
+        self.head.len() / self.width
+    }
+
+    fn logits(&self) -> Vec<f32> {
+        let (rows, vocab) = (self.tokens(), self.vocab());
+        let mut out = vec![0.0; rows * vocab];
+        multiply_transposed(&mut out, &self.normed, &self.head, rows, self.width, vocab);
+        out
+    }
+
+    fn score(&self, targets: &[(usize, u32)], reference: Option<&HeadRows>) -> Vec<TokenScore> {
         targets
             .par_chunks(ROWS)
             .flat_map_iter(|targets| self.score_rows(targets, reference))
@@ -61,7 +126,7 @@ impl HeadInput {
     fn score_rows(
         &self,
         targets: &[(usize, u32)],
-        reference: Option<&HeadInput>,
+        reference: Option<&HeadRows>,
     ) -> Vec<TokenScore> {
         let mut running = vec![Running::default(); targets.len()];
         let own = self.gather(targets);
@@ -201,9 +266,12 @@ mod tests {
         let width = 6;
         let wave = |len: usize, step: f32| (0..len).map(|i| (i as f32 * step).sin()).collect();
         HeadInput {
-            normed: wave(5 * width, seed),
-            head: Arc::new(wave(vocab * width, 0.7)),
-            width,
+            rows: HeadRows {
+                normed: wave(5 * width, seed),
+                head: Arc::new(wave(vocab * width, 0.7)),
+                width,
+            },
+            device: None,
         }
     }
 
@@ -213,7 +281,7 @@ mod tests {
         let vocab = VOCAB_TILE + 77;
         let (own, other) = (input(0.31, vocab), input(0.35, vocab));
         let targets = [(0, 3u32), (4, (vocab - 1) as u32)];
-        let scores = own.score(&targets, Some(&other));
+        let scores = own.score(&targets, Some(&other)).unwrap();
         let softmax = |logits: &[f32]| -> Vec<f64> {
             let exps: Vec<f64> = logits.iter().map(|&x| f64::from(x).exp()).collect();
             let sum: f64 = exps.iter().sum();
@@ -227,7 +295,7 @@ mod tests {
             assert!((score.nll + q[target as usize].ln()).abs() < 1e-5);
             assert!((score.kl - kl).abs() < 1e-5, "{} against {kl}", score.kl);
         }
-        let alone = own.score(&targets, None);
+        let alone = own.score(&targets, None).unwrap();
         assert_eq!(alone[0].nll, scores[0].nll);
         assert!(alone[0].top1_agrees);
     }

@@ -3,16 +3,42 @@
 use std::sync::Arc;
 
 use gptq_kernels::transpose;
-use gptq_types::{Dtype, LayerName, SourceError, TensorSource};
+use gptq_types::{Dtype, LayerName, SourceError, TensorInfo, TensorSource};
 use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 
-/// A linear ready for `x [tokens, K] * weight [K, N] + bias [N]`.
+/// A linear: `x [tokens, K] * weight [K, N] + bias [N]`.
 pub struct LinearWeights {
-    /// `[in_features, out_features]` row-major.
-    pub weight: Vec<f32>,
+    /// The weight.
+    pub weight: LinearValues,
     /// `[out_features]`.
     pub bias: Option<Vec<f32>>,
+}
+
+/// The values of a linear's weight.
+pub enum LinearValues {
+    /// `[in_features, out_features]` row-major.
+    InputMajor(Vec<f32>),
+    /// `[out_features, in_features]` row-major, little-endian, as checkpoints have them; finite.
+    Stored {
+        /// F16, BF16 or F32.
+        dtype: Dtype,
+        /// All of them.
+        bytes: Vec<u8>,
+    },
+}
+
+impl LinearValues {
+    /// `[in_features, out_features]` in f32.
+    pub fn input_major(self, in_features: usize, out_features: usize) -> Vec<f32> {
+        match self {
+            LinearValues::InputMajor(values) => values,
+            LinearValues::Stored { dtype, bytes } => {
+                let values = to_f32(dtype, &bytes).expect("stored weights are floats");
+                transpose(&values, out_features, in_features)
+            }
+        }
+    }
 }
 
 /// Weights by name, converted to f32 and checked to be finite.
@@ -28,6 +54,21 @@ pub trait WeightSource: Send + Sync {
 
     /// A linear, quantised or not.
     fn linear(&self, layer: &LayerName, bias: bool) -> Result<LinearWeights, SourceError>;
+
+    /// A linear in the cheapest form for a device that converts it itself.
+    fn linear_as_stored(
+        &self,
+        layer: &LayerName,
+        bias: bool,
+    ) -> Result<LinearWeights, SourceError> {
+        self.linear(layer, bias)
+    }
+
+    /// A tensor that is never quantised, in its stored type: F16, BF16 or F32, finite.
+    fn plain_as_stored(&self, name: &str) -> Result<(Dtype, Vec<u8>), SourceError>;
+
+    /// The type of a plain tensor.
+    fn dtype(&self, name: &str) -> Option<Dtype>;
 
     /// The stored names that make up a linear.
     fn linear_tensors(&self, layer: &LayerName, bias: bool) -> Vec<String>;
@@ -82,12 +123,35 @@ impl WeightSource for FloatWeights {
         };
         let stored = self.plain(&name)?;
         Ok(LinearWeights {
-            weight: transpose(&stored, out_features, in_features),
+            weight: LinearValues::InputMajor(transpose(&stored, out_features, in_features)),
             bias: match bias {
                 true => Some(self.plain(&layer.tensor("bias"))?),
                 false => None,
             },
         })
+    }
+
+    fn linear_as_stored(
+        &self,
+        layer: &LayerName,
+        bias: bool,
+    ) -> Result<LinearWeights, SourceError> {
+        let (dtype, bytes) = read_checked(self.0.as_ref(), &layer.tensor("weight"))?;
+        Ok(LinearWeights {
+            weight: LinearValues::Stored { dtype, bytes },
+            bias: match bias {
+                true => Some(self.plain(&layer.tensor("bias"))?),
+                false => None,
+            },
+        })
+    }
+
+    fn plain_as_stored(&self, name: &str) -> Result<(Dtype, Vec<u8>), SourceError> {
+        read_checked(self.0.as_ref(), name)
+    }
+
+    fn dtype(&self, name: &str) -> Option<Dtype> {
+        self.0.info(name).map(|info| info.dtype)
     }
 
     fn linear_tensors(&self, layer: &LayerName, bias: bool) -> Vec<String> {
@@ -134,31 +198,96 @@ impl WeightSource for FloatWeights {
     }
 }
 
-fn read_finite(source: &dyn TensorSource, name: &str) -> Result<Vec<f32>, SourceError> {
+/// Bytes read and checked by one task: enough to hide its cost, few enough that all threads
+/// together hold little.
+const PIECE: usize = 4 << 20;
+
+/// The bytes of a float tensor, every value of which is finite. Pieces are read side by side.
+fn read_checked(source: &dyn TensorSource, name: &str) -> Result<(Dtype, Vec<u8>), SourceError> {
+    let info = float_info(source, name)?;
+    let mut bytes = vec![0u8; info.bytes()];
+    check_pieces(source, name, info.dtype, bytes.par_chunks_mut(PIECE))?;
+    Ok((info.dtype, bytes))
+}
+
+fn float_info(source: &dyn TensorSource, name: &str) -> Result<TensorInfo, SourceError> {
     let info = source.require(name)?;
-    let values = to_f32(info.dtype, &source.bytes(name)?).ok_or_else(|| SourceError::Type {
-        name: name.to_string(),
-        place: source.place(),
-        found: info.dtype,
-        expected: "F16, BF16 or F32",
-    })?;
-    match values.par_iter().position_first(|value| !value.is_finite()) {
-        Some(index) => Err(SourceError::NotFinite {
+    match info.dtype.is_weight() {
+        true => Ok(info),
+        false => Err(SourceError::Type {
             name: name.to_string(),
             place: source.place(),
-            value: values[index],
-            index,
+            found: info.dtype,
+            expected: "F16, BF16 or F32",
         }),
-        None => Ok(values),
     }
 }
 
-/// Refuses a float tensor with a value that is not finite; tensors of other types pass.
-pub fn check_finite(source: &dyn TensorSource, name: &str) -> Result<(), SourceError> {
-    if source.require(name)?.dtype.is_weight() {
-        read_finite(source, name)?;
+/// Reads a tensor into `pieces` of `PIECE` bytes; the first value that is not finite is an error.
+fn check_pieces<P: AsMut<[u8]> + Send>(
+    source: &dyn TensorSource,
+    name: &str,
+    dtype: Dtype,
+    pieces: impl IndexedParallelIterator<Item = P>,
+) -> Result<(), SourceError> {
+    let read = |(piece, mut out): (usize, P)| {
+        let out = out.as_mut();
+        source.read_at(name, piece * PIECE, out)?;
+        Ok(first_not_finite(dtype, out).map(|at| {
+            let value = to_f32(dtype, &out[at * dtype.size()..][..dtype.size()]);
+            let value = value.map_or(f32::NAN, |value| value[0]);
+            (piece * (PIECE / dtype.size()) + at, value)
+        }))
+    };
+    let found: Vec<Result<Option<(usize, f32)>, SourceError>> =
+        pieces.enumerate().map(read).collect();
+    for piece in found {
+        if let Some((index, value)) = piece? {
+            return Err(SourceError::NotFinite {
+                name: name.to_string(),
+                place: source.place(),
+                value,
+                index,
+            });
+        }
     }
     Ok(())
+}
+
+/// Index of the first infinity or NaN, found by its exponent without a conversion.
+fn first_not_finite(dtype: Dtype, bytes: &[u8]) -> Option<usize> {
+    let exponent = match dtype {
+        Dtype::F16 => 0x7c00,
+        Dtype::BF16 => 0x7f80,
+        _ => 0x7f80_0000,
+    };
+    if dtype == Dtype::F32 {
+        let bad = |b: &[u8]| u32::from_le_bytes([b[0], b[1], b[2], b[3]]) & exponent == exponent;
+        return bytes.chunks_exact(4).position(bad);
+    }
+    let bad = |b: &[u8]| u32::from(u16::from_le_bytes([b[0], b[1]])) & exponent == exponent;
+    // Without an early end the scan is a vector operation; the index is sought only where there
+    // is one to find.
+    let any = bytes.chunks_exact(2).fold(false, |any, b| any | bad(b));
+    any.then(|| bytes.chunks_exact(2).position(bad)).flatten()
+}
+
+fn read_finite(source: &dyn TensorSource, name: &str) -> Result<Vec<f32>, SourceError> {
+    let (dtype, bytes) = read_checked(source, name)?;
+    Ok(to_f32(dtype, &bytes).expect("its type was checked"))
+}
+
+/// Refuses a float tensor with a value that is not finite; tensors of other types pass. Keeps a
+/// piece a thread, never the tensor.
+pub fn check_finite(source: &dyn TensorSource, name: &str) -> Result<(), SourceError> {
+    let info = source.require(name)?;
+    if !info.dtype.is_weight() {
+        return Ok(());
+    }
+    let bytes = info.bytes();
+    let piece = |index: usize| vec![0u8; PIECE.min(bytes - index * PIECE)];
+    let pieces = (0..bytes.div_ceil(PIECE)).into_par_iter().map(piece);
+    check_pieces(source, name, info.dtype, pieces)
 }
 
 /// Nothing for a type that holds no weights.
@@ -192,8 +321,6 @@ fn to_f32(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
 
 #[cfg(test)]
 mod tests {
-    use gptq_types::TensorInfo;
-
     use super::*;
 
     struct One(TensorInfo, Vec<u8>);
@@ -234,8 +361,13 @@ mod tests {
             source(Dtype::F16, f16s.collect()),
             source(Dtype::BF16, bf16s.collect()),
         ] {
-            let weight = source.linear(&layer, false).unwrap().weight;
-            assert_eq!(weight, [1.0, 3.0, -2.5, 0.5]);
+            for linear in [
+                source.linear(&layer, false),
+                source.linear_as_stored(&layer, false),
+            ] {
+                let weight = linear.unwrap().weight.input_major(2, 2);
+                assert_eq!(weight, [1.0, 3.0, -2.5, 0.5]);
+            }
         }
     }
 

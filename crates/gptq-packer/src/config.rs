@@ -93,6 +93,8 @@ pub struct QuantizeConfig {
     pub lm_head: bool,
     /// Group grids were fixed before the columns were ordered, if known.
     pub static_groups: Option<bool>,
+    /// Scales were searched for the least error, if known.
+    pub scale_search: Option<bool>,
     /// Stages of a block were quantised one after the other, if known.
     pub true_sequential: Option<bool>,
     /// Share of the mean Hessian diagonal that was added, if known.
@@ -155,6 +157,7 @@ struct Draft {
     format: Option<CheckpointFormat>,
     lm_head: Option<bool>,
     static_groups: Option<bool>,
+    scale_search: Option<bool>,
     true_sequential: Option<bool>,
     damp_percent: Option<f64>,
     dynamic: Option<Map<String, Value>>,
@@ -199,6 +202,7 @@ impl Draft {
             format,
             lm_head: keys.flag("lm_head")?,
             static_groups: keys.flag("static_groups")?,
+            scale_search: keys.flag("scale_search")?,
             true_sequential: keys.flag("true_sequential")?,
             damp_percent: keys.number("damp_percent")?,
             dynamic: keys.dynamic()?,
@@ -236,6 +240,7 @@ impl Draft {
             lm_head: agreed("lm_head", self.lm_head, embedded.lm_head, bool::to_string)?,
             dynamic: agreed("dynamic", self.dynamic, embedded.dynamic, rules)?,
             static_groups: self.static_groups.or(embedded.static_groups),
+            scale_search: self.scale_search.or(embedded.scale_search),
             true_sequential: self.true_sequential.or(embedded.true_sequential),
             damp_percent: self.damp_percent.or(embedded.damp_percent),
             raw,
@@ -269,6 +274,7 @@ impl Draft {
             format,
             lm_head: self.lm_head.unwrap_or(false),
             static_groups: self.static_groups,
+            scale_search: self.scale_search,
             true_sequential: self.true_sequential,
             damp_percent: self.damp_percent,
             dynamic: self.dynamic,
@@ -385,11 +391,15 @@ mod tests {
 
     #[test]
     fn meta_tells_what_the_top_does_not() {
-        let text = with(r#""meta":{"damp_percent":0.05,"static_groups":true}"#);
+        let text =
+            with(r#""meta":{"damp_percent":0.05,"static_groups":true,"scale_search":false}"#);
         let config = QuantizeConfig::from_quantize_config(&text).unwrap();
         assert_eq!(config.damp_percent, Some(0.05));
         assert_eq!(config.static_groups, Some(true));
+        assert_eq!(config.scale_search, Some(false));
         assert_eq!(config.true_sequential, None);
+        let silent = QuantizeConfig::from_quantize_config(PLAIN).unwrap();
+        assert_eq!(silent.scale_search, None);
     }
 
     #[test]

@@ -12,6 +12,33 @@ pub(crate) fn parent_of(path: &Path) -> PathBuf {
     }
 }
 
+/// Makes `folder` and all above it; says which of them were not there, the deepest first.
+///
+/// After an error none of those stays.
+pub(crate) fn make_folders(folder: &Path) -> io::Result<Vec<PathBuf>> {
+    let absent = |path: &&Path| !path.as_os_str().is_empty() && !path.exists();
+    let made: Vec<PathBuf> = (folder.ancestors().take_while(absent))
+        .map(Path::to_path_buf)
+        .collect();
+    if let Err(error) = fs::create_dir_all(folder) {
+        remove_empty(&made);
+        return Err(error);
+    }
+    Ok(made)
+}
+
+/// Removes folders that hold nothing, the deepest first, up to one that holds something.
+///
+/// There is an error to report already wherever this is called, so its own are not.
+pub(crate) fn remove_empty(folders: &[PathBuf]) {
+    for folder in folders {
+        match fs::remove_dir(folder) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return,
+            _ => {}
+        }
+    }
+}
+
 /// Makes renames and new names in a folder durable.
 pub(crate) fn sync_folder(folder: &Path) -> io::Result<()> {
     File::open(folder)?.sync_all()

@@ -20,7 +20,7 @@ const SETTINGS_KEY: &str = "quantization_config";
 /// over tensor-parallel ranks and reorders activations, AutoGPTQ's Marlin and BitBLAS refuse it.
 /// (AutoGPTQ itself writes true with static groups, though its `g_idx` is trivial too.)
 /// [`ColumnOrder::ActOrderStaticGroups`] is told by `static_groups`, [`ColumnOrder::GroupAware`] by
-/// `meta.act_group_aware`.
+/// `meta.act_group_aware`, and how scales were chosen by `meta.scale_search`.
 fn settings(spec: &QuantSpec, tool: &str, extra_meta: &Map<String, Value>) -> Map<String, Value> {
     let solver = match spec.method {
         Method::Gptq => "gptq",
@@ -34,6 +34,7 @@ fn settings(spec: &QuantSpec, tool: &str, extra_meta: &Map<String, Value>) -> Ma
         "static_groups": static_groups,
         "true_sequential": true,
         "act_group_aware": spec.order == ColumnOrder::GroupAware,
+        "scale_search": spec.scale_search,
     });
     let settings = json!({
         "bits": spec.bits,
@@ -97,6 +98,10 @@ pub fn quantize_config_json(
 
 /// A model's `config.json` with `quantization_config` put in (or replaced) and its element type set
 /// to `float16`; every other member is copied character by character.
+///
+/// It says in what type a reader computes, not what is stored: plain tensors keep the type of the
+/// source. Scales are f16, so bf16 would round them, and vLLM's older GPTQ kernel refuses all but
+/// `float16`.
 ///
 /// The element type stands under `torch_dtype` or, since transformers 5, `dtype`; both are set if
 /// both are there, and `torch_dtype` is added if neither is.
@@ -241,6 +246,7 @@ mod tests {
     "static_groups": false,
     "true_sequential": true,
     "act_group_aware": false,
+    "scale_search": true,
     "uri": "u"
   },
   "model_name_or_path": "a/b",
@@ -252,7 +258,7 @@ mod tests {
 
     #[test]
     fn every_setting_is_read_back() {
-        for bits in Bits::ALL {
+        for (bits, scale_search) in Bits::ALL.into_iter().zip([true, false].repeat(2)) {
             for group_size in [GroupSize::None, GroupSize::Channels(32)] {
                 for format in [CheckpointFormat::Gptq, CheckpointFormat::GptqV2] {
                     for order in [
@@ -266,6 +272,7 @@ mod tests {
                             group_size,
                             format,
                             order,
+                            scale_search,
                             sym: false,
                             ..QuantSpec::published()
                         };
@@ -291,6 +298,7 @@ mod tests {
             config.static_groups,
             Some(spec.order == ColumnOrder::ActOrderStaticGroups)
         );
+        assert_eq!(config.scale_search, Some(spec.scale_search));
         assert!(config.notes.is_empty());
     }
 

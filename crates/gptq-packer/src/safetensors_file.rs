@@ -136,13 +136,46 @@ impl SafetensorsFile {
             });
         };
         let mut bytes = vec![0; info.bytes()];
-        match self.file.read_exact_at(&mut bytes, position) {
-            Ok(()) => Ok(bytes),
-            Err(source) => Err(SafetensorsError::Read {
+        self.fill(name, &mut bytes, position)?;
+        Ok(bytes)
+    }
+
+    /// As many bytes of a tensor as `out` takes, from `offset` on; not beyond its end.
+    pub fn read_at(
+        &self,
+        name: &str,
+        offset: usize,
+        out: &mut [u8],
+    ) -> Result<(), SafetensorsError> {
+        let found = self.tensors.get(name).zip(self.positions.get(name));
+        match found.filter(|(info, _)| offset + out.len() <= info.bytes()) {
+            Some((_, &position)) => self.fill(name, out, position + offset as u64),
+            None => Err(SafetensorsError::Missing {
                 path: self.path.clone(),
                 name: name.to_string(),
-                source,
             }),
+        }
+    }
+
+    fn fill(&self, name: &str, out: &mut [u8], position: u64) -> Result<(), SafetensorsError> {
+        (self.file.read_exact_at(out, position)).map_err(|source| SafetensorsError::Read {
+            path: self.path.clone(),
+            name: name.to_string(),
+            source,
+        })
+    }
+
+    fn as_source_error(&self, name: &str, error: SafetensorsError) -> SourceError {
+        match error {
+            SafetensorsError::Read { path, name, source } => SourceError::Read {
+                name,
+                path: path.display().to_string(),
+                source,
+            },
+            _ => SourceError::Missing {
+                name: name.to_string(),
+                place: self.place(),
+            },
         }
     }
 }
@@ -198,17 +231,13 @@ impl TensorSource for SafetensorsFile {
     }
 
     fn bytes(&self, name: &str) -> Result<Vec<u8>, SourceError> {
-        self.read(name).map_err(|error| match error {
-            SafetensorsError::Read { path, name, source } => SourceError::Read {
-                name,
-                path: path.display().to_string(),
-                source,
-            },
-            _ => SourceError::Missing {
-                name: name.to_string(),
-                place: self.place(),
-            },
-        })
+        self.read(name)
+            .map_err(|error| self.as_source_error(name, error))
+    }
+
+    fn read_at(&self, name: &str, offset: usize, out: &mut [u8]) -> Result<(), SourceError> {
+        SafetensorsFile::read_at(self, name, offset, out)
+            .map_err(|error| self.as_source_error(name, error))
     }
 }
 

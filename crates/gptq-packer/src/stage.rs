@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use gptq_types::{SourceError, TensorInfo, TensorSource};
 
-use crate::durable::{parent_of, replace_file, sync_folder};
+use crate::durable::{make_folders, parent_of, remove_empty, replace_file, sync_folder};
 use crate::layout::{CheckpointLayout, INDEX_FILE, Placement};
 use crate::shard_files::{
     fill, lock, refuse_foreign_shards, remove_leftovers, reopen_shard, shard_names, write_index,
@@ -82,6 +82,8 @@ pub(crate) fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Err
 pub struct StagedCheckpoint {
     out_dir: PathBuf,
     partial: PathBuf,
+    /// Folders above the output that were made for it, the deepest first.
+    made: Vec<PathBuf>,
     layout: CheckpointLayout,
     /// One per shard; the first is locked while this value lives.
     files: Vec<File>,
@@ -99,20 +101,12 @@ impl StagedCheckpoint {
         let out_dir = vacant(out_dir)?;
         let partial = partial_path(&out_dir)?;
         let parent = parent_of(&out_dir);
-        fs::create_dir_all(&parent).map_err(io_error("create", &parent))?;
-        match fs::create_dir(&partial) {
-            Ok(()) => {}
-            Err(error) if error.kind() == ErrorKind::AlreadyExists => {
-                return Err(StageError::PartialExists(partial));
-            }
-            Err(source) => return Err(io_error("create", &partial)(source)),
-        }
-        let filled = fill(&partial, layout);
+        let made = make_folders(&parent).map_err(io_error("create", &parent))?;
+        let filled = begin(&partial, layout);
         if filled.is_err() {
-            // The first error is the one to report; what remains is an empty promise either way.
-            let _ = fs::remove_dir_all(&partial);
+            remove_empty(&made);
         }
-        Ok(Self::new(out_dir, partial, layout, filled?))
+        Ok(Self::new(out_dir, partial, made, layout, filled?))
     }
 
     /// Takes up the partial folder of an earlier run. No tensor counts as written until
@@ -135,12 +129,13 @@ impl StagedCheckpoint {
         lock(&files, &partial)?;
         remove_leftovers(&partial)?;
         write_index(&partial, layout)?;
-        Ok(Self::new(out_dir, partial, layout, files))
+        Ok(Self::new(out_dir, partial, Vec::new(), layout, files))
     }
 
     fn new(
         out_dir: PathBuf,
         partial: PathBuf,
+        made: Vec<PathBuf>,
         layout: &CheckpointLayout,
         files: Vec<File>,
     ) -> Self {
@@ -148,6 +143,7 @@ impl StagedCheckpoint {
         StagedCheckpoint {
             out_dir,
             partial,
+            made,
             layout: layout.clone(),
             files,
             written: (0..count).map(|_| AtomicBool::new(false)).collect(),
@@ -185,7 +181,30 @@ impl StagedCheckpoint {
         Ok(())
     }
 
-    /// Declares that an earlier run wrote this tensor; its bytes are not looked at.
+    /// Puts a part of a tensor in its place, `start` bytes after the tensor's first. Several threads
+    /// may write at once. The tensor counts as written only when
+    /// [`StagedCheckpoint::mark_written`] says so.
+    ///
+    /// # Errors
+    /// A name outside the layout, bytes beyond the tensor's end, and anything the disk refuses.
+    pub fn write_part(&self, name: &str, start: u64, bytes: &[u8]) -> Result<(), StageError> {
+        let placement = self.placement(name)?;
+        let end = start.saturating_add(bytes.len() as u64);
+        if end > placement.bytes {
+            return Err(StageError::Length {
+                path: self.shard_path(placement),
+                name: name.to_string(),
+                found: end,
+                expected: placement.bytes,
+            });
+        }
+        self.files[placement.shard]
+            .write_all_at(bytes, placement.offset + start)
+            .map_err(io_error("write", &self.shard_path(placement)))
+    }
+
+    /// Declares the tensor whole: an earlier run wrote it, or it was written in parts. Its bytes
+    /// are not looked at.
     pub fn mark_written(&self, name: &str) -> Result<(), StageError> {
         let placement = self.placement(name)?;
         self.written[placement.number].store(true, Ordering::Release);
@@ -234,6 +253,16 @@ impl StagedCheckpoint {
     pub fn publish(self) -> Result<PathBuf, StageError> {
         self.refuse_unwritten()?;
         self.sync()?;
+        self.publish_unsynced()
+    }
+
+    /// The same without waiting for the disk to hold the shards: a killed process never leaves half
+    /// a checkpoint, a power cut can. For what can be made again from a seed.
+    ///
+    /// # Errors
+    /// Those of [`StagedCheckpoint::publish`].
+    pub fn publish_unsynced(self) -> Result<PathBuf, StageError> {
+        self.refuse_unwritten()?;
         sync_folder(&self.partial).map_err(io_error("sync", &self.partial))?;
         // rename(2) replaces an empty folder and refuses a full one.
         fs::rename(&self.partial, &self.out_dir).map_err(|source| match source.kind() {
@@ -247,9 +276,12 @@ impl StagedCheckpoint {
         Ok(self.out_dir)
     }
 
-    /// Removes the partial folder and everything in it.
+    /// Removes the partial folder with everything in it, and the folders above that
+    /// [`StagedCheckpoint::create`] made, where nothing else lies in them.
     pub fn discard(self) -> Result<(), StageError> {
-        fs::remove_dir_all(&self.partial).map_err(io_error("remove", &self.partial))
+        fs::remove_dir_all(&self.partial).map_err(io_error("remove", &self.partial))?;
+        remove_empty(&self.made);
+        Ok(())
     }
 
     fn refuse_unwritten(&self) -> Result<(), StageError> {
@@ -328,6 +360,23 @@ impl TensorSource for StagedCheckpoint {
             }),
         }
     }
+}
+
+/// Makes the partial folder and every shard in it, or nothing.
+fn begin(partial: &Path, layout: &CheckpointLayout) -> Result<Vec<File>, StageError> {
+    match fs::create_dir(partial) {
+        Ok(()) => {}
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+            return Err(StageError::PartialExists(partial.to_path_buf()));
+        }
+        Err(source) => return Err(io_error("create", partial)(source)),
+    }
+    let filled = fill(partial, layout);
+    if filled.is_err() {
+        // The first error is the one to report; what remains is an empty promise either way.
+        let _ = fs::remove_dir_all(partial);
+    }
+    filled
 }
 
 /// The folder in which a checkpoint for `out_dir` is built: `.{name}.partial` beside it, so that
@@ -516,6 +565,55 @@ mod tests {
         assert_eq!(entries(folder.path()), [".out.partial"]);
         assert!(discard_partial(&out).unwrap());
         assert_eq!(entries(folder.path()), [""; 0]);
+    }
+
+    /// An output of `a/b/out` once left an empty `a/b` behind when the run failed.
+    #[test]
+    fn folders_above_go_with_what_they_were_made_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let out = folder.path().join("a/b/out");
+        let staged = StagedCheckpoint::create(&out, &layout(100)).unwrap();
+        staged.discard().unwrap();
+        assert_eq!(entries(folder.path()), [""; 0]);
+        let huge = layout_of(&[("a", 1 << 60)], 1);
+        StagedCheckpoint::create(&out, &huge).unwrap_err();
+        assert_eq!(entries(folder.path()), [""; 0]);
+        fs::write(folder.path().join("file"), "x").unwrap();
+        let below_a_file = folder.path().join("file/b/out");
+        StagedCheckpoint::create(&below_a_file, &layout(100)).unwrap_err();
+        assert_eq!(entries(folder.path()), ["file"]);
+
+        fs::create_dir(folder.path().join("a")).unwrap();
+        let staged = StagedCheckpoint::create(&out, &layout(100)).unwrap();
+        staged.discard().unwrap();
+        assert_eq!(entries(&folder.path().join("a")), [""; 0]);
+        let staged = StagedCheckpoint::create(&out, &layout(100)).unwrap();
+        fs::write(folder.path().join("a/b/precious"), "x").unwrap();
+        staged.discard().unwrap();
+        assert_eq!(entries(&folder.path().join("a/b")), ["precious"]);
+    }
+
+    #[test]
+    fn a_tensor_written_in_parts_is_whole_when_declared() {
+        let folder = tempfile::tempdir().unwrap();
+        let out = folder.path().join("out");
+        let staged = StagedCheckpoint::create(&out, &layout(100)).unwrap();
+        staged.write("a", &[1; 3]).unwrap();
+        staged.write_part("b", 5, &[6, 7, 8]).unwrap();
+        staged.write_part("b", 0, &[1, 2, 3, 4, 5]).unwrap();
+        assert!(!staged.is_written("b"));
+        assert!(matches!(
+            staged.write_part("b", 6, &[0; 3]),
+            Err(StageError::Length {
+                found: 9,
+                expected: 8,
+                ..
+            })
+        ));
+        assert!(staged.write_part("b", u64::MAX, &[0]).is_err());
+        staged.mark_written("b").unwrap();
+        assert_eq!(staged.bytes("b").unwrap(), [1, 2, 3, 4, 5, 6, 7, 8]);
+        assert_eq!(entries(&staged.publish_unsynced().unwrap()).len(), 1);
     }
 
     #[test]

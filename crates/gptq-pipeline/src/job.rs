@@ -145,6 +145,12 @@ impl PipelineError {
                 source: QuantizeError::Singular { .. },
                 ..
             } => Some("more or other calibration text makes the Hessian regular"),
+            #[cfg(feature = "cuda")]
+            PipelineError::Model(ModelError::Cuda(error))
+            | PipelineError::Quantize {
+                source: QuantizeError::Cuda(error),
+                ..
+            } => error.hint(),
             _ => None,
         }
     }

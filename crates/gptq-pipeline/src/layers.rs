@@ -1,38 +1,19 @@
-//! One group of linears that share an input: from Hessian to verified bytes.
+//! One group of linears that share an input: from Hessian to codes.
 
 use std::time::Instant;
 
-use gptq_model::Decoder;
-use gptq_packer::{StagedCheckpoint, pack, verify_layer};
-use gptq_quantizer::{Factor, Hessian, HessianSum, output_error, round_to_nearest, signal, solve};
-use gptq_types::{
-    ActivationSink, LayerLoss, LayerName, LayerRecord, Phase, PhaseTimes, QuantSpec, SolvedLayer,
-    Stage, Warning,
-};
+use gptq_model::{Decoder, Device};
+use gptq_quantizer::{Facts, HostStage, QuantizeError, StageSolver, StageSum};
+use gptq_types::{LayerName, LayerRecord, Phase, PhaseTimes, QuantSpec, Stage, Warning};
 
+use crate::write::Writer;
 use crate::{Job, PipelineError, Progress};
-
-/// Collects a Hessian and the time it takes, so that the forward pass can be timed without it.
-struct TimedHessian<'a> {
-    sum: HessianSum,
-    times: &'a mut PhaseTimes,
-}
-
-impl ActivationSink for TimedHessian<'_> {
-    fn observe(&mut self, x: &[f32], tokens: usize, in_features: usize) {
-        let sum = &mut self.sum;
-        self.times
-            .time(Phase::Hessian, || sum.observe(x, tokens, in_features));
-        // A symmetric product needs half the operations of a full one.
-        let flop = tokens as f64 * in_features as f64 * (in_features as f64 + 1.0);
-        self.times.add_flop(Phase::Hessian, flop);
-    }
-}
 
 /// Quantises the linears of a block, stage by stage.
 pub struct LayerWork<'a> {
     pub spec: &'a QuantSpec,
-    pub staged: &'a StagedCheckpoint,
+    pub device: Device,
+    pub writer: &'a Writer<'a>,
     pub times: &'a mut PhaseTimes,
     pub all_tokens: usize,
     pub layers: Vec<LayerRecord>,
@@ -41,10 +22,11 @@ pub struct LayerWork<'a> {
 
 impl<'a> LayerWork<'a> {
     /// Nothing done yet.
-    pub fn new(job: &'a Job, staged: &'a StagedCheckpoint, times: &'a mut PhaseTimes) -> Self {
+    pub fn new(job: &'a Job, writer: &'a Writer<'a>, times: &'a mut PhaseTimes) -> Self {
         LayerWork {
             spec: &job.spec,
-            staged,
+            device: job.device,
+            writer,
             times,
             all_tokens: job.windows.iter().map(Vec::len).sum(),
             layers: Vec::new(),
@@ -62,51 +44,30 @@ impl<'a> LayerWork<'a> {
     ) -> Result<(), PipelineError> {
         let linears = decoder.config().linears(index, stage);
         let (first, in_features, _) = linears[0].clone();
-        let named = |source| PipelineError::Quantize {
-            layer: first.clone(),
-            source,
-        };
-        let hessian = self.collect(decoder, stage, in_features).map_err(named)?;
-        let start = Instant::now();
-        let factor = Factor::new(&hessian, self.spec).map_err(named)?;
-        let factor_seconds = start.elapsed().as_secs_f64() / linears.len() as f64;
-        self.times.add(Phase::Factor, start.elapsed());
-        self.warn_about(&hessian, &factor, &linears);
+        let solver = self.prepare(decoder, stage, &first, in_features)?;
+        let facts = solver.facts();
+        self.warn_about(facts, &first, in_features);
 
         for (layer, in_features, out_features) in linears {
             let weight = decoder.weight(&layer)?;
             let start = Instant::now();
-            let quantize = |source| PipelineError::Quantize {
-                layer: layer.clone(),
-                source,
-            };
-            let solved = solve(&weight, out_features, &factor, self.spec).map_err(quantize)?;
-            self.times.add(Phase::Sweep, start.elapsed());
-            let solve_seconds = start.elapsed().as_secs_f64() + factor_seconds;
-
-            let start = Instant::now();
-            let rounded = round_to_nearest(&weight, out_features, self.spec).map_err(quantize)?;
-            let loss = LayerLoss {
-                error: output_error(&hessian, &weight, &solved.layer),
-                rtn_error: output_error(&hessian, &weight, &rounded),
-                signal: signal(&hessian, &weight, out_features),
-                damp_used: factor.damp_used,
-                damp_escalations: factor.escalations,
-                dead_channels: factor.dead_channels,
-            };
-            self.times.add(Phase::Measure, start.elapsed());
-
-            self.store(&layer, &solved.layer)?;
-            decoder.replace_weight(&layer, solved.layer.dequantise())?;
+            let rounded = solver
+                .round(weight, out_features, self.spec, self.times)
+                .map_err(|source| PipelineError::Quantize {
+                    layer: layer.clone(),
+                    source,
+                })?;
+            decoder.replace_weight(&layer, rounded.weight)?;
             let record = LayerRecord {
-                layer,
+                layer: layer.clone(),
                 in_features,
                 out_features,
-                tokens: hessian.tokens(),
-                token_share: hessian.tokens() as f64 / self.all_tokens as f64,
-                loss: Some(loss),
-                solve_seconds,
+                tokens: facts.tokens,
+                token_share: facts.tokens as f64 / self.all_tokens as f64,
+                loss: Some(rounded.loss),
+                solve_seconds: start.elapsed().as_secs_f64(),
             };
+            self.writer.store(layer, rounded.layer)?;
             if record.is_worse_than_rtn() {
                 let text = "the GPTQ error is above that of rounding to nearest".to_string();
                 self.warn(&record.layer, text);
@@ -117,63 +78,51 @@ impl<'a> LayerWork<'a> {
         Ok(())
     }
 
-    fn collect(
+    /// The inputs of a stage, summed and factored.
+    fn prepare(
         &mut self,
         decoder: &mut dyn Decoder,
         stage: Stage,
+        layer: &LayerName,
         in_features: usize,
-    ) -> Result<Hessian, gptq_quantizer::QuantizeError> {
-        let start = Instant::now();
-        let before = self
-            .times
-            .seconds
-            .get(&Phase::Hessian)
-            .copied()
-            .unwrap_or(0.0);
-        let mut sink = TimedHessian {
-            sum: HessianSum::new(in_features),
-            times: self.times,
+    ) -> Result<Box<dyn StageSolver>, PipelineError> {
+        let named = |source| PipelineError::Quantize {
+            layer: layer.clone(),
+            source,
         };
-        decoder.stage(stage, &mut sink);
-        let sum = sink.sum;
-        let inside = self
-            .times
-            .seconds
-            .get(&Phase::Hessian)
-            .copied()
-            .unwrap_or(0.0)
-            - before;
-        let outside = start.elapsed().as_secs_f64() - inside;
-        *self.times.seconds.entry(Phase::Forward).or_default() += outside;
-        self.times.time(Phase::Hessian, || sum.finish())
+        let mut sum = stage_sum(self.device, in_features).map_err(named)?;
+        let start = Instant::now();
+        decoder.stage(stage, sum.as_mut())?;
+        let inside = sum.elapsed().map_err(named)?;
+        self.times
+            .add(Phase::Forward, start.elapsed().saturating_sub(inside));
+        self.times.add(Phase::Hessian, inside);
+        // A symmetric product needs half the operations of a full one.
+        let flop = self.all_tokens as f64 * in_features as f64 * (in_features as f64 + 1.0);
+        self.times.add_flop(Phase::Hessian, flop);
+        sum.finish(self.spec, self.times).map_err(named)
     }
 
-    fn warn_about(
-        &mut self,
-        hessian: &Hessian,
-        factor: &Factor,
-        linears: &[(LayerName, usize, usize)],
-    ) {
-        let (layer, in_features, _) = &linears[0];
-        if hessian.tokens() < *in_features {
+    fn warn_about(&mut self, facts: Facts, layer: &LayerName, in_features: usize) {
+        if facts.tokens < in_features {
             let text = format!(
                 "{} calibration tokens are fewer than the {in_features} input channels: \
                  the Hessian is singular but for damping",
-                hessian.tokens()
+                facts.tokens
             );
             self.warn(layer, text);
         }
-        if factor.escalations > 0 {
+        if facts.escalations > 0 {
             let text = format!(
                 "the Hessian was singular: damp percent {} instead of {}",
-                factor.damp_used, self.spec.damp_percent
+                facts.damp_used, self.spec.damp_percent
             );
             self.warn(layer, text);
         }
-        if factor.dead_channels > 0 {
+        if facts.dead_channels > 0 {
             let text = format!(
                 "{} input channels were zero on every calibration token",
-                factor.dead_channels
+                facts.dead_channels
             );
             self.warn(layer, text);
         }
@@ -185,29 +134,16 @@ impl<'a> LayerWork<'a> {
             text,
         });
     }
+}
 
-    /// Packs, writes, and reads back what was written.
-    pub fn store(&mut self, layer: &LayerName, solved: &SolvedLayer) -> Result<(), PipelineError> {
-        let format = self.spec.format;
-        let packed = self
-            .times
-            .time(Phase::Pack, || pack(solved, format))
-            .map_err(|source| PipelineError::Pack {
-                layer: layer.clone(),
-                source,
-            })?;
-        let start = Instant::now();
-        for (name, bytes) in packed.tensors(layer) {
-            self.staged.write(&name, bytes)?;
+/// The sum of a stage on the device of the job.
+fn stage_sum(device: Device, in_features: usize) -> Result<Box<dyn StageSum>, QuantizeError> {
+    match device {
+        Device::Cpu => Ok(Box::new(HostStage::new(in_features))),
+        #[cfg(feature = "cuda")]
+        Device::Cuda { .. } => {
+            let gpu = gptq_model::gpu().expect("the decoder was opened on it");
+            Ok(Box::new(gptq_quantizer::DeviceSum::new(&gpu, in_features)?))
         }
-        self.times.add(Phase::Write, start.elapsed());
-        self.times
-            .time(Phase::Verify, || {
-                verify_layer(self.staged, layer, solved, format)
-            })
-            .map_err(|source| PipelineError::Verify {
-                layer: layer.clone(),
-                source,
-            })
     }
 }

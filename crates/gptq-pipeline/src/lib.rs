@@ -12,6 +12,7 @@ mod layers;
 mod plan;
 mod preflight;
 mod run;
+mod write;
 
 pub use job::{Job, PipelineError, Progress};
 pub use plan::OutputPlan;

@@ -3,20 +3,21 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use gptq_model::{Decoder, DecoderConfig, FloatWeights, WeightSource};
+use gptq_model::{Decoder, DecoderConfig, Device, FloatWeights, WeightSource};
 use gptq_packer::{
     QuantizeConfig, StagedCheckpoint, config_json_with_quantization, partial_path,
     quantize_config_json, read_layer,
 };
 use gptq_quantizer::round_to_nearest;
 use gptq_types::{
-    LayerRecord, Method, Phase, PhaseTimes, RUN_RECORD_SCHEMA, RunRecord, Stage, Warning,
+    LayerRecord, Method, Phase, PhaseTimes, RUN_RECORD_SCHEMA, RunRecord, Stage, Warning, Weight,
 };
 use serde_json::{Map, Value, json};
 
 use crate::journal::{BlockEntry, Journal};
 use crate::layers::LayerWork;
 use crate::preflight::{check_finite, check_shapes, check_unquantised};
+use crate::write::{Writer, beside};
 use crate::{Job, OutputPlan, PipelineError, Progress};
 
 /// The run record's file name in the published folder.
@@ -67,6 +68,8 @@ pub fn quantize(
         model: job.model_name.clone(),
         spec: job.spec.clone(),
         calibration: job.calibration.clone(),
+        device: device_name(job.device),
+        gpu_memory_peak: gpu_memory_peak(job.device),
         layers,
         warnings,
         seconds: started.elapsed().as_secs_f64(),
@@ -83,6 +86,24 @@ pub fn quantize(
             staged.discard()?;
             Err(error)
         }
+    }
+}
+
+fn device_name(device: Device) -> String {
+    match device {
+        Device::Cpu => "cpu".to_string(),
+        #[cfg(feature = "cuda")]
+        Device::Cuda { .. } => {
+            gptq_model::gpu().map_or(String::new(), |gpu| gpu.name().to_string())
+        }
+    }
+}
+
+fn gpu_memory_peak(device: Device) -> Option<u64> {
+    match device {
+        Device::Cpu => None,
+        #[cfg(feature = "cuda")]
+        Device::Cuda { .. } => Some(gptq_model::gpu()?.memory().ok()?.peak as u64),
     }
 }
 
@@ -117,7 +138,7 @@ impl Run<'_> {
         let blocks = self.config.num_hidden_layers;
         let settings = resume_settings(self.job);
         let folder = self.staged.partial_dir();
-        let (mut journal, done) = match self.job.resume {
+        let (journal, done) = match self.job.resume {
             true => Journal::reopen(folder, &settings)?,
             false => (Journal::begin(folder, &settings)?, Vec::new()),
         };
@@ -125,30 +146,34 @@ impl Run<'_> {
             blocks,
             resumed: done.len(),
         });
-        self.copy_plain(&plan.copied)?;
-        if self.job.spec.method == Method::Gptq {
-            let windows = &self.job.windows;
-            self.times
-                .time(Phase::Load, || self.decoder.embed(windows))?;
-        }
-        for index in 0..blocks {
-            match done.get(index) {
-                Some(entry) => self.replay(index, entry)?,
-                None => {
-                    let entry = match self.job.spec.method {
-                        Method::Gptq => self.solve_block(index, progress)?,
-                        Method::Rtn => self.round_block(index, progress)?,
-                    };
-                    self.times.time(Phase::Write, || self.staged.sync())?;
-                    journal.record(&entry)?;
-                    self.keep(entry);
-                }
+        let (staged, job) = (self.staged, self.job);
+        let mut times = std::mem::take(&mut self.times);
+        let outcome = beside(staged, job, journal, &mut times, |writer, times| {
+            writer.copy(&plan.copied)?;
+            if job.spec.method == Method::Gptq {
+                times.time(Phase::Load, || self.decoder.embed(&job.windows))?;
             }
-            progress(Progress::Block {
-                done: index + 1,
-                blocks,
-            });
-        }
+            for index in 0..blocks {
+                match done.get(index) {
+                    Some(entry) => self.replay(index, entry, times)?,
+                    None => {
+                        let entry = match self.job.spec.method {
+                            Method::Gptq => self.solve_block(index, writer, times, progress)?,
+                            Method::Rtn => self.round_block(index, writer, times, progress)?,
+                        };
+                        writer.end_block(entry.clone())?;
+                        self.keep(entry);
+                    }
+                }
+                progress(Progress::Block {
+                    done: index + 1,
+                    blocks,
+                });
+            }
+            Ok(())
+        });
+        self.times = times;
+        let ((), journal) = outcome?;
         Ok(journal)
     }
 
@@ -157,34 +182,23 @@ impl Run<'_> {
         self.warnings.extend(entry.warnings);
     }
 
-    fn copy_plain(&mut self, names: &[String]) -> Result<(), PipelineError> {
-        for name in names {
-            let bytes = self
-                .times
-                .time(Phase::Load, || self.job.source.bytes(name))?;
-            self.times
-                .time(Phase::Write, || self.staged.write(name, &bytes))?;
-        }
-        Ok(())
-    }
-
     /// One forward pass through a block: each stage is solved as its inputs arrive, and the next
     /// stage sees the quantised outputs.
     fn solve_block(
         &mut self,
         index: usize,
+        writer: &Writer<'_>,
+        times: &mut PhaseTimes,
         progress: &mut dyn FnMut(Progress<'_>),
     ) -> Result<BlockEntry, PipelineError> {
-        self.times
-            .time(Phase::Load, || self.decoder.load_block(index))?;
-        self.count_forward();
-        let mut work = LayerWork::new(self.job, self.staged, &mut self.times);
+        times.time(Phase::Load, || self.decoder.load_block(index))?;
+        self.count_forward(times);
+        let mut work = LayerWork::new(self.job, writer, times);
         for stage in Stage::ALL {
             work.stage(self.decoder, index, stage, progress)?;
         }
         let (layers, warnings) = (work.layers, work.warnings);
-        self.times
-            .time(Phase::Forward, || self.decoder.finish_block());
+        times.time(Phase::Forward, || self.decoder.finish_block())?;
         Ok(BlockEntry {
             block: index,
             layers,
@@ -192,12 +206,12 @@ impl Run<'_> {
         })
     }
 
-    fn count_forward(&mut self) {
+    fn count_forward(&self, times: &mut PhaseTimes) {
         for same_length in self.job.windows.chunk_by(|a, b| a.len() == b.len()) {
             let flop = self
                 .config
                 .block_flop(same_length.len(), same_length[0].len());
-            self.times.add_flop(Phase::Forward, flop);
+            times.add_flop(Phase::Forward, flop);
         }
     }
 
@@ -205,26 +219,26 @@ impl Run<'_> {
     fn round_block(
         &mut self,
         index: usize,
+        writer: &Writer<'_>,
+        times: &mut PhaseTimes,
         progress: &mut dyn FnMut(Progress<'_>),
     ) -> Result<BlockEntry, PipelineError> {
         let weights = self.weights;
         let spec = &self.job.spec;
         let mut layers = Vec::new();
         for (layer, in_features, out_features) in self.config.block_linears(index) {
-            let stored = self
-                .times
-                .time(Phase::Load, || weights.linear(&layer, false))?;
+            let stored = times.time(Phase::Load, || weights.linear(&layer, false))?;
             let start = Instant::now();
-            let solved =
-                round_to_nearest(&stored.weight, out_features, spec).map_err(|source| {
-                    PipelineError::Quantize {
-                        layer: layer.clone(),
-                        source,
-                    }
-                })?;
-            self.times.add(Phase::Sweep, start.elapsed());
+            let weight = stored.weight.input_major(in_features, out_features);
+            let solved = round_to_nearest(&weight, out_features, spec).map_err(|source| {
+                PipelineError::Quantize {
+                    layer: layer.clone(),
+                    source,
+                }
+            })?;
+            times.add(Phase::Sweep, start.elapsed());
             let solve_seconds = start.elapsed().as_secs_f64();
-            LayerWork::new(self.job, self.staged, &mut self.times).store(&layer, &solved)?;
+            writer.store(layer.clone(), solved)?;
             let record = LayerRecord {
                 layer,
                 in_features,
@@ -246,12 +260,16 @@ impl Run<'_> {
 
     /// A block of the interrupted run: its codes are read back, and the hidden states pass through
     /// them exactly as they did.
-    fn replay(&mut self, index: usize, entry: &BlockEntry) -> Result<(), PipelineError> {
+    fn replay(
+        &mut self,
+        index: usize,
+        entry: &BlockEntry,
+        times: &mut PhaseTimes,
+    ) -> Result<(), PipelineError> {
         let config = written_config(self.job)?;
         let gptq = self.job.spec.method == Method::Gptq;
         if gptq {
-            self.times
-                .time(Phase::Load, || self.decoder.load_block(index))?;
+            times.time(Phase::Load, || self.decoder.load_block(index))?;
         }
         for (layer, _, _) in self.config.block_linears(index) {
             for suffix in ["qweight", "qzeros", "scales", "g_idx"] {
@@ -264,13 +282,13 @@ impl Run<'_> {
                 }
             })?;
             if gptq {
-                self.decoder.replace_weight(&layer, solved.dequantise())?;
+                let weight = Weight::Host(solved.dequantise());
+                self.decoder.replace_weight(&layer, weight)?;
             }
         }
         if gptq {
-            self.count_forward();
-            self.times
-                .time(Phase::Forward, || self.decoder.forward_block());
+            self.count_forward(times);
+            times.time(Phase::Forward, || self.decoder.forward_block())?;
         }
         self.keep(entry.clone());
         Ok(())

@@ -11,7 +11,7 @@ use gptq_packer::SafetensorsFile;
 use gptq_quantizer::{
     Factor, Hessian, HessianSum, output_error, reference, round_to_nearest, solve,
 };
-use gptq_types::{Bits, ColumnOrder, GroupSize, LayerName, QuantSpec, Stage};
+use gptq_types::{Bits, ColumnOrder, GroupSize, LayerName, QuantSpec, Stage, Weight};
 
 /// Codes on a rounding boundary may fall either way in f32 and f64.
 const RELATIVE_ERROR_TOLERANCE: f64 = 1e-3;
@@ -68,15 +68,18 @@ fn cases(model: &Path, text: &Path) -> Vec<Case> {
         for stage in Stage::ALL {
             let (layer, in_features, out_features) = config.linears(index, stage)[0].clone();
             let mut sum = HessianSum::new(in_features);
-            decoder.stage(stage, &mut sum);
+            decoder.stage(stage, &mut sum).unwrap();
             cases.push(Case {
-                weight: decoder.weight(&layer).unwrap(),
+                weight: match decoder.weight(&layer).unwrap() {
+                    Weight::Host(values) => values,
+                    Weight::Device(_) => unreachable!("the decoder is on the processor"),
+                },
                 layer,
                 out_features,
                 hessian: sum.finish().unwrap(),
             });
         }
-        decoder.finish_block();
+        decoder.finish_block().unwrap();
     }
     cases
 }

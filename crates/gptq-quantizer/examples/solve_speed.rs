@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use gptq_kernels::measure_sgemm;
 use gptq_quantizer::{Factor, HessianSum, solve};
-use gptq_types::{ActivationSink, ColumnOrder, QuantSpec};
+use gptq_types::{ActivationSink, Activations, ColumnOrder, QuantSpec};
 
 fn main() {
     let mut sizes = std::env::args()
@@ -26,7 +26,7 @@ fn main() {
     let x: Vec<f32> = (0..tokens * k).map(|_| random()).collect();
     let weight: Vec<f32> = (0..k * n).map(|_| random()).collect();
     let mut sum = HessianSum::new(k);
-    sum.observe(&x, tokens, k);
+    sum.observe(Activations::Host(&x), tokens, k);
     let hessian = sum.finish().expect("finite activations");
 
     let sgemm = 2.0 * (k as f64).powi(2) * n as f64 / measure_sgemm(k.min(4096));
@@ -41,7 +41,7 @@ fn main() {
         solve(&weight, n, &factor, &spec).expect("a solvable layer");
         let total = start.elapsed().as_secs_f64();
         println!(
-            "K={k} N={n} {order:?}: factor {factored:.2} s, sweep {:.2} s, sgemm {sgemm:.2} s, ratio {:.2}",
+            "K={k} N={n} {order:?}: factor {factored:.2} s, sweep {:.4} s, sgemm {sgemm:.2} s, ratio {:.2}",
             total - factored,
             total / sgemm
         );

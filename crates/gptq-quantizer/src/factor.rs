@@ -28,49 +28,79 @@ pub struct Factor {
 }
 
 impl Factor {
-    /// Damps by `spec.damp_percent` of the mean diagonal and factors in f64. Where a pivot is not
-    /// positive the damping is doubled, and counted, until it is or the limit is reached.
+    /// Damps by `spec.damp_percent` of the mean diagonal and factors in f64.
     pub fn new(hessian: &Hessian, spec: &QuantSpec) -> Result<Self, QuantizeError> {
         let k = hessian.features();
         let diagonal = hessian.diagonal();
         let order = Order::new(spec.order, spec.group_size, &diagonal);
-        let dead_channels = hessian.dead_channels();
-        let live = (k - dead_channels).max(1) as f64;
-        let mean = diagonal.iter().map(|&d| f64::from(d)).sum::<f64>() / live;
-        let mean = if mean > 0.0 { mean } else { 1.0 };
-
-        let mut damp_used = spec.damp_percent;
-        let mut escalations = 0;
-        loop {
+        let damping = Damping::new(&diagonal);
+        let (u, damp_used, escalations) = damping.escalate(spec.damp_percent, |share| {
+            let added = damping.added(&diagonal, share);
             let damped = |i: usize, j: usize| {
                 let (row, col) = (order.channels[i], order.channels[j]);
                 let h = f64::from(hessian.at(row, col));
-                match (i == j, h == 0.0) {
-                    (false, _) => h,
-                    (true, true) => mean * (1.0 + damp_used),
-                    (true, false) => h + mean * damp_used,
-                }
+                if i == j { h + added[row] } else { h }
             };
-            match inverse_cholesky(k, damped) {
-                Ok(u) => {
-                    return Ok(Factor {
-                        order,
-                        u,
-                        damp_used,
-                        escalations,
-                        dead_channels,
+            Ok(inverse_cholesky(k, damped).map_err(|error| error.pivot))
+        })?;
+        Ok(Factor {
+            order,
+            u,
+            damp_used,
+            escalations,
+            dead_channels: damping.dead_channels,
+        })
+    }
+}
+
+/// What is added to the diagonal of a Hessian.
+pub(crate) struct Damping {
+    /// Of the live channels' diagonal.
+    mean: f64,
+    /// Channels that were zero on every token.
+    pub dead_channels: usize,
+    features: usize,
+}
+
+impl Damping {
+    pub fn new(diagonal: &[f32]) -> Self {
+        let dead_channels = diagonal.iter().filter(|&&d| d == 0.0).count();
+        let live = (diagonal.len() - dead_channels).max(1) as f64;
+        let mean = diagonal.iter().map(|&d| f64::from(d)).sum::<f64>() / live;
+        Damping {
+            mean: if mean > 0.0 { mean } else { 1.0 },
+            dead_channels,
+            features: diagonal.len(),
+        }
+    }
+
+    /// `[features]`, in stored order.
+    pub fn added(&self, diagonal: &[f32], share: f64) -> Vec<f64> {
+        let of = |&d: &f32| self.mean * if d == 0.0 { 1.0 + share } else { share };
+        diagonal.iter().map(of).collect()
+    }
+
+    /// Tries with growing damping until a factorisation succeeds; the inner error of `attempt` is
+    /// the pivot that was not positive. Returns the factor, the share and the failures before.
+    pub fn escalate<F>(
+        &self,
+        damp_percent: f64,
+        mut attempt: impl FnMut(f64) -> Result<Result<F, usize>, QuantizeError>,
+    ) -> Result<(F, f64, u32), QuantizeError> {
+        let (mut share, mut escalations) = (damp_percent, 0);
+        loop {
+            match attempt(share)? {
+                Ok(factor) => return Ok((factor, share, escalations)),
+                Err(pivot) if share * ESCALATION > MAX_DAMP_PERCENT => {
+                    return Err(QuantizeError::Singular {
+                        features: self.features,
+                        pivot,
+                        damp: share,
                     });
                 }
-                Err(error) => {
+                Err(_) => {
                     escalations += 1;
-                    damp_used *= ESCALATION;
-                    if damp_used > MAX_DAMP_PERCENT {
-                        return Err(QuantizeError::Singular {
-                            features: k,
-                            pivot: error.pivot,
-                            damp: damp_used / ESCALATION,
-                        });
-                    }
+                    share *= ESCALATION;
                 }
             }
         }

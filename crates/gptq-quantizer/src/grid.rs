@@ -38,24 +38,19 @@ impl GridRule {
     /// Grids of `outputs` columns from `weights`, rows of a group one after the other.
     #[inline(always)]
     pub fn fit<'a>(&self, weights: impl Iterator<Item = &'a [f32]>, outputs: usize) -> Grid {
-        let mut low = vec![0.0f32; outputs];
-        let mut high = vec![0.0f32; outputs];
-        for row in weights {
-            for ((low, high), &w) in low.iter_mut().zip(&mut high).zip(row) {
-                *low = if w < *low { w } else { *low };
-                *high = if w > *high { w } else { *high };
-            }
-        }
-        let mut grid = Grid {
-            scales: Vec::with_capacity(outputs),
-            zeros: Vec::with_capacity(outputs),
-        };
-        for (low, high) in low.into_iter().zip(high) {
-            let (scale, zero) = self.fit_range(low, high);
-            grid.scales.push(scale);
-            grid.zeros.push(zero);
-        }
+        let mut grid = Grid::of(outputs);
+        self.cover(&Extent::of(weights, outputs), 1.0, &mut grid);
         grid
+    }
+
+    /// Sets `grid` to cover a `share` of every column's extent.
+    #[inline(always)]
+    pub fn cover(&self, extent: &Extent, share: f32, grid: &mut Grid) {
+        let columns = extent.low.iter().zip(&extent.high);
+        let grids = grid.scales.iter_mut().zip(&mut grid.zeros);
+        for ((low, high), (scale, zero)) in columns.zip(grids) {
+            (*scale, *zero) = self.fit_range(low * share, high * share);
+        }
     }
 
     /// Scale and zero for weights in `low..=high`, with `low <= 0 <= high`.
@@ -63,6 +58,7 @@ impl GridRule {
     /// Symmetric: `scale = 2 max|w| / max_code`, also where all weights have one sign; the
     /// original code then halves the range. Asymmetric: `scale = (high - low) / max_code` and
     /// `zero = -low / scale`, at least what the format can store.
+    #[inline(always)]
     pub fn fit_range(&self, low: f32, high: f32) -> (f32, f32) {
         if self.sym {
             let reach = high.max(-low);
@@ -93,7 +89,43 @@ fn storable(scale: f32) -> f32 {
     f16::from_f32(scale.max(f16::MIN_POSITIVE.to_f32())).to_f32()
 }
 
+/// Least and largest weight of each column, with 0 between them.
+pub struct Extent {
+    low: Vec<f32>,
+    high: Vec<f32>,
+}
+
+impl Extent {
+    /// Of `outputs` columns of `weights`, row by row.
+    #[inline(always)]
+    pub fn of<'a>(weights: impl Iterator<Item = &'a [f32]>, outputs: usize) -> Self {
+        let mut low = vec![0.0f32; outputs];
+        let mut high = vec![0.0f32; outputs];
+        for row in weights {
+            for ((low, high), &w) in low.iter_mut().zip(&mut high).zip(row) {
+                *low = if w < *low { w } else { *low };
+                *high = if w > *high { w } else { *high };
+            }
+        }
+        Extent { low, high }
+    }
+
+    /// Least and largest weight of one column.
+    #[inline(always)]
+    pub fn of_column(&self, column: usize) -> (f32, f32) {
+        (self.low[column], self.high[column])
+    }
+}
+
 impl Grid {
+    /// All zeros, to be set.
+    pub(crate) fn of(outputs: usize) -> Self {
+        Grid {
+            scales: vec![0.0; outputs],
+            zeros: vec![0.0; outputs],
+        }
+    }
+
     /// The first scale that f16 cannot hold.
     pub fn overflow(&self) -> Option<f32> {
         self.scales.iter().copied().find(|s| !s.is_finite())
@@ -103,8 +135,13 @@ impl Grid {
 /// Steps from the zero to the grid point nearest to `w`, half to even as torch rounds.
 #[inline(always)]
 pub fn nearest(w: f32, scale: f32, zero: f32, max_code: f32) -> f32 {
+    steps(w / scale, zero, max_code)
+}
+
+/// `x`, in steps from the zero, rounded half to even within the codes there are.
+#[inline(always)]
+pub fn steps(x: f32, zero: f32, max_code: f32) -> f32 {
     const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23
-    let x = w / scale;
     let (low, high) = (-zero, max_code - zero);
     let x = if x < low { low } else { x };
     let x = if x > high { high } else { x };

@@ -1,7 +1,7 @@
 //! Accumulation of `H = 2/tokens * X^T X`.
 
 use gptq_kernels::Gram;
-use gptq_types::ActivationSink;
+use gptq_types::{ActivationSink, Activations};
 
 use crate::QuantizeError;
 
@@ -34,18 +34,27 @@ impl HessianSum {
             tokens: self.tokens,
             values,
         };
-        for channel in 0..hessian.features {
-            let value = hessian.at(channel, channel);
-            if !value.is_finite() {
-                return Err(QuantizeError::NotFinite { channel, value });
-            }
-        }
+        check_finite(&hessian.diagonal())?;
         Ok(hessian)
     }
 }
 
+/// Refuses a Hessian whose diagonal shows an activation that overflowed.
+pub(crate) fn check_finite(diagonal: &[f32]) -> Result<(), QuantizeError> {
+    match diagonal.iter().position(|value| !value.is_finite()) {
+        Some(channel) => Err(QuantizeError::NotFinite {
+            channel,
+            value: diagonal[channel],
+        }),
+        None => Ok(()),
+    }
+}
+
 impl ActivationSink for HessianSum {
-    fn observe(&mut self, x: &[f32], tokens: usize, in_features: usize) {
+    fn observe(&mut self, x: Activations<'_>, tokens: usize, in_features: usize) {
+        let Activations::Host(x) = x else {
+            unreachable!("a decoder on the processor shows rows in host memory");
+        };
         assert_eq!(
             in_features, self.features,
             "in_features of the observed rows"

@@ -7,7 +7,7 @@
 //! | `H = 2 X X^T` | [`Hessian`], divided by the number of tokens |
 //! | `lambda`, dampening | `QuantSpec::damp_percent` of the mean diagonal, [`Factor`] |
 //! | `H^-1 = U^T U`, `Cholesky(H^-1)^T` | `u` in [`Factor`] |
-//! | `quant(w)` | [`Grid`], scale already rounded to f16 |
+//! | `quant(w)` | [`Grid`], scale already rounded to f16, by default the best of several |
 //! | algorithm 1, lazy batch updates | [`solve`] |
 //!
 //! Knows: Hessians, damping, column orders, grids, the solver, rounding to nearest, and a plain
@@ -16,6 +16,8 @@
 //! Does not know: models, files, bit packing. A singular Hessian is damped further and counted;
 //! nothing is ever solved with an identity in its place.
 
+#[cfg(feature = "cuda")]
+mod device;
 mod factor;
 mod grid;
 mod hessian;
@@ -23,8 +25,12 @@ mod measure;
 mod order;
 pub mod reference;
 mod round;
+mod search;
 mod solve;
+mod stage;
 
+#[cfg(feature = "cuda")]
+pub use device::{DeviceStage, DeviceSum};
 pub use factor::Factor;
 pub use grid::Grid;
 pub use hessian::{Hessian, HessianSum};
@@ -32,6 +38,7 @@ pub use measure::{output_error, signal};
 pub use order::Order;
 pub use round::round_to_nearest;
 pub use solve::{Solved, solve};
+pub use stage::{Facts, HostStage, Rounded, StageSolver, StageSum};
 
 /// A layer that cannot be solved.
 #[derive(Debug, thiserror::Error)]
@@ -49,6 +56,9 @@ pub enum QuantizeError {
         pivot: usize,
         damp: f64,
     },
+    #[cfg(feature = "cuda")]
+    #[error(transparent)]
+    Cuda(#[from] gptq_kernels::cuda::CudaError),
     #[error("group {group} needs a scale of {scale}, beyond the largest f16")]
     ScaleOverflow { group: usize, scale: f32 },
     #[error("the weight has {found} elements, expected {in_features} x {out_features}")]

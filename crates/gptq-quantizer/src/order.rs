@@ -48,6 +48,31 @@ impl Order {
         g_idx
     }
 
+    /// The end of the block of at most `limit` positions that begins at `first`. Blocks end where
+    /// groups end, so that a grid is always fitted to weights that already carry every error
+    /// passed on before it; only a group that is longer than a block is cut.
+    pub fn block_end(&self, first: usize, limit: usize) -> usize {
+        let limit = self.channels.len().min(first + limit);
+        if self.fixed_grids {
+            return limit;
+        }
+        let mut end = self.group_end(first).min(limit);
+        // The rest of a long group stands alone: its grid is fitted already, those of others not.
+        while self.begins_group(first) && end < limit {
+            let next = self.group_end(end);
+            if next > limit {
+                break;
+            }
+            end = next;
+        }
+        end
+    }
+
+    /// Whether a group begins at `position`.
+    pub fn begins_group(&self, position: usize) -> bool {
+        position == 0 || self.groups[position - 1] != self.groups[position]
+    }
+
     /// The end of the run of positions that share the group of `position`.
     pub fn group_end(&self, position: usize) -> usize {
         let group = self.groups[position];

@@ -5,6 +5,7 @@ use half::f16;
 
 use crate::Order;
 use crate::grid::GridRule;
+use crate::search::shares;
 
 /// GPTQ of `w [K, N]` with the undamped Hessian `h [K, K]`, both row-major. No blocks, no threads,
 /// no escalation: `None` where `h` plus damping has no Cholesky factor.
@@ -33,9 +34,23 @@ pub fn gptq(w: &[f64], h: &[f64], n: usize, spec: &QuantSpec) -> Option<SolvedLa
     let mut codes = vec![0u8; k * n];
     let fit = |w: &[f64], rows: &[usize], col: usize| {
         let column = || rows.iter().map(|&r| w[r * n + col] as f32);
-        let (scale, zero) =
-            rule.fit_range(column().fold(0.0, f32::min), column().fold(0.0, f32::max));
-        (f64::from(scale), f64::from(zero))
+        let (low, high) = (column().fold(0.0, f32::min), column().fold(0.0, f32::max));
+        let mut best = (f64::INFINITY, 0.0, 0.0);
+        for share in shares(spec) {
+            let (scale, zero) = rule.fit_range(low * share, high * share);
+            let (scale, zero) = (f64::from(scale), f64::from(zero));
+            let loss = |&r: &usize| {
+                let value = w[r * n + col];
+                let steps = (value / scale).round_ties_even();
+                let q = scale * steps.clamp(-zero, max_code - zero);
+                ((value - q) / u[r * k + r]).powi(2)
+            };
+            let error = rows.iter().map(loss).sum();
+            if error < best.0 {
+                best = (error, scale, zero);
+            }
+        }
+        (best.1, best.2)
     };
     for i in 0..k {
         let group = order.groups[i] as usize;

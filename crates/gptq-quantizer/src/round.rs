@@ -34,18 +34,24 @@ pub fn round_to_nearest(
         g_idx: (0..k).map(|channel| (channel / size) as u32).collect(),
     };
     for (group, rows) in weight.chunks(size * n).enumerate() {
-        let grid = vectorised(|| rule.fit(rows.chunks_exact(n), n));
+        let grid = vectorised(
+            #[inline(always)]
+            || rule.fit(rows.chunks_exact(n), n),
+        );
         if let Some(scale) = grid.overflow() {
             return Err(QuantizeError::ScaleOverflow { group, scale });
         }
-        vectorised(|| {
-            for row in rows.chunks_exact(n) {
-                let columns = row.iter().zip(&grid.scales).zip(&grid.zeros);
-                layer.codes.extend(columns.map(|((&w, &scale), &zero)| {
-                    (nearest(w, scale, zero, rule.max_code()) + zero) as u8
-                }));
-            }
-        });
+        vectorised(
+            #[inline(always)]
+            || {
+                for row in rows.chunks_exact(n) {
+                    let columns = row.iter().zip(&grid.scales).zip(&grid.zeros);
+                    layer.codes.extend(columns.map(|((&w, &scale), &zero)| {
+                        (nearest(w, scale, zero, rule.max_code()) + zero) as u8
+                    }));
+                }
+            },
+        );
         layer
             .scales
             .extend(grid.scales.iter().map(|&s| f16::from_f32(s)));

@@ -3,6 +3,9 @@
 //! Given `U`, the outputs of a layer do not depend on each other, so the weight is cut into
 //! panels of outputs and every panel is swept from first to last channel on its own: no thread
 //! waits for another, and the codes are the same for any number of threads.
+//!
+//! Closures given to `vectorised` are marked `inline(always)`: one that the compiler finds too long
+//! to inline would silently be compiled for the oldest processor.
 
 use gptq_kernels::{axpy, multiply_add, vectorised};
 use gptq_types::{QuantSpec, SolvedLayer};
@@ -10,6 +13,7 @@ use half::f16;
 use rayon::prelude::*;
 
 use crate::grid::{Grid, GridRule, nearest};
+use crate::search::{Row, fit_best, shares};
 use crate::{Factor, QuantizeError};
 
 /// Outputs swept together: a block of this width stays in the second-level cache.
@@ -57,6 +61,7 @@ pub fn solve(
 struct Panel<'a> {
     factor: &'a Factor,
     rule: GridRule,
+    shares: Vec<f32>, // of a group's extent, tried for its grid
     outputs: usize,
     w: Vec<f32>,      // [K, outputs], processing order; carries the errors passed on
     codes: Vec<u8>,   // [K, outputs], processing order
@@ -81,6 +86,7 @@ impl<'a> Panel<'a> {
         let mut panel = Panel {
             factor,
             rule: GridRule::new(spec),
+            shares: shares(spec),
             outputs,
             w,
             codes: vec![0; k * outputs],
@@ -100,11 +106,27 @@ impl<'a> Panel<'a> {
             members[group as usize].push(position);
         }
         for (group, members) in members.into_iter().enumerate() {
-            let rows = members
-                .into_iter()
-                .map(|p| &self.w[p * self.outputs..][..self.outputs]);
-            self.grids[group] = vectorised(|| self.rule.fit(rows, self.outputs));
+            self.grids[group] = vectorised(
+                #[inline(always)]
+                || self.fit_grid(members.into_iter()),
+            );
         }
+    }
+
+    /// The grid of a group from the weights at its `positions` as they are now.
+    #[inline(always)]
+    fn fit_grid(&self, positions: impl Iterator<Item = usize>) -> Grid {
+        let k = self.factor.order.channels.len();
+        let rows: Vec<Row> = positions
+            .map(|p| {
+                let u_pp = self.factor.u[p * k + p];
+                Row {
+                    weights: &self.w[p * self.outputs..][..self.outputs],
+                    importance: 1.0 / (u_pp * u_pp),
+                }
+            })
+            .collect();
+        fit_best(&self.rule, &self.shares, &rows, self.outputs)
     }
 
     /// Rounds every channel in order. Blocks end where groups end, so that a grid is always
@@ -114,30 +136,16 @@ impl<'a> Panel<'a> {
         let mut errors = Vec::new();
         let mut first = 0;
         while first < k {
-            let last = self.block_end(first);
+            let last = self.factor.order.block_end(first, BLOCK);
             errors.clear();
             errors.resize((last - first) * self.outputs, 0.0);
-            vectorised(|| self.sweep_block(first, last, &mut errors));
+            vectorised(
+                #[inline(always)]
+                || self.sweep_block(first, last, &mut errors),
+            );
             self.update_trailing(first, last, &errors);
             first = last;
         }
-    }
-
-    fn block_end(&self, first: usize) -> usize {
-        let order = &self.factor.order;
-        let limit = order.channels.len().min(first + BLOCK);
-        if order.fixed_grids {
-            return limit;
-        }
-        let mut end = order.group_end(first).min(limit);
-        while end < limit {
-            let next = order.group_end(end);
-            if next > limit {
-                break;
-            }
-            end = next;
-        }
-        end
     }
 
     /// Lines 5 to 10 of algorithm 1: quantise a channel, pass its error on inside the block.
@@ -167,8 +175,7 @@ impl<'a> Panel<'a> {
             return;
         }
         let end = self.factor.order.group_end(i);
-        let rows = self.w[i * self.outputs..end * self.outputs].chunks_exact(self.outputs);
-        self.grids[groups[i] as usize] = self.rule.fit(rows, self.outputs);
+        self.grids[groups[i] as usize] = self.fit_grid(i..end);
     }
 
     /// Codes of channel `i` and `error = (w - q) / U_ii`.

@@ -10,7 +10,7 @@ mod profile;
 mod summary;
 
 pub use comparison::comparison;
-pub use profile::profile;
+pub use profile::{Rates, profile};
 pub use summary::summary;
 
 /// Bytes with a decimal unit, three digits.

@@ -14,6 +14,9 @@ pub fn summary(record: &RunRecord) -> String {
     if let Some(calibration) = &record.calibration {
         out += &format!(", {} tokens of {}", calibration.tokens, calibration.dataset);
     }
+    if let Some(peak) = record.gpu_memory_peak {
+        out += &format!(", at most {} of {}", crate::size(peak), record.device);
+    }
     out.push('\n');
     let (error, rtn): (f64, f64) = (
         losses().map(|loss| loss.error).sum(),

@@ -4,6 +4,8 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use crate::Dtype;
+
 /// Full module path of a linear, without `.weight`: `model.layers.0.self_attn.q_proj`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]
@@ -46,8 +48,41 @@ impl Stage {
     ];
 }
 
+/// A matrix in the memory of a GPU, lent for the length of a call.
+///
+/// Only `gptq-kernels` reads through the address; who makes one of these vouches for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceMatrix {
+    /// Device address of the first element, row-major without gaps.
+    pub address: u64,
+    /// Rows.
+    pub rows: usize,
+    /// Columns.
+    pub columns: usize,
+    /// F16 or BF16.
+    pub dtype: Dtype,
+}
+
+/// The inputs of a linear, where the forward pass has them.
+#[derive(Clone, Copy, Debug)]
+pub enum Activations<'a> {
+    /// Row-major `[tokens, in_features]` in host memory.
+    Host(&'a [f32]),
+    /// `[tokens, in_features]` on the GPU.
+    Device(DeviceMatrix),
+}
+
+/// The weight of a linear, where the forward pass has it.
+#[derive(Clone, Debug)]
+pub enum Weight {
+    /// `[in_features, out_features]` row-major in host memory.
+    Host(Vec<f32>),
+    /// `[out_features, in_features]` on the GPU; the solver writes the rounded weight over it.
+    Device(DeviceMatrix),
+}
+
 /// Sees the inputs of the linears of one stage, one batch of tokens after the other.
 pub trait ActivationSink {
-    /// `x` is row-major `[tokens, in_features]`; padding is never among the tokens.
-    fn observe(&mut self, x: &[f32], tokens: usize, in_features: usize);
+    /// `x` has `tokens` rows of `in_features`; padding is never among the tokens.
+    fn observe(&mut self, x: Activations<'_>, tokens: usize, in_features: usize);
 }

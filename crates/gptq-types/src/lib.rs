@@ -12,7 +12,7 @@ mod solved;
 mod source;
 mod spec;
 
-pub use layer::{ActivationSink, LayerName, Stage};
+pub use layer::{ActivationSink, Activations, DeviceMatrix, LayerName, Stage, Weight};
 pub use record::{
     CalibrationRecord, EvalRecord, LayerRecord, Phase, PhaseTimes, RUN_RECORD_SCHEMA, RunRecord,
     Warning,

@@ -124,6 +124,12 @@ pub struct RunRecord {
     pub spec: QuantSpec,
     /// Tokens; absent for `method rtn`.
     pub calibration: Option<CalibrationRecord>,
+    /// Where it ran: `cpu`, or the name of the GPU.
+    #[serde(default)]
+    pub device: String,
+    /// Most bytes of GPU memory that were allocated at a time.
+    #[serde(default)]
+    pub gpu_memory_peak: Option<u64>,
     /// A row per quantised linear.
     pub layers: Vec<LayerRecord>,
     /// Degradations and doubts.

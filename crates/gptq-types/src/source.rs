@@ -149,6 +149,21 @@ pub trait TensorSource: Send + Sync {
     /// The stored bytes, little-endian, row-major.
     fn bytes(&self, name: &str) -> Result<Vec<u8>, SourceError>;
 
+    /// As many stored bytes as `out` takes, from `offset` on.
+    fn read_at(&self, name: &str, offset: usize, out: &mut [u8]) -> Result<(), SourceError> {
+        let bytes = self.bytes(name)?;
+        match bytes.get(offset..offset + out.len()) {
+            Some(part) => {
+                out.copy_from_slice(part);
+                Ok(())
+            }
+            None => Err(SourceError::Invalid {
+                name: name.to_string(),
+                reason: format!("has no bytes {offset}..{}", offset + out.len()),
+            }),
+        }
+    }
+
     /// Type and shape, or an error that names the place.
     fn require(&self, name: &str) -> Result<TensorInfo, SourceError> {
         self.info(name).ok_or_else(|| SourceError::Missing {

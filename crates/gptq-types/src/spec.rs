@@ -209,10 +209,17 @@ pub struct QuantSpec {
     pub method: Method,
     /// Zero-point convention of the file; decides which zeros may be chosen.
     pub format: CheckpointFormat,
+    /// Tries smaller grids for each group and keeps the one with the least error, each weight
+    /// counted by its share in the solver's own loss, instead of reaching to the largest weight.
+    /// After the authors' later solver (IST-DASLab/marlin, `gptq/quant.py`). False in records
+    /// from before there was a choice.
+    #[serde(default)]
+    pub scale_search: bool,
 }
 
 impl QuantSpec {
-    /// The settings of the published reference checkpoints: 4-bit, group 128, symmetric, damp 0.1.
+    /// The settings of the published reference checkpoints: 4-bit, group 128, symmetric, damp 0.1;
+    /// scales are searched.
     pub fn published() -> Self {
         QuantSpec {
             bits: Bits::Four,
@@ -222,6 +229,7 @@ impl QuantSpec {
             damp_percent: 0.1,
             method: Method::Gptq,
             format: CheckpointFormat::Gptq,
+            scale_search: true,
         }
     }
 
@@ -232,6 +240,9 @@ impl QuantSpec {
         }
         if self.method == Method::Rtn && self.order != ColumnOrder::Natural {
             return Err(SpecError::Conflict("method rtn", "a column order"));
+        }
+        if self.method == Method::Rtn && self.scale_search {
+            return Err(SpecError::Conflict("method rtn", "a scale search"));
         }
         Ok(())
     }
@@ -270,5 +281,17 @@ mod tests {
             ..QuantSpec::published()
         };
         assert_eq!(spec.validate(), Err(SpecError::Damp(1.0)));
+    }
+
+    #[test]
+    fn rounding_to_nearest_weighs_no_scales() {
+        let mut spec = QuantSpec {
+            method: Method::Rtn,
+            ..QuantSpec::published()
+        };
+        let conflict = SpecError::Conflict("method rtn", "a scale search");
+        assert_eq!(spec.validate(), Err(conflict));
+        spec.scale_search = false;
+        assert_eq!(spec.validate(), Ok(()));
     }
 }

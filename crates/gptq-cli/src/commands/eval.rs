@@ -9,6 +9,7 @@ use gptq_types::EvalRecord;
 use crate::Verdict;
 use crate::args::EvalArgs;
 use crate::datasets::HubFiles;
+use crate::device;
 use crate::failure::Failure;
 use crate::models::{Model, find};
 use crate::output::{print, print_json};
@@ -19,6 +20,7 @@ pub fn run(args: &EvalArgs) -> Result<Verdict, Failure> {
         .map(|model| find(model, &args.hub))
         .collect::<Result<Vec<Model>, _>>()?;
     let text = read_text(args, &models[0])?;
+    let device = device::resolve(&args.device)?;
     let mut reference: Option<(Reference, usize)> = None;
     let mut records = Vec::new();
     for (name, model) in args.models.iter().zip(&models) {
@@ -33,7 +35,7 @@ pub fn run(args: &EvalArgs) -> Result<Verdict, Failure> {
             )));
         }
         let start = Instant::now();
-        let mut decoder = opened.decoder(args.device.resolve())?;
+        let mut decoder = opened.decoder(device)?;
         let mut steps = Steps::new(name, 0, opened.config.num_hidden_layers + 1);
         let compared = reference.as_ref().map(|(hidden, _)| hidden);
         let (evaluation, hidden) =

@@ -3,21 +3,21 @@
 use std::sync::Arc;
 
 use gptq_calibration::{Source, Tokenizer, WindowSpec, Windows, windows};
-use gptq_kernels::measure_sgemm;
-use gptq_model::{DecoderConfig, FloatWeights, SampleSpec, sample_windows};
+use gptq_model::{DecoderConfig, Device, FloatWeights, SampleSpec, sample_windows};
 use gptq_pipeline::{Job, Progress, check_shapes, check_unquantised, quantize};
 use gptq_types::{Method, RunRecord};
 
 use crate::Verdict;
-use crate::args::{DeviceArg, QuantizeArgs};
+use crate::args::QuantizeArgs;
 use crate::datasets::HubFiles;
+use crate::device;
 use crate::failure::Failure;
 use crate::models::{Model, find};
 use crate::output::{print, print_json};
 use crate::progress::Steps;
 
-/// Size of the products that the sgemm rate is measured with.
-const SGEMM_SIZE: usize = 2048;
+/// A file of 1 MB: smaller limits come from a wrong unit.
+const MIN_SHARD_GB: f64 = 1e-3;
 
 pub fn run(args: &QuantizeArgs) -> Result<Verdict, Failure> {
     let spec = args.spec()?;
@@ -27,13 +27,15 @@ pub fn run(args: &QuantizeArgs) -> Result<Verdict, Failure> {
         .map_err(|error| Failure::new(format!("{}: {error}", model.dir().display())))?;
     check_unquantised(model.checkpoint.as_ref(), &model.config_json)?;
     check_shapes(&config, &spec)?;
+    // Rounding to nearest looks at no activations: there is nothing for a GPU to do.
+    let device = match spec.method {
+        Method::Gptq => device::resolve(&args.device)?,
+        Method::Rtn => Device::Cpu,
+    };
     let windows = match spec.method {
-        Method::Gptq => Some(calibrate(args, &model, &config)?),
+        Method::Gptq => Some(calibrate(args, &model, &config, device)?),
         Method::Rtn => None,
     };
-    if matches!(args.device, DeviceArg::Auto) {
-        eprintln!("device: cpu, {} threads", rayon::current_num_threads());
-    }
     let (windows, calibration) = match windows {
         Some(windows) => (windows.ids, Some(windows.record)),
         None => (Vec::new(), None),
@@ -48,7 +50,7 @@ pub fn run(args: &QuantizeArgs) -> Result<Verdict, Failure> {
         companions: model.companions(),
         out_dir: args.out.clone(),
         max_shard_bytes: (args.max_shard_size * 1e9) as u64,
-        device: args.device.resolve(),
+        device,
         resume: args.resume,
         tool: concat!("gptq-rs:", env!("CARGO_PKG_VERSION")).to_string(),
     };
@@ -69,8 +71,11 @@ fn check_output(args: &QuantizeArgs) -> Result<(), Failure> {
             "name a folder that does not exist yet",
         ));
     }
-    if args.max_shard_size.is_nan() || args.max_shard_size <= 0.0 {
-        let text = format!("--max-shard-size {} is not above 0", args.max_shard_size);
+    if args.max_shard_size.is_nan() || args.max_shard_size < MIN_SHARD_GB {
+        let text = format!(
+            "--max-shard-size {} is not {MIN_SHARD_GB} GB or more",
+            args.max_shard_size
+        );
         return Err(Failure::new(text));
     }
     Ok(())
@@ -80,6 +85,7 @@ fn calibrate(
     args: &QuantizeArgs,
     model: &Model,
     config: &DecoderConfig,
+    device: Device,
 ) -> Result<Windows, Failure> {
     let source = Source::parse(&args.dataset)?;
     if args.seq_len > config.max_position_embeddings {
@@ -89,7 +95,7 @@ fn calibrate(
         );
     }
     let windows = if source.is_generated() {
-        write_own(args, model, config)?
+        write_own(args, model, config, device)?
     } else {
         let tokenizer = Tokenizer::open(model.dir())?;
         tokenizer.check_vocabulary(config.vocab_size)?;
@@ -113,6 +119,7 @@ fn write_own(
     args: &QuantizeArgs,
     model: &Model,
     config: &DecoderConfig,
+    device: Device,
 ) -> Result<Windows, Failure> {
     let spec = window_spec(args);
     spec.check()?;
@@ -132,7 +139,7 @@ fn write_own(
     let ids = sample_windows(
         Arc::new(FloatWeights::new(model.checkpoint.clone())),
         config.clone(),
-        args.device.resolve(),
+        device,
         SampleSpec {
             samples: args.samples,
             seq_len: args.seq_len,
@@ -181,7 +188,7 @@ fn report(args: &QuantizeArgs, record: &RunRecord) -> Result<Verdict, Failure> {
         print_json(record)?;
     }
     if args.profile {
-        let text = gptq_report::profile(record, measure_sgemm(SGEMM_SIZE));
+        let text = gptq_report::profile(record, &device::rates()?);
         match args.json {
             true => eprint!("{text}"),
             false => print(&text)?,

@@ -9,14 +9,18 @@ use gptq_types::{Dtype, TensorInfo};
 
 use crate::Verdict;
 use crate::args::VerifyArgs;
+use crate::device;
 use crate::failure::Failure;
 use crate::models::find;
 use crate::output::print;
 
+/// GPU memory that one short sequence may take.
+const WORKSPACE: usize = 10_000_000_000;
+
 pub fn run(args: &VerifyArgs) -> Result<Verdict, Failure> {
     let opened = find(&args.model, &args.hub)?.open()?;
     let vocab = opened.config.vocab_size;
-    let mut decoder = opened.decoder(args.device.resolve())?;
+    let mut decoder = opened.decoder(device::pick(args.device, WORKSPACE)?)?;
     if let Some(path) = &args.write {
         let got = logits(decoder.as_mut(), &args.ids)?;
         write(path, &args.ids, &got, vocab)?;

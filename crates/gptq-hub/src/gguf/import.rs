@@ -7,11 +7,12 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use gptq_packer::{CheckpointLayout, StagedCheckpoint, discard_partial};
+use gptq_packer::{CheckpointLayout, StagedCheckpoint};
 use gptq_types::{Dtype, TensorInfo};
 use serde_json::Value as Json;
 
 use crate::HubError;
+use crate::folder::{add_json, make_folder};
 use crate::gguf::config::{Dimensions, config_json, generation_json};
 use crate::gguf::dequant::{dequantise, to_f16_bytes};
 use crate::gguf::names::{Move, ROPE_DIVISORS, plan_moves};
@@ -68,7 +69,12 @@ pub fn import_gguf(
         ("tokenizer.json", tokens.tokenizer),
         ("tokenizer_config.json", tokens.config),
     ];
-    let folder = write_folder(&file, out, &layout, &moves, &texts, dims.head_dim, progress)?;
+    let folder = make_folder(
+        out,
+        &layout,
+        |stage| fill(stage, &file, &moves, &texts, dims.head_dim, progress),
+        StagedCheckpoint::publish,
+    )?;
     let mut source_types = BTreeMap::new();
     for step in &moves {
         *source_types
@@ -113,33 +119,6 @@ fn rope_divisors(file: &GgufFile, count: usize) -> Result<Option<Vec<f32>>, HubE
     Ok(Some(values))
 }
 
-fn write_folder(
-    file: &GgufFile,
-    out: &Path,
-    layout: &CheckpointLayout,
-    moves: &[Move],
-    texts: &[(&str, Json)],
-    head_dim: usize,
-    progress: &mut dyn FnMut(&str, u64, u64),
-) -> Result<PathBuf, HubError> {
-    // an import does not resume: what a killed one left is of no use
-    discard_partial(out)?;
-    let stage = StagedCheckpoint::create(out, layout)?;
-    let filled = fill(&stage, file, moves, texts, head_dim, progress);
-    let published = match filled {
-        Ok(()) => stage.publish().map_err(HubError::from),
-        Err(error) => {
-            drop(stage);
-            Err(error)
-        }
-    };
-    if published.is_err() {
-        // the first error is the one to report
-        let _ = discard_partial(out);
-    }
-    published
-}
-
 fn fill(
     stage: &StagedCheckpoint,
     file: &GgufFile,
@@ -157,12 +136,7 @@ fn fill(
         progress(&step.target, done, total);
     }
     for (name, json) in texts {
-        let mut text = serde_json::to_vec_pretty(json).map_err(|error| HubError::BadFile {
-            path: stage.partial_dir().join(name),
-            reason: error.to_string(),
-        })?;
-        text.push(b'\n');
-        stage.add_file(name, &text)?;
+        add_json(stage, name, json)?;
     }
     Ok(())
 }

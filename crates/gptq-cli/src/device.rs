@@ -1,0 +1,88 @@
+//! A `--device` argument as a device that is there.
+
+use gptq_kernels::measure_sgemm;
+use gptq_model::Device;
+use gptq_report::Rates;
+
+use crate::args::{DeviceArg, DeviceArgs};
+use crate::failure::Failure;
+
+/// Size of the products that the processor's rate is measured with.
+const SGEMM_SIZE: usize = 2048;
+
+/// The device of a command line; says which one it is.
+pub fn resolve(args: &DeviceArgs) -> Result<Device, Failure> {
+    pick(args.device, args.gpu_memory)
+}
+
+/// The device, with `memory` bytes where it is a GPU.
+pub fn pick(device: DeviceArg, memory: usize) -> Result<Device, Failure> {
+    let picked = match device {
+        DeviceArg::Cpu => Device::Cpu,
+        DeviceArg::Auto => first_gpu(memory).unwrap_or(Device::Cpu),
+        DeviceArg::Cuda(ordinal) => gpu(ordinal, memory)?,
+    };
+    eprintln!("device: {}", describe(picked));
+    Ok(picked)
+}
+
+fn describe(device: Device) -> String {
+    match device {
+        Device::Cpu => format!("cpu, {} threads", rayon::current_num_threads()),
+        #[cfg(feature = "cuda")]
+        Device::Cuda { ordinal, memory } => {
+            let name = (gptq_kernels::cuda::devices().into_iter())
+                .find(|found| found.ordinal == ordinal)
+                .map_or(String::new(), |found| found.name);
+            format!(
+                "cuda:{ordinal}, {name}, {:.1} GB of its memory",
+                memory as f64 / 1e9
+            )
+        }
+    }
+}
+
+/// What the libraries of the device that was used reach on large products.
+pub fn rates() -> Result<Rates, Failure> {
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = gptq_model::gpu() {
+        let [products, f32, f64] = gpu.measure_rates()?;
+        return Ok(Rates { products, f32, f64 });
+    }
+    let sgemm = measure_sgemm(SGEMM_SIZE);
+    Ok(Rates {
+        products: sgemm,
+        f32: sgemm,
+        f64: sgemm / 2.0,
+    })
+}
+
+#[cfg(feature = "cuda")]
+fn first_gpu(memory: usize) -> Option<Device> {
+    let complete = gptq_kernels::cuda::libraries()
+        .iter()
+        .all(|(_, there)| *there);
+    let found = complete.then(gptq_kernels::cuda::devices)?;
+    let ordinal = found.first()?.ordinal;
+    Some(Device::Cuda { ordinal, memory })
+}
+
+#[cfg(feature = "cuda")]
+fn gpu(ordinal: usize, memory: usize) -> Result<Device, Failure> {
+    // A device or library that is missing shows before any other work.
+    gptq_kernels::cuda::check(ordinal)?;
+    Ok(Device::Cuda { ordinal, memory })
+}
+
+#[cfg(not(feature = "cuda"))]
+fn first_gpu(_: usize) -> Option<Device> {
+    None
+}
+
+#[cfg(not(feature = "cuda"))]
+fn gpu(ordinal: usize, _: usize) -> Result<Device, Failure> {
+    Err(Failure::with_hint(
+        format!("cuda:{ordinal} was asked for, but this program was built without GPUs"),
+        "build it with --features cuda, or pass --device cpu",
+    ))
+}

@@ -1,0 +1,107 @@
+//! Where the time of a stage goes on the GPU: `gpu_speed K N`, needs `--features cuda`.
+#![allow(clippy::print_stdout)]
+
+#[cfg(feature = "cuda")]
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    use std::time::Instant;
+
+    use gptq_kernels::cuda::{Buffer, DeviceHessian, Gpu, Rule, Step, SweepPlan};
+    use gptq_types::{DeviceMatrix, Dtype};
+
+    let mut sizes = std::env::args().skip(1).map(|arg| arg.parse::<usize>());
+    let k = sizes.next().unwrap_or(Ok(4096))?;
+    let n = sizes.next().unwrap_or(Ok(4096))?;
+    let gpu = Gpu::open(0)?;
+    let values = |count: usize, scale: f32| -> Vec<half::f16> {
+        let mut state = 1u64;
+        (0..count)
+            .map(|_| {
+                state = state
+                    .wrapping_mul(6_364_136_223_846_793_005)
+                    .wrapping_add(1);
+                half::f16::from_f32(((state >> 40) as f32 / (1u64 << 23) as f32 - 1.0) * scale)
+            })
+            .collect()
+    };
+    let tokens = 16384;
+    let matrix = |buffer: &Buffer, rows, columns| DeviceMatrix {
+        address: buffer.address(),
+        rows,
+        columns,
+        dtype: Dtype::F16,
+    };
+    let x = Buffer::from_host(&gpu, &values(tokens * k, 1.0))?;
+    let weight = Buffer::from_host(&gpu, &values(n * k, 0.05))?;
+    let there = matrix(&weight, n, k);
+    let order: Vec<u32> = (0..k as u32).rev().collect();
+    let groups: Vec<u32> = order.iter().map(|&channel| channel / 128).collect();
+    let steps = (0..k)
+        .step_by(128)
+        .map(|first| Step::Sweep {
+            first: k.saturating_sub(first + 128),
+            last: k - first,
+            fit_inside: true,
+        })
+        .collect();
+    let plan = SweepPlan::new(&gpu, &order, &groups, k.div_ceil(128), false, steps)?;
+    for round in 0..3 {
+        let timed = |name: &str, start: Instant| -> Result<(), gptq_kernels::cuda::CudaError> {
+            gpu.synchronize()?;
+            println!(
+                "{round} {name}: {:.2} ms",
+                start.elapsed().as_secs_f64() * 1e3
+            );
+            Ok(())
+        };
+        gpu.synchronize()?;
+        let start = Instant::now();
+        let mut hessian = DeviceHessian::new(&gpu, k)?;
+        hessian.add(matrix(&x, tokens, k))?;
+        timed("hessian", start)?;
+        let start = Instant::now();
+        let diagonal = hessian.finish(2.0 / tokens as f32)?;
+        timed("finish", start)?;
+        let mean = diagonal.iter().sum::<f32>() / k as f32;
+        let start = Instant::now();
+        let factor = hessian.factor(&order, &vec![f64::from(mean) * 0.1; k])?;
+        timed("factor", start)?;
+        for search in [0, 1] {
+            let rule = Rule {
+                max_code: 15.0,
+                min_zero: 1.0,
+                least: 0.55,
+                sym: 1,
+                search,
+            };
+            let start = Instant::now();
+            let swept = factor.sweep(there, &plan, rule)?;
+            timed(
+                if search == 1 {
+                    "sweep, searched"
+                } else {
+                    "sweep"
+                },
+                start,
+            )?;
+            let start = Instant::now();
+            swept.to_host()?;
+            timed("codes to host", start)?;
+        }
+        let rule = Rule {
+            max_code: 15.0,
+            min_zero: 1.0,
+            least: 0.55,
+            sym: 1,
+            search: 0,
+        };
+        let start = Instant::now();
+        hessian.rounding_cost(there, 128, rule)?;
+        timed("rounding cost", start)?;
+    }
+    Ok(())
+}
+
+#[cfg(not(feature = "cuda"))]
+fn main() {
+    println!("built without --features cuda");
+}

@@ -1,0 +1,444 @@
+//! The operations of a decoder block on the GPU. Addresses are of sixteen-bit row-major matrices
+//! that the caller keeps alive until the stream has passed them.
+
+use std::sync::Arc;
+
+use cudarc::cublas::sys::{
+    cublasComputeType_t as Compute, cublasOperation_t as Op, cudaDataType_t as Type,
+};
+use gptq_types::{DeviceMatrix, Dtype};
+
+use super::Gpu;
+use super::error::CudaError;
+use super::memory::Buffer;
+use super::product::{Product, Side, half_type};
+use super::program::Program;
+use crate::{AttentionShape, Rotation};
+
+/// Scores that exist at a time: long windows are cut into query rows that keep to it, so that
+/// memory is linear in the window.
+const SCORE_BYTES: usize = 256 << 20;
+/// Most query rows at a time; shorter runs leave more of the unneeded upper triangle out.
+const QUERY_ROWS: usize = 512;
+
+/// Cosines and sines on the GPU, f32 `[positions, head_dim / 2]`.
+pub struct Turn {
+    cosine: Buffer,
+    sine: Buffer,
+    head_dim: usize,
+}
+
+impl Turn {
+    /// A copy of a table.
+    pub fn new(gpu: &Arc<Gpu>, rotation: &Rotation) -> Result<Turn, CudaError> {
+        let (cosine, sine) = rotation.tables();
+        Ok(Turn {
+            cosine: Buffer::from_host(gpu, cosine)?,
+            sine: Buffer::from_host(gpu, sine)?,
+            head_dim: rotation.head_dim(),
+        })
+    }
+}
+
+fn program(dtype: Dtype) -> Program {
+    Program::Decoder {
+        bf16: dtype == Dtype::BF16,
+    }
+}
+
+const LINE: usize = 256;
+
+impl Gpu {
+    /// `out[i] = table[ids[i]]`, rows of `table.columns`.
+    pub fn embed(
+        self: &Arc<Self>,
+        out: u64,
+        table: DeviceMatrix,
+        ids: &[u32],
+    ) -> Result<(), CudaError> {
+        let ids_there = Buffer::from_host(self, ids)?;
+        let args = [
+            out.into(),
+            table.address.into(),
+            (&ids_there).into(),
+            (table.columns as i32).into(),
+        ];
+        // SAFETY: ids were checked against the table by the caller; out has a row for each.
+        unsafe {
+            self.launch(
+                program(table.dtype),
+                "embed",
+                [ids.len(), 1, 1],
+                [LINE, 1, 1],
+                0,
+                &args,
+            )
+        }
+    }
+
+    /// Root-mean-square norm over runs of as many columns as `weight` has f32 values.
+    pub fn rms_norm(
+        &self,
+        out: u64,
+        x: DeviceMatrix,
+        weight: &Buffer,
+        eps: f32,
+    ) -> Result<(), CudaError> {
+        let width = weight.bytes() / 4;
+        let runs = x.rows * x.columns / width;
+        let threads = width.div_ceil(32).min(8) * 32;
+        let args = [
+            out.into(),
+            x.address.into(),
+            weight.into(),
+            (width as i32).into(),
+            eps.into(),
+        ];
+        // SAFETY: out is as long as x.
+        unsafe {
+            self.launch(
+                program(x.dtype),
+                "rms_norm",
+                [runs, 1, 1],
+                [threads, 1, 1],
+                0,
+                &args,
+            )
+        }
+    }
+
+    /// Rotary embedding in place; row `r` stands at position `r % tokens` of the table.
+    pub fn rotate(&self, x: DeviceMatrix, turn: &Turn, tokens: usize) -> Result<(), CudaError> {
+        let heads = x.columns / turn.head_dim;
+        let args = [
+            x.address.into(),
+            (&turn.cosine).into(),
+            (&turn.sine).into(),
+            (heads as i32).into(),
+            (turn.head_dim as i32).into(),
+            (tokens as i32).into(),
+        ];
+        // SAFETY: the table has `tokens` positions, the caller made it for this window length.
+        unsafe {
+            self.launch(
+                program(x.dtype),
+                "rotate",
+                [x.rows, 1, 1],
+                [LINE, 1, 1],
+                0,
+                &args,
+            )
+        }
+    }
+
+    fn flat(
+        &self,
+        name: &'static str,
+        dtype: Dtype,
+        count: usize,
+        args: &[super::device::Arg],
+    ) -> Result<(), CudaError> {
+        // SAFETY: every flat kernel stops at its count; the callers pass matrices of that size.
+        unsafe {
+            self.launch(
+                program(dtype),
+                name,
+                [count.div_ceil(LINE), 1, 1],
+                [LINE, 1, 1],
+                0,
+                args,
+            )
+        }
+    }
+
+    /// `gate = silu(gate) * up`.
+    pub fn swiglu(&self, gate: DeviceMatrix, up: DeviceMatrix) -> Result<(), CudaError> {
+        let count = gate.rows * gate.columns;
+        let args = [
+            gate.address.into(),
+            up.address.into(),
+            (count as i64).into(),
+        ];
+        self.flat("swiglu", gate.dtype, count, &args)
+    }
+
+    /// `x += y`.
+    pub fn add(&self, x: DeviceMatrix, y: DeviceMatrix) -> Result<(), CudaError> {
+        let count = x.rows * x.columns;
+        let args = [x.address.into(), y.address.into(), (count as i64).into()];
+        self.flat("add", x.dtype, count, &args)
+    }
+
+    /// `x [rows, n] += bias [n]`, the bias in f32.
+    pub fn add_bias(&self, x: DeviceMatrix, bias: &Buffer) -> Result<(), CudaError> {
+        let count = x.rows * x.columns;
+        let args = [
+            x.address.into(),
+            bias.into(),
+            (x.columns as i32).into(),
+            (count as i64).into(),
+        ];
+        self.flat("add_bias", x.dtype, count, &args)
+    }
+
+    /// f32 values of a sixteen-bit matrix, on the host.
+    pub fn download(self: &Arc<Self>, x: DeviceMatrix) -> Result<Vec<f32>, CudaError> {
+        let count = x.rows * x.columns;
+        let wide = Buffer::new(self, count * 4)?;
+        let args = [(&wide).into(), x.address.into(), (count as i64).into()];
+        self.flat("widen_all", x.dtype, count, &args)?;
+        wide.to_host(count)
+    }
+
+    /// Rounds host values into a sixteen-bit matrix.
+    pub fn upload(self: &Arc<Self>, out: DeviceMatrix, values: &[f32]) -> Result<(), CudaError> {
+        assert_eq!(
+            values.len(),
+            out.rows * out.columns,
+            "elements of the matrix"
+        );
+        let wide = Buffer::from_host(self, values)?;
+        let args = [
+            out.address.into(),
+            (&wide).into(),
+            (values.len() as i64).into(),
+        ];
+        self.flat("narrow_all", out.dtype, values.len(), &args)
+    }
+
+    /// Causal attention inside windows of `tokens` rows, as [`crate::causal_attention`].
+    pub fn attend(
+        self: &Arc<Self>,
+        out: u64,
+        q: DeviceMatrix,
+        k: DeviceMatrix,
+        v: DeviceMatrix,
+        tokens: usize,
+        shape: AttentionShape,
+    ) -> Result<(), CudaError> {
+        let rows = (SCORE_BYTES / (4 * shape.heads * tokens))
+            .clamp(16, QUERY_ROWS)
+            .min(tokens);
+        let scores = self.scratch("scores", shape.heads * rows * tokens * 4)?;
+        let p = self.scratch("probabilities", shape.heads * rows * tokens * 2)?;
+        for window in 0..q.rows / tokens {
+            for first in (0..tokens).step_by(rows) {
+                let part = Part {
+                    window: window * tokens,
+                    first,
+                    rows: rows.min(tokens - first),
+                    shape,
+                };
+                self.attend_part(out, q, k, v, &part, scores.address(), p.address())?;
+            }
+        }
+        Ok(())
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn attend_part(
+        &self,
+        out: u64,
+        q: DeviceMatrix,
+        k: DeviceMatrix,
+        v: DeviceMatrix,
+        part: &Part,
+        scores: u64,
+        p: u64,
+    ) -> Result<(), CudaError> {
+        let Part {
+            window,
+            first,
+            rows,
+            shape,
+        } = *part;
+        let (d, kv_heads) = (shape.head_dim, shape.kv_heads);
+        let repeat = shape.heads / kv_heads;
+        let keys = first + rows;
+        let kind = half_type(q.dtype);
+        let at = |base: u64, row: usize, width: usize, head: usize| {
+            base + 2 * (row * width + head * d) as u64
+        };
+        let half = |address, op, ld, stride| Side {
+            address,
+            op,
+            kind,
+            ld,
+            stride,
+        };
+        let matrix = kv_heads * rows * keys;
+        for r in 0..repeat {
+            let to = Side {
+                kind: Type::CUDA_R_32F,
+                ..half(
+                    scores + 4 * (r * matrix) as u64,
+                    Op::CUBLAS_OP_N,
+                    keys,
+                    rows * keys,
+                )
+            };
+            // SAFETY: heads, rows and keys stay inside the windows of q and k, and inside scores.
+            unsafe {
+                self.product(&Product {
+                    size: [keys, rows, d],
+                    alpha: 1.0,
+                    a: half(
+                        at(k.address, window, k.columns, 0),
+                        Op::CUBLAS_OP_T,
+                        k.columns,
+                        d,
+                    ),
+                    b: half(
+                        at(q.address, window + first, q.columns, r),
+                        Op::CUBLAS_OP_N,
+                        q.columns,
+                        repeat * d,
+                    ),
+                    beta: 0.0,
+                    c: to,
+                    batch: kv_heads,
+                    compute: Compute::CUBLAS_COMPUTE_32F,
+                })?;
+            }
+        }
+        let scale = 1.0 / (d as f32).sqrt();
+        let args = [
+            p.into(),
+            scores.into(),
+            (keys as i32).into(),
+            (first as i32).into(),
+            scale.into(),
+        ];
+        // SAFETY: one block a row of each of the `heads` matrices.
+        unsafe {
+            self.launch(
+                program(q.dtype),
+                "causal_softmax",
+                [rows, shape.heads, 1],
+                [LINE, 1, 1],
+                0,
+                &args,
+            )?
+        };
+        for r in 0..repeat {
+            // SAFETY: as above, for v and out.
+            unsafe {
+                self.product(&Product {
+                    size: [d, rows, keys],
+                    alpha: 1.0,
+                    a: half(
+                        at(v.address, window, v.columns, 0),
+                        Op::CUBLAS_OP_N,
+                        v.columns,
+                        d,
+                    ),
+                    b: half(
+                        p + 2 * (r * matrix) as u64,
+                        Op::CUBLAS_OP_N,
+                        keys,
+                        rows * keys,
+                    ),
+                    beta: 0.0,
+                    c: half(
+                        at(out, window + first, q.columns, r),
+                        Op::CUBLAS_OP_N,
+                        q.columns,
+                        repeat * d,
+                    ),
+                    batch: kv_heads,
+                    compute: Compute::CUBLAS_COMPUTE_32F,
+                })?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Query rows `first..first + rows` of the window that begins at row `window`.
+#[derive(Clone, Copy)]
+struct Part {
+    window: usize,
+    first: usize,
+    rows: usize,
+    shape: AttentionShape,
+}
+
+/// Keys and values of earlier tokens, `[sequences, capacity, kv_heads * head_dim]` each.
+pub struct DeviceCache {
+    gpu: Arc<Gpu>,
+    keys: Buffer,
+    values: Buffer,
+    sequences: usize,
+    capacity: usize,
+    seen: usize,
+}
+
+impl DeviceCache {
+    /// Empty, for `capacity` tokens of each sequence.
+    pub fn new(
+        gpu: &Arc<Gpu>,
+        sequences: usize,
+        capacity: usize,
+        shape: AttentionShape,
+    ) -> Result<Self, CudaError> {
+        let bytes = sequences * capacity * shape.kv_heads * shape.head_dim * 2;
+        Ok(DeviceCache {
+            gpu: gpu.clone(),
+            keys: Buffer::new(gpu, bytes)?,
+            values: Buffer::new(gpu, bytes)?,
+            sequences,
+            capacity,
+            seen: 0,
+        })
+    }
+
+    /// Appends a row of `k` and `v` a sequence and attends from `q`, as [`crate::attend_cached`].
+    pub fn attend(
+        &mut self,
+        out: u64,
+        q: DeviceMatrix,
+        k: DeviceMatrix,
+        v: DeviceMatrix,
+        shape: AttentionShape,
+    ) -> Result<(), CudaError> {
+        assert!(self.seen < self.capacity, "tokens in the cache");
+        let row = (shape.kv_heads * shape.head_dim * 2) as u64;
+        for sequence in 0..self.sequences as u64 {
+            let at = (sequence * self.capacity as u64 + self.seen as u64) * row;
+            self.gpu.copy(
+                self.keys.address() + at,
+                k.address + sequence * row,
+                row as usize,
+            )?;
+            self.gpu.copy(
+                self.values.address() + at,
+                v.address + sequence * row,
+                row as usize,
+            )?;
+        }
+        self.seen += 1;
+        let args = [
+            out.into(),
+            q.address.into(),
+            (&self.keys).into(),
+            (&self.values).into(),
+            (self.capacity as i32).into(),
+            (self.seen as i32).into(),
+            (shape.kv_heads as i32).into(),
+            (shape.head_dim as i32).into(),
+            (1.0 / (shape.head_dim as f32).sqrt()).into(),
+        ];
+        let grid = [shape.heads, self.sequences, 1];
+        // SAFETY: the caches hold `seen` rows a sequence; q and out a row.
+        unsafe {
+            self.gpu.launch(
+                program(q.dtype),
+                "attend_cached",
+                grid,
+                [128, 1, 1],
+                self.seen * 4,
+                &args,
+            )
+        }
+    }
+}

@@ -1,0 +1,336 @@
+//! One GPU: its stream, libraries, kernels and memory.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::sync::Arc;
+
+use cudarc::cublas::sys as blas;
+use cudarc::cusolver::sys as solver;
+use cudarc::driver::{CudaContext, CudaEvent, CudaStream, result, sys};
+
+use super::error::{CudaError, Named};
+use super::memory::{Buffer, Staging};
+use super::program::{Program, compiled};
+
+/// A GPU with everything that is queued on it. All work goes to one stream, in the order of the
+/// calls; nothing waits but [`Gpu::synchronize`] and copies to the host.
+///
+/// Belongs to the thread that opened it.
+pub struct Gpu {
+    pub(super) context: Arc<CudaContext>,
+    pub(super) stream: Arc<CudaStream>,
+    pub(super) blas: blas::cublasHandle_t,
+    pub(super) solver: solver::cusolverDnHandle_t,
+    pub(super) solver_params: solver::cusolverDnParams_t,
+    functions: RefCell<HashMap<(Program, &'static str), sys::CUfunction>>,
+    modules: RefCell<HashMap<Program, sys::CUmodule>>,
+    scratch: RefCell<HashMap<&'static str, Arc<Buffer>>>,
+    pub(super) staging: RefCell<Staging>,
+    ordinal: usize,
+    name: String,
+    capability: (i32, i32),
+}
+
+/// What [`Gpu::memory`] says, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryUse {
+    /// Allocated now.
+    pub used: usize,
+    /// Most that was ever allocated at a time.
+    pub peak: usize,
+    /// Free on the device, whoever uses the rest.
+    pub free: usize,
+    /// Of the device.
+    pub total: usize,
+}
+
+/// A moment in a stream, for the time that queued work takes.
+pub struct Mark(CudaEvent);
+
+impl Mark {
+    /// Waits until the stream has passed it.
+    pub(super) fn wait(&self) -> Result<(), CudaError> {
+        self.0.synchronize().named("waiting for a copy")
+    }
+
+    /// Seconds to a later mark; waits for it.
+    pub fn seconds_to(&self, later: &Mark) -> Result<f64, CudaError> {
+        Ok(f64::from(self.0.elapsed_ms(&later.0).named("reading the time")?) / 1e3)
+    }
+}
+
+/// A kernel argument.
+#[derive(Clone, Copy)]
+pub(super) struct Arg([u64; 4]);
+
+macro_rules! argument {
+    ($($type:ty),*) => {$(
+        impl From<$type> for Arg {
+            fn from(value: $type) -> Arg {
+                const { assert!(size_of::<$type>() <= 32 && align_of::<$type>() <= 8) };
+                let mut slot = [0u64; 4];
+                // SAFETY: the slot is as long and as aligned as the value, asserted above.
+                unsafe { slot.as_mut_ptr().cast::<$type>().write(value) };
+                Arg(slot)
+            }
+        }
+    )*};
+}
+argument!(u64, i32, i64, f32, super::sweep::Rule);
+
+impl From<&Buffer> for Arg {
+    fn from(buffer: &Buffer) -> Arg {
+        buffer.address().into()
+    }
+}
+
+impl Gpu {
+    /// Opens device `ordinal` with cuBLAS, cuSOLVER and NVRTC. Fails with the name of what is not
+    /// there.
+    pub fn open(ordinal: usize) -> Result<Arc<Gpu>, CudaError> {
+        super::probe::check(ordinal)?;
+        let context = CudaContext::new(ordinal).named("opening the device")?;
+        let stream = context.new_stream().named("creating a stream")?;
+        let capability = context
+            .compute_capability()
+            .named("reading the compute capability")?;
+        let blas = cudarc::cublas::result::create_handle().named("creating a handle")?;
+        let solver = cudarc::cusolver::result::dn_create().named("creating a handle")?;
+        let solver_params =
+            cudarc::cusolver::result::dn_create_params().named("creating params")?;
+        // SAFETY: handles and stream were created just now, for this context.
+        unsafe {
+            cudarc::cublas::result::set_stream(blas, stream.cu_stream().cast())
+                .named("setting the stream")?;
+            cudarc::cusolver::result::dn_set_stream(solver, stream.cu_stream().cast())
+                .named("setting the stream")?;
+            // Sums of half products stay in f32 also where cuBLAS splits a product.
+            blas::cublasSetMathMode(
+                blas,
+                blas::cublasMath_t::CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION,
+            )
+            .result()
+            .named("setting the math mode")?;
+        }
+        let gpu = Gpu {
+            name: context.name().named("reading the name")?,
+            context,
+            stream,
+            blas,
+            solver,
+            solver_params,
+            functions: RefCell::default(),
+            modules: RefCell::default(),
+            scratch: RefCell::default(),
+            staging: RefCell::default(),
+            ordinal,
+            capability,
+        };
+        gpu.keep_freed_memory()?;
+        #[allow(clippy::arc_with_non_send_sync)]
+        Ok(Arc::new(gpu))
+    }
+
+    /// `cuda:N`'s N.
+    pub fn ordinal(&self) -> usize {
+        self.ordinal
+    }
+
+    /// As the driver names it.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Waits for everything queued so far. A kernel that failed shows here.
+    pub fn synchronize(&self) -> Result<(), CudaError> {
+        self.stream.synchronize().named("waiting for the GPU")
+    }
+
+    /// Compiles and loads every kernel; returns the seconds it took.
+    pub fn compile_all(&self) -> Result<f64, CudaError> {
+        let start = std::time::Instant::now();
+        for program in Program::ALL {
+            self.module(program)?;
+        }
+        Ok(start.elapsed().as_secs_f64())
+    }
+
+    /// A moment in the stream.
+    pub fn mark(&self) -> Result<Mark, CudaError> {
+        let flags = sys::CUevent_flags::CU_EVENT_DEFAULT;
+        let event = self
+            .context
+            .new_event(Some(flags))
+            .named("creating an event")?;
+        event.record(&self.stream).named("recording an event")?;
+        Ok(Mark(event))
+    }
+
+    /// What NVRTC compiles for: the features of Hopper need the `a`.
+    pub(super) fn architecture(&self) -> String {
+        let (major, minor) = self.capability;
+        let own = if major == 9 { "a" } else { "" };
+        format!("sm_{major}{minor}{own}")
+    }
+
+    pub(super) fn raw_stream(&self) -> sys::CUstream {
+        self.stream.cu_stream()
+    }
+
+    fn pool(&self) -> Result<sys::CUmemoryPool, CudaError> {
+        let mut pool = std::ptr::null_mut();
+        // SAFETY: an out parameter of the right type.
+        unsafe { sys::cuDeviceGetDefaultMemPool(&mut pool, self.context.cu_device()) }
+            .result()
+            .named("finding the memory pool")?;
+        Ok(pool)
+    }
+
+    /// Freed memory stays mapped for the next allocation: mapping it anew costs milliseconds a
+    /// gigabyte, at every stage of every block.
+    fn keep_freed_memory(&self) -> Result<(), CudaError> {
+        let mut threshold = u64::MAX;
+        // SAFETY: the attribute is a u64.
+        unsafe {
+            sys::cuMemPoolSetAttribute(
+                self.pool()?,
+                sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD,
+                (&raw mut threshold).cast(),
+            )
+        }
+        .result()
+        .named("setting the memory pool")
+    }
+
+    /// Bytes allocated through the driver's pool, by this crate and by Burn alike.
+    pub fn memory(&self) -> Result<MemoryUse, CudaError> {
+        let pool = self.pool()?;
+        let read = |attribute| {
+            let mut value = 0u64;
+            // SAFETY: both attributes read are u64.
+            unsafe { sys::cuMemPoolGetAttribute(pool, attribute, (&raw mut value).cast()) }
+                .result()
+                .named("reading the memory pool")?;
+            Ok::<_, CudaError>(value as usize)
+        };
+        let (free, total) = self.context.mem_get_info().named("reading free memory")?;
+        Ok(MemoryUse {
+            used: read(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?,
+            peak: read(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH)?,
+            free,
+            total,
+        })
+    }
+
+    /// Working space that lives on under a name, grown where it is too small.
+    pub(super) fn scratch(
+        self: &Arc<Self>,
+        name: &'static str,
+        bytes: usize,
+    ) -> Result<Arc<Buffer>, CudaError> {
+        let mut all = self.scratch.borrow_mut();
+        if let Some(found) = all.get(name).filter(|buffer| buffer.bytes() >= bytes) {
+            return Ok(found.clone());
+        }
+        all.remove(name);
+        #[allow(clippy::arc_with_non_send_sync)]
+        let buffer = Arc::new(Buffer::new(self, bytes)?);
+        all.insert(name, buffer.clone());
+        Ok(buffer)
+    }
+
+    /// Gives the named working space back.
+    pub fn drop_scratch(&self) {
+        self.scratch.borrow_mut().clear();
+    }
+
+    fn function(&self, program: Program, name: &'static str) -> Result<sys::CUfunction, CudaError> {
+        if let Some(found) = self.functions.borrow().get(&(program, name)) {
+            return Ok(*found);
+        }
+        let module = self.module(program)?;
+        let c_name = std::ffi::CString::new(name).expect("kernel names hold no zero byte");
+        // SAFETY: the module is loaded and never unloaded.
+        let function =
+            unsafe { result::module::get_function(module, c_name) }.named("finding a kernel")?;
+        self.functions
+            .borrow_mut()
+            .insert((program, name), function);
+        Ok(function)
+    }
+
+    fn module(&self, program: Program) -> Result<sys::CUmodule, CudaError> {
+        if let Some(found) = self.modules.borrow().get(&program) {
+            return Ok(*found);
+        }
+        let cubin = compiled(program, &self.architecture())?;
+        // SAFETY: the image was compiled by NVRTC for this device, or verified to be such.
+        let module = unsafe { result::module::load_data(cubin.as_ptr().cast::<c_void>()) }
+            .named("loading kernels")?;
+        self.modules.borrow_mut().insert(program, module);
+        Ok(module)
+    }
+
+    /// Queues a kernel. `shared` bytes of dynamic shared memory are allowed for where they exceed
+    /// what every kernel may have.
+    ///
+    /// # Safety
+    /// The arguments are those of the kernel, and every address in them is valid for it.
+    pub(super) unsafe fn launch(
+        &self,
+        program: Program,
+        name: &'static str,
+        grid: [usize; 3],
+        block: [usize; 3],
+        shared: usize,
+        args: &[Arg],
+    ) -> Result<(), CudaError> {
+        if grid.contains(&0) {
+            return Ok(());
+        }
+        let function = self.function(program, name)?;
+        if shared > 48 << 10 {
+            // SAFETY: the function is loaded.
+            unsafe {
+                result::function::set_function_attribute(
+                    function,
+                    sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                    shared as i32,
+                )
+            }
+            .named("asking for shared memory")?;
+        }
+        let mut args = args.to_vec();
+        let mut pointers: Vec<*mut c_void> = args
+            .iter_mut()
+            .map(|arg| arg.0.as_mut_ptr().cast())
+            .collect();
+        let size = |d: [usize; 3]| (d[0] as u32, d[1] as u32, d[2] as u32);
+        // SAFETY: as the caller says; the driver copies the arguments before it returns.
+        unsafe {
+            result::launch_kernel(
+                function,
+                size(grid),
+                size(block),
+                shared as u32,
+                self.raw_stream(),
+                &mut pointers,
+            )
+        }
+        .named(name)
+    }
+}
+
+impl Drop for Gpu {
+    fn drop(&mut self) {
+        self.scratch.borrow_mut().clear();
+        // SAFETY: created in `open`, used nowhere else; errors at the end of a process are moot.
+        unsafe {
+            let _ = self.stream.synchronize();
+            let _ = cudarc::cublas::result::destroy_handle(self.blas);
+            let _ = cudarc::cusolver::result::dn_destroy_params(self.solver_params);
+            let _ = cudarc::cusolver::result::dn_destroy(self.solver);
+        }
+    }
+}

@@ -1,0 +1,362 @@
+//! `H = 2/n X^T X` on the GPU and its factor.
+
+use std::sync::Arc;
+
+use cudarc::cublas::sys::{
+    cublasComputeType_t as Compute, cublasOperation_t as Op, cudaDataType_t as Type,
+};
+use cudarc::cusolver::sys as solver;
+use gptq_types::DeviceMatrix;
+
+use super::Gpu;
+use super::error::{CudaError, Named};
+use super::memory::Buffer;
+use super::product::{Precision, Product, Side, half_type};
+use super::program::Program;
+
+/// Tiles a side of the sum: only those on and below the diagonal are computed, 5/8 of the work.
+const TILES: usize = 4;
+/// Rows of the factor that are narrowed at a time.
+const NARROW_ROWS: usize = 512;
+
+/// A running `X^T X`, then `H`, f32 `[features, features]`.
+pub struct DeviceHessian {
+    gpu: Arc<Gpu>,
+    features: usize,
+    values: Buffer,
+}
+
+/// `L^-1` with `J H J = L L^T`, f32 row-major `[features, features]`, lower triangular: the
+/// solver's `U` with rows and columns in reversed processing order.
+pub struct DeviceFactor {
+    pub(super) gpu: Arc<Gpu>,
+    pub(super) features: usize,
+    pub(super) values: Buffer,
+    /// `1 / U_ii^2`, reversed.
+    pub(super) importance: Buffer,
+}
+
+impl DeviceHessian {
+    /// All zero.
+    pub fn new(gpu: &Arc<Gpu>, features: usize) -> Result<Self, CudaError> {
+        Ok(DeviceHessian {
+            gpu: gpu.clone(),
+            features,
+            values: Buffer::zeros(gpu, features * features * 4)?,
+        })
+    }
+
+    /// Adds `x^T x`; sixteen-bit factors, f32 sums.
+    pub fn add(&mut self, x: DeviceMatrix) -> Result<(), CudaError> {
+        assert_eq!(x.columns, self.features, "in_features of the observed rows");
+        let k = self.features;
+        // A quarter on a boundary of 64 columns, so that tiles stay aligned.
+        let side = k.div_ceil(TILES).next_multiple_of(64);
+        let kind = half_type(x.dtype);
+        for row in (0..k).step_by(side) {
+            for col in (0..=row).step_by(side) {
+                let (height, width) = (side.min(k - row), side.min(k - col));
+                let half = |first: usize, op| Side {
+                    address: x.address + 2 * first as u64,
+                    op,
+                    kind,
+                    ld: k,
+                    stride: 0,
+                };
+                let c = Side {
+                    address: self.values.address() + 4 * (row * k + col) as u64,
+                    op: Op::CUBLAS_OP_N,
+                    kind: Type::CUDA_R_32F,
+                    ld: k,
+                    stride: 0,
+                };
+                // SAFETY: tiles lie inside x and the sum.
+                unsafe {
+                    self.gpu.product(&Product {
+                        size: [width, height, x.rows],
+                        alpha: 1.0,
+                        a: half(col, Op::CUBLAS_OP_N),
+                        b: half(row, Op::CUBLAS_OP_T),
+                        beta: 1.0,
+                        c,
+                        batch: 1,
+                        compute: Compute::CUBLAS_COMPUTE_32F,
+                    })?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Mirrors the computed triangle and multiplies with `scale`; returns the diagonal.
+    pub fn finish(&mut self, scale: f32) -> Result<Vec<f32>, CudaError> {
+        let k = self.features;
+        let tiles = k.div_ceil(32);
+        let args = [(&self.values).into(), (k as i32).into(), scale.into()];
+        // SAFETY: the matrix is [k, k].
+        unsafe {
+            self.gpu.launch(
+                Program::Hessian,
+                "finish_sum",
+                [tiles, tiles, 1],
+                [32, 8, 1],
+                0,
+                &args,
+            )?
+        };
+        let diagonal = Buffer::new(&self.gpu, k * 4)?;
+        let args = [(&diagonal).into(), (&self.values).into(), (k as i32).into()];
+        // SAFETY: k elements on the diagonal.
+        unsafe {
+            self.gpu.launch(
+                Program::Hessian,
+                "diagonal",
+                [k.div_ceil(256), 1, 1],
+                [256, 1, 1],
+                0,
+                &args,
+            )?
+        };
+        diagonal.to_host(k)
+    }
+
+    /// The GPU that it lies on.
+    pub fn gpu(&self) -> &Arc<Gpu> {
+        &self.gpu
+    }
+
+    /// All values, for tests and for a device that has to hand over.
+    pub fn to_host(&self) -> Result<Vec<f32>, CudaError> {
+        self.values.to_host(self.features * self.features)
+    }
+
+    /// Factors `H[order, order]` with `added[channel]` on its diagonal, in f64. `order` is the
+    /// processing order reversed. A pivot that is not positive is an error, in processing order.
+    pub fn factor(&self, order: &[u32], added: &[f64]) -> Result<DeviceFactor, CudaError> {
+        let (gpu, k) = (&self.gpu, self.features);
+        let a = Buffer::new(gpu, k * k * 8)?;
+        let order = Buffer::from_host(gpu, order)?;
+        let added = Buffer::from_host(gpu, added)?;
+        let args = [
+            (&a).into(),
+            (&self.values).into(),
+            (&order).into(),
+            (&added).into(),
+            (k as i32).into(),
+        ];
+        // SAFETY: order holds every channel once.
+        unsafe {
+            gpu.launch(
+                Program::Hessian,
+                "damp",
+                [k.div_ceil(256), k, 1],
+                [256, 1, 1],
+                0,
+                &args,
+            )?
+        };
+        gpu.cholesky(&a, k)?;
+        gpu.triangular_inverse(&a, k)?;
+        let values = gpu.narrowed(a, k)?;
+        let importance = Buffer::new(gpu, k * 4)?;
+        let args = [(&importance).into(), (&values).into(), (k as i32).into()];
+        // SAFETY: the factor is [k, k].
+        unsafe {
+            gpu.launch(
+                Program::Sweep { bf16: false },
+                "importance",
+                [k.div_ceil(256), 1, 1],
+                [256, 1, 1],
+                0,
+                &args,
+            )?;
+        }
+        Ok(DeviceFactor {
+            gpu: gpu.clone(),
+            features: k,
+            values,
+            importance,
+        })
+    }
+
+    /// `tr(E H E^T)` for `e` f32 `[features, n]`, to about three digits of each product.
+    pub fn weighted_square(&self, e: &Buffer, n: usize) -> Result<f64, CudaError> {
+        let (gpu, k) = (&self.gpu, self.features);
+        let product = gpu.scratch("measure", k * n * 4)?;
+        let sums = Buffer::new(gpu, n * 8)?;
+        // SAFETY: sizes as said; H is symmetric.
+        unsafe {
+            gpu.product_f32(
+                product.address(),
+                0.0,
+                1.0,
+                self.values.address(),
+                k,
+                false,
+                e.address(),
+                [k, k, n],
+                Precision::Tf32,
+            )?;
+            let args = [
+                (&sums).into(),
+                product.address().into(),
+                e.into(),
+                (k as i32).into(),
+                (n as i32).into(),
+            ];
+            gpu.launch(
+                Program::Hessian,
+                "column_dot",
+                [n.div_ceil(128), 1, 1],
+                [128, 1, 1],
+                0,
+                &args,
+            )?;
+        }
+        let sums: Vec<f64> = sums.to_host(n)?;
+        Ok(sums.iter().sum::<f64>().max(0.0))
+    }
+}
+
+/// cuSOLVER counts by columns: its upper triangle is the lower one of a row-major matrix.
+const UPPER: solver::cublasFillMode_t = solver::cublasFillMode_t::CUBLAS_FILL_MODE_UPPER;
+const F64: solver::cudaDataType_t = solver::cudaDataType_t::CUDA_R_64F;
+
+impl Gpu {
+    /// `a = R^T R` in place, R in cuSOLVER's upper triangle.
+    fn cholesky(self: &Arc<Self>, a: &Buffer, k: usize) -> Result<(), CudaError> {
+        let (mut on_device, mut on_host) = (0, 0);
+        let pointer = a.address() as *mut std::ffi::c_void;
+        let n = k as i64;
+        // SAFETY: out parameters and a [k, k] matrix of f64.
+        unsafe {
+            solver::cusolverDnXpotrf_bufferSize(
+                self.solver,
+                self.solver_params,
+                UPPER,
+                n,
+                F64,
+                pointer,
+                n,
+                F64,
+                &mut on_device,
+                &mut on_host,
+            )
+        }
+        .result()
+        .named("sizing the Cholesky factorisation")?;
+        let space = Buffer::new(self, on_device)?;
+        let mut host = vec![0u8; on_host];
+        let info = Buffer::zeros(self, 4)?;
+        // SAFETY: as above, with workspaces of the sizes asked for; `host` lives until the wait.
+        unsafe {
+            solver::cusolverDnXpotrf(
+                self.solver,
+                self.solver_params,
+                UPPER,
+                n,
+                F64,
+                pointer,
+                n,
+                F64,
+                space.address() as *mut _,
+                on_device,
+                host.as_mut_ptr().cast(),
+                on_host,
+                info.address() as *mut _,
+            )
+        }
+        .result()
+        .named("Cholesky factorisation")?;
+        match info.to_host::<i32>(1)?[0] {
+            0 => Ok(()),
+            minor @ 1.. => Err(CudaError::NotPositive {
+                row: k - minor as usize,
+            }),
+            _ => Err(CudaError::Invalid(
+                "cuSOLVER refused an argument of potrf".into(),
+            )),
+        }
+    }
+
+    /// `a = a^-1` in place, in the same triangle.
+    fn triangular_inverse(self: &Arc<Self>, a: &Buffer, k: usize) -> Result<(), CudaError> {
+        let (mut on_device, mut on_host) = (0, 0);
+        let pointer = a.address() as *mut std::ffi::c_void;
+        let n = k as i64;
+        let diagonal = solver::cublasDiagType_t::CUBLAS_DIAG_NON_UNIT;
+        // SAFETY: out parameters and a [k, k] matrix of f64.
+        unsafe {
+            solver::cusolverDnXtrtri_bufferSize(
+                self.solver,
+                UPPER,
+                diagonal,
+                n,
+                F64,
+                pointer,
+                n,
+                &mut on_device,
+                &mut on_host,
+            )
+        }
+        .result()
+        .named("sizing the triangular inverse")?;
+        let space = Buffer::new(self, on_device)?;
+        let mut host = vec![0u8; on_host];
+        let info = Buffer::zeros(self, 4)?;
+        // SAFETY: as above, with workspaces of the sizes asked for; `host` lives until the wait.
+        unsafe {
+            solver::cusolverDnXtrtri(
+                self.solver,
+                UPPER,
+                diagonal,
+                n,
+                F64,
+                pointer,
+                n,
+                space.address() as *mut _,
+                on_device,
+                host.as_mut_ptr().cast(),
+                on_host,
+                info.address() as *mut _,
+            )
+        }
+        .result()
+        .named("triangular inverse")?;
+        match info.to_host::<i32>(1)?[0] {
+            0 => Ok(()),
+            _ => Err(CudaError::Invalid(
+                "the Cholesky factor has a zero on its diagonal".into(),
+            )),
+        }
+    }
+
+    /// f32 of a `[k, k]` matrix of f64 in the first half of its own memory: the widest factor is
+    /// the largest thing beside the activations, and a second one would set the peak. Rows go
+    /// through a buffer of their own, since the front of the result overwrites rows already read.
+    fn narrowed(self: &Arc<Self>, a: Buffer, k: usize) -> Result<Buffer, CudaError> {
+        let staging = Buffer::new(self, NARROW_ROWS.min(k) * k * 4)?;
+        for first in (0..k).step_by(NARROW_ROWS) {
+            let count = NARROW_ROWS.min(k - first) * k;
+            let from = a.address() + (first * k * 8) as u64;
+            let args = [(&staging).into(), from.into(), (count as i64).into()];
+            // SAFETY: rows of a, and as many in the staging buffer.
+            unsafe {
+                self.launch(
+                    Program::Hessian,
+                    "narrow_f64",
+                    [count.div_ceil(256), 1, 1],
+                    [256, 1, 1],
+                    0,
+                    &args,
+                )?;
+            }
+            self.copy(
+                a.address() + (first * k * 4) as u64,
+                staging.address(),
+                count * 4,
+            )?;
+        }
+        Ok(a)
+    }
+}

@@ -1,0 +1,327 @@
+//! Memory on the GPU, pinned memory beside it, and copies between them.
+
+use std::ffi::c_void;
+use std::sync::Arc;
+
+use bytemuck::Pod;
+use cudarc::driver::result;
+use rayon::prelude::*;
+
+use super::error::{CudaError, Named};
+use super::{Gpu, Mark};
+
+/// Bytes on the GPU. Freed in the order of the stream: work queued before may still use them.
+pub struct Buffer {
+    gpu: Arc<Gpu>,
+    address: u64,
+    bytes: usize,
+}
+
+impl Buffer {
+    /// `bytes` of undefined content.
+    pub fn new(gpu: &Arc<Gpu>, bytes: usize) -> Result<Buffer, CudaError> {
+        // SAFETY: the stream is this GPU's.
+        let address =
+            unsafe { result::malloc_async(gpu.raw_stream(), bytes.max(1)) }.map_err(|_| {
+                CudaError::Memory {
+                    bytes,
+                    free: gpu.memory().map_or(0, |memory| memory.free),
+                }
+            })?;
+        Ok(Buffer {
+            gpu: gpu.clone(),
+            address,
+            bytes,
+        })
+    }
+
+    /// `bytes` of zero.
+    pub fn zeros(gpu: &Arc<Gpu>, bytes: usize) -> Result<Buffer, CudaError> {
+        let buffer = Buffer::new(gpu, bytes)?;
+        // SAFETY: the buffer has so many bytes.
+        unsafe { result::memset_d8_async(buffer.address, 0, bytes, gpu.raw_stream()) }
+            .named("clearing memory")?;
+        Ok(buffer)
+    }
+
+    /// A copy of host values.
+    pub fn from_host<T: Pod>(gpu: &Arc<Gpu>, values: &[T]) -> Result<Buffer, CudaError> {
+        let buffer = Buffer::new(gpu, size_of_val(values))?;
+        gpu.to_device(buffer.address, values)?;
+        Ok(buffer)
+    }
+
+    /// Of the first byte.
+    pub fn address(&self) -> u64 {
+        self.address
+    }
+
+    /// Length.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// The first `count` values; waits for all work queued so far.
+    pub fn to_host<T: Pod>(&self, count: usize) -> Result<Vec<T>, CudaError> {
+        assert!(count * size_of::<T>() <= self.bytes, "values in the buffer");
+        self.gpu.to_host(self.address, count)
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        // SAFETY: allocated on this stream and freed once.
+        let _ = unsafe { result::free_async(self.address, self.gpu.raw_stream()) };
+    }
+}
+
+/// Host memory that the GPU copies from and to at full speed.
+pub struct Pinned {
+    pointer: *mut c_void,
+    bytes: usize,
+}
+
+// SAFETY: plain memory; the pointer is the only one to it.
+unsafe impl Send for Pinned {}
+// SAFETY: shared access only reads.
+unsafe impl Sync for Pinned {}
+
+impl Pinned {
+    /// `bytes` of undefined content.
+    pub fn new(bytes: usize) -> Result<Pinned, CudaError> {
+        // SAFETY: plain allocation.
+        let pointer =
+            unsafe { result::malloc_host(bytes.max(1), 0) }.named("pinning host memory")?;
+        Ok(Pinned { pointer, bytes })
+    }
+
+    /// The content; undefined until something was written.
+    pub fn as_slice(&self) -> &[u8] {
+        // SAFETY: allocated with this length; any byte is a valid u8.
+        unsafe { std::slice::from_raw_parts(self.pointer.cast(), self.bytes) }
+    }
+
+    /// For writing.
+    pub fn as_mut_slice(&mut self) -> &mut [u8] {
+        // SAFETY: allocated with this length, and borrowed mutably.
+        unsafe { std::slice::from_raw_parts_mut(self.pointer.cast(), self.bytes) }
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `new` and freed once.
+        let _ = unsafe { result::free_host(self.pointer) };
+    }
+}
+
+/// Pageable memory crosses the bus at a fifth of its speed; from this size on copies go through
+/// pinned memory, filled and emptied by all threads.
+const STAGED_FROM: usize = 1 << 20;
+/// Bytes of a slot, and slots: one is on the bus while the next is filled.
+const SLOT: usize = 16 << 20;
+const SLOTS: usize = 3;
+/// Bytes that one thread copies.
+const SHARE: usize = 1 << 20;
+
+/// Pinned memory on the way of large copies.
+#[derive(Default)]
+pub(super) struct Staging(Vec<Slot>);
+
+struct Slot {
+    pinned: Pinned,
+    /// When the last copy through it is over.
+    over: Option<Mark>,
+}
+
+impl Slot {
+    fn wait(&mut self) -> Result<(), CudaError> {
+        self.over.take().map_or(Ok(()), |mark| mark.wait())
+    }
+}
+
+impl Staging {
+    fn slots(&mut self) -> Result<&mut [Slot], CudaError> {
+        while self.0.len() < SLOTS {
+            self.0.push(Slot {
+                pinned: Pinned::new(SLOT)?,
+                over: None,
+            });
+        }
+        Ok(&mut self.0)
+    }
+}
+
+fn copy_side_by_side(to: &mut [u8], from: &[u8]) {
+    (to.par_chunks_mut(SHARE).zip(from.par_chunks(SHARE)))
+        .for_each(|(to, from)| to.copy_from_slice(from));
+}
+
+impl Gpu {
+    /// Copies to the device. The host values may be changed once this returns.
+    pub fn to_device<T: Pod>(&self, address: u64, values: &[T]) -> Result<(), CudaError> {
+        let bytes: &[u8] = bytemuck::cast_slice(values);
+        if bytes.len() < STAGED_FROM {
+            // SAFETY: the caller vouches for the address; pageable memory is staged by the driver
+            // before the call returns.
+            return unsafe { result::memcpy_htod_async(address, bytes, self.raw_stream()) }
+                .named("copying to the GPU");
+        }
+        let mut staging = self.staging.borrow_mut();
+        let slots = staging.slots()?;
+        for (index, part) in bytes.chunks(SLOT).enumerate() {
+            let slot = &mut slots[index % SLOTS];
+            slot.wait()?;
+            let pinned = &mut slot.pinned.as_mut_slice()[..part.len()];
+            copy_side_by_side(pinned, part);
+            // SAFETY: as above; the slot is not written again before its mark has passed.
+            unsafe {
+                result::memcpy_htod_async(
+                    address + (index * SLOT) as u64,
+                    pinned,
+                    self.raw_stream(),
+                )
+            }
+            .named("copying to the GPU")?;
+            slot.over = Some(self.mark()?);
+        }
+        Ok(())
+    }
+
+    /// Copies from the device; waits for all work queued so far.
+    pub fn to_host<T: Pod>(&self, address: u64, count: usize) -> Result<Vec<T>, CudaError> {
+        let mut values = vec![T::zeroed(); count];
+        self.fill_host(address, &mut values)?;
+        Ok(values)
+    }
+
+    /// Copies from the device into `values`; waits for all work queued so far.
+    pub fn fill_host<T: Pod>(&self, address: u64, values: &mut [T]) -> Result<(), CudaError> {
+        let bytes: &mut [u8] = bytemuck::cast_slice_mut(values);
+        if bytes.len() < STAGED_FROM {
+            // SAFETY: the caller vouches for the address; the slice outlives the copy, waited for.
+            unsafe { result::memcpy_dtoh_async(bytes, address, self.raw_stream()) }
+                .named("copying from the GPU")?;
+            return self.synchronize();
+        }
+        let mut staging = self.staging.borrow_mut();
+        let slots = staging.slots()?;
+        let (total, parts) = (bytes.len(), bytes.len().div_ceil(SLOT));
+        let mut queued = 0;
+        for (index, part) in bytes.chunks_mut(SLOT).enumerate() {
+            while queued < parts && queued < index + SLOTS {
+                let slot = &mut slots[queued % SLOTS];
+                slot.wait()?;
+                let first = queued * SLOT;
+                let length = SLOT.min(total - first);
+                // SAFETY: the part lies inside what the caller vouches for, and inside the slot.
+                unsafe {
+                    result::memcpy_dtoh_async(
+                        &mut slot.pinned.as_mut_slice()[..length],
+                        address + first as u64,
+                        self.raw_stream(),
+                    )
+                }
+                .named("copying from the GPU")?;
+                slot.over = Some(self.mark()?);
+                queued += 1;
+            }
+            let slot = &mut slots[index % SLOTS];
+            slot.wait()?;
+            copy_side_by_side(part, &slot.pinned.as_slice()[..part.len()]);
+        }
+        Ok(())
+    }
+
+    /// Copies inside the device.
+    pub fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<(), CudaError> {
+        // SAFETY: the caller vouches for both addresses.
+        unsafe { result::memcpy_dtod_async(to, from, bytes, self.raw_stream()) }
+            .named("copying on the GPU")
+    }
+}
+
+/// Equal places for matrices that wait, as many on the GPU as fit and the rest in pinned memory.
+pub struct Shelf {
+    gpu: Arc<Gpu>,
+    place_bytes: usize,
+    device: Option<Buffer>,
+    on_device: usize,
+    host: Vec<Pinned>,
+}
+
+impl Shelf {
+    /// `places` of `place_bytes`, of which `on_device` are on the GPU.
+    pub fn new(
+        gpu: &Arc<Gpu>,
+        places: usize,
+        place_bytes: usize,
+        on_device: usize,
+    ) -> Result<Shelf, CudaError> {
+        let on_device = on_device.min(places);
+        let device = match on_device {
+            0 => None,
+            _ => Some(Buffer::new(gpu, on_device * place_bytes)?),
+        };
+        let host = (on_device..places)
+            .map(|_| Pinned::new(place_bytes))
+            .collect::<Result<_, _>>()?;
+        Ok(Shelf {
+            gpu: gpu.clone(),
+            place_bytes,
+            device,
+            on_device,
+            host,
+        })
+    }
+
+    /// Bytes in host memory.
+    pub fn host_bytes(&self) -> usize {
+        self.host.len() * self.place_bytes
+    }
+
+    fn device_address(&self, place: usize) -> Option<u64> {
+        let start = self.device.as_ref()?.address();
+        (place < self.on_device).then(|| start + (place * self.place_bytes) as u64)
+    }
+
+    /// Copies `bytes` at `from` to a place.
+    pub fn put(&self, place: usize, from: u64, bytes: usize) -> Result<(), CudaError> {
+        assert!(bytes <= self.place_bytes, "bytes of a place");
+        if let Some(address) = self.device_address(place) {
+            return self.gpu.copy(address, from, bytes);
+        }
+        let pinned = &self.host[place - self.on_device];
+        // SAFETY: pinned memory of at least `bytes`; only copies on this stream touch it, in order.
+        unsafe {
+            cudarc::driver::sys::cuMemcpyDtoHAsync_v2(
+                pinned.pointer,
+                from,
+                bytes,
+                self.gpu.raw_stream(),
+            )
+        }
+        .result()
+        .named("moving activations to host memory")
+    }
+
+    /// Copies `bytes` of a place to `to`.
+    pub fn get(&self, place: usize, to: u64, bytes: usize) -> Result<(), CudaError> {
+        assert!(bytes <= self.place_bytes, "bytes of a place");
+        if let Some(address) = self.device_address(place) {
+            return self.gpu.copy(to, address, bytes);
+        }
+        let pinned = &self.host[place - self.on_device];
+        // SAFETY: as in `put`.
+        unsafe {
+            cudarc::driver::sys::cuMemcpyHtoDAsync_v2(
+                to,
+                pinned.pointer,
+                bytes,
+                self.gpu.raw_stream(),
+            )
+        }
+        .result()
+        .named("moving activations from host memory")
+    }
+}

@@ -1,0 +1,30 @@
+//! The same arithmetic on NVIDIA GPUs: cuBLAS for products, cuSOLVER for factorisations, the
+//! sources in `kernels/` compiled by NVRTC for the rest.
+//!
+//! Libraries are opened when a [`Gpu`] is, never before: a program with this code runs on machines
+//! without any of them. All work of a [`Gpu`] is queued on one stream. Matrices come as addresses
+//! ([`gptq_types::DeviceMatrix`]), so that tensors of other libraries need no copy; whoever passes
+//! an address vouches for it.
+
+// The one place in the workspace that calls foreign code.
+#![allow(unsafe_code)]
+
+mod decoder;
+mod device;
+mod error;
+mod hessian;
+mod memory;
+mod probe;
+mod product;
+mod program;
+mod score;
+mod sweep;
+
+pub use decoder::{DeviceCache, Turn};
+pub use device::{Gpu, Mark, MemoryUse};
+pub use error::CudaError;
+pub use hessian::{DeviceFactor, DeviceHessian};
+pub use memory::{Buffer, Pinned, Shelf};
+pub use probe::{Found, check, devices, libraries};
+pub use score::{DeviceHead, RowScore};
+pub use sweep::{Cost, Rule, SWEEP_CHANNELS, Step, SweepPlan, Swept, SweptHost};

@@ -1,0 +1,157 @@
+//! Kernel sources, compiled by NVRTC for the device at hand and kept on disk.
+
+use std::ffi::{CString, c_char};
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::path::PathBuf;
+
+use cudarc::nvrtc::sys;
+
+use super::error::CudaError;
+
+/// One file of `kernels/`, for one kind of sixteen-bit float where it has any.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Program {
+    Decoder { bf16: bool },
+    Hessian,
+    Sweep { bf16: bool },
+}
+
+const PREAMBLE: &str = include_str!("../../../../kernels/half.cuh");
+
+impl Program {
+    pub const ALL: [Program; 5] = [
+        Program::Decoder { bf16: false },
+        Program::Decoder { bf16: true },
+        Program::Hessian,
+        Program::Sweep { bf16: false },
+        Program::Sweep { bf16: true },
+    ];
+
+    fn file(self) -> &'static str {
+        match self {
+            Program::Decoder { .. } => "decoder.cu",
+            Program::Hessian => "hessian.cu",
+            Program::Sweep { .. } => "sweep.cu",
+        }
+    }
+
+    fn source(self) -> String {
+        let own = match self {
+            Program::Decoder { .. } => include_str!("../../../../kernels/decoder.cu"),
+            Program::Hessian => include_str!("../../../../kernels/hessian.cu"),
+            Program::Sweep { .. } => include_str!("../../../../kernels/sweep.cu"),
+        };
+        format!("{PREAMBLE}{own}")
+    }
+
+    fn bf16(self) -> bool {
+        match self {
+            Program::Decoder { bf16 } | Program::Sweep { bf16 } => bf16,
+            Program::Hessian => false,
+        }
+    }
+}
+
+/// The machine code of a program, from the cache if it was compiled before with this source,
+/// these options and this version of NVRTC.
+pub(super) fn compiled(program: Program, architecture: &str) -> Result<Vec<u8>, CudaError> {
+    let source = program.source();
+    let options = [
+        format!("--gpu-architecture={architecture}"),
+        format!("-DBF16={}", u8::from(program.bf16())),
+        "--std=c++17".to_string(),
+    ];
+    let (mut major, mut minor) = (0, 0);
+    // SAFETY: two out parameters.
+    unsafe { sys::nvrtcVersion(&mut major, &mut minor) };
+    let mut hasher = DefaultHasher::new();
+    (&source, &options, major, minor).hash(&mut hasher);
+    let cached = cache_folder().map(|folder| {
+        let stem = program.file().trim_end_matches(".cu");
+        folder.join(format!(
+            "{stem}-{architecture}-{:016x}.cubin",
+            hasher.finish()
+        ))
+    });
+    if let Some(image) = cached.as_ref().and_then(|path| std::fs::read(path).ok())
+        && image.starts_with(b"\x7fELF")
+    {
+        return Ok(image);
+    }
+    let image = compile(program.file(), &source, &options, architecture)?;
+    if let Some(path) = cached {
+        keep(&path, &image);
+    }
+    Ok(image)
+}
+
+/// A cache that cannot be written only costs the next start some seconds.
+fn keep(path: &std::path::Path, image: &[u8]) {
+    let Some(folder) = path.parent() else { return };
+    let beside = path.with_extension(format!("{}.partial", std::process::id()));
+    let written = std::fs::create_dir_all(folder).and_then(|()| std::fs::write(&beside, image));
+    if written
+        .and_then(|()| std::fs::rename(&beside, path))
+        .is_err()
+    {
+        let _ = std::fs::remove_file(&beside);
+    }
+}
+
+fn cache_folder() -> Option<PathBuf> {
+    let base = match std::env::var_os("XDG_CACHE_HOME") {
+        Some(folder) if !folder.is_empty() => PathBuf::from(folder),
+        _ => PathBuf::from(std::env::var_os("HOME")?).join(".cache"),
+    };
+    Some(base.join("gptq").join("kernels"))
+}
+
+fn compile(
+    file: &'static str,
+    source: &str,
+    options: &[String],
+    architecture: &str,
+) -> Result<Vec<u8>, CudaError> {
+    let text = |text: &str| CString::new(text).expect("sources hold no zero byte");
+    let (source, name) = (text(source), text(file));
+    let options: Vec<CString> = options.iter().map(|option| text(option)).collect();
+    let pointers: Vec<*const c_char> = options.iter().map(|option| option.as_ptr()).collect();
+    let failed = |log: String| CudaError::Compile {
+        file,
+        architecture: architecture.to_string(),
+        log,
+    };
+    let mut program = std::ptr::null_mut();
+    // SAFETY: all pointers live until the program is destroyed; sizes are NVRTC's own.
+    unsafe {
+        let created = sys::nvrtcCreateProgram(
+            &mut program,
+            source.as_ptr(),
+            name.as_ptr(),
+            0,
+            std::ptr::null_mut(),
+            std::ptr::null_mut(),
+        );
+        if created != sys::nvrtcResult::NVRTC_SUCCESS {
+            return Err(failed(format!("{created:?}")));
+        }
+        let status =
+            sys::nvrtcCompileProgram(program, pointers.len() as i32, pointers.as_ptr().cast_mut());
+        let image = if status == sys::nvrtcResult::NVRTC_SUCCESS {
+            let mut size = 0;
+            sys::nvrtcGetCUBINSize(program, &mut size);
+            let mut image = vec![0u8; size];
+            sys::nvrtcGetCUBIN(program, image.as_mut_ptr().cast());
+            Ok(image)
+        } else {
+            let mut size = 0;
+            sys::nvrtcGetProgramLogSize(program, &mut size);
+            let mut log = vec![0u8; size];
+            sys::nvrtcGetProgramLog(program, log.as_mut_ptr().cast());
+            let log = String::from_utf8_lossy(&log);
+            Err(failed(log.trim_end_matches('\0').replace('\n', "; ")))
+        };
+        sys::nvrtcDestroyProgram(&mut program);
+        image
+    }
+}

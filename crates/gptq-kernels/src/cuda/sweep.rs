@@ -1,0 +1,364 @@
+//! The GPTQ sweep of one linear on the GPU.
+
+use std::sync::Arc;
+
+use gptq_types::{DeviceMatrix, Dtype};
+
+use super::Gpu;
+use super::error::CudaError;
+use super::hessian::{DeviceFactor, DeviceHessian};
+use super::memory::Buffer;
+use super::product::Precision;
+use super::program::Program;
+
+/// Channels of one sweep, `B` in the paper; the kernel's shared memory is cut for it.
+pub const SWEEP_CHANNELS: usize = 128;
+const OUTPUTS: usize = 32;
+const LANES: usize = 8;
+/// A tile of weights and a tile of the factor, f32.
+const SHARED: usize = (SWEEP_CHANNELS * OUTPUTS + SWEEP_CHANNELS * SWEEP_CHANNELS) * 4;
+
+/// What a grid may look like; the kernels' own struct.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Rule {
+    /// Largest code.
+    pub max_code: f32,
+    /// Smallest zero that the format can store.
+    pub min_zero: f32,
+    /// Smallest share of a group's range that the scale search tries.
+    pub least: f32,
+    /// Not 0: zero is the middle code.
+    pub sym: i32,
+    /// Not 0: search for the scale of least error.
+    pub search: i32,
+}
+
+/// A step of the sweep, in rows of the reversed processing order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Fits the grid of one group from its rows `first..first + count` as they stand.
+    Fit {
+        /// The group.
+        group: usize,
+        /// Its first row.
+        first: usize,
+        /// Its rows.
+        count: usize,
+    },
+    /// Rounds rows `last - 1` down to `first`, at most [`SWEEP_CHANNELS`], and passes their errors
+    /// on to all rows before.
+    Sweep {
+        /// The row rounded last.
+        first: usize,
+        /// One past the row rounded first.
+        last: usize,
+        /// Whole groups lie inside, and are fitted as they begin.
+        fit_inside: bool,
+    },
+}
+
+/// Order and groups of a layer, on the GPU; shared by the linears of a stage.
+pub struct SweepPlan {
+    gpu: Arc<Gpu>,
+    features: usize,
+    groups: usize,
+    /// Stored channel of each row.
+    channels: Buffer,
+    /// Group of each row.
+    group_of_row: Buffer,
+    /// Group of each stored channel.
+    g_idx: Buffer,
+    /// Rows of each group one group after the other, and where each begins: for grids that are
+    /// fixed before the first row is rounded.
+    fixed: Option<(Buffer, Buffer)>,
+    steps: Vec<Step>,
+}
+
+impl SweepPlan {
+    /// `channels[row]` and `group_of_row[row]` in reversed processing order; with `fixed_grids`
+    /// all grids are fitted to the untouched weights.
+    pub fn new(
+        gpu: &Arc<Gpu>,
+        channels: &[u32],
+        group_of_row: &[u32],
+        groups: usize,
+        fixed_grids: bool,
+        steps: Vec<Step>,
+    ) -> Result<Self, CudaError> {
+        let mut g_idx = vec![0u32; channels.len()];
+        let mut members: Vec<Vec<u32>> = vec![Vec::new(); groups];
+        for (row, (&channel, &group)) in channels.iter().zip(group_of_row).enumerate() {
+            g_idx[channel as usize] = group;
+            members[group as usize].push(row as u32);
+        }
+        let fixed = match fixed_grids {
+            false => None,
+            true => {
+                let mut starts = vec![0u32];
+                for rows in &members {
+                    starts.push(starts.last().copied().unwrap_or(0) + rows.len() as u32);
+                }
+                let rows = members.concat();
+                Some((
+                    Buffer::from_host(gpu, &rows)?,
+                    Buffer::from_host(gpu, &starts)?,
+                ))
+            }
+        };
+        Ok(SweepPlan {
+            gpu: gpu.clone(),
+            features: channels.len(),
+            groups,
+            channels: Buffer::from_host(gpu, channels)?,
+            group_of_row: Buffer::from_host(gpu, group_of_row)?,
+            g_idx: Buffer::from_host(gpu, &g_idx)?,
+            fixed,
+            steps,
+        })
+    }
+}
+
+/// Codes of a linear, still on the GPU.
+pub struct Swept {
+    codes: Buffer,
+    scales: Buffer,
+    zeros: Buffer,
+    cost: Buffer,
+    features: usize,
+    groups: usize,
+    outputs: usize,
+}
+
+/// The same on the host.
+pub struct SweptHost {
+    /// `[features, outputs]`, stored order.
+    pub codes: Vec<u8>,
+    /// `[groups, outputs]`, f16 values.
+    pub scales: Vec<f32>,
+    /// `[groups, outputs]`, whole numbers.
+    pub zeros: Vec<f32>,
+    /// Sum of squared errors over `U_ii`.
+    pub compensated_error: f64,
+}
+
+impl Swept {
+    /// Copies everything to the host; waits for it.
+    pub fn to_host(&self) -> Result<SweptHost, CudaError> {
+        let grids = self.groups * self.outputs;
+        Ok(SweptHost {
+            codes: self.codes.to_host(self.features * self.outputs)?,
+            scales: self.scales.to_host(grids)?,
+            zeros: self.zeros.to_host(grids)?,
+            compensated_error: self.cost.to_host::<f64>(self.outputs)?.iter().sum(),
+        })
+    }
+}
+
+fn program(weight: DeviceMatrix) -> Program {
+    Program::Sweep {
+        bf16: weight.dtype == Dtype::BF16,
+    }
+}
+
+const BLOCK: [usize; 3] = [OUTPUTS, LANES, 1];
+
+impl DeviceFactor {
+    /// Rounds `weight [outputs, features]`, which is left as it is.
+    pub fn sweep(
+        &self,
+        weight: DeviceMatrix,
+        plan: &SweepPlan,
+        rule: Rule,
+    ) -> Result<Swept, CudaError> {
+        let (gpu, k, n) = (&self.gpu, self.features, weight.rows);
+        assert!(weight.columns == k && plan.features == k, "in_features");
+        let w = gpu.scratch("weight", k * n * 4)?;
+        gpu.gather_weight(w.address(), weight, &plan.channels)?;
+        let errors = gpu.scratch("errors", SWEEP_CHANNELS * n * 4)?;
+        let swept = Swept {
+            codes: Buffer::new(gpu, k * n)?,
+            scales: Buffer::zeros(gpu, plan.groups * n * 4)?,
+            zeros: Buffer::zeros(gpu, plan.groups * n * 4)?,
+            cost: Buffer::zeros(gpu, n * 8)?,
+            features: k,
+            groups: plan.groups,
+            outputs: n,
+        };
+        let program = program(weight);
+        let columns = n.div_ceil(OUTPUTS);
+        let fit = |first: usize, count: usize, group: usize, groups: usize| {
+            let (rows, starts) = match &plan.fixed {
+                Some((rows, starts)) => (rows.address(), starts.address()),
+                None => (0, 0),
+            };
+            let args = [
+                (&swept.scales).into(),
+                (&swept.zeros).into(),
+                w.address().into(),
+                (&self.importance).into(),
+                rows.into(),
+                starts.into(),
+                (first as i32).into(),
+                (count as i32).into(),
+                (group as i32).into(),
+                (n as i32).into(),
+                rule.into(),
+            ];
+            // SAFETY: rows lie inside the weight, groups inside the grids.
+            unsafe { gpu.launch(program, "fit_groups", [columns, groups, 1], BLOCK, 0, &args) }
+        };
+        if plan.fixed.is_some() {
+            fit(0, 0, 0, plan.groups)?;
+        }
+        for &step in &plan.steps {
+            match step {
+                Step::Fit {
+                    group,
+                    first,
+                    count,
+                } => fit(first, count, group, 1)?,
+                Step::Sweep {
+                    first,
+                    last,
+                    fit_inside,
+                } => {
+                    let args = [
+                        (&swept.codes).into(),
+                        (&swept.scales).into(),
+                        (&swept.zeros).into(),
+                        errors.address().into(),
+                        (&swept.cost).into(),
+                        w.address().into(),
+                        (&self.values).into(),
+                        (&self.importance).into(),
+                        (&plan.group_of_row).into(),
+                        (&plan.channels).into(),
+                        (k as i32).into(),
+                        (n as i32).into(),
+                        (first as i32).into(),
+                        (last as i32).into(),
+                        i32::from(fit_inside).into(),
+                        rule.into(),
+                    ];
+                    // SAFETY: at most SWEEP_CHANNELS rows inside the weight; the plan's promise.
+                    unsafe {
+                        gpu.launch(program, "sweep", [columns, 1, 1], BLOCK, SHARED, &args)?;
+                        let rows = self.values.address() + 4 * (first * k) as u64;
+                        gpu.product_f32(
+                            w.address(),
+                            1.0,
+                            -1.0,
+                            rows,
+                            k,
+                            true,
+                            errors.address(),
+                            [first, last - first, n],
+                            Precision::True,
+                        )?;
+                    }
+                }
+            }
+        }
+        Ok(swept)
+    }
+}
+
+impl Gpu {
+    fn gather_weight(
+        &self,
+        out: u64,
+        weight: DeviceMatrix,
+        channels: &Buffer,
+    ) -> Result<(), CudaError> {
+        let (n, k) = (weight.rows, weight.columns);
+        let args = [
+            out.into(),
+            weight.address.into(),
+            channels.into(),
+            (k as i32).into(),
+            (n as i32).into(),
+        ];
+        let grid = [k.div_ceil(32), n.div_ceil(32), 1];
+        // SAFETY: out has [k, n] elements, channels every channel once.
+        unsafe { self.launch(program(weight), "gather_weight", grid, [32, 8, 1], 0, &args) }
+    }
+}
+
+/// What a rounding costs, as [`DeviceHessian::weighted_square`] of three matrices.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Cost {
+    /// Of rounding the weight to nearest on plain grids of its groups.
+    pub rtn_error: f64,
+    /// Of the weight itself.
+    pub signal: f64,
+}
+
+impl DeviceHessian {
+    /// Cost of rounding `weight [outputs, features]` to nearest, groups of `size` channels.
+    pub fn rounding_cost(
+        &self,
+        weight: DeviceMatrix,
+        size: usize,
+        rule: Rule,
+    ) -> Result<Cost, CudaError> {
+        let (n, k) = (weight.rows, weight.columns);
+        let gpu = self.gpu();
+        let stored: Vec<u32> = (0..k as u32).collect();
+        let stored = Buffer::from_host(gpu, &stored)?;
+        let w = gpu.scratch("weight", k * n * 4)?;
+        gpu.gather_weight(w.address(), weight, &stored)?;
+        let e = Buffer::new(gpu, k * n * 4)?;
+        let args = [
+            (&e).into(),
+            w.address().into(),
+            (k as i32).into(),
+            (n as i32).into(),
+            (size as i32).into(),
+            rule.into(),
+        ];
+        let grid = [n.div_ceil(OUTPUTS), k.div_ceil(size), 1];
+        // SAFETY: e and w are [k, n].
+        unsafe { gpu.launch(program(weight), "rounding_error", grid, BLOCK, 0, &args)? };
+        let rtn_error = self.weighted_square(&e, n)?;
+        gpu.copy(e.address(), w.address(), k * n * 4)?;
+        Ok(Cost {
+            rtn_error,
+            signal: self.weighted_square(&e, n)?,
+        })
+    }
+
+    /// Writes the rounded weight over `weight [outputs, features]` and returns `tr(E H E^T)` of
+    /// what that changed.
+    pub fn put_back(
+        &self,
+        weight: DeviceMatrix,
+        swept: &Swept,
+        plan: &SweepPlan,
+    ) -> Result<f64, CudaError> {
+        let (n, k) = (weight.rows, weight.columns);
+        let gpu = self.gpu();
+        let e = gpu.scratch("weight", k * n * 4)?;
+        let args = [
+            weight.address.into(),
+            e.address().into(),
+            (&swept.codes).into(),
+            (&swept.scales).into(),
+            (&swept.zeros).into(),
+            (&plan.g_idx).into(),
+            (k as i32).into(),
+            (n as i32).into(),
+        ];
+        let grid = [k.div_ceil(32), n.div_ceil(32), 1];
+        // SAFETY: codes and e are [k, n], the grids [groups, n], g_idx below groups.
+        unsafe { gpu.launch(program(weight), "put_back", grid, [32, 8, 1], 0, &args)? };
+        self.weighted_square(&e, n)
+    }
+}
+
+impl SweepPlan {
+    /// The GPU that it lies on.
+    pub fn gpu(&self) -> &Arc<Gpu> {
+        &self.gpu
+    }
+}

@@ -1,0 +1,323 @@
+//! A stage on the GPU: the same steps as on the processor, on matrices that never leave it but as
+//! codes.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use gptq_kernels::cuda::{
+    CudaError, DeviceFactor, DeviceHessian, Gpu, Mark, Rule, SWEEP_CHANNELS, Step, SweepPlan,
+    SweptHost,
+};
+use gptq_types::{
+    ActivationSink, Activations, LayerLoss, Phase, PhaseTimes, QuantSpec, SolvedLayer, Weight,
+};
+use half::f16;
+
+use crate::factor::Damping;
+use crate::hessian::check_finite;
+use crate::search::least_share;
+use crate::stage::{Facts, Rounded, StageSolver, StageSum, count, factor_flop};
+use crate::{Order, QuantizeError};
+
+/// `H` on the GPU while tokens arrive.
+pub struct DeviceSum {
+    gpu: Arc<Gpu>,
+    hessian: DeviceHessian,
+    tokens: usize,
+    marks: Vec<(Mark, Mark)>,
+    trouble: Option<CudaError>,
+}
+
+impl DeviceSum {
+    /// For linears of `features` input channels.
+    pub fn new(gpu: &Arc<Gpu>, features: usize) -> Result<Self, QuantizeError> {
+        Ok(DeviceSum {
+            gpu: gpu.clone(),
+            hessian: DeviceHessian::new(gpu, features)?,
+            tokens: 0,
+            marks: Vec::new(),
+            trouble: None,
+        })
+    }
+
+    fn add(&mut self, x: gptq_types::DeviceMatrix) -> Result<(), CudaError> {
+        let before = self.gpu.mark()?;
+        self.hessian.add(x)?;
+        self.marks.push((before, self.gpu.mark()?));
+        Ok(())
+    }
+}
+
+impl ActivationSink for DeviceSum {
+    fn observe(&mut self, x: Activations<'_>, tokens: usize, _in_features: usize) {
+        let Activations::Device(x) = x else {
+            unreachable!("a decoder on the GPU shows rows that lie there");
+        };
+        if let Err(error) = self.add(x) {
+            self.trouble.get_or_insert(error);
+        }
+        self.tokens += tokens;
+    }
+}
+
+impl StageSum for DeviceSum {
+    fn elapsed(&mut self) -> Result<Duration, QuantizeError> {
+        let mut seconds = 0.0;
+        for (before, after) in &self.marks {
+            seconds += before.seconds_to(after)?;
+        }
+        Ok(Duration::from_secs_f64(seconds))
+    }
+
+    fn finish(
+        mut self: Box<Self>,
+        spec: &QuantSpec,
+        times: &mut PhaseTimes,
+    ) -> Result<Box<dyn StageSolver>, QuantizeError> {
+        if let Some(error) = self.trouble.take() {
+            return Err(error.into());
+        }
+        if self.tokens == 0 {
+            return Err(QuantizeError::NoTokens);
+        }
+        let scale = 2.0 / self.tokens as f32;
+        let diagonal = times.time(Phase::Hessian, || self.hessian.finish(scale))?;
+        check_finite(&diagonal)?;
+        times.add_flop(Phase::Factor, factor_flop(diagonal.len()));
+        times.time(Phase::Factor, || {
+            DeviceStage::new(&self.gpu, self.hessian, &diagonal, self.tokens, spec)
+                .map(|stage| Box::new(stage) as Box<dyn StageSolver>)
+        })
+    }
+}
+
+/// `H`, its factor and the order of the sweep, on the GPU.
+pub struct DeviceStage {
+    hessian: DeviceHessian,
+    factor: DeviceFactor,
+    plan: SweepPlan,
+    order: Order,
+    facts: Facts,
+}
+
+impl DeviceStage {
+    fn new(
+        gpu: &Arc<Gpu>,
+        hessian: DeviceHessian,
+        diagonal: &[f32],
+        tokens: usize,
+        spec: &QuantSpec,
+    ) -> Result<Self, QuantizeError> {
+        let order = Order::new(spec.order, spec.group_size, diagonal);
+        let channels: Vec<u32> = order.channels.iter().rev().map(|&c| c as u32).collect();
+        let groups: Vec<u32> = order.groups.iter().rev().copied().collect();
+        let plan = SweepPlan::new(
+            gpu,
+            &channels,
+            &groups,
+            spec.group_size.count(diagonal.len()),
+            order.fixed_grids,
+            steps(&order),
+        )?;
+        let damping = Damping::new(diagonal);
+        let attempt = |share| match hessian.factor(&channels, &damping.added(diagonal, share)) {
+            Ok(factor) => Ok(Ok(factor)),
+            Err(CudaError::NotPositive { row }) => Ok(Err(row)),
+            Err(error) => Err(error.into()),
+        };
+        let (factor, damp_used, escalations) = damping.escalate(spec.damp_percent, attempt)?;
+        Ok(DeviceStage {
+            facts: Facts {
+                tokens,
+                damp_used,
+                escalations,
+                dead_channels: damping.dead_channels,
+            },
+            hessian,
+            factor,
+            plan,
+            order,
+        })
+    }
+}
+
+/// Blocks of the sweep as the processor cuts them, counted from the other end.
+fn steps(order: &Order) -> Vec<Step> {
+    let k = order.channels.len();
+    let rows = |first: usize, last: usize| (k - last, k - first);
+    let mut steps = Vec::new();
+    let mut first = 0;
+    while first < k {
+        let last = order.block_end(first, SWEEP_CHANNELS);
+        let begins = !order.fixed_grids && order.begins_group(first);
+        let fit_inside = begins && order.group_end(first) <= last;
+        if begins && !fit_inside {
+            let (begin, end) = rows(first, order.group_end(first));
+            steps.push(Step::Fit {
+                group: order.groups[first] as usize,
+                first: begin,
+                count: end - begin,
+            });
+        }
+        let (begin, end) = rows(first, last);
+        steps.push(Step::Sweep {
+            first: begin,
+            last: end,
+            fit_inside,
+        });
+        first = last;
+    }
+    steps
+}
+
+fn rule(spec: &QuantSpec) -> Rule {
+    Rule {
+        max_code: spec.bits.max_code() as f32,
+        min_zero: spec.min_zero() as f32,
+        least: least_share(spec.bits),
+        sym: spec.sym.into(),
+        search: spec.scale_search.into(),
+    }
+}
+
+impl StageSolver for DeviceStage {
+    fn facts(&self) -> Facts {
+        self.facts
+    }
+
+    fn round(
+        &self,
+        weight: Weight,
+        out_features: usize,
+        spec: &QuantSpec,
+        times: &mut PhaseTimes,
+    ) -> Result<Rounded, QuantizeError> {
+        let Weight::Device(there) = weight else {
+            unreachable!("a decoder on the GPU has its weights there");
+        };
+        assert_eq!(there.rows, out_features, "out_features of the weight");
+        let size = spec.group_size.resolve(there.columns);
+        let rule = rule(spec);
+        count(times, there.columns, out_features);
+        let cost = times.time(Phase::Measure, || {
+            self.hessian.rounding_cost(there, size, rule)
+        })?;
+        let (swept, host) = times.time(Phase::Sweep, || {
+            let swept = self.factor.sweep(there, &self.plan, rule)?;
+            let host = swept.to_host()?;
+            Ok::<_, CudaError>((swept, host))
+        })?;
+        let error = times.time(Phase::Measure, || {
+            self.hessian.put_back(there, &swept, &self.plan)
+        })?;
+        Ok(Rounded {
+            layer: self.layer(host, out_features, spec)?,
+            loss: LayerLoss {
+                error,
+                rtn_error: cost.rtn_error,
+                signal: cost.signal,
+                damp_used: self.facts.damp_used,
+                damp_escalations: self.facts.escalations,
+                dead_channels: self.facts.dead_channels,
+            },
+            weight,
+        })
+    }
+}
+
+impl DeviceStage {
+    fn layer(
+        &self,
+        swept: SweptHost,
+        out_features: usize,
+        spec: &QuantSpec,
+    ) -> Result<SolvedLayer, QuantizeError> {
+        if let Some(at) = swept.scales.iter().position(|scale| !scale.is_finite()) {
+            return Err(QuantizeError::ScaleOverflow {
+                group: at / out_features,
+                scale: swept.scales[at],
+            });
+        }
+        Ok(SolvedLayer {
+            bits: spec.bits,
+            in_features: self.order.channels.len(),
+            out_features,
+            codes: swept.codes,
+            scales: swept
+                .scales
+                .iter()
+                .map(|&scale| f16::from_f32(scale))
+                .collect(),
+            zeros: swept.zeros.iter().map(|&zero| zero as u16).collect(),
+            g_idx: self.order.g_idx(),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use gptq_types::{ColumnOrder, GroupSize};
+
+    use super::*;
+
+    fn steps_of(k: usize, size: GroupSize, order: ColumnOrder) -> Vec<Step> {
+        let diagonal: Vec<f32> = (0..k).map(|i| i as f32 + 1.0).collect();
+        steps(&Order::new(order, size, &diagonal))
+    }
+
+    #[test]
+    fn every_row_is_swept_once_from_the_last_to_the_first() {
+        for (k, size) in [(172, 64), (172, 16), (11008, 128), (600, 256), (300, 136)] {
+            let size = GroupSize::Channels(size);
+            for order in [
+                ColumnOrder::Natural,
+                ColumnOrder::ActOrder,
+                ColumnOrder::ActOrderStaticGroups,
+                ColumnOrder::GroupAware,
+            ] {
+                let mut next = k;
+                for step in steps_of(k, size, order) {
+                    if let Step::Sweep { first, last, .. } = step {
+                        assert_eq!(last, next);
+                        assert!(last - first <= SWEEP_CHANNELS && last > first);
+                        next = first;
+                    }
+                }
+                assert_eq!(next, 0);
+            }
+        }
+    }
+
+    #[test]
+    fn a_group_longer_than_a_sweep_is_fitted_before_its_first_row() {
+        let steps = steps_of(300, GroupSize::None, ColumnOrder::Natural);
+        let fit = Step::Fit {
+            group: 0,
+            first: 0,
+            count: 300,
+        };
+        assert_eq!(steps[0], fit);
+        assert_eq!(
+            steps
+                .iter()
+                .filter(|step| matches!(step, Step::Fit { .. }))
+                .count(),
+            1
+        );
+        let short = steps_of(172, GroupSize::Channels(64), ColumnOrder::Natural);
+        let whole = |first, last| Step::Sweep {
+            first,
+            last,
+            fit_inside: true,
+        };
+        assert_eq!(short, [whole(44, 172), whole(0, 44)]);
+        // The rest of a long group is not swept together with the short one after it.
+        let mixed = steps_of(172, GroupSize::Channels(136), ColumnOrder::Natural);
+        assert!(mixed.contains(&Step::Sweep {
+            first: 36,
+            last: 44,
+            fit_inside: false
+        }));
+        assert_eq!(mixed.last(), Some(&whole(0, 36)));
+    }
+}

@@ -1,0 +1,162 @@
+//! The linears that share one input, on whatever device the input is: first a sum over tokens,
+//! then one factor, then a solution for each linear.
+
+use std::time::{Duration, Instant};
+
+use gptq_types::{ActivationSink, LayerLoss, Phase, PhaseTimes, QuantSpec, SolvedLayer, Weight};
+
+use crate::{
+    Factor, Hessian, HessianSum, QuantizeError, output_error, round_to_nearest, signal, solve,
+};
+
+/// The sum while tokens arrive.
+pub trait StageSum: ActivationSink {
+    /// Time spent in it so far, so that the forward pass can be timed without it.
+    fn elapsed(&mut self) -> Result<Duration, QuantizeError>;
+
+    /// Damps and factors; adds the time of both steps to `times`.
+    fn finish(
+        self: Box<Self>,
+        spec: &QuantSpec,
+        times: &mut PhaseTimes,
+    ) -> Result<Box<dyn StageSolver>, QuantizeError>;
+}
+
+/// What a factor says about its stage.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Facts {
+    /// Tokens that went into the Hessian.
+    pub tokens: usize,
+    /// Share of the mean diagonal that was added in the end.
+    pub damp_used: f64,
+    /// Failed factorisations before.
+    pub escalations: u32,
+    /// Channels that were zero on every token.
+    pub dead_channels: usize,
+}
+
+/// A rounded linear.
+pub struct Rounded {
+    /// Codes and grids.
+    pub layer: SolvedLayer,
+    /// What the rounding cost.
+    pub loss: LayerLoss,
+    /// The dequantised weight, for the stages that follow.
+    pub weight: Weight,
+}
+
+/// Solves linears with the factor that they share.
+pub trait StageSolver {
+    /// About the factor.
+    fn facts(&self) -> Facts;
+
+    /// Rounds one linear; adds the time of the sweep and of measuring to `times`.
+    fn round(
+        &self,
+        weight: Weight,
+        out_features: usize,
+        spec: &QuantSpec,
+        times: &mut PhaseTimes,
+    ) -> Result<Rounded, QuantizeError>;
+}
+
+/// A Cholesky factorisation and a triangular inverse, a third of `K^3` each.
+pub(crate) fn factor_flop(features: usize) -> f64 {
+    2.0 / 3.0 * (features as f64).powi(3)
+}
+
+/// The trailing updates of a sweep, and the three products that measure what it did.
+pub(crate) fn count(times: &mut PhaseTimes, in_features: usize, out_features: usize) {
+    let square = (in_features as f64).powi(2) * out_features as f64;
+    times.add_flop(Phase::Sweep, square);
+    times.add_flop(Phase::Measure, 6.0 * square);
+}
+
+/// A stage on the processor.
+pub struct HostStage {
+    sum: HessianSum,
+    elapsed: Duration,
+}
+
+impl HostStage {
+    /// For linears of `features` input channels.
+    pub fn new(features: usize) -> Self {
+        HostStage {
+            sum: HessianSum::new(features),
+            elapsed: Duration::ZERO,
+        }
+    }
+}
+
+impl ActivationSink for HostStage {
+    fn observe(&mut self, x: gptq_types::Activations<'_>, tokens: usize, in_features: usize) {
+        let start = Instant::now();
+        self.sum.observe(x, tokens, in_features);
+        self.elapsed += start.elapsed();
+    }
+}
+
+impl StageSum for HostStage {
+    fn elapsed(&mut self) -> Result<Duration, QuantizeError> {
+        Ok(self.elapsed)
+    }
+
+    fn finish(
+        self: Box<Self>,
+        spec: &QuantSpec,
+        times: &mut PhaseTimes,
+    ) -> Result<Box<dyn StageSolver>, QuantizeError> {
+        let hessian = times.time(Phase::Hessian, || self.sum.finish())?;
+        let factor = times.time(Phase::Factor, || Factor::new(&hessian, spec))?;
+        times.add_flop(Phase::Factor, factor_flop(hessian.features()));
+        Ok(Box::new(HostSolver { hessian, factor }))
+    }
+}
+
+struct HostSolver {
+    hessian: Hessian,
+    factor: Factor,
+}
+
+impl StageSolver for HostSolver {
+    fn facts(&self) -> Facts {
+        Facts {
+            tokens: self.hessian.tokens(),
+            damp_used: self.factor.damp_used,
+            escalations: self.factor.escalations,
+            dead_channels: self.factor.dead_channels,
+        }
+    }
+
+    fn round(
+        &self,
+        weight: Weight,
+        out_features: usize,
+        spec: &QuantSpec,
+        times: &mut PhaseTimes,
+    ) -> Result<Rounded, QuantizeError> {
+        let Weight::Host(weight) = weight else {
+            unreachable!("a decoder on the processor has its weights in host memory");
+        };
+        let solved = times.time(Phase::Sweep, || {
+            solve(&weight, out_features, &self.factor, spec)
+        })?;
+        count(times, self.hessian.features(), out_features);
+        let loss = times.time(Phase::Measure, || {
+            let rounded = round_to_nearest(&weight, out_features, spec)?;
+            Ok::<_, QuantizeError>(LayerLoss {
+                error: output_error(&self.hessian, &weight, &solved.layer),
+                rtn_error: output_error(&self.hessian, &weight, &rounded),
+                signal: signal(&self.hessian, &weight, out_features),
+                damp_used: self.factor.damp_used,
+                damp_escalations: self.factor.escalations,
+                dead_channels: self.factor.dead_channels,
+            })
+        })?;
+        Ok(Rounded {
+            weight: Weight::Host(solved.layer.dequantise()),
+            layer: solved.layer,
+            loss,
+        })
+    }
+}

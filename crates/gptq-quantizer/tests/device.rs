@@ -1,0 +1,239 @@
+//! The solver on the GPU against the solver on the processor, over every setting. Skipped by name
+//! where there is no GPU.
+#![cfg(feature = "cuda")]
+#![allow(clippy::print_stderr)]
+
+use std::sync::Arc;
+
+use gptq_kernels::cuda::{Buffer, Gpu};
+use gptq_quantizer::{DeviceSum, HostStage, QuantizeError, Rounded, StageSum};
+use gptq_types::{
+    ActivationSink, Activations, Bits, CheckpointFormat, ColumnOrder, DeviceMatrix, Dtype,
+    GroupSize, PhaseTimes, QuantSpec, Weight,
+};
+use half::f16;
+
+/// Sums in another order put codes on a rounding boundary elsewhere; what they cost stays.
+const RELATIVE_ERROR_TOLERANCE: f64 = 5e-3;
+
+struct Random(u64);
+
+impl Random {
+    fn uniform(&mut self) -> f32 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005);
+        self.0 = self.0.wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 40) as f32 / (1u64 << 24) as f32
+    }
+
+    fn normal(&mut self) -> f32 {
+        (0..12).map(|_| self.uniform()).sum::<f32>() - 6.0
+    }
+}
+
+/// Inputs `[tokens, k]` and a weight `[n, k]`, both exact in f16.
+struct Problem {
+    k: usize,
+    n: usize,
+    tokens: usize,
+    x: Vec<f16>,
+    weight: Vec<f16>,
+}
+
+fn problem(k: usize, n: usize, tokens: usize) -> Problem {
+    let mut random = Random(k as u64 * 31 + n as u64);
+    let size: Vec<f32> = (0..k).map(|_| (random.normal() * 0.8).exp()).collect();
+    let mut x = Vec::with_capacity(tokens * k);
+    for _ in 0..tokens {
+        let shared = random.normal();
+        x.extend(
+            size.iter()
+                .map(|s| f16::from_f32(s * (random.normal() + 0.7 * shared))),
+        );
+    }
+    let weight = (0..n * k)
+        .map(|_| f16::from_f32(random.normal() * 0.05))
+        .collect();
+    Problem {
+        k,
+        n,
+        tokens,
+        x,
+        weight,
+    }
+}
+
+fn gpu() -> Option<Arc<Gpu>> {
+    match Gpu::open(0) {
+        Ok(gpu) => Some(gpu),
+        Err(error) => {
+            eprintln!("skipped: no GPU ({error})");
+            None
+        }
+    }
+}
+
+fn matrix(buffer: &Buffer, rows: usize, columns: usize) -> DeviceMatrix {
+    DeviceMatrix {
+        address: buffer.address(),
+        rows,
+        columns,
+        dtype: Dtype::F16,
+    }
+}
+
+type Solved = Result<(Rounded, gptq_quantizer::Facts), QuantizeError>;
+
+fn on_device(gpu: &Arc<Gpu>, p: &Problem, spec: &QuantSpec) -> Solved {
+    let mut times = PhaseTimes::default();
+    let x = Buffer::from_host(gpu, &p.x)?;
+    let weight = Buffer::from_host(gpu, &p.weight)?;
+    let mut sum = Box::new(DeviceSum::new(gpu, p.k)?);
+    sum.observe(
+        Activations::Device(matrix(&x, p.tokens, p.k)),
+        p.tokens,
+        p.k,
+    );
+    let solver = sum.finish(spec, &mut times)?;
+    let there = Weight::Device(matrix(&weight, p.n, p.k));
+    let rounded = solver.round(there, p.n, spec, &mut times)?;
+    // What later stages see is what the file says.
+    let put_back: Vec<f16> = weight.to_host(p.n * p.k)?;
+    let dequantised = rounded.layer.dequantise();
+    for (n, row) in put_back.chunks(p.k).enumerate() {
+        for (k, value) in row.iter().enumerate() {
+            assert_eq!(
+                *value,
+                f16::from_f32(dequantised[k * p.n + n]),
+                "weight [{k}, {n}]"
+            );
+        }
+    }
+    Ok((rounded, solver.facts()))
+}
+
+fn on_host(p: &Problem, spec: &QuantSpec) -> Solved {
+    let mut times = PhaseTimes::default();
+    let x: Vec<f32> = p.x.iter().map(|x| x.to_f32()).collect();
+    let mut weight = vec![0.0; p.n * p.k];
+    for (n, row) in p.weight.chunks(p.k).enumerate() {
+        for (k, value) in row.iter().enumerate() {
+            weight[k * p.n + n] = value.to_f32();
+        }
+    }
+    let mut sum = Box::new(HostStage::new(p.k));
+    sum.observe(Activations::Host(&x), p.tokens, p.k);
+    let solver = sum.finish(spec, &mut times)?;
+    let rounded = solver.round(Weight::Host(weight), p.n, spec, &mut times)?;
+    Ok((rounded, solver.facts()))
+}
+
+fn close(got: f64, want: f64, what: &str) {
+    let difference = (got / want - 1.0).abs();
+    assert!(
+        difference < RELATIVE_ERROR_TOLERANCE,
+        "{what}: {got} against {want}"
+    );
+}
+
+const ORDERS: [ColumnOrder; 4] = [
+    ColumnOrder::Natural,
+    ColumnOrder::ActOrder,
+    ColumnOrder::ActOrderStaticGroups,
+    ColumnOrder::GroupAware,
+];
+
+#[test]
+fn the_gpu_rounds_as_well_as_the_processor_for_every_setting() {
+    let Some(gpu) = gpu() else { return };
+    for (k, n) in [(172, 43), (320, 130), (600, 96)] {
+        let p = problem(k, n, 2 * k);
+        for bits in Bits::ALL {
+            for group in [
+                GroupSize::Channels(16),
+                GroupSize::Channels(64),
+                GroupSize::Channels(136),
+                GroupSize::None,
+            ] {
+                for order in ORDERS {
+                    for (sym, scale_search) in
+                        [(true, true), (true, false), (false, true), (false, false)]
+                    {
+                        let spec = QuantSpec {
+                            bits,
+                            group_size: group,
+                            order,
+                            sym,
+                            scale_search,
+                            ..QuantSpec::published()
+                        };
+                        let what = format!("{k}x{n} {spec:?}");
+                        let (device, _) = on_device(&gpu, &p, &spec).expect(&what);
+                        let (host, _) = on_host(&p, &spec).expect(&what);
+                        // At 8 bits a handful of codes on a boundary decide.
+                        let slack = if bits == Bits::Eight { 2.0 } else { 1.0 };
+                        let (got, want) = (device.loss.error, host.loss.error);
+                        assert!(
+                            (got / want - 1.0).abs() < RELATIVE_ERROR_TOLERANCE * slack,
+                            "{what}: {got} against {want}"
+                        );
+                        close(device.loss.rtn_error, host.loss.rtn_error, &what);
+                        close(device.loss.signal, host.loss.signal, &what);
+                        assert_eq!(device.layer.g_idx, host.layer.g_idx, "{what}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn two_runs_give_the_same_codes() {
+    let Some(gpu) = gpu() else { return };
+    let p = problem(704, 200, 3000);
+    let spec = QuantSpec::published();
+    let (first, _) = on_device(&gpu, &p, &spec).unwrap();
+    let (second, _) = on_device(&gpu, &p, &spec).unwrap();
+    assert_eq!(first.layer, second.layer);
+}
+
+#[test]
+fn dead_channels_and_singular_hessians_are_counted_alike() {
+    let Some(gpu) = gpu() else { return };
+    let mut p = problem(160, 40, 60); // fewer tokens than channels
+    for row in p.x.chunks_mut(160) {
+        row[5] = f16::ZERO;
+        row[77] = f16::ZERO;
+    }
+    for format in [CheckpointFormat::Gptq, CheckpointFormat::GptqV2] {
+        let spec = QuantSpec {
+            format,
+            ..QuantSpec::published()
+        };
+        let (device, device_facts) = on_device(&gpu, &p, &spec).unwrap();
+        let (host, host_facts) = on_host(&p, &spec).unwrap();
+        assert_eq!(device_facts, host_facts);
+        assert_eq!(device_facts.dead_channels, 2);
+        close(device.loss.error, host.loss.error, "singular");
+    }
+    // So little damping that f64 cannot tell the matrix from a singular one.
+    let spec = QuantSpec {
+        damp_percent: 1e-18,
+        ..QuantSpec::published()
+    };
+    let (_, device_facts) = on_device(&gpu, &p, &spec).unwrap();
+    let (_, host_facts) = on_host(&p, &spec).unwrap();
+    assert!(device_facts.escalations > 0, "{device_facts:?}");
+    assert!(host_facts.escalations > 0, "{host_facts:?}");
+}
+
+#[test]
+fn an_activation_that_overflowed_is_named() {
+    let Some(gpu) = gpu() else { return };
+    let mut p = problem(64, 32, 100);
+    p.x[3 * 64 + 17] = f16::INFINITY;
+    let error = on_device(&gpu, &p, &QuantSpec::published()).err().unwrap();
+    assert!(
+        matches!(error, QuantizeError::NotFinite { channel: 17, .. }),
+        "{error}"
+    );
+}

@@ -1,0 +1,269 @@
+// The GPTQ sweep (Frantar et al. 2022, algorithm 1) over at most 128 input channels.
+//
+// Rows of w, l and codes stand in reversed processing order: with J the reversal and
+// J H J = L L^T, row a of L^-1 holds what the error of the channel at position K-1-a does to the
+// channels after it, which are the rows b < a. So a sweep runs from the last row to the first and
+// the factor is used as the solver library leaves it.
+//
+// A block of threads serves 32 outputs; its 8 lanes share the rows of each output. All lanes of an
+// output compute its codes alike, so one barrier a channel is enough.
+
+#define OUTPUTS 32
+#define LANES 8
+#define CHANNELS 128
+#define CANDIDATES 46
+
+struct Rule {
+    float max_code;
+    float min_zero;
+    float least; // smallest share of the range that the search tries
+    int sym;
+    int search;
+};
+
+__device__ __forceinline__ float to_half(float x) {
+    unsigned short y;
+    float z;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
+    asm("cvt.f32.f16 %0, %1;" : "=f"(z) : "h"(y));
+    return z;
+}
+
+// The nearest f16 that is neither zero nor subnormal; 1 for an all-zero group.
+__device__ __forceinline__ float storable(float scale) {
+    return scale == 0.0f ? 1.0f : to_half(fmaxf(scale, 6.103515625e-5f));
+}
+
+__device__ __forceinline__ float2 fit_range(float low, float high, Rule rule) {
+    if (rule.sym) {
+        float reach = fmaxf(high, -low);
+        return make_float2(storable(__fdiv_rn(2.0f * reach, rule.max_code)), (rule.max_code + 1.0f) * 0.5f);
+    }
+    if (low == 0.0f && high == 0.0f) return make_float2(1.0f, fmaxf(rule.min_zero, 1.0f));
+    float scale = storable(__fdiv_rn(high - low, rule.max_code));
+    float zero = fminf(fmaxf(roundf(__fdiv_rn(-low, scale)), 0.0f), rule.max_code);
+    if (zero >= rule.min_zero) return make_float2(scale, zero);
+    return make_float2(storable(__fdiv_rn(high, rule.max_code - rule.min_zero)), rule.min_zero);
+}
+
+__device__ __forceinline__ float nearest(float x, float zero, float max_code) {
+    return rintf(fminf(fmaxf(x, -zero), max_code - zero));
+}
+
+// Share of a group's range that candidate c covers.
+__device__ __forceinline__ float share_of(float c, Rule rule) {
+    return __fsub_rn(1.0f, __fdiv_rn(__fmul_rn(c, 1.0f - rule.least), CANDIDATES - 1));
+}
+
+// Grid of `count` weights w[rows ? rows[i] : i] * stride] that the lanes of one output share.
+// weight[i] says how much the squared error of row i counts. All threads of the block call it.
+__device__ float2 fit(const float* w, long long stride, const unsigned* rows, const float* importance,
+                      int count, Rule rule, bool live) {
+    __shared__ float part[3][LANES][OUTPUTS];
+    int x = threadIdx.x, lane = threadIdx.y;
+    float low = 0, high = 0;
+    if (live)
+        for (int i = lane; i < count; i += LANES) {
+            float v = w[(rows ? rows[i] : i) * stride];
+            low = fminf(low, v);
+            high = fmaxf(high, v);
+        }
+    __syncthreads();
+    part[0][lane][x] = low;
+    part[1][lane][x] = high;
+    __syncthreads();
+    for (int l = 0; l < LANES; l++) {
+        low = fminf(low, part[0][l][x]);
+        high = fmaxf(high, part[1][l][x]);
+    }
+    if (!rule.search) return fit_range(low, high, rule);
+    float best = INFINITY, best_c = 0;
+    if (live)
+        for (int c = lane; c < CANDIDATES; c += LANES) {
+            float share = share_of(c, rule);
+            float2 grid = fit_range(low * share, high * share, rule);
+            float inverse = 1.0f / grid.x, error = 0;
+            for (int i = count - 1; i >= 0; i--) {
+                unsigned row = rows ? rows[i] : i;
+                float v = w[row * stride];
+                float e = v - nearest(v * inverse, grid.y, rule.max_code) * grid.x;
+                error += importance[row] * e * e;
+            }
+            if (error < best) {
+                best = error;
+                best_c = c;
+            }
+        }
+    __syncthreads();
+    part[0][lane][x] = best;
+    part[1][lane][x] = best_c;
+    __syncthreads();
+    for (int l = 0; l < LANES; l++) {
+        float error = part[0][l][x], c = part[1][l][x];
+        if (error < best || (error == best && c < best_c)) {
+            best = error;
+            best_c = c;
+        }
+    }
+    float share = share_of(best_c, rule);
+    return fit_range(low * share, high * share, rule);
+}
+
+extern "C" {
+
+// importance[a] = 1 / l[a][a]^2.
+__global__ void importance(float* out, const float* l, int k) {
+    int a = blockIdx.x * blockDim.x + threadIdx.x;
+    if (a < k) {
+        float d = l[(long long)a * k + a];
+        out[a] = 1.0f / (d * d);
+    }
+}
+
+// Grids of groups that do not lie inside one sweep: the rows of group first_group + blockIdx.y are
+// rows[starts[g]..starts[g + 1]], or first_row.. without a list. Grid: (n / 32, groups).
+__global__ void fit_groups(float* scales, float* zeros, const float* w, const float* weight,
+                           const unsigned* rows, const unsigned* starts, int first_row, int count,
+                           int first_group, int n, Rule rule) {
+    int col = blockIdx.x * OUTPUTS + threadIdx.x;
+    bool live = col < n;
+    int group = first_group + blockIdx.y;
+    const unsigned* list = 0;
+    const float *from = w + col, *importance = weight;
+    if (rows) {
+        list = rows + starts[group];
+        count = starts[group + 1] - starts[group];
+    } else {
+        from += (long long)first_row * n;
+        importance += first_row;
+    }
+    float2 grid = fit(from, n, list, importance, count, rule, live);
+    if (live && threadIdx.y == 0) {
+        scales[(long long)group * n + col] = grid.x;
+        zeros[(long long)group * n + col] = grid.y;
+    }
+}
+
+// Rows last-1 down to first (last - first <= 128) of w [k, n]; errors [128, n] gets row a's
+// (w - q) / l_aa at a - first. groups[a] is the group of row a. With `inside` a grid is fitted
+// where a group begins, which then ends inside the sweep; else scales and zeros hold it already.
+// codes [k, n] in stored order, channel[a] the stored channel of row a. cost[n] sums errors^2.
+__global__ void sweep(unsigned char* codes, float* scales, float* zeros, float* errors, double* cost,
+                      const float* w, const float* l, const float* weight, const unsigned* groups,
+                      const unsigned* channel, int k, int n, int first, int last, int inside,
+                      Rule rule) {
+    extern __shared__ float shared[];
+    float* tile = shared;                       // [CHANNELS][OUTPUTS]
+    float* factor = shared + CHANNELS * OUTPUTS; // [CHANNELS][CHANNELS]
+    int x = threadIdx.x, lane = threadIdx.y, rows = last - first;
+    int col = blockIdx.x * OUTPUTS + x;
+    bool live = col < n;
+    for (int r = lane; r < rows; r += LANES)
+        tile[r * OUTPUTS + x] = live ? w[(long long)(first + r) * n + col] : 0.0f;
+    for (int at = lane * OUTPUTS + x; at < rows * rows; at += LANES * OUTPUTS) {
+        int r = at / rows, c = at % rows;
+        factor[r * CHANNELS + c] = c <= r ? l[(long long)(first + r) * k + first + c] : 0.0f;
+    }
+    __syncthreads();
+
+    float scale = 1, zero = 0;
+    double sum = 0;
+    unsigned current = 0xffffffffu;
+    for (int r = rows - 1; r >= 0; r--) {
+        unsigned group = groups[first + r];
+        if (group != current) {
+            current = group;
+            if (inside) {
+                int begin = r;
+                while (begin > 0 && groups[first + begin - 1] == group) begin--;
+                float2 grid = fit(tile + begin * OUTPUTS + x, OUTPUTS, 0, weight + first + begin,
+                                  r + 1 - begin, rule, live);
+                scale = grid.x;
+                zero = grid.y;
+                if (live && lane == 0) {
+                    scales[(long long)group * n + col] = scale;
+                    zeros[(long long)group * n + col] = zero;
+                }
+            } else if (live) {
+                scale = scales[(long long)group * n + col];
+                zero = zeros[(long long)group * n + col];
+            }
+        }
+        float v = tile[r * OUTPUTS + x];
+        float steps = nearest(__fdiv_rn(v, scale), zero, rule.max_code);
+        float error = __fdiv_rn(v - steps * scale, factor[r * CHANNELS + r]);
+        if (lane == (r & (LANES - 1)) && live) {
+            codes[(long long)channel[first + r] * n + col] = (unsigned char)(int)(steps + zero);
+            errors[(long long)r * n + col] = error;
+        }
+        sum += (double)error * error;
+        for (int b = lane; b < r; b += LANES)
+            tile[b * OUTPUTS + x] -= error * factor[r * CHANNELS + b];
+        __syncthreads();
+    }
+    if (live && lane == 0) cost[col] += sum;
+}
+
+// e = w - round_to_nearest(w) for w [k, n] in stored order, groups of `size` channels.
+// Grid: (n / 32, groups).
+__global__ void rounding_error(float* e, const float* w, int k, int n, int size, Rule rule) {
+    int col = blockIdx.x * OUTPUTS + threadIdx.x;
+    bool live = col < n;
+    int first = blockIdx.y * size, count = min(size, k - first);
+    const float* from = w + (long long)first * n + col;
+    rule.search = 0;
+    float2 grid = fit(from, n, 0, 0, count, rule, live);
+    if (!live) return;
+    for (int i = threadIdx.y; i < count; i += LANES) {
+        float v = from[(long long)i * n];
+        float steps = nearest(__fdiv_rn(v, grid.x), grid.y, rule.max_code);
+        e[(long long)(first + i) * n + col] = v - steps * grid.x;
+    }
+}
+
+// out[a][n] = weight[n][channel[a]]: sixteen-bit [n, k] to f32 [k, n]. Grid: (k / 32, n / 32),
+// block (32, 8). Reads are scattered only where the order is.
+__global__ void gather_weight(float* out, const half16* weight, const unsigned* channel, int k, int n) {
+    __shared__ float tile[32][33];
+    int a0 = blockIdx.x * 32, n0 = blockIdx.y * 32;
+    int a = a0 + threadIdx.x;
+    unsigned from = a < k ? channel[a] : 0;
+    for (int i = threadIdx.y; i < 32; i += 8)
+        if (a < k && n0 + i < n) tile[i][threadIdx.x] = widen(weight[(long long)(n0 + i) * k + from]);
+    __syncthreads();
+    for (int i = threadIdx.y; i < 32; i += 8)
+        if (a0 + i < k && n0 + threadIdx.x < n)
+            out[(long long)(a0 + i) * n + n0 + threadIdx.x] = tile[threadIdx.x][i];
+}
+
+// weight[n][c] = scale * (code - zero) rounded to sixteen bits, e[c][n] = the f32 weight before
+// minus scale * (code - zero). Grid: (k / 32, n / 32), block (32, 8).
+__global__ void put_back(half16* weight, float* e, const unsigned char* codes, const float* scales,
+                         const float* zeros, const unsigned* g_idx, int k, int n) {
+    __shared__ float tile[32][33];
+    int c0 = blockIdx.x * 32, n0 = blockIdx.y * 32;
+    for (int i = threadIdx.y; i < 32; i += 8) {
+        int c = c0 + i, col = n0 + threadIdx.x;
+        if (c < k && col < n) {
+            long long grid = (long long)g_idx[c] * n + col;
+            tile[i][threadIdx.x] = scales[grid] * ((float)codes[(long long)c * n + col] - zeros[grid]);
+        }
+    }
+    __syncthreads();
+    for (int i = threadIdx.y; i < 32; i += 8) {
+        int c = c0 + threadIdx.x, col = n0 + i;
+        if (c < k && col < n) {
+            long long at = (long long)col * k + c;
+            float q = tile[threadIdx.x][i], before = widen(weight[at]);
+            weight[at] = narrow(q);
+            tile[threadIdx.x][i] = before - q;
+        }
+    }
+    __syncthreads();
+    for (int i = threadIdx.y; i < 32; i += 8) {
+        int c = c0 + i, col = n0 + threadIdx.x;
+        if (c < k && col < n) e[(long long)c * n + col] = tile[i][threadIdx.x];
+    }
+}
+
+}
