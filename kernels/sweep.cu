@@ -111,15 +111,6 @@ __device__ float2 fit(const float* w, long long stride, const unsigned* rows, co
 
 extern "C" {
 
-// importance[a] = 1 / l[a][a]^2.
-__global__ void importance(float* out, const float* l, int k) {
-    int a = blockIdx.x * blockDim.x + threadIdx.x;
-    if (a < k) {
-        float d = l[(long long)a * k + a];
-        out[a] = 1.0f / (d * d);
-    }
-}
-
 // Grids of groups that do not lie inside one sweep: the rows of group first_group + blockIdx.y are
 // rows[starts[g]..starts[g + 1]], or first_row.. without a list. Grid: (n / 32, groups).
 __global__ void fit_groups(float* scales, float* zeros, const float* w, const float* weight,

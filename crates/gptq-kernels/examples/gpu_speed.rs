@@ -63,7 +63,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         timed("finish", start)?;
         let mean = diagonal.iter().sum::<f32>() / k as f32;
         let start = Instant::now();
-        let factor = hessian.factor(&order, &vec![f64::from(mean) * 0.1; k])?;
+        let added = vec![f64::from(mean) * 0.1; k];
+        let factor = hessian.factor(&order, &added, &vec![1.0; k])?;
         timed("factor", start)?;
         for search in [0, 1] {
             let rule = Rule {

@@ -15,6 +15,9 @@ use gptq_types::{Bits, ColumnOrder, GroupSize, LayerName, QuantSpec, Stage, Weig
 
 /// Codes on a rounding boundary may fall either way in f32 and f64.
 const RELATIVE_ERROR_TOLERANCE: f64 = 1e-3;
+/// Of two scales that are equally good by the search's measure either may win: in a linear of 64
+/// outputs one other scale moves the whole error by a thousandth.
+const SEARCHED_TOLERANCE: f64 = 5e-3;
 
 const ORDERS: [ColumnOrder; 4] = [
     ColumnOrder::Natural,
@@ -106,8 +109,12 @@ fn errors_match_the_f64_reference_and_stay_below_rounding() {
                 GroupSize::None,
             ] {
                 for order in ORDERS {
-                    for sym in [true, false] {
+                    let both = [true, false];
+                    for (sym, scale_search) in
+                        both.into_iter().flat_map(|sym| both.map(|s| (sym, s)))
+                    {
                         let spec = QuantSpec {
+                            scale_search,
                             bits,
                             group_size,
                             order,
@@ -123,7 +130,11 @@ fn errors_match_the_f64_reference_and_stay_below_rounding() {
                         let relative = (got / expected - 1.0).abs();
                         worst = worst.max(relative);
                         let what = format!("{} with {spec:?}", case.layer);
-                        assert!(relative < RELATIVE_ERROR_TOLERANCE, "{relative:e}: {what}");
+                        let tolerance = match scale_search {
+                            true => SEARCHED_TOLERANCE,
+                            false => RELATIVE_ERROR_TOLERANCE,
+                        };
+                        assert!(relative < tolerance, "{relative:e}: {what}");
 
                         let rounded = round_to_nearest(&case.weight, n, &spec).unwrap();
                         let rtn = output_error(&case.hessian, &case.weight, &rounded);

@@ -13,7 +13,7 @@ use gptq_types::{
 };
 use half::f16;
 
-use crate::factor::Damping;
+use crate::factor::{Damping, importance};
 use crate::hessian::check_finite;
 use crate::search::least_share;
 use crate::stage::{Facts, Rounded, StageSolver, StageSum, count, factor_flop};
@@ -120,10 +120,15 @@ impl DeviceStage {
             steps(&order),
         )?;
         let damping = Damping::new(diagonal);
-        let attempt = |share| match hessian.factor(&channels, &damping.added(diagonal, share)) {
-            Ok(factor) => Ok(Ok(factor)),
-            Err(CudaError::NotPositive { row }) => Ok(Err(row)),
-            Err(error) => Err(error.into()),
+        let attempt = |share| {
+            let added = damping.added(diagonal, share);
+            let mut weights = importance(&order, diagonal, &added);
+            weights.reverse();
+            match hessian.factor(&channels, &added, &weights) {
+                Ok(factor) => Ok(Ok(factor)),
+                Err(CudaError::NotPositive { row }) => Ok(Err(row)),
+                Err(error) => Err(error.into()),
+            }
         };
         let (factor, damp_used, escalations) = damping.escalate(spec.damp_percent, attempt)?;
         Ok(DeviceStage {

@@ -17,6 +17,9 @@ pub struct Factor {
     /// `[K, K]` row-major, upper triangular, rows and columns in processing order:
     /// `(H + damp I)^-1 = U^T U`.
     pub u: Vec<f32>,
+    /// `[K]` in processing order: the diagonal of `H + damp I`, by which the scale search weighs
+    /// the squared error of each channel.
+    pub importance: Vec<f32>,
     /// Share of the mean diagonal that was added in the end.
     pub damp_used: f64,
     /// Failed factorisations before.
@@ -43,7 +46,9 @@ impl Factor {
             };
             Ok(inverse_cholesky(k, damped).map_err(|error| error.pivot))
         })?;
+        let added = damping.added(&diagonal, damp_used);
         Ok(Factor {
+            importance: importance(&order, &diagonal, &added),
             order,
             u,
             damp_used,
@@ -51,6 +56,12 @@ impl Factor {
             dead_channels: damping.dead_channels,
         })
     }
+}
+
+/// The damped diagonal, in processing order.
+pub(crate) fn importance(order: &Order, diagonal: &[f32], added: &[f64]) -> Vec<f32> {
+    let of = |&channel: &usize| (f64::from(diagonal[channel]) + added[channel]) as f32;
+    order.channels.iter().map(of).collect()
 }
 
 /// What is added to the diagonal of a Hessian.

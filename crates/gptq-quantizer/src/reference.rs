@@ -24,7 +24,7 @@ pub fn gptq(w: &[f64], h: &[f64], n: usize, spec: &QuantSpec) -> Option<SolvedLa
         };
         h[order.channels[i] * k + order.channels[j]] + damp
     };
-    let u = cholesky(&inverse(&cholesky(&square(k, damped), k)?, k), k)?; // u[j][i] = U_ij
+    let u = cholesky(&inverse(&cholesky(&square(k, &damped), k)?, k), k)?; // u[j][i] = U_ij
 
     let mut w: Vec<f64> = (order.channels.iter())
         .flat_map(|&c| w[c * n..(c + 1) * n].to_vec())
@@ -43,7 +43,7 @@ pub fn gptq(w: &[f64], h: &[f64], n: usize, spec: &QuantSpec) -> Option<SolvedLa
                 let value = w[r * n + col];
                 let steps = (value / scale).round_ties_even();
                 let q = scale * steps.clamp(-zero, max_code - zero);
-                ((value - q) / u[r * k + r]).powi(2)
+                damped(r, r) * (value - q).powi(2)
             };
             let error = rows.iter().map(loss).sum();
             if error < best.0 {

@@ -3,8 +3,10 @@
 //! A grid that reaches the largest weight spends its steps on a few; a smaller one clips those and
 //! rounds all others finer. The authors' later solver (IST-DASLab/marlin, `gptq/quant.py`) tries
 //! shrunk grids and keeps the one with the least error, measured with the whole factor of the
-//! group. Here only the factor's diagonal counts, so that one pass over the weights measures a
-//! grid: `(w - q)^2 / U_ii^2` is what the solver itself charges for rounding `w` to `q`.
+//! group. Here only the diagonal of the damped Hessian counts, so that one pass over the weights
+//! measures a grid: `H_ii (w - q)^2`. Weighing by `1 / U_ii^2` instead, what the solver charges
+//! once later channels have made up for the error, is as good in natural order and worse with
+//! act-order (perplexity 27.4 against 25.5 on SmolLM2-135M, 4-bit g64).
 //!
 //! All arithmetic is f32 without fused operations, each sum over the rows in order: every device
 //! that keeps to it finds the same grids.
@@ -41,7 +43,7 @@ pub fn least_share(bits: Bits) -> f32 {
 pub struct Row<'a> {
     /// `[outputs]`.
     pub weights: &'a [f32],
-    /// `1 / U_ii^2`.
+    /// `H_ii`, damped.
     pub importance: f32,
 }
 

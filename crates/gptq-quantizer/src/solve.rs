@@ -116,14 +116,10 @@ impl<'a> Panel<'a> {
     /// The grid of a group from the weights at its `positions` as they are now.
     #[inline(always)]
     fn fit_grid(&self, positions: impl Iterator<Item = usize>) -> Grid {
-        let k = self.factor.order.channels.len();
         let rows: Vec<Row> = positions
-            .map(|p| {
-                let u_pp = self.factor.u[p * k + p];
-                Row {
-                    weights: &self.w[p * self.outputs..][..self.outputs],
-                    importance: 1.0 / (u_pp * u_pp),
-                }
+            .map(|p| Row {
+                weights: &self.w[p * self.outputs..][..self.outputs],
+                importance: self.factor.importance[p],
             })
             .collect();
         fit_best(&self.rule, &self.shares, &rows, self.outputs)

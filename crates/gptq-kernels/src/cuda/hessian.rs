@@ -32,7 +32,7 @@ pub struct DeviceFactor {
     pub(super) gpu: Arc<Gpu>,
     pub(super) features: usize,
     pub(super) values: Buffer,
-    /// `1 / U_ii^2`, reversed.
+    /// How much the squared error of each row counts in the scale search.
     pub(super) importance: Buffer,
 }
 
@@ -131,8 +131,14 @@ impl DeviceHessian {
     }
 
     /// Factors `H[order, order]` with `added[channel]` on its diagonal, in f64. `order` is the
-    /// processing order reversed. A pivot that is not positive is an error, in processing order.
-    pub fn factor(&self, order: &[u32], added: &[f64]) -> Result<DeviceFactor, CudaError> {
+    /// processing order reversed; `importance` weighs the squared error of its rows in the scale
+    /// search. A pivot that is not positive is an error, in processing order.
+    pub fn factor(
+        &self,
+        order: &[u32],
+        added: &[f64],
+        importance: &[f32],
+    ) -> Result<DeviceFactor, CudaError> {
         let (gpu, k) = (&self.gpu, self.features);
         let a = Buffer::new(gpu, k * k * 8)?;
         let order = Buffer::from_host(gpu, order)?;
@@ -158,24 +164,11 @@ impl DeviceHessian {
         gpu.cholesky(&a, k)?;
         gpu.triangular_inverse(&a, k)?;
         let values = gpu.narrowed(a, k)?;
-        let importance = Buffer::new(gpu, k * 4)?;
-        let args = [(&importance).into(), (&values).into(), (k as i32).into()];
-        // SAFETY: the factor is [k, k].
-        unsafe {
-            gpu.launch(
-                Program::Sweep { bf16: false },
-                "importance",
-                [k.div_ceil(256), 1, 1],
-                [256, 1, 1],
-                0,
-                &args,
-            )?;
-        }
         Ok(DeviceFactor {
             gpu: gpu.clone(),
             features: k,
             values,
-            importance,
+            importance: Buffer::from_host(gpu, importance)?,
         })
     }
 
