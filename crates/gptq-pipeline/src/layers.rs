@@ -10,19 +10,19 @@ use crate::write::Writer;
 use crate::{Job, PipelineError, Progress};
 
 /// Quantises the linears of a block, stage by stage.
-pub struct LayerWork<'a> {
+pub struct LayerWork<'a, 'b> {
     pub spec: &'a QuantSpec,
     pub device: Device,
-    pub writer: &'a Writer<'a>,
+    pub writer: &'a Writer<'b>,
     pub times: &'a mut PhaseTimes,
     pub all_tokens: usize,
     pub layers: Vec<LayerRecord>,
     pub warnings: Vec<Warning>,
 }
 
-impl<'a> LayerWork<'a> {
+impl<'a, 'b> LayerWork<'a, 'b> {
     /// Nothing done yet.
-    pub fn new(job: &'a Job, writer: &'a Writer<'a>, times: &'a mut PhaseTimes) -> Self {
+    pub fn new(job: &'a Job, writer: &'a Writer<'b>, times: &'a mut PhaseTimes) -> Self {
         LayerWork {
             spec: &job.spec,
             device: job.device,

@@ -17,7 +17,7 @@ use serde_json::{Map, Value, json};
 use crate::journal::{BlockEntry, Journal};
 use crate::layers::LayerWork;
 use crate::preflight::{check_finite, check_shapes, check_unquantised};
-use crate::write::{Writer, beside};
+use crate::write::{Writer, writing};
 use crate::{Job, OutputPlan, PipelineError, Progress};
 
 /// The run record's file name in the published folder.
@@ -148,7 +148,7 @@ impl Run<'_> {
         });
         let (staged, job) = (self.staged, self.job);
         let mut times = std::mem::take(&mut self.times);
-        let outcome = beside(staged, job, journal, &mut times, |writer, times| {
+        let outcome = writing(staged, job, journal, &mut times, |writer, times| {
             writer.copy(&plan.copied)?;
             if job.spec.method == Method::Gptq {
                 times.time(Phase::Load, || self.decoder.embed(&job.windows))?;

@@ -1,5 +1,6 @@
-//! Packing, writing and reading back, on a thread beside the work on the next linears.
+//! Packing, writing and reading back: on a thread beside the work of a GPU, else in its place.
 
+use std::cell::RefCell;
 use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::Instant;
@@ -11,26 +12,27 @@ use gptq_types::{LayerName, Phase, PhaseTimes, QuantSpec, SolvedLayer, TensorSou
 use crate::journal::{BlockEntry, Journal};
 use crate::{Job, PipelineError};
 
-/// Linears that may wait: on a GPU as many as a block has, since the linears of a stage come in a
-/// burst; on the processor none, where writing competes with solving anyway and memory counts.
-fn waiting(device: Device) -> usize {
-    match device {
-        Device::Cpu => 0,
-        #[cfg(feature = "cuda")]
-        Device::Cuda { .. } => 7,
-    }
-}
+/// Linears that may wait for the thread: as many as a block has, since those of a stage come in a
+/// burst.
+const WAITING: usize = 7;
 
-enum Message {
+/// What is to be written, in order.
+pub enum Message {
     Layer(LayerName, Box<SolvedLayer>),
     Block(BlockEntry),
     Plain(Vec<String>),
 }
 
-/// The near end of the writing thread.
-pub struct Writer<'a> {
-    sender: SyncSender<Message>,
-    trouble: &'a Mutex<Option<PipelineError>>,
+/// Where finished work is handed over.
+pub enum Writer<'a> {
+    /// Written before the call returns. On the processor a thread would compete with solving, and
+    /// buffers that one thread allocates and another frees make memory grow with the blocks.
+    Here(RefCell<Writing<'a>>),
+    /// Queued for a thread.
+    Beside {
+        sender: SyncSender<Message>,
+        trouble: &'a Mutex<Option<PipelineError>>,
+    },
 }
 
 impl Writer<'_> {
@@ -50,53 +52,75 @@ impl Writer<'_> {
     }
 
     fn send(&self, message: Message) -> Result<(), PipelineError> {
-        let gone = self.sender.send(message).is_err();
-        match self.trouble.lock().expect("nobody panics with it").take() {
-            Some(error) => Err(error),
-            None if gone => unreachable!("the writer leaves early only with an error"),
-            None => Ok(()),
+        match self {
+            Writer::Here(writing) => writing.borrow_mut().take(message),
+            Writer::Beside { sender, trouble } => {
+                let gone = sender.send(message).is_err();
+                match trouble.lock().expect("nobody panics with it").take() {
+                    Some(error) => Err(error),
+                    None if gone => unreachable!("the writer leaves early only with an error"),
+                    None => Ok(()),
+                }
+            }
         }
     }
 }
 
-/// Runs `work` with a writer beside it; returns the journal once all is on disk.
-pub fn beside<R>(
+/// Runs `work` with a writer for it; returns the journal once all is on disk.
+pub fn writing<R>(
     staged: &StagedCheckpoint,
     job: &Job,
     journal: Journal,
     times: &mut PhaseTimes,
     work: impl FnOnce(&Writer<'_>, &mut PhaseTimes) -> Result<R, PipelineError>,
 ) -> Result<(R, Journal), PipelineError> {
-    let (sender, receiver) = sync_channel(waiting(job.device));
-    let trouble = Mutex::new(None);
-    std::thread::scope(|scope| {
-        let writing = Writing {
-            source: job.source.as_ref(),
-            staged,
-            spec: &job.spec,
-            journal,
-            times: PhaseTimes::default(),
-        };
-        let trouble = &trouble;
-        let thread = scope.spawn(move || writing.run(receiver, trouble));
-        let writer = Writer { sender, trouble };
-        let result = work(&writer, times);
-        drop(writer);
-        let writing = thread.join().expect("the writer does not panic");
-        // Beside the rest, so these seconds are not part of the sum of all phases.
-        for (phase, seconds) in &writing.times.seconds {
-            *times.seconds.entry(*phase).or_default() += seconds;
+    let writing = Writing {
+        source: job.source.as_ref(),
+        staged,
+        spec: &job.spec,
+        journal,
+        times: PhaseTimes::default(),
+    };
+    let (result, writing) = match job.device {
+        Device::Cpu => {
+            let writer = Writer::Here(RefCell::new(writing));
+            let result = work(&writer, times);
+            let Writer::Here(writing) = writer else {
+                unreachable!("it was made a line above");
+            };
+            (result, writing.into_inner())
         }
-        let result = result?;
-        match trouble.lock().expect("nobody panics with it").take() {
-            Some(error) => Err(error),
-            None => Ok((result, writing.journal)),
-        }
-    })
+        #[cfg(feature = "cuda")]
+        Device::Cuda { .. } => beside(writing, times, work),
+    };
+    for (phase, seconds) in &writing.times.seconds {
+        *times.seconds.entry(*phase).or_default() += seconds;
+    }
+    Ok((result?, writing.journal))
 }
 
-/// The far end.
-struct Writing<'a> {
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+fn beside<'a, R>(
+    writing: Writing<'a>,
+    times: &mut PhaseTimes,
+    work: impl FnOnce(&Writer<'_>, &mut PhaseTimes) -> Result<R, PipelineError>,
+) -> (Result<R, PipelineError>, Writing<'a>) {
+    let (sender, receiver) = sync_channel(WAITING);
+    let trouble = Mutex::new(None);
+    let (result, writing) = std::thread::scope(|scope| {
+        let trouble = &trouble;
+        let thread = scope.spawn(move || writing.run(receiver, trouble));
+        let writer = Writer::Beside { sender, trouble };
+        let result = work(&writer, times);
+        drop(writer);
+        (result, thread.join().expect("the writer does not panic"))
+    });
+    let left = trouble.into_inner().expect("nobody panics with it");
+    (result.and_then(|done| left.map_or(Ok(done), Err)), writing)
+}
+
+/// The files and what is known about them.
+pub struct Writing<'a> {
     source: &'a dyn TensorSource,
     staged: &'a StagedCheckpoint,
     spec: &'a QuantSpec,
@@ -107,17 +131,20 @@ struct Writing<'a> {
 impl Writing<'_> {
     fn run(mut self, receiver: Receiver<Message>, trouble: &Mutex<Option<PipelineError>>) -> Self {
         for message in receiver {
-            let done = match message {
-                Message::Layer(layer, solved) => self.store(&layer, &solved),
-                Message::Block(entry) => self.end_block(&entry),
-                Message::Plain(names) => self.copy(&names),
-            };
-            if let Err(error) = done {
+            if let Err(error) = self.take(message) {
                 *trouble.lock().expect("nobody panics with it") = Some(error);
                 break;
             }
         }
         self
+    }
+
+    fn take(&mut self, message: Message) -> Result<(), PipelineError> {
+        match message {
+            Message::Layer(layer, solved) => self.store(&layer, &solved),
+            Message::Block(entry) => self.end_block(&entry),
+            Message::Plain(names) => self.copy(&names),
+        }
     }
 
     /// Packs, writes, and reads back what was written.

@@ -24,7 +24,7 @@ pub fn gptq(w: &[f64], h: &[f64], n: usize, spec: &QuantSpec) -> Option<SolvedLa
         };
         h[order.channels[i] * k + order.channels[j]] + damp
     };
-    let u = cholesky(&inverse(&cholesky(&square(k, &damped), k)?, k), k)?; // u[j][i] = U_ij
+    let u = cholesky(&inverse(&cholesky(&square(k, damped), k)?, k), k)?; // u[j][i] = U_ij
 
     let mut w: Vec<f64> = (order.channels.iter())
         .flat_map(|&c| w[c * n..(c + 1) * n].to_vec())

@@ -25,7 +25,7 @@ impl Rates {
     }
 }
 
-/// Phases whose work runs on a thread beside the rest.
+/// Phases whose work runs on a thread beside that of a GPU.
 const BESIDE: [Phase; 3] = [Phase::Pack, Phase::Write, Phase::Verify];
 
 /// A Markdown table of phases: the floor of a phase is the time that its products alone would take
@@ -40,7 +40,7 @@ pub fn profile(record: &RunRecord, rates: &Rates) -> String {
     out += "| phase | seconds | share | GFLOP/s | floor, s | of its rate |\n|---|---|---|---|---|---|\n";
     for (phase, seconds) in &record.phases.seconds {
         let name = serde_json::to_value(phase).unwrap_or_default();
-        let share = match BESIDE.contains(phase) {
+        let share = match record.device != "cpu" && BESIDE.contains(phase) {
             true => "beside".to_string(),
             false => format!("{:.1} %", 100.0 * seconds / record.seconds),
         };

@@ -1,0 +1,156 @@
+#!/usr/bin/env bash
+# The whole GPU check: correctness, the Llama-2-7B shape, perplexity of every setting, other runtimes.
+#
+# usage: gpu-check.sh pack FOLDER     builds here (--features cuda, no GPU needed) and collects what the check needs
+#        gpu-check.sh run FOLDER      runs it, on a machine with an NVIDIA GPU; FOLDER as packed; works in $WORK (/tmp/gpu-check)
+#
+# run does more where more is there: MODEL (a float model folder) with WINDOWS (safetensors, input_ids) and TEST (text) for
+# the perplexity rows; GPTQModel importable by python3 for its own reading of our files; compute-sanitizer on the PATH.
+# STEPS picks among: tests sanitizer seven variants long bytes rows loads twobit (default: all).
+set -euo pipefail
+here=$(cd "$(dirname "$0")/.." && pwd)
+
+pack() {
+  local folder=$1 target=${CARGO_TARGET_DIR:-$here/target}
+  mkdir -p "$folder"
+  (cd "$here" && cargo build --release --locked --workspace --features gptq-cli/cuda)
+  (cd "$here" && cargo build --release --locked -p gptq-kernels --features cuda --example gpu_speed)
+  local tests
+  tests=$(cd "$here" && cargo test --release --locked -p gptq-quantizer --features cuda --test device --no-run 2>&1 |
+    sed -n 's/.*Executable.*(\(.*\))/\1/p')
+  cp "$target/release/gptq" "$target/release/examples/gpu_speed" "$folder/"
+  cp "$tests" "$folder/device_tests"
+  strip "$folder/gptq" "$folder/gpu_speed" "$folder/device_tests"
+  cp "$0" "$here"/scripts/peer_*.py "$folder/"
+  echo "packed $(du -sh "$folder" | cut -f1) into $folder"
+}
+
+section() { printf '\n== %s (%d s)\n' "$1" "$SECONDS"; }
+last() { tr '\r' '\n' | grep -vE '^(blocks|bytes): |^/.*: [0-9]+/[0-9]+ after' | tail -"$1"; }
+wanted() { [[ " ${STEPS:-tests sanitizer seven variants long bytes rows loads twobit} " == *" $1 "* ]]; }
+
+quantize() { # NAME MODEL ARGS...: one line of figures
+  local name=$1 model=$2
+  shift 2
+  local begin=$EPOCHREALTIME
+  if timeout 300 ./gptq quantize "$model" -o "out/$name" --device cuda:0 "$@" >"log/$name" 2>&1; then
+    printf '%-12s %6.1f s wall; %s; %s\n' "$name" "$(awk "BEGIN { print $EPOCHREALTIME - $begin }")" \
+      "$(tr '\r' '\n' <"log/$name" | grep 'linears in')" "$(grep 'output error' "log/$name")"
+  else
+    printf '%-12s FAILED: ' "$name"
+    tr '\r' '\n' <"log/$name" | tail -2
+  fi
+}
+
+watched() { # like quantize, with the most that nvidia-smi ever shows as used
+  nvidia-smi --query-gpu=memory.used --format=csv,noheader,nounits -lms 100 >log/used &
+  local watcher=$!
+  quantize "$@"
+  kill $watcher
+  echo "             nvidia-smi: at most $(sort -n log/used | tail -1) MiB used on the GPU"
+}
+
+run() {
+  local work=${WORK:-/tmp/gpu-check}
+  mkdir -p "$work/out" "$work/log"
+  cp -r "$1"/. "$work/"
+  cd "$work"
+  chmod +x gptq gpu_speed device_tests
+  section "machine"
+  nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+  ./gptq doctor
+  if wanted tests; then
+    section "GPU against the processor"
+    timeout 120 ./device_tests --test-threads=1 2>&1 | tail -7
+  fi
+  if wanted sanitizer && command -v compute-sanitizer >/dev/null; then
+    section "compute-sanitizer"
+    for size in "172 43" "11008 43"; do
+      for tool in memcheck racecheck; do
+        # shellcheck disable=SC2086
+        echo "$tool, K N = $size: $(timeout ${SANITIZER_SECONDS:-100} compute-sanitizer --tool $tool ./gpu_speed $size 2>&1 |
+          grep -E 'SUMMARY|Error|ERROR|hazard|Invalid' | sort | uniq -c | head -4 | tr '\n' ';')"
+      done
+    done
+  fi
+  local ids="--dataset ids.safetensors --samples 128 --seq-len 2048"
+  if wanted seven; then
+    section "Llama-2-7B shape, 32 blocks, 128 x 2048 tokens, 4-bit g128"
+    ./gptq synth --shape llama-2-7b -o seven --calibration ids.safetensors --samples 128 --seq-len 2048 2>&1 | last 1
+    sync
+    # shellcheck disable=SC2086
+    watched natural seven $ids --profile
+    sed -n '/^products/,$p' log/natural
+    for setting in ${SEVEN:-}; do # e.g. "--desc-act --gpu-memory=6GB"
+      # shellcheck disable=SC2086
+      watched "seven$setting" seven $ids "$setting"
+    done
+    rm -rf out/* seven
+  fi
+  if wanted variants; then
+    section "the same shape, 8 blocks"
+    ./gptq synth --shape llama-2-7b --layers 8 -o eight --calibration ids.safetensors --samples 128 --seq-len 2048 2>&1 | last 1
+    sync
+    # shellcheck disable=SC2086
+    for setting in "" "--desc-act" "--gpu-memory 6GB" "--bits 8" "--bits 3" "--group-size 32" "--group-size none"; do
+      watched "8x${setting// /_}" eight $ids $setting
+    done
+    if wanted bytes; then
+      # shellcheck disable=SC2086
+      quantize again eight $ids
+      cat out/8x/*.safetensors | sha256sum
+      cat out/again/*.safetensors | sha256sum
+    fi
+    rm -rf out/* eight
+  fi
+  if wanted long; then
+    section "16 x 32768 tokens, linear rope factor 8, 4 blocks; then 128 x 2048"
+    ./gptq synth --shape llama-2-7b-32k --layers 4 -o long --calibration long.safetensors --samples 16 --seq-len 32768 2>&1 | last 1
+    [ -e ids.safetensors ] || ./gptq synth --shape llama-2-7b --layers 1 -o one --calibration ids.safetensors --samples 128 --seq-len 2048 2>&1 | last 1
+    sync
+    watched long long --dataset long.safetensors --samples 16 --seq-len 32768 --profile
+    sed -n '/^| load/,/^| measure/p' log/long
+    # shellcheck disable=SC2086
+    watched short long $ids --profile
+    sed -n '/^| load/,/^| measure/p' log/short
+    rm -rf out/* long one
+  fi
+  if wanted rows && [ -n "${MODEL:-}" ]; then
+    section "perplexity rows of $MODEL"
+    local calibration="--dataset $WINDOWS --samples 128 --seq-len 2048"
+    row() { # NAME ARGS...
+      local name=$1
+      shift
+      # shellcheck disable=SC2086
+      quantize "$name" "$MODEL" $calibration "$@"
+    }
+    row 8-64-act --bits 8 --group-size 64 --desc-act
+    row 4-32-act --bits 4 --group-size 32 --desc-act
+    row 4-64-act --bits 4 --group-size 64 --desc-act
+    row 4-64 --bits 4 --group-size 64
+    row 4-64-act-asym --bits 4 --group-size 64 --desc-act --asym
+    row 4-none-act --bits 4 --group-size none --desc-act
+    row 3-64 --bits 3 --group-size 64
+    row 3-64-act --bits 3 --group-size 64 --desc-act
+    row 2-64-act --bits 2 --group-size 64 --desc-act
+    # shellcheck disable=SC2086
+    timeout 200 ./gptq eval "$MODEL" ${EVAL:-out/[2-8]-*} --dataset "$TEST" --device cuda:0 2>/dev/null | tail -12
+  fi
+  if wanted loads && python3 -c 'import gptqmodel' 2>/dev/null; then
+    section "the same files read by GPTQModel"
+    timeout 300 python3 peer_perplexity.py "$TEST" out/[2-8]-* 2>/dev/null | grep RESULT || true
+  fi
+  if wanted twobit && compgen -G "2b-*" >/dev/null && python3 -c 'import gptqmodel' 2>/dev/null; then
+    section "2-bit files in GPTQModel, against our logits in half precision"
+    for folder in 2b-*; do
+      ./gptq verify "$folder" --write "$folder/expected.safetensors" --ids "$(cat ids.txt)" --device cuda:0 2>/dev/null
+    done
+    timeout 200 python3 peer_loads.py TORCH 2b-* 2>/dev/null | grep RESULT || true
+  fi
+  section "end"
+}
+
+case "${1:-}" in
+  pack | run) "$1" "${2:?FOLDER}" ;;
+  *) sed -n '2,11p' "$0" && exit 2 ;;
+esac
