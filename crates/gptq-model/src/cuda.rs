@@ -107,7 +107,7 @@ pub(crate) struct Placed {
 const LIBRARIES: usize = 850 << 20;
 
 /// How many places of each shelf fit on the GPU beside everything else that a run needs there.
-fn places_on_device(need: &ShelfNeed, memory: usize) -> [usize; 2] {
+fn places_on_device(need: &ShelfNeed, memory: usize) -> Result<[usize; 2], CudaError> {
     let row = |columns: usize| need.rows * columns * 2;
     let widest = need.inner.max(need.hidden);
     // Weights of a block; a batch's temporaries, of which three are as wide as the feed-forward;
@@ -117,14 +117,35 @@ fn places_on_device(need: &ShelfNeed, memory: usize) -> [usize; 2] {
     let solving = widest * widest * 8 + widest * need.hidden * 14;
     let fixed =
         LIBRARIES + need.block_elements * 2 + widest * widest * 4 + temporaries.max(solving);
-    let mut left = memory.saturating_sub(fixed);
+    let Some(mut left) = memory.checked_sub(fixed) else {
+        return Err(CudaError::Invalid(format!(
+            "--gpu-memory of {:.1} GB is too little: a block, its solver and the libraries take \
+             {:.1} GB beside the activations",
+            memory as f64 / 1e9,
+            fixed as f64 / 1e9
+        )));
+    };
     let mut fit = |bytes: usize| {
         let places = (left / bytes.max(1)).min(need.batches);
         left -= places * bytes;
         places
     };
     // The hidden states first: they are read and written three times a block, the others once.
-    [fit(row(need.hidden)), fit(row(need.inner))]
+    Ok([fit(row(need.hidden)), fit(row(need.inner))])
+}
+
+/// Refuses to sample where all blocks together do not fit.
+pub(crate) fn check_resident(blocks: usize, block_elements: usize) -> Result<(), ModelError> {
+    let memory = SELECTED.with_borrow(|selected| selected.as_ref().map_or(0, |s| s.memory));
+    let needed = LIBRARIES + blocks * block_elements * 2;
+    match needed <= memory {
+        true => Ok(()),
+        false => Err(ModelError::Cuda(CudaError::Invalid(format!(
+            "sampling keeps all {blocks} blocks on the GPU, {:.1} GB, and --gpu-memory is {:.1} GB",
+            needed as f64 / 1e9,
+            memory as f64 / 1e9
+        )))),
+    }
 }
 
 macro_rules! decoder_on_cuda {
@@ -227,7 +248,9 @@ macro_rules! decoder_on_cuda {
             fn shelves(need: &ShelfNeed) -> [Self::Shelf; 2] {
                 let memory =
                     SELECTED.with_borrow(|selected| selected.as_ref().map_or(0, |s| s.memory));
-                let fit = places_on_device(need, memory);
+                let Some(fit) = note(places_on_device(need, memory)) else {
+                    return [None, None];
+                };
                 let shelf = |columns: usize, fit: usize| {
                     let bytes = need.rows * columns * 2;
                     note(Shelf::new(&gpu(), need.batches, bytes, fit)).map(Rc::new)
@@ -406,3 +429,35 @@ macro_rules! on_device {
 }
 on_device!(half::f16);
 on_device!(half::bf16);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Llama 2 7B with 128 windows of 2048 tokens.
+    const NEED: ShelfNeed = ShelfNeed {
+        batches: 32,
+        rows: 8192,
+        hidden: 4096,
+        inner: 11008,
+        block_elements: 202_375_168,
+    };
+
+    #[test]
+    fn a_larger_budget_keeps_more_activations_on_the_gpu() {
+        let places = |gb: usize| places_on_device(&NEED, gb * 1_000_000_000).unwrap();
+        let [six, ten, thirty] = [places(6), places(10), places(30)];
+        assert_eq!(thirty, [32, 32]);
+        assert_eq!((six[0], ten[0]), (32, 32), "hidden states come first");
+        assert!(six[1] < ten[1] && ten[1] < 32, "{six:?} {ten:?}");
+    }
+
+    #[test]
+    fn a_budget_below_what_a_block_needs_is_refused() {
+        let error = places_on_device(&NEED, 2_000_000_000).unwrap_err();
+        assert!(
+            error.to_string().contains("--gpu-memory of 2.0 GB"),
+            "{error}"
+        );
+    }
+}
