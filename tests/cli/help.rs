@@ -3,7 +3,7 @@
 use crate::support::{gptq, run};
 
 /// Every flag and argument by subcommand. `--threads` belongs to all of them.
-const FLAGS: [(&str, &[&str]); 6] = [
+const FLAGS: [(&str, &[&str]); 7] = [
     (
         "quantize",
         &[
@@ -35,6 +35,7 @@ const FLAGS: [(&str, &[&str]); 6] = [
             "--offline",
         ],
     ),
+    ("doctor", &[]),
     ("import", &["<FILE>", "--out"]),
     (
         "synth",

@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod bad_model;
+mod device;
 mod full_disk;
 mod help;
 mod streams;
