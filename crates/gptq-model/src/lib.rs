@@ -10,6 +10,8 @@
 mod arch;
 mod backend;
 mod block;
+#[cfg(feature = "cuda")]
+mod budget;
 mod config;
 #[cfg(feature = "cuda")]
 mod cuda;
