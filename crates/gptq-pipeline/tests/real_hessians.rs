@@ -16,7 +16,8 @@ use gptq_types::{Bits, ColumnOrder, GroupSize, LayerName, QuantSpec, Stage, Weig
 /// Codes on a rounding boundary may fall either way in f32 and f64.
 const RELATIVE_ERROR_TOLERANCE: f64 = 1e-3;
 /// Of two scales that are equally good by the search's measure either may win: in a linear of 64
-/// outputs one other scale moves the whole error by a thousandth.
+/// outputs one other scale moves the whole error by a thousandth. Seen: 2 of 768 settings above
+/// 1e-3, the largest at 1.33e-3.
 const SEARCHED_TOLERANCE: f64 = 5e-3;
 
 const ORDERS: [ColumnOrder; 4] = [
@@ -99,7 +100,7 @@ fn errors_match_the_f64_reference_and_stay_below_rounding() {
     ) else {
         return;
     };
-    let mut worst = 0.0f64;
+    let [mut plain, mut searched] = [0.0f64; 2];
     for case in cases(&model, &text) {
         let (weight, hessian) = (wide(&case.weight), wide(case.hessian.values()));
         for bits in Bits::ALL {
@@ -128,7 +129,12 @@ fn errors_match_the_f64_reference_and_stay_below_rounding() {
                         let got = output_error(&case.hessian, &case.weight, &ours);
                         let expected = output_error(&case.hessian, &case.weight, &want);
                         let relative = (got / expected - 1.0).abs();
-                        worst = worst.max(relative);
+                        let worst = if scale_search {
+                            &mut searched
+                        } else {
+                            &mut plain
+                        };
+                        *worst = worst.max(relative);
                         let what = format!("{} with {spec:?}", case.layer);
                         let tolerance = match scale_search {
                             true => SEARCHED_TOLERANCE,
@@ -144,5 +150,7 @@ fn errors_match_the_f64_reference_and_stay_below_rounding() {
             }
         }
     }
-    eprintln!("largest relative difference to the f64 reference: {worst:e}");
+    eprintln!(
+        "largest relative difference to the f64 reference: {plain:e}, with the search {searched:e}"
+    );
 }
