@@ -57,10 +57,7 @@ impl WeightSource for PackedWeights {
         }
         Ok(LinearWeights {
             weight: LinearValues::InputMajor(self.read(layer)?.dequantise()),
-            bias: match bias {
-                true => Some(self.plain(&layer.tensor("bias"))?),
-                false => None,
-            },
+            bias: self.bias(layer, bias)?,
         })
     }
 

@@ -52,6 +52,14 @@ pub trait WeightSource: Send + Sync {
     /// A tensor that is never quantised, row-major as stored.
     fn plain(&self, name: &str) -> Result<Vec<f32>, SourceError>;
 
+    /// The bias of a linear that has one, `[out_features]`.
+    fn bias(&self, layer: &LayerName, has_bias: bool) -> Result<Option<Vec<f32>>, SourceError> {
+        match has_bias {
+            true => Ok(Some(self.plain(&layer.tensor("bias"))?)),
+            false => Ok(None),
+        }
+    }
+
     /// A linear, quantised or not.
     fn linear(&self, layer: &LayerName, bias: bool) -> Result<LinearWeights, SourceError>;
 
@@ -124,10 +132,7 @@ impl WeightSource for FloatWeights {
         let stored = self.plain(&name)?;
         Ok(LinearWeights {
             weight: LinearValues::InputMajor(transpose(&stored, out_features, in_features)),
-            bias: match bias {
-                true => Some(self.plain(&layer.tensor("bias"))?),
-                false => None,
-            },
+            bias: self.bias(layer, bias)?,
         })
     }
 
@@ -139,10 +144,7 @@ impl WeightSource for FloatWeights {
         let (dtype, bytes) = read_checked(self.0.as_ref(), &layer.tensor("weight"))?;
         Ok(LinearWeights {
             weight: LinearValues::Stored { dtype, bytes },
-            bias: match bias {
-                true => Some(self.plain(&layer.tensor("bias"))?),
-                false => None,
-            },
+            bias: self.bias(layer, bias)?,
         })
     }
 

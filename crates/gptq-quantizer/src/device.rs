@@ -8,9 +8,7 @@ use gptq_kernels::cuda::{
     CudaError, DeviceFactor, DeviceHessian, Gpu, Mark, Rule, SWEEP_CHANNELS, Step, SweepPlan,
     SweptHost,
 };
-use gptq_types::{
-    ActivationSink, Activations, LayerLoss, Phase, PhaseTimes, QuantSpec, SolvedLayer, Weight,
-};
+use gptq_types::{ActivationSink, Activations, Phase, PhaseTimes, QuantSpec, SolvedLayer, Weight};
 use half::f16;
 
 use crate::factor::{Damping, importance};
@@ -92,7 +90,7 @@ impl StageSum for DeviceSum {
 }
 
 /// `H`, its factor and the order of the sweep, on the GPU.
-pub struct DeviceStage {
+struct DeviceStage {
     hessian: DeviceHessian,
     factor: DeviceFactor,
     plan: SweepPlan,
@@ -217,14 +215,7 @@ impl StageSolver for DeviceStage {
         })?;
         Ok(Rounded {
             layer: self.layer(host, out_features, spec)?,
-            loss: LayerLoss {
-                error,
-                rtn_error: cost.rtn_error,
-                signal: cost.signal,
-                damp_used: self.facts.damp_used,
-                damp_escalations: self.facts.escalations,
-                dead_channels: self.facts.dead_channels,
-            },
+            loss: self.facts.loss(error, cost.rtn_error, cost.signal),
             weight,
         })
     }

@@ -30,7 +30,7 @@ mod solve;
 mod stage;
 
 #[cfg(feature = "cuda")]
-pub use device::{DeviceStage, DeviceSum};
+pub use device::DeviceSum;
 pub use factor::Factor;
 pub use grid::Grid;
 pub use hessian::{Hessian, HessianSum};

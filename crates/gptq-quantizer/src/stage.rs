@@ -35,6 +35,20 @@ pub struct Facts {
     pub dead_channels: usize,
 }
 
+impl Facts {
+    /// The loss of a linear that the factor rounded.
+    pub(crate) fn loss(&self, error: f64, rtn_error: f64, signal: f64) -> LayerLoss {
+        LayerLoss {
+            error,
+            rtn_error,
+            signal,
+            damp_used: self.damp_used,
+            damp_escalations: self.escalations,
+            dead_channels: self.dead_channels,
+        }
+    }
+}
+
 /// A rounded linear.
 pub struct Rounded {
     /// Codes and grids.
@@ -144,14 +158,11 @@ impl StageSolver for HostSolver {
         count(times, self.hessian.features(), out_features);
         let loss = times.time(Phase::Measure, || {
             let rounded = round_to_nearest(&weight, out_features, spec)?;
-            Ok::<_, QuantizeError>(LayerLoss {
-                error: output_error(&self.hessian, &weight, &solved.layer),
-                rtn_error: output_error(&self.hessian, &weight, &rounded),
-                signal: signal(&self.hessian, &weight, out_features),
-                damp_used: self.factor.damp_used,
-                damp_escalations: self.factor.escalations,
-                dead_channels: self.factor.dead_channels,
-            })
+            Ok::<_, QuantizeError>(self.facts().loss(
+                output_error(&self.hessian, &weight, &solved.layer),
+                output_error(&self.hessian, &weight, &rounded),
+                signal(&self.hessian, &weight, out_features),
+            ))
         })?;
         Ok(Rounded {
             weight: Weight::Host(solved.layer.dequantise()),

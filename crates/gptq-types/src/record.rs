@@ -44,7 +44,8 @@ pub struct LayerRecord {
     pub token_share: f64,
     /// Quality of the rounding; absent for `method rtn`, which sees no inputs.
     pub loss: Option<LayerLoss>,
-    /// Seconds in factorisation and sweep.
+    /// Seconds in rounding it and measuring what that cost. The factor, which a stage shares, is
+    /// counted under [`Phase::Factor`] alone.
     pub solve_seconds: f64,
 }
 

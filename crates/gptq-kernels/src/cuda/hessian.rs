@@ -125,11 +125,6 @@ impl DeviceHessian {
         &self.gpu
     }
 
-    /// All values, for tests and for a device that has to hand over.
-    pub fn to_host(&self) -> Result<Vec<f32>, CudaError> {
-        self.values.to_host(self.features * self.features)
-    }
-
     /// Factors `H[order, order]` with `added[channel]` on its diagonal, in f64. `order` is the
     /// processing order reversed; `importance` weighs the squared error of its rows in the scale
     /// search. A pivot that is not positive is an error, in processing order.

@@ -275,11 +275,6 @@ impl Shelf {
         })
     }
 
-    /// Bytes in host memory.
-    pub fn host_bytes(&self) -> usize {
-        self.host.len() * self.place_bytes
-    }
-
     fn device_address(&self, place: usize) -> Option<u64> {
         let start = self.device.as_ref()?.address();
         (place < self.on_device).then(|| start + (place * self.place_bytes) as u64)

@@ -60,7 +60,6 @@ pub enum Step {
 
 /// Order and groups of a layer, on the GPU; shared by the linears of a stage.
 pub struct SweepPlan {
-    gpu: Arc<Gpu>,
     features: usize,
     groups: usize,
     /// Stored channel of each row.
@@ -107,7 +106,6 @@ impl SweepPlan {
             }
         };
         Ok(SweepPlan {
-            gpu: gpu.clone(),
             features: channels.len(),
             groups,
             channels: Buffer::from_host(gpu, channels)?,
@@ -353,12 +351,5 @@ impl DeviceHessian {
         // SAFETY: codes and e are [k, n], the grids [groups, n], g_idx below groups.
         unsafe { gpu.launch(program(weight), "put_back", grid, [32, 8, 1], 0, &args)? };
         self.weighted_square(&e, n)
-    }
-}
-
-impl SweepPlan {
-    /// The GPU that it lies on.
-    pub fn gpu(&self) -> &Arc<Gpu> {
-        &self.gpu
     }
 }
