@@ -138,8 +138,8 @@ __global__ void fit_groups(float* scales, float* zeros, const float* w, const fl
 // Rows last-1 down to first (last - first <= 128) of w [k, n]; errors [128, n] gets row a's
 // (w - q) / l_aa at a - first. groups[a] is the group of row a. With `inside` a grid is fitted
 // where a group begins, which then ends inside the sweep; else scales and zeros hold it already.
-// codes [k, n] in stored order, channel[a] the stored channel of row a. cost[n] sums errors^2.
-__global__ void sweep(unsigned char* codes, float* scales, float* zeros, float* errors, double* cost,
+// codes [k, n] in stored order, channel[a] the stored channel of row a.
+__global__ void sweep(unsigned char* codes, float* scales, float* zeros, float* errors,
                       const float* w, const float* l, const float* weight, const unsigned* groups,
                       const unsigned* channel, int k, int n, int first, int last, int inside,
                       Rule rule) {
@@ -158,7 +158,6 @@ __global__ void sweep(unsigned char* codes, float* scales, float* zeros, float* 
     __syncthreads();
 
     float scale = 1, zero = 0;
-    double sum = 0;
     unsigned current = 0xffffffffu;
     for (int r = rows - 1; r >= 0; r--) {
         unsigned group = groups[first + r];
@@ -187,12 +186,10 @@ __global__ void sweep(unsigned char* codes, float* scales, float* zeros, float* 
             codes[(long long)channel[first + r] * n + col] = (unsigned char)(int)(steps + zero);
             errors[(long long)r * n + col] = error;
         }
-        sum += (double)error * error;
         for (int b = lane; b < r; b += LANES)
             tile[b * OUTPUTS + x] -= error * factor[r * CHANNELS + b];
         __syncthreads();
     }
-    if (live && lane == 0) cost[col] += sum;
 }
 
 // e = w - round_to_nearest(w) for w [k, n] in stored order, groups of `size` channels.

@@ -5,29 +5,35 @@
 #        gpu-check.sh run FOLDER      runs it, on a machine with an NVIDIA GPU; FOLDER as packed; works in $WORK (/tmp/gpu-check)
 #
 # run does more where more is there: MODEL (a float model folder) with WINDOWS (safetensors, input_ids) and TEST (text) for
-# the perplexity rows; GPTQModel importable by python3 for its own reading of our files; compute-sanitizer on the PATH.
-# STEPS picks among: tests sanitizer seven variants long bytes rows loads twobit (default: all).
+# the perplexity rows; GPTQModel importable by python3 for its own reading of our files (of those rows, and of files/* on the
+# token ids of ids.txt, a sequence a line); compute-sanitizer on the PATH.
+# STEPS picks among: tests sanitizer seven variants long bytes rows loads formats (default: all).
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
+
+executable() { # of a test target
+  cd "$here" && cargo test --release --locked "$@" --no-run 2>&1 | sed -n 's/.*Executable.*(\(.*\))/\1/p'
+}
 
 pack() {
   local folder=$1 target=${CARGO_TARGET_DIR:-$here/target}
   mkdir -p "$folder"
   (cd "$here" && cargo build --release --locked --workspace --features gptq-cli/cuda)
   (cd "$here" && cargo build --release --locked -p gptq-kernels --features cuda --example gpu_speed)
-  local tests
-  tests=$(cd "$here" && cargo test --release --locked -p gptq-quantizer --features cuda --test device --no-run 2>&1 |
-    sed -n 's/.*Executable.*(\(.*\))/\1/p')
+  local tests whole
+  tests=$(executable -p gptq-quantizer --features cuda --test device)
+  whole=$(executable -p gptq-cli --features cuda --test integration)
   cp "$target/release/gptq" "$target/release/examples/gpu_speed" "$folder/"
   cp "$tests" "$folder/device_tests"
-  strip "$folder/gptq" "$folder/gpu_speed" "$folder/device_tests"
+  cp "$whole" "$folder/whole_tests"
+  strip "$folder"/{gptq,gpu_speed,device_tests,whole_tests}
   cp "$0" "$here"/scripts/peer_*.py "$folder/"
   echo "packed $(du -sh "$folder" | cut -f1) into $folder"
 }
 
 section() { printf '\n== %s (%d s)\n' "$1" "$SECONDS"; }
 last() { tr '\r' '\n' | grep -vE '^(blocks|bytes): |^/.*: [0-9]+/[0-9]+ after' | tail -"$1"; }
-wanted() { [[ " ${STEPS:-tests sanitizer seven variants long bytes rows loads twobit} " == *" $1 "* ]]; }
+wanted() { [[ " ${STEPS:-tests sanitizer seven variants long bytes rows loads formats} " == *" $1 "* ]]; }
 
 quantize() { # NAME MODEL ARGS...: one line of figures
   local name=$1 model=$2
@@ -50,18 +56,32 @@ watched() { # like quantize, with the most that nvidia-smi ever shows as used
   echo "             nvidia-smi: at most $(sort -n log/used | tail -1) MiB used on the GPU"
 }
 
+logits() { # WHAT DEVICE FOLDER...: expected-N.safetensors in each, one for each line of ids.txt
+  local device=$2
+  echo "expected logits: $1"
+  shift 2
+  for folder in "$@"; do
+    rm -f "$folder"/expected-*
+    local at=0
+    while read -r ids; do
+      echo "$folder --write $folder/expected-$((at++)).safetensors --device $device --ids $ids"
+    done <ids.txt
+  done | RAYON_NUM_THREADS=2 xargs -L 1 -P 6 ./gptq verify >log/logits 2>&1 || tail -2 log/logits
+}
+
 run() {
   local work=${WORK:-/tmp/gpu-check}
   mkdir -p "$work/out" "$work/log"
   cp -r "$1"/. "$work/"
   cd "$work"
-  chmod +x gptq gpu_speed device_tests
+  chmod +x gptq gpu_speed device_tests whole_tests
   section "machine"
   nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
   ./gptq doctor
   if wanted tests; then
     section "GPU against the processor"
     timeout 120 ./device_tests --test-threads=1 2>&1 | tail -7
+    GPTQ_COMMAND=$PWD/gptq timeout 200 ./whole_tests pipeline::gpu --test-threads=1 2>&1 | tail -20
   fi
   if wanted sanitizer && command -v compute-sanitizer >/dev/null; then
     section "compute-sanitizer"
@@ -140,17 +160,19 @@ run() {
     section "the same files read by GPTQModel"
     timeout 300 python3 peer_perplexity.py "$TEST" out/[2-8]-* 2>/dev/null | grep RESULT || true
   fi
-  if wanted twobit && compgen -G "2b-*" >/dev/null && python3 -c 'import gptqmodel' 2>/dev/null; then
-    section "2-bit files in GPTQModel, against our logits in half precision"
-    for folder in 2b-*; do
-      ./gptq verify "$folder" --write "$folder/expected.safetensors" --ids "$(cat ids.txt)" --device cuda:0 2>/dev/null
-    done
-    timeout 200 python3 peer_loads.py TORCH 2b-* 2>/dev/null | grep RESULT || true
+  if wanted formats && compgen -G "files/*" >/dev/null && python3 -c 'import gptqmodel' 2>/dev/null; then
+    section "files of every format in GPTQModel, against our logits"
+    logits float32 cpu files/*
+    timeout 200 python3 peer_loads.py TORCH float32 files/* 2>/dev/null | grep RESULT || true
+    timeout 200 python3 peer_loads.py TORCH float16 files/* 2>/dev/null | grep RESULT || true
+    echo "2 bits again, our logits in half precision too"
+    logits float16 cuda:0 files/2b-*
+    timeout 200 python3 peer_loads.py TORCH float16 files/2b-* 2>/dev/null | grep RESULT || true
   fi
   section "end"
 }
 
 case "${1:-}" in
   pack | run) "$1" "${2:?FOLDER}" ;;
-  *) sed -n '2,11p' "$0" && exit 2 ;;
+  *) sed -n '2,12p' "$0" && exit 2 ;;
 esac

@@ -2,6 +2,7 @@
 
 mod architectures;
 mod generated;
+mod gpu;
 mod matrix;
 mod memory;
 mod published;

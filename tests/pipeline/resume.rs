@@ -177,8 +177,19 @@ fn what_is_left_of_a_run_is_neither_taken_nor_overwritten_unasked() {
     }
     assert_eq!(entries(&place.partial), left);
 
-    // A line that the kill cut short was never a finished block.
     let journal = place.partial.join("journal.jsonl");
+    let begun = fs::read_to_string(&journal).unwrap();
+    let elsewhere = begun.replacen("\"device\":\"cpu\"", "\"device\":\"NVIDIA H200\"", 1);
+    assert_ne!(elsewhere, begun);
+    fs::write(&journal, elsewhere).unwrap();
+    refused(
+        place.run_into(&place.out, &flags).arg("--resume"),
+        place.folder.path(),
+        &["another device:", "NVIDIA H200"],
+    );
+    fs::write(&journal, begun).unwrap();
+
+    // A line that the kill cut short was never a finished block.
     let mut text = fs::read_to_string(&journal).unwrap();
     text.push_str("{\"block\": 1, \"lay");
     fs::write(&journal, text).unwrap();

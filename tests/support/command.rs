@@ -15,9 +15,12 @@ pub struct Run {
     pub stderr: String,
 }
 
-/// The command under test: no network, no hub cache, few threads whatever the machine has.
+/// The command under test: no network, no hub cache, few threads whatever the machine has. The one
+/// that was built with the tests, or `GPTQ_COMMAND` where they run on a machine without sources.
 pub fn gptq(subcommand: &str) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_gptq"));
+    let built = env!("CARGO_BIN_EXE_gptq");
+    let program = std::env::var("GPTQ_COMMAND").unwrap_or(built.to_string());
+    let mut command = Command::new(program);
     command
         .arg(subcommand)
         .env("HF_HUB_OFFLINE", "1")

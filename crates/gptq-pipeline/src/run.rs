@@ -320,6 +320,8 @@ fn resume_settings(job: &Job) -> Map<String, Value> {
         ("model", json!(job.model_name)),
         ("config.json", json!(job.config_json)),
         ("calibration tokens", json!(tokens)),
+        // Another device rounds its sums otherwise: half of each would be the result of neither.
+        ("device", json!(device_name(job.device))),
     ];
     let mut settings: Map<String, Value> = entries
         .into_iter()

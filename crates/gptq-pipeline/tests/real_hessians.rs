@@ -13,12 +13,8 @@ use gptq_quantizer::{
 };
 use gptq_types::{Bits, ColumnOrder, GroupSize, LayerName, QuantSpec, Stage, Weight};
 
-/// Codes on a rounding boundary may fall either way in f32 and f64.
+/// Where two codes or two grids are equally good the reference follows the solver.
 const RELATIVE_ERROR_TOLERANCE: f64 = 1e-3;
-/// Of two scales that are equally good by the search's measure either may win: in a linear of 64
-/// outputs one other scale moves the whole error by a thousandth. Seen: 2 of 768 settings above
-/// 1e-3, the largest at 1.33e-3.
-const SEARCHED_TOLERANCE: f64 = 5e-3;
 
 const ORDERS: [ColumnOrder; 4] = [
     ColumnOrder::Natural,
@@ -125,7 +121,8 @@ fn errors_match_the_f64_reference_and_stay_below_rounding() {
                         let n = case.out_features;
                         let factor = Factor::new(&case.hessian, &spec).unwrap();
                         let ours = solve(&case.weight, n, &factor, &spec).unwrap().layer;
-                        let want = reference::gptq(&weight, &hessian, n, &spec).unwrap();
+                        let want =
+                            reference::gptq(&weight, &hessian, n, &spec, Some(&ours)).unwrap();
                         let got = output_error(&case.hessian, &case.weight, &ours);
                         let expected = output_error(&case.hessian, &case.weight, &want);
                         let relative = (got / expected - 1.0).abs();
@@ -136,11 +133,7 @@ fn errors_match_the_f64_reference_and_stay_below_rounding() {
                         };
                         *worst = worst.max(relative);
                         let what = format!("{} with {spec:?}", case.layer);
-                        let tolerance = match scale_search {
-                            true => SEARCHED_TOLERANCE,
-                            false => RELATIVE_ERROR_TOLERANCE,
-                        };
-                        assert!(relative < tolerance, "{relative:e}: {what}");
+                        assert!(relative < RELATIVE_ERROR_TOLERANCE, "{relative:e}: {what}");
 
                         let rounded = round_to_nearest(&case.weight, n, &spec).unwrap();
                         let rtn = output_error(&case.hessian, &case.weight, &rounded);

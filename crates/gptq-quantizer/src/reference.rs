@@ -7,9 +7,23 @@ use crate::Order;
 use crate::grid::GridRule;
 use crate::search::shares;
 
+/// Grids whose errors differ by less, relative to the best, are equally good: f32 cannot tell.
+const EQUAL_GRIDS: f64 = 1e-5;
+/// A weight this near to the middle between two codes, in steps, is rounded as well to either.
+const EQUAL_CODES: f64 = 1e-4;
+
 /// GPTQ of `w [K, N]` with the undamped Hessian `h [K, K]`, both row-major. No blocks, no threads,
 /// no escalation: `None` where `h` plus damping has no Cholesky factor.
-pub fn gptq(w: &[f64], h: &[f64], n: usize, spec: &QuantSpec) -> Option<SolvedLayer> {
+///
+/// Where two grids or two codes are equally good, the one that `rival` took is taken: all later
+/// codes of that output follow from it, and a comparison should not be one of which coin fell.
+pub fn gptq(
+    w: &[f64],
+    h: &[f64],
+    n: usize,
+    spec: &QuantSpec,
+    rival: Option<&SolvedLayer>,
+) -> Option<SolvedLayer> {
     let k = w.len() / n;
     let diagonal: Vec<f32> = (0..k).map(|i| h[i * k + i] as f32).collect();
     let order = Order::new(spec.order, spec.group_size, &diagonal);
@@ -32,10 +46,15 @@ pub fn gptq(w: &[f64], h: &[f64], n: usize, spec: &QuantSpec) -> Option<SolvedLa
     let groups = spec.group_size.count(k);
     let mut grids = vec![(0.0f64, 0.0f64); groups * n];
     let mut codes = vec![0u8; k * n];
-    let fit = |w: &[f64], rows: &[usize], col: usize| {
+    let fit = |w: &[f64], rows: &[usize], group: usize, col: usize| {
+        let taken = rival.map(|layer| {
+            let at = group * n + col;
+            (layer.scales[at].to_f64(), f64::from(layer.zeros[at]))
+        });
         let column = || rows.iter().map(|&r| w[r * n + col] as f32);
         let (low, high) = (column().fold(0.0, f32::min), column().fold(0.0, f32::max));
-        let mut best = (f64::INFINITY, 0.0, 0.0);
+        let mut best = (f64::INFINITY, (0.0, 0.0));
+        let mut rivals = f64::INFINITY;
         for share in shares(spec) {
             let (scale, zero) = rule.fit_range(low * share, high * share);
             let (scale, zero) = (f64::from(scale), f64::from(zero));
@@ -47,10 +66,16 @@ pub fn gptq(w: &[f64], h: &[f64], n: usize, spec: &QuantSpec) -> Option<SolvedLa
             };
             let error = rows.iter().map(loss).sum();
             if error < best.0 {
-                best = (error, scale, zero);
+                best = (error, (scale, zero));
+            }
+            if taken == Some((scale, zero)) {
+                rivals = error;
             }
         }
-        (best.1, best.2)
+        match taken {
+            Some(grid) if rivals <= best.0 * (1.0 + EQUAL_GRIDS) => grid,
+            _ => best.1,
+        }
     };
     for i in 0..k {
         let group = order.groups[i] as usize;
@@ -63,14 +88,20 @@ pub fn gptq(w: &[f64], h: &[f64], n: usize, spec: &QuantSpec) -> Option<SolvedLa
         for g in due {
             let rows: Vec<usize> = (0..k).filter(|&r| order.groups[r] as usize == g).collect();
             for col in 0..n {
-                grids[g * n + col] = fit(&w, &rows, col);
+                grids[g * n + col] = fit(&w, &rows, g, col);
             }
         }
         for col in 0..n {
             let (scale, zero) = grids[group * n + col];
             let value = w[i * n + col];
-            let code = ((value / scale).round_ties_even() + zero).clamp(0.0, max_code);
-            codes[order.channels[i] * n + col] = code as u8;
+            let at = order.channels[i] * n + col;
+            let steps = value / scale + zero;
+            let nearest = steps.round_ties_even().clamp(0.0, max_code);
+            let code = match rival.map(|layer| f64::from(layer.codes[at])) {
+                Some(code) if (code - steps).abs() < 0.5 + EQUAL_CODES => code,
+                _ => nearest,
+            };
+            codes[at] = code as u8;
             let error = (value - scale * (code - zero)) / u[i * k + i];
             for j in i + 1..k {
                 w[j * n + col] -= error * u[j * k + i];

@@ -7,7 +7,8 @@ use gptq_types::{
     ActivationSink, Activations, Bits, CheckpointFormat, ColumnOrder, GroupSize, Method, QuantSpec,
 };
 
-/// Both solvers see the same problem; a code on a rounding boundary may fall either way.
+/// Both solvers see the same problem; where two codes or two grids are equally good the reference
+/// follows the solver.
 const RELATIVE_ERROR_TOLERANCE: f64 = 1e-3;
 
 const ORDERS: [ColumnOrder; 4] = [
@@ -80,9 +81,7 @@ fn wide(x: &[f32]) -> Vec<f64> {
 #[test]
 fn errors_match_the_f64_reference_for_every_setting() {
     // 172 is divided by no group; 320 spans three blocks; group 200 ends inside a block.
-    // Where a code falls the other way its output's later ones follow: with many outputs, one counts
-    // for little.
-    for (k, n, seed) in [(172, 75, 1), (320, 130, 2)] {
+    for (k, n, seed) in [(172, 43, 1), (320, 130, 2)] {
         let problem = problem(k, n, seed);
         for bits in Bits::ALL {
             for group_size in [16, 48, 128, 200]
@@ -112,7 +111,8 @@ fn check(problem: &Problem, spec: &QuantSpec) {
     } = problem;
     let factor = Factor::new(hessian, spec).unwrap();
     let ours = solve(weight, *n, &factor, spec).unwrap().layer;
-    let want = reference::gptq(&wide(weight), &wide(hessian.values()), *n, spec).unwrap();
+    let (w, h) = (wide(weight), wide(hessian.values()));
+    let want = reference::gptq(&w, &h, *n, spec, Some(&ours)).unwrap();
     assert_eq!(ours.g_idx, want.g_idx, "{spec:?}");
     assert_eq!((ours.in_features, ours.out_features), (*k, *n));
 
@@ -378,7 +378,7 @@ fn without_a_search_the_codes_are_those_of_the_reference() {
             let factor = Factor::new(&problem.hessian, &spec).unwrap();
             let got = solve(&problem.weight, problem.n, &factor, &spec).unwrap();
             let (weight, hessian) = (wide(&problem.weight), wide(problem.hessian.values()));
-            let want = reference::gptq(&weight, &hessian, problem.n, &spec).unwrap();
+            let want = reference::gptq(&weight, &hessian, problem.n, &spec, None).unwrap();
             assert_eq!(got.layer, want, "{spec:?}");
         }
     }

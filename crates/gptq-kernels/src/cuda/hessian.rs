@@ -206,6 +206,28 @@ impl DeviceHessian {
     }
 }
 
+/// What a routine of cuSOLVER works in; to be kept until its result was read.
+struct Workspace {
+    device: Buffer,
+    host: Vec<u8>,
+    info: Buffer,
+}
+
+impl Workspace {
+    fn new(gpu: &Arc<Gpu>, on_device: usize, on_host: usize) -> Result<Self, CudaError> {
+        Ok(Workspace {
+            device: Buffer::new(gpu, on_device)?,
+            host: vec![0; on_host],
+            info: Buffer::zeros(gpu, 4)?,
+        })
+    }
+
+    /// LAPACK's `info`; waits for the routine.
+    fn info(&self) -> Result<i32, CudaError> {
+        Ok(self.info.to_host::<i32>(1)?[0])
+    }
+}
+
 /// cuSOLVER counts by columns: its upper triangle is the lower one of a row-major matrix.
 const UPPER: solver::cublasFillMode_t = solver::cublasFillMode_t::CUBLAS_FILL_MODE_UPPER;
 const F64: solver::cudaDataType_t = solver::cudaDataType_t::CUDA_R_64F;
@@ -233,10 +255,8 @@ impl Gpu {
         }
         .result()
         .named("sizing the Cholesky factorisation")?;
-        let space = Buffer::new(self, on_device)?;
-        let mut host = vec![0u8; on_host];
-        let info = Buffer::zeros(self, 4)?;
-        // SAFETY: as above, with workspaces of the sizes asked for; `host` lives until the wait.
+        let mut space = Workspace::new(self, on_device, on_host)?;
+        // SAFETY: as above, with workspaces of the sizes asked for, which live until the wait.
         unsafe {
             solver::cusolverDnXpotrf(
                 self.solver,
@@ -247,16 +267,16 @@ impl Gpu {
                 pointer,
                 n,
                 F64,
-                space.address() as *mut _,
+                space.device.address() as *mut _,
                 on_device,
-                host.as_mut_ptr().cast(),
+                space.host.as_mut_ptr().cast(),
                 on_host,
-                info.address() as *mut _,
+                space.info.address() as *mut _,
             )
         }
         .result()
         .named("Cholesky factorisation")?;
-        match info.to_host::<i32>(1)?[0] {
+        match space.info()? {
             0 => Ok(()),
             minor @ 1.. => Err(CudaError::NotPositive {
                 row: k - minor as usize,
@@ -289,10 +309,8 @@ impl Gpu {
         }
         .result()
         .named("sizing the triangular inverse")?;
-        let space = Buffer::new(self, on_device)?;
-        let mut host = vec![0u8; on_host];
-        let info = Buffer::zeros(self, 4)?;
-        // SAFETY: as above, with workspaces of the sizes asked for; `host` lives until the wait.
+        let mut space = Workspace::new(self, on_device, on_host)?;
+        // SAFETY: as above, with workspaces of the sizes asked for, which live until the wait.
         unsafe {
             solver::cusolverDnXtrtri(
                 self.solver,
@@ -302,16 +320,16 @@ impl Gpu {
                 F64,
                 pointer,
                 n,
-                space.address() as *mut _,
+                space.device.address() as *mut _,
                 on_device,
-                host.as_mut_ptr().cast(),
+                space.host.as_mut_ptr().cast(),
                 on_host,
-                info.address() as *mut _,
+                space.info.address() as *mut _,
             )
         }
         .result()
         .named("triangular inverse")?;
-        match info.to_host::<i32>(1)?[0] {
+        match space.info()? {
             0 => Ok(()),
             _ => Err(CudaError::Invalid(
                 "the Cholesky factor has a zero on its diagonal".into(),

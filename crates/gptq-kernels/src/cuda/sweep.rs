@@ -122,7 +122,6 @@ pub struct Swept {
     codes: Buffer,
     scales: Buffer,
     zeros: Buffer,
-    cost: Buffer,
     features: usize,
     groups: usize,
     outputs: usize,
@@ -136,8 +135,6 @@ pub struct SweptHost {
     pub scales: Vec<f32>,
     /// `[groups, outputs]`, whole numbers.
     pub zeros: Vec<f32>,
-    /// Sum of squared errors over `U_ii`.
-    pub compensated_error: f64,
 }
 
 impl Swept {
@@ -148,7 +145,6 @@ impl Swept {
             codes: self.codes.to_host(self.features * self.outputs)?,
             scales: self.scales.to_host(grids)?,
             zeros: self.zeros.to_host(grids)?,
-            compensated_error: self.cost.to_host::<f64>(self.outputs)?.iter().sum(),
         })
     }
 }
@@ -178,7 +174,6 @@ impl DeviceFactor {
             codes: Buffer::new(gpu, k * n)?,
             scales: Buffer::zeros(gpu, plan.groups * n * 4)?,
             zeros: Buffer::zeros(gpu, plan.groups * n * 4)?,
-            cost: Buffer::zeros(gpu, n * 8)?,
             features: k,
             groups: plan.groups,
             outputs: n,
@@ -226,7 +221,6 @@ impl DeviceFactor {
                         (&swept.scales).into(),
                         (&swept.zeros).into(),
                         errors.address().into(),
-                        (&swept.cost).into(),
                         w.address().into(),
                         (&self.values).into(),
                         (&self.importance).into(),
