@@ -56,15 +56,13 @@ watched() { # like quantize, with the most that nvidia-smi ever shows as used
   echo "             nvidia-smi: at most $(sort -n log/used | tail -1) MiB used on the GPU"
 }
 
-logits() { # WHAT DEVICE FOLDER...: expected-N.safetensors in each, one for each line of ids.txt
-  local device=$2
-  echo "expected logits: $1"
+logits() { # NAME DEVICE FOLDER...: expected-NAME-N.safetensors in each, one for each line of ids.txt
+  local name=$1 device=$2
   shift 2
   for folder in "$@"; do
-    rm -f "$folder"/expected-*
     local at=0
     while read -r ids; do
-      echo "$folder --write $folder/expected-$((at++)).safetensors --device $device --ids $ids"
+      echo "$folder --write $folder/expected-$name-$((at++)).safetensors --device $device --ids $ids"
     done <ids.txt
   done | RAYON_NUM_THREADS=2 xargs -L 1 -P 6 ./gptq verify >log/logits 2>&1 || tail -2 log/logits
 }
@@ -88,8 +86,8 @@ run() {
     for size in "172 43" "11008 43"; do
       for tool in memcheck racecheck; do
         # shellcheck disable=SC2086
-        echo "$tool, K N = $size: $(timeout ${SANITIZER_SECONDS:-100} compute-sanitizer --tool $tool ./gpu_speed $size 2>&1 |
-          grep -E 'SUMMARY|Error|ERROR|hazard|Invalid' | sort | uniq -c | head -4 | tr '\n' ';')"
+        echo "$tool, K N = $size: $(timeout ${SANITIZER_SECONDS:-100} compute-sanitizer --tool $tool \
+          ./gpu_speed $size 0 1 2>&1 | grep -E 'SUMMARY|Error|ERROR|hazard|Invalid|sweep' | sort | uniq -c | head -6 | tr '\n' ';')"
       done
     done
   fi
@@ -162,12 +160,9 @@ run() {
   fi
   if wanted formats && compgen -G "files/*" >/dev/null && python3 -c 'import gptqmodel' 2>/dev/null; then
     section "files of every format in GPTQModel, against our logits"
-    logits float32 cpu files/*
-    timeout 200 python3 peer_loads.py TORCH float32 files/* 2>/dev/null | grep RESULT || true
-    timeout 200 python3 peer_loads.py TORCH float16 files/* 2>/dev/null | grep RESULT || true
-    echo "2 bits again, our logits in half precision too"
-    logits float16 cuda:0 files/2b-*
-    timeout 200 python3 peer_loads.py TORCH float16 files/2b-* 2>/dev/null | grep RESULT || true
+    logits f32 cpu files/*
+    logits f16 cuda:0 files/2b-*
+    find files -mindepth 1 -maxdepth 1 | sort | timeout 200 xargs -n 6 -P 6 python3 peer_loads.py TORCH 2>/dev/null | grep RESULT || true
   fi
   section "end"
 }

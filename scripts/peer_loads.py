@@ -1,16 +1,17 @@
 #!/usr/bin/env python3
 """Load checkpoints of this project in GPTQModel and compare its logits with ours.
 
-usage: peer_loads.py BACKEND DTYPE FOLDER...     (needs CUDA, torch and GPTQModel; BACKEND: TORCH, MARLIN, ...; DTYPE: the
-                                                 type GPTQModel computes in, float16, bfloat16 or float32)
+usage: peer_loads.py BACKEND FOLDER...        (needs CUDA, torch and GPTQModel; BACKEND: TORCH, MARLIN, ...)
 
-Each FOLDER holds `expected-*.safetensors`, made by `gptq verify FOLDER --write FOLDER/expected-0.safetensors --ids ...`; one
-is a sequence, and all of them count together. Prints a line a folder: mean KL divergence from our logits, the share of equal
-top tokens, and the widest gap between our two largest logits where the top token differs (a tie that half precision can
-turn). A folder passes with KL <= 1e-3 and 99 % equal top tokens. Exit 1 if one does not pass.
+Each FOLDER holds `expected-NAME-0.safetensors` and so on, made by `gptq verify FOLDER --write ... --ids ...`: one file is one
+sequence, and those of one NAME (f32, f16: what our logits were computed in) count together. GPTQModel computes in f16.
+Prints a line a folder and NAME: mean KL divergence from our logits, the share of equal top tokens, and the widest gap between
+our two largest logits where the top token differs (a tie that half precision can turn). A line passes with KL <= 1e-3 and
+99 % equal top tokens. Exit 1 if one does not pass.
 """
 import sys
 import traceback
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -18,11 +19,16 @@ from gptqmodel import BACKEND, GPTQModel
 from safetensors.torch import load_file
 
 
-def check(folder, backend, dtype):
-    model = GPTQModel.load(folder, backend=backend, device="cuda:0", dtype=dtype)
-    computes_in = next(model.model.parameters()).dtype
-    kl, equal, gap, positions = 0.0, 0, 0.0, 0
+def sequences(folder):
+    names = defaultdict(list)
     for file in sorted(Path(folder).glob("expected-*.safetensors")):
+        names[file.stem.split("-")[1]].append(file)
+    return names
+
+
+def check(model, files):
+    kl, equal, gap, positions = 0.0, 0, 0.0, 0
+    for file in files:
         expected = load_file(file)
         with torch.inference_mode():
             ids = expected["input_ids"].long().unsqueeze(0).cuda()
@@ -34,25 +40,25 @@ def check(folder, backend, dtype):
         first, second = want.topk(2, -1).values.unbind(-1)
         gap = max([gap] + (first - second)[differs].tolist())
         positions += len(want)
-    return computes_in, kl / positions, equal / positions, gap, positions
+    return kl / positions, equal / positions, gap, positions
 
 
 def main():
-    backend, dtype = getattr(BACKEND, sys.argv[1]), getattr(torch, sys.argv[2])
-    folders = sys.argv[3:]
+    backend = getattr(BACKEND, sys.argv[1])
     failed = 0
-    for folder in folders:
+    for folder in sys.argv[2:]:
         try:
-            computes_in, kl, top1, gap, positions = check(folder, backend, dtype)
-            passed = kl <= 1e-3 and top1 >= 0.99
-            verdict = "pass" if passed else "FAIL"
-            print(f"RESULT {verdict} {folder} {computes_in} {positions} positions KL {kl:.3e} top-1 {top1:.4f} gap {gap:.4f}", flush=True)
+            model = GPTQModel.load(folder, backend=backend, device="cuda:0")
+            for name, files in sequences(folder).items():
+                kl, top1, gap, positions = check(model, files)
+                passed = kl <= 1e-3 and top1 >= 0.99
+                failed += not passed
+                verdict = "pass" if passed else "FAIL"
+                print(f"RESULT {verdict} {folder} {name} {positions} positions KL {kl:.3e} top-1 {top1:.4f} gap {gap:.4f}", flush=True)
         except Exception as error:
             traceback.print_exc()
-            passed = False
             print(f"RESULT FAIL {folder} {type(error).__name__}: {error}", flush=True)
-        failed += not passed
-    print(f"RESULT {len(folders) - failed} passed, {failed} failed")
+            failed += 1
     sys.exit(1 if failed else 0)
 
 

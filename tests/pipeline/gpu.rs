@@ -10,10 +10,11 @@ use crate::support::{
     Family, TinyModel, gptq, hashes, json, quantize, run, same_files, write_text,
 };
 
-/// Sixteen-bit activations against f32 ones, in perplexity, and as what GPTQ loses in a layer.
+/// Sixteen-bit activations against f32 ones.
 const PERPLEXITY_TOLERANCE: f64 = 5e-3;
-/// A model of 64 channels: a few codes on a boundary, turned by inputs in sixteen bits.
-const ERROR_TOLERANCE: f64 = 2e-2;
+/// What GPTQ loses in a linear of 64 channels, whose inputs sixteen bits turned: a few codes on a
+/// boundary decide. bf16 has three bits less.
+const ERROR_TOLERANCE: [(Dtype, f64); 2] = [(Dtype::F16, 2e-2), (Dtype::BF16, 1e-1)];
 const WORK: [&str; 6] = ["--group-size", "32", "--samples", "16", "--seq-len", "128"];
 
 fn has_gpu() -> bool {
@@ -72,7 +73,7 @@ fn every_family_in_f16_and_bf16_is_worth_what_it_is_on_the_processor() {
         return;
     }
     for family in Family::ALL {
-        for dtype in [Dtype::F16, Dtype::BF16] {
+        for (dtype, tolerance) in ERROR_TOLERANCE {
             let what = format!("{family:?} {dtype:?}");
             let place = Place::of(&TinyModel {
                 dtype,
@@ -81,12 +82,10 @@ fn every_family_in_f16_and_bf16_is_worth_what_it_is_on_the_processor() {
             let there = place.quantize("there", &["--device", "cuda:0"]);
             let here = place.quantize("here", &["--device", "cpu"]);
             let layers = |record: &Value| record["layers"].as_array().unwrap().clone();
-            // bf16 has three digits: layers after the first see other inputs.
-            let slack = if dtype == Dtype::BF16 { 2.0 } else { 1.0 };
             for (there, here) in layers(&there).iter().zip(&layers(&here)) {
                 let loss = |layer: &Value| layer["loss"]["error"].as_f64().unwrap();
                 let what = format!("{what} {}", there["layer"]);
-                close(loss(there), loss(here), ERROR_TOLERANCE * slack, &what);
+                close(loss(there), loss(here), tolerance, &what);
             }
             for checkpoint in [place.model.clone(), place.out("there")] {
                 let [gpu, cpu] = ["cuda:0", "cpu"].map(|d| place.perplexity(&checkpoint, d));

@@ -1,16 +1,20 @@
-//! Where the time of a stage goes on the GPU: `gpu_speed K N`, needs `--features cuda`.
+//! Where the time of a stage goes on the GPU: `gpu_speed K N [TOKENS [ROUNDS]]`, needs
+//! `--features cuda`. With no tokens the sweep alone, on a factor made up: compute-sanitizer's
+//! racecheck takes minutes for cuSOLVER's, and stops in its own code where told to pass it over.
 #![allow(clippy::print_stdout)]
 
 #[cfg(feature = "cuda")]
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     use std::time::Instant;
 
-    use gptq_kernels::cuda::{Buffer, DeviceHessian, Gpu, Rule, Step, SweepPlan};
+    use gptq_kernels::cuda::{Buffer, DeviceFactor, DeviceHessian, Gpu, Rule, Step, SweepPlan};
     use gptq_types::{DeviceMatrix, Dtype};
 
     let mut sizes = std::env::args().skip(1).map(|arg| arg.parse::<usize>());
     let k = sizes.next().unwrap_or(Ok(4096))?;
     let n = sizes.next().unwrap_or(Ok(4096))?;
+    let tokens = sizes.next().unwrap_or(Ok(16384))?;
+    let rounds = sizes.next().unwrap_or(Ok(3))?;
     let gpu = Gpu::open(0)?;
     let values = |count: usize, scale: f32| -> Vec<half::f16> {
         let mut state = 1u64;
@@ -23,7 +27,6 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             })
             .collect()
     };
-    let tokens = 16384;
     let matrix = |buffer: &Buffer, rows, columns| DeviceMatrix {
         address: buffer.address(),
         rows,
@@ -44,7 +47,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         })
         .collect();
     let plan = SweepPlan::new(&gpu, &order, &groups, k.div_ceil(128), false, steps)?;
-    for round in 0..3 {
+    let rule = Rule {
+        max_code: 15.0,
+        min_zero: 1.0,
+        least: 0.55,
+        sym: 1,
+        search: 0,
+    };
+    for round in 0..rounds {
         let timed = |name: &str, start: Instant| -> Result<(), gptq_kernels::cuda::CudaError> {
             gpu.synchronize()?;
             println!(
@@ -53,6 +63,17 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             );
             Ok(())
         };
+        if tokens == 0 {
+            let mut values = vec![0.0; k * k];
+            for (row, values) in values.chunks_mut(k).enumerate() {
+                values[..row].fill(0.01);
+                values[row] = 1.0;
+            }
+            let factor = DeviceFactor::from_host(&gpu, &values, &vec![1.0; k])?;
+            factor.sweep(there, &plan, Rule { search: 1, ..rule })?;
+            timed("sweep alone, searched", Instant::now())?;
+            continue;
+        }
         gpu.synchronize()?;
         let start = Instant::now();
         let mut hessian = DeviceHessian::new(&gpu, k)?;
@@ -67,15 +88,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let factor = hessian.factor(&order, &added, &vec![1.0; k])?;
         timed("factor", start)?;
         for search in [0, 1] {
-            let rule = Rule {
-                max_code: 15.0,
-                min_zero: 1.0,
-                least: 0.55,
-                sym: 1,
-                search,
-            };
             let start = Instant::now();
-            let swept = factor.sweep(there, &plan, rule)?;
+            let swept = factor.sweep(there, &plan, Rule { search, ..rule })?;
             timed(
                 if search == 1 {
                     "sweep, searched"
@@ -88,13 +102,6 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             swept.to_host()?;
             timed("codes to host", start)?;
         }
-        let rule = Rule {
-            max_code: 15.0,
-            min_zero: 1.0,
-            least: 0.55,
-            sym: 1,
-            search: 0,
-        };
         let start = Instant::now();
         hessian.rounding_cost(there, 128, rule)?;
         timed("rounding cost", start)?;

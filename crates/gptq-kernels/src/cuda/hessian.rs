@@ -36,6 +36,24 @@ pub struct DeviceFactor {
     pub(super) importance: Buffer,
 }
 
+impl DeviceFactor {
+    /// A factor from elsewhere: `values` row-major `[features, features]`, as the fields say.
+    pub fn from_host(
+        gpu: &Arc<Gpu>,
+        values: &[f32],
+        importance: &[f32],
+    ) -> Result<Self, CudaError> {
+        let features = importance.len();
+        assert_eq!(values.len(), features * features, "values of the factor");
+        Ok(DeviceFactor {
+            gpu: gpu.clone(),
+            features,
+            values: Buffer::from_host(gpu, values)?,
+            importance: Buffer::from_host(gpu, importance)?,
+        })
+    }
+}
+
 impl DeviceHessian {
     /// All zero.
     pub fn new(gpu: &Arc<Gpu>, features: usize) -> Result<Self, CudaError> {
