@@ -5,7 +5,8 @@
 //! [`CheckpointLayout`]), the configs that other tools write and expect ([`QuantizeConfig`],
 //! [`quantize_config_json`]), how a checkpoint comes into being without ever being half there
 //! ([`StagedCheckpoint`]), and how to prove that a file holds what the solver chose
-//! ([`verify_layer`]). `docs/FORMAT.md` draws the format once.
+//! ([`verify_layer`]), and which runtimes load it ([`readings`]). `docs/FORMAT.md` draws the format
+//! once.
 //!
 //! Does not know: how codes are chosen, what a model is, where a checkpoint comes from, the
 //! network, Burn. Nothing is printed and nothing is memory-mapped: a file cut short under a map
@@ -22,6 +23,7 @@ mod emit;
 mod header;
 mod layout;
 mod pack;
+mod readers;
 mod safetensors_file;
 mod shard_files;
 mod stage;
@@ -35,6 +37,7 @@ pub use emit::{config_json_with_quantization, quantize_config_json};
 pub use header::{HeaderError, MAX_HEADER_BYTES};
 pub use layout::{CheckpointLayout, LayoutError, Placement, Shard, packed_tensors};
 pub use pack::{PackError, PackedLayer, pack};
+pub use readers::readings;
 pub use safetensors_file::{SafetensorsError, SafetensorsFile, write_safetensors};
 pub use stage::{StageError, StagedCheckpoint, discard_partial, partial_path};
 pub use unpack::unpack;

@@ -1,6 +1,6 @@
 //! The block loop: from an opened model and token windows to a published checkpoint folder.
 //!
-//! Knows: which tensors the result has, the order of work (one forward per block, each group of
+//! Knows: which permutations a matrix has and what each will be, which tensors a result has, the order of work (one forward per block, each group of
 //! linears solved as its inputs arrive), the journal by which an interrupted run goes on, and what
 //! a reader of the result must be told.
 //!
@@ -9,12 +9,14 @@
 mod job;
 mod journal;
 mod layers;
+mod matrix;
 mod plan;
 mod preflight;
 mod run;
 mod write;
 
 pub use job::{Job, PipelineError, Progress};
+pub use matrix::{PlanDefaults, PlanError, Preset, plan_matrix, read_plan};
 pub use plan::OutputPlan;
 pub use preflight::{check_finite, check_shapes, check_unquantised};
 pub use run::quantize;

@@ -46,6 +46,7 @@ pub struct LayerRecord {
     pub loss: Option<LayerLoss>,
     /// Seconds in rounding it and measuring what that cost. The factor, which a stage shares, is
     /// counted under [`Phase::Factor`] alone.
+    #[serde(default, skip_serializing_if = "is_zero")]
     pub solve_seconds: f64,
 }
 
@@ -93,6 +94,10 @@ pub struct PhaseTimes {
 }
 
 impl PhaseTimes {
+    fn is_empty(&self) -> bool {
+        self.seconds.is_empty() && self.flop.is_empty()
+    }
+
     /// Adds a measured duration.
     pub fn add(&mut self, phase: Phase, elapsed: Duration) {
         *self.seconds.entry(phase).or_default() += elapsed.as_secs_f64();
@@ -135,10 +140,29 @@ pub struct RunRecord {
     pub layers: Vec<LayerRecord>,
     /// Degradations and doubts.
     pub warnings: Vec<Warning>,
-    /// Wall seconds of all.
+    /// Wall seconds of all; left out of a [`RunRecord::timeless`] record.
+    #[serde(default, skip_serializing_if = "is_zero")]
     pub seconds: f64,
-    /// Seconds per phase.
+    /// Seconds per phase; likewise.
+    #[serde(default, skip_serializing_if = "PhaseTimes::is_empty")]
     pub phases: PhaseTimes,
+}
+
+impl RunRecord {
+    /// Without times and peaks: two runs of the same settings leave the same record.
+    pub fn timeless(mut self) -> Self {
+        self.seconds = 0.0;
+        self.phases = PhaseTimes::default();
+        self.gpu_memory_peak = None;
+        for layer in &mut self.layers {
+            layer.solve_seconds = 0.0;
+        }
+        self
+    }
+}
+
+fn is_zero(value: &f64) -> bool {
+    *value == 0.0
 }
 
 /// The perplexity of one checkpoint under one protocol.
@@ -169,5 +193,6 @@ pub struct EvalRecord {
     /// Bytes of all weight files.
     pub weight_bytes: u64,
     /// Wall seconds.
+    #[serde(default, skip_serializing_if = "is_zero")]
     pub seconds: f64,
 }

@@ -1,0 +1,143 @@
+//! A matrix of permutations: what is asked for, and what a branch of it turned out to be.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{ColumnOrder, EvalRecord, GroupSize, Method, QuantSpec, RunRecord};
+
+/// Which calibration tokens a permutation sees.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CalibrationRequest {
+    /// A registered name or a file, as `--dataset` takes it.
+    pub dataset: String,
+    /// Windows.
+    pub samples: usize,
+    /// Tokens in a window.
+    pub seq_len: usize,
+    /// Seed of the draw.
+    pub seed: u64,
+}
+
+/// One branch that is asked for.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Permutation {
+    /// Name of the branch.
+    pub branch: String,
+    /// Settings.
+    pub spec: QuantSpec,
+    /// Its tokens; not used by `method rtn`.
+    pub calibration: CalibrationRequest,
+    /// A sentence for the table of files.
+    pub desc: String,
+}
+
+/// The name under which such a branch is published: `gptq-4bit-32g-actorder_True`, with
+/// `-1g` where there are no groups (the seeds' spelling; nothing says more than these three).
+pub fn branch_name(spec: &QuantSpec) -> String {
+    let order = match spec.order {
+        ColumnOrder::Natural | ColumnOrder::GroupAware => "False",
+        ColumnOrder::ActOrder | ColumnOrder::ActOrderStaticGroups => "True",
+    };
+    let method = match spec.method {
+        Method::Gptq => "gptq",
+        Method::Rtn => "rtn",
+    };
+    let group = i64::from(spec.group_size);
+    format!("{method}-{}bit-{group}g-actorder_{order}", spec.bits)
+}
+
+/// What the settings mean to someone who chooses a branch.
+pub fn describe(spec: &QuantSpec) -> String {
+    let order = match spec.order {
+        ColumnOrder::Natural => "without act-order: read by every runtime that knows its shapes",
+        ColumnOrder::ActOrder => "with act-order: g_idx is a permutation, slower in some runtimes",
+        ColumnOrder::ActOrderStaticGroups => "act-order with static groups: g_idx stays trivial",
+        ColumnOrder::GroupAware => "channels reordered inside groups: g_idx stays trivial",
+    };
+    let group = match spec.group_size {
+        GroupSize::None => "one group a row".to_string(),
+        GroupSize::Channels(size) => format!("groups of {size}"),
+    };
+    format!("{}-bit, {group}, {order}.", spec.bits)
+}
+
+/// Whether a runtime loads a branch.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reading {
+    /// The runtime.
+    pub reader: String,
+    /// Why it does not; absent where it does.
+    pub refusal: Option<String>,
+}
+
+/// Scores of a branch and of the model that it was made from, on the same tokens.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct BranchEvaluation {
+    /// The float model.
+    pub reference: EvalRecord,
+    /// The branch.
+    pub branch: EvalRecord,
+}
+
+/// What a branch holds; with its run record all that a card says of it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct BranchRecord {
+    /// What was asked for.
+    pub permutation: Permutation,
+    /// Bytes of its weight files.
+    pub weight_bytes: u64,
+    /// Bits for each weight of the quantised linears, grids and g_idx included.
+    pub bits_per_weight: f64,
+    /// Runtimes, in a fixed order.
+    pub readings: Vec<Reading>,
+    /// Absent where no evaluation was asked for.
+    pub evaluation: Option<BranchEvaluation>,
+}
+
+/// A finished branch: its record and that of its run.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Branch {
+    /// What it is.
+    pub record: BranchRecord,
+    /// How it was made.
+    pub run: RunRecord,
+}
+
+/// A branch before it is made.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct PlannedBranch {
+    /// What is asked for.
+    pub permutation: Permutation,
+    /// Why it cannot be made; the numbers below are zero then.
+    pub refusal: Option<String>,
+    /// Bytes of its weight files.
+    pub weight_bytes: u64,
+    /// Bits for each weight of the quantised linears, grids and g_idx included.
+    pub bits_per_weight: f64,
+    /// Runtimes.
+    pub readings: Vec<Reading>,
+    /// Floating-point operations, about.
+    pub flop: f64,
+    /// Bytes of host memory on a run without a GPU, about.
+    pub memory: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Bits;
+
+    #[test]
+    fn branches_are_named_as_published() {
+        let mut spec = QuantSpec {
+            order: ColumnOrder::ActOrder,
+            group_size: GroupSize::Channels(32),
+            ..QuantSpec::published()
+        };
+        assert_eq!(branch_name(&spec), "gptq-4bit-32g-actorder_True");
+        spec.bits = Bits::Eight;
+        spec.group_size = GroupSize::None;
+        assert_eq!(branch_name(&spec), "gptq-8bit--1g-actorder_True");
+        spec.order = ColumnOrder::Natural;
+        assert_eq!(branch_name(&spec), "gptq-8bit--1g-actorder_False");
+    }
+}
