@@ -6,7 +6,9 @@ use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use gptq_hub::{HalfType, ModelShape};
-use gptq_types::{Bits, CheckpointFormat, ColumnOrder, GroupSize, Method, QuantSpec};
+use gptq_types::{
+    Bits, CalibrationRequest, CheckpointFormat, ColumnOrder, GroupSize, Method, QuantSpec,
+};
 
 use crate::failure::Failure;
 
@@ -96,6 +98,19 @@ fn parse_size(text: &str) -> Result<usize, String> {
     match number.trim().parse::<f64>() {
         Ok(number) if number > 0.0 && number.is_finite() => Ok((number * unit) as usize),
         _ => Err("expected a size such as 8GB".to_string()),
+    }
+}
+
+/// A file of 1 MB: smaller limits come from a wrong unit.
+const MIN_SHARD_GB: f64 = 1e-3;
+
+/// Bytes of the largest weight file.
+pub fn shard_bytes(gb: f64) -> Result<u64, Failure> {
+    match gb >= MIN_SHARD_GB {
+        true => Ok((gb * 1e9) as u64),
+        false => Err(Failure::new(format!(
+            "--max-shard-size {gb} is not {MIN_SHARD_GB} GB or more"
+        ))),
     }
 }
 
@@ -194,6 +209,16 @@ pub struct QuantizeArgs {
 }
 
 impl QuantizeArgs {
+    /// The tokens that were asked for.
+    pub fn calibration(&self) -> CalibrationRequest {
+        CalibrationRequest {
+            dataset: self.dataset.clone(),
+            samples: self.samples,
+            seq_len: self.seq_len,
+            seed: self.seed,
+        }
+    }
+
     /// The settings that were typed, checked.
     pub fn spec(&self) -> Result<QuantSpec, Failure> {
         let spec = QuantSpec {

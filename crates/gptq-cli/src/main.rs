@@ -5,6 +5,7 @@
 #![allow(clippy::print_stderr)]
 
 mod args;
+mod calibrate;
 mod commands;
 mod datasets;
 mod device;
@@ -12,6 +13,8 @@ mod failure;
 mod models;
 mod output;
 mod progress;
+mod scoring;
+mod watch;
 
 use std::process::ExitCode;
 

@@ -21,7 +21,16 @@ pub struct Steps {
 impl Steps {
     /// Begins at `done` of `all` steps.
     pub fn new(what: &str, done: usize, all: usize) -> Self {
-        let bar = std::io::stderr().is_terminal().then(|| {
+        Self::begin(what, done, all, std::io::stderr().is_terminal())
+    }
+
+    /// Begins at none of `all` steps; with `plain`, beside others, in lines alone.
+    pub fn beside(what: &str, all: usize, plain: bool) -> Self {
+        Self::begin(what, 0, all, !plain && std::io::stderr().is_terminal())
+    }
+
+    fn begin(what: &str, done: usize, all: usize, drawn: bool) -> Self {
+        let bar = drawn.then(|| {
             let style =
                 "{prefix} [{bar:30}] {pos}/{len} {elapsed_precise}, left {eta_precise} {msg}";
             let style = ProgressStyle::with_template(style)

@@ -30,6 +30,8 @@ pub struct Job {
     pub out_dir: PathBuf,
     /// Largest weight file.
     pub max_shard_bytes: u64,
+    /// All tensors of the source were read before and found finite.
+    pub checked: bool,
     /// Where the forward pass runs.
     pub device: Device,
     /// Go on where an interrupted run stopped.

@@ -1,15 +1,20 @@
 //! Run records rendered for people.
 //!
 //! Knows: the comparison table of evaluated checkpoints, the summary of a quantization run and
-//! its time profile, all from records alone: any of them can be made again from JSON.
+//! its time profile, the table of a planned matrix and the model card of a finished one, all from
+//! records alone: any of them can be made again from JSON.
 //!
 //! Does not know: models, files, how a number was measured.
 
+mod card;
 mod comparison;
+mod matrix;
 mod profile;
 mod summary;
 
+pub use card::{CardError, CardInfo, card};
 pub use comparison::comparison;
+pub use matrix::matrix_table;
 pub use profile::{Rates, profile};
 pub use summary::summary;
 

@@ -1,0 +1,88 @@
+//! Calibration windows of a request.
+
+use std::sync::Arc;
+
+use gptq_calibration::{Source, Tokenizer, WindowSpec, Windows, windows};
+use gptq_model::{DecoderConfig, Device, FloatWeights, SampleSpec, sample_windows};
+use gptq_types::CalibrationRequest;
+
+use crate::args::HubArgs;
+use crate::datasets::HubFiles;
+use crate::failure::Failure;
+use crate::models::Model;
+use crate::progress::Steps;
+
+/// Reads or draws the windows; `temperature` and `device` are for text of the model's own.
+pub fn calibrate(
+    request: &CalibrationRequest,
+    temperature: f32,
+    model: &Model,
+    config: &DecoderConfig,
+    device: Device,
+    hub: &HubArgs,
+) -> Result<Windows, Failure> {
+    let source = Source::parse(&request.dataset)?;
+    if request.seq_len > config.max_position_embeddings {
+        eprintln!(
+            "warning: windows of {} tokens exceed the model's {} positions",
+            request.seq_len, config.max_position_embeddings
+        );
+    }
+    let windows = if source.is_generated() {
+        write_own(request, temperature, model, config, device)?
+    } else {
+        let tokenizer = Tokenizer::open(model.dir())?;
+        tokenizer.check_vocabulary(config.vocab_size)?;
+        let files = HubFiles::new(hub);
+        windows(&source, &window_spec(request), &tokenizer, &files)?
+    };
+    windows.check_vocabulary(config.vocab_size)?;
+    Ok(windows)
+}
+
+fn window_spec(request: &CalibrationRequest) -> WindowSpec {
+    WindowSpec {
+        samples: request.samples,
+        seq_len: request.seq_len,
+        seed: request.seed,
+    }
+}
+
+/// Windows that the model writes itself.
+fn write_own(
+    request: &CalibrationRequest,
+    temperature: f32,
+    model: &Model,
+    config: &DecoderConfig,
+    device: Device,
+) -> Result<Windows, Failure> {
+    window_spec(request).check()?;
+    let cold = temperature.is_nan() || temperature <= 0.0;
+    if request.seq_len < 2 || cold {
+        let text = format!(
+            "cannot sample {} windows of {} tokens at temperature {temperature}",
+            request.samples, request.seq_len
+        );
+        return Err(Failure::with_hint(
+            text,
+            "windows need 2 tokens and a temperature above 0",
+        ));
+    }
+    let all = request.samples * request.seq_len;
+    let mut steps = Steps::new("sampling tokens", 0, all);
+    let ids = sample_windows(
+        Arc::new(FloatWeights::new(model.checkpoint.clone())),
+        config.clone(),
+        device,
+        SampleSpec {
+            samples: request.samples,
+            seq_len: request.seq_len,
+            temperature,
+            seed: request.seed,
+        },
+        &mut |done, _| steps.set(done),
+    )?;
+    steps.end();
+    let rule = format!("sampled from the model at temperature {temperature}");
+    Ok(Windows::from_ids(ids, "self", &rule, request.seed))
+}

@@ -1,0 +1,70 @@
+//! The table of a matrix before it is made.
+
+use gptq_types::{GroupSize, Method, PlannedBranch};
+
+use crate::size;
+
+/// Markdown of what each branch will be; `gflops` is the rate that times are estimated with.
+pub fn matrix_table(branches: &[PlannedBranch], gflops: f64) -> String {
+    let mut out = String::from(
+        "| branch | bits | group | order | damp | dataset | windows | size | bits per weight | time | memory | not read by |\n\
+         |---|---|---|---|---|---|---|---|---|---|---|---|\n",
+    );
+    for branch in branches {
+        let (permutation, spec) = (&branch.permutation, &branch.permutation.spec);
+        let order = serde_json::to_value(spec.order).unwrap_or_default();
+        let group = match spec.group_size {
+            GroupSize::None => "none".to_string(),
+            GroupSize::Channels(size) => size.to_string(),
+        };
+        let calibration = &permutation.calibration;
+        let (dataset, windows) = match spec.method {
+            Method::Rtn => ("none".to_string(), String::new()),
+            Method::Gptq => (
+                calibration.dataset.clone(),
+                format!("{} x {}", calibration.samples, calibration.seq_len),
+            ),
+        };
+        out += &format!(
+            "| {} | {} | {group} | {} | {} | {dataset} | {windows} | ",
+            permutation.branch,
+            spec.bits,
+            order.as_str().unwrap_or_default(),
+            spec.damp_percent,
+        );
+        out += &match &branch.refusal {
+            Some(reason) => format!("impossible: {reason} | | | | |\n"),
+            None => format!(
+                "{} | {:.2} | {} | {} | {} |\n",
+                size(branch.weight_bytes),
+                branch.bits_per_weight,
+                about(branch.flop / gflops / 1e9),
+                size(branch.memory),
+                refusing(branch)
+            ),
+        };
+    }
+    out
+}
+
+fn refusing(branch: &PlannedBranch) -> String {
+    let refused = branch.readings.iter();
+    let names: Vec<String> = refused
+        .filter_map(|reading| {
+            Some(format!(
+                "{} ({})",
+                reading.reader,
+                reading.refusal.as_ref()?
+            ))
+        })
+        .collect();
+    names.join(", ")
+}
+
+fn about(seconds: f64) -> String {
+    match seconds {
+        s if s < 90.0 => format!("{s:.0} s"),
+        s if s < 5400.0 => format!("{:.0} min", s / 60.0),
+        s => format!("{:.1} h", s / 3600.0),
+    }
+}

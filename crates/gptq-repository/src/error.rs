@@ -1,0 +1,60 @@
+//! What can go wrong with a repository.
+
+use std::path::{Path, PathBuf};
+
+/// A repository that cannot be read or written.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum RepositoryError {
+    #[error("`{}` is not a git repository and not an empty folder", .0.display())]
+    Occupied(PathBuf),
+    #[error("`{}` is not a git repository", .0.display())]
+    NotARepository(PathBuf),
+    #[error("`{}` has no branch `{branch}`", path.display())]
+    NoBranch { path: PathBuf, branch: String },
+    #[error("`{0}` cannot be the name of a branch")]
+    BranchName(String),
+    #[error("`{}` is a folder inside a checkpoint; branches hold files alone", .0.display())]
+    Nested(PathBuf),
+    #[error("branch `{branch}`, file `{file}`: the LFS object {oid} is missing or cut short")]
+    MissingObject {
+        branch: String,
+        file: String,
+        oid: String,
+    },
+    #[error("cannot {doing} `{}`: {source}", path.display())]
+    Io {
+        doing: &'static str,
+        path: PathBuf,
+        source: std::io::Error,
+    },
+    #[error("cannot {doing} in `{}`: {}", path.display(), source.message())]
+    Git {
+        doing: String,
+        path: PathBuf,
+        source: git2::Error,
+    },
+}
+
+impl RepositoryError {
+    /// Advice, apart from the cause.
+    pub fn hint(&self) -> Option<&'static str> {
+        match self {
+            RepositoryError::Occupied(_) => Some("name a folder that does not exist yet"),
+            RepositoryError::NotARepository(_) => Some("`gptq matrix MODEL -o REPO` makes one"),
+            RepositoryError::MissingObject { .. } => {
+                Some("`git lfs fsck` lists what is missing; fetch it or make the branch again")
+            }
+            _ => None,
+        }
+    }
+
+    pub(crate) fn io(doing: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.to_path_buf();
+        move |source| RepositoryError::Io {
+            doing,
+            path,
+            source,
+        }
+    }
+}
