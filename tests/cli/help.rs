@@ -3,7 +3,36 @@
 use crate::support::{gptq, run};
 
 /// Every flag and argument by subcommand. `--threads` belongs to all of them.
-const FLAGS: [(&str, &[&str]); 7] = [
+const FLAGS: [(&str, &[&str]); 10] = [
+    (
+        "matrix",
+        &[
+            "<MODEL>",
+            "--out",
+            "--preset",
+            "--plan",
+            "--dry-run",
+            "--skip-impossible",
+            "--only",
+            "--assemble",
+            "--dataset",
+            "--samples",
+            "--seq-len",
+            "--seed",
+            "--evaluate",
+            "--eval-seq-len",
+            "--eval-windows",
+            "--card",
+            "--template",
+            "--max-shard-size",
+            "--device",
+            "--gpu-memory",
+            "--json",
+            "--offline",
+        ],
+    ),
+    ("card", &["<PLACE>", "--card", "--template", "--commit"]),
+    ("pull", &["<SOURCE>", "--out", "--offline"]),
     (
         "quantize",
         &[

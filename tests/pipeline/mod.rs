@@ -1,6 +1,7 @@
 //! What a run leaves on disk, and what it is worth.
 
 mod architectures;
+mod branches;
 mod generated;
 mod gpu;
 mod matrix;

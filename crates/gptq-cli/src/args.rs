@@ -27,6 +27,12 @@ pub struct Cli {
 pub enum Command {
     /// Quantize a model into a checkpoint folder
     Quantize(QuantizeArgs),
+    /// Make every permutation of a model as branches of a git repository, with a model card
+    Matrix(MatrixArgs),
+    /// Render the model card of a repository or of a checkpoint
+    Card(CardArgs),
+    /// Write a branch of a repository into a folder
+    Pull(PullArgs),
     /// Turn a GGUF file into a model folder that `quantize` takes
     Import(ImportArgs),
     /// Make a model folder of random weights, for measurements of speed and memory
@@ -357,6 +363,115 @@ pub struct InspectArgs {
     /// Print as JSON
     #[arg(long)]
     pub json: bool,
+    #[command(flatten)]
+    pub hub: HubArgs,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub enum PresetArg {
+    /// 4 bits: g128, and 32g, 64g, 128g with act-order; damp 0.01, wikitext2, 2048 tokens
+    #[value(name = "llama-2")]
+    Llama2,
+    /// The same with damp 0.1, c4, 32768 tokens; and 8 bits with act-order, no group and 128g
+    LongContext,
+}
+
+#[derive(Args)]
+#[group(id = "branches", required = true, multiple = false, args = ["preset", "plan"])]
+pub struct MatrixArgs {
+    /// A folder, or `owner/name[:branch]` on the hub; f16, bf16 or f32 safetensors
+    pub model: String,
+    /// The repository: a folder that does not exist yet, or one that an earlier run began
+    #[arg(short, long, value_name = "REPO", required_unless_present = "dry_run")]
+    pub out: Option<PathBuf>,
+    /// A published table of branches
+    #[arg(long, value_enum)]
+    pub preset: Option<PresetArg>,
+    /// A TOML file of branches: `[[branch]]` with bits, group_size, desc_act and so on
+    #[arg(long, value_name = "FILE")]
+    pub plan: Option<PathBuf>,
+    /// Say what each branch will be, how large and how long, and stop
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Leave out branches that this model cannot have, instead of refusing the whole matrix
+    #[arg(long)]
+    pub skip_impossible: bool,
+    /// Make this branch alone, and no cards; can be repeated. For several machines on one folder
+    #[arg(long, value_name = "BRANCH")]
+    pub only: Vec<String>,
+    /// Make no branch, only the cards of those that are there
+    #[arg(long, conflicts_with = "only")]
+    pub assemble: bool,
+    /// Calibration data, as `quantize` takes it [default: the preset's or plan's]
+    #[arg(long)]
+    pub dataset: Option<String>,
+    /// Windows of calibration tokens [default: the preset's or plan's]
+    #[arg(long)]
+    pub samples: Option<usize>,
+    /// Tokens in a window [default: the preset's or plan's]
+    #[arg(long)]
+    pub seq_len: Option<usize>,
+    /// Seed of the draw of windows [default: the plan's, or 0]
+    #[arg(long)]
+    pub seed: Option<u64>,
+    /// Text for perplexity and KL, as `eval` takes it, or `none`
+    #[arg(long, default_value = "wikitext2", value_name = "TEXT")]
+    pub evaluate: String,
+    /// Tokens in a window of that text
+    #[arg(long, default_value_t = 2048, value_name = "TOKENS")]
+    pub eval_seq_len: usize,
+    /// Score only this many windows of it
+    #[arg(long, value_name = "WINDOWS")]
+    pub eval_windows: Option<usize>,
+    /// A TOML file of what the card cannot know: model_name, license, prompt_template, repo, ...
+    #[arg(long, value_name = "FILE")]
+    pub card: Option<PathBuf>,
+    /// A minijinja template in place of the built-in card
+    #[arg(long, value_name = "FILE")]
+    pub template: Option<PathBuf>,
+    /// Largest weight file, in GB (10^9 bytes); 0.001 at least
+    #[arg(long, default_value_t = 4.0, value_name = "GB")]
+    pub max_shard_size: f64,
+    /// Devices, separated by commas: each takes the next branch; `auto` is one
+    #[arg(
+        long,
+        default_value = "auto",
+        value_delimiter = ',',
+        value_name = "DEVICE"
+    )]
+    pub device: Vec<DeviceArg>,
+    /// GPU memory that the run may take on each GPU
+    #[arg(long, default_value = "10GB", value_name = "SIZE", value_parser = parse_size)]
+    pub gpu_memory: usize,
+    /// Print the plan, or the records of all branches, as JSON
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub hub: HubArgs,
+}
+
+#[derive(Args)]
+pub struct CardArgs {
+    /// A repository that `matrix` made, or a checkpoint folder with a run record
+    pub place: PathBuf,
+    /// What the card cannot know, as for `matrix` [default: what `matrix` was given]
+    #[arg(long, value_name = "FILE")]
+    pub card: Option<PathBuf>,
+    /// A minijinja template in place of the built-in card
+    #[arg(long, value_name = "FILE")]
+    pub template: Option<PathBuf>,
+    /// Commit the card to every branch of the repository instead of printing it
+    #[arg(long)]
+    pub commit: bool,
+}
+
+#[derive(Args)]
+pub struct PullArgs {
+    /// `REPO[:branch]`, a repository that `matrix` made, or `owner/name[:branch]` on the hub
+    pub source: String,
+    /// The folder to write; must not exist or be empty
+    #[arg(short, long)]
+    pub out: PathBuf,
     #[command(flatten)]
     pub hub: HubArgs,
 }

@@ -57,6 +57,19 @@ pub fn rates() -> Result<Rates, Failure> {
     })
 }
 
+/// What a whole run reaches on a device, in FLOP/s, about: the share of its product rate that the
+/// forward pass and the Hessians had on two processor cores and on an H200.
+pub fn working_rate(device: Device) -> Result<f64, Failure> {
+    match device {
+        Device::Cpu => Ok(0.6 * measure_sgemm(SGEMM_SIZE)),
+        #[cfg(feature = "cuda")]
+        Device::Cuda { ordinal, .. } => {
+            let [products, ..] = gptq_kernels::cuda::Gpu::open(ordinal)?.measure_rates()?;
+            Ok(0.4 * products)
+        }
+    }
+}
+
 #[cfg(feature = "cuda")]
 fn first_gpu(memory: usize) -> Option<Device> {
     let complete = gptq_kernels::cuda::libraries()

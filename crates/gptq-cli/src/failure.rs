@@ -5,7 +5,9 @@ use gptq_hub::HubError;
 use gptq_inference::OpenError;
 use gptq_model::{ConfigError, ModelError};
 use gptq_packer::{ReadError, SafetensorsError};
-use gptq_pipeline::PipelineError;
+use gptq_pipeline::{PipelineError, PlanError};
+use gptq_report::CardError;
+use gptq_repository::RepositoryError;
 use gptq_types::{SourceError, SpecError};
 
 /// Ends the program with exit code 2.
@@ -65,8 +67,16 @@ plain!(
     OpenError,
     ReadError,
     SafetensorsError,
+    PlanError,
+    CardError,
     serde_json::Error
 );
-hinted!(PipelineError, HubError, CalibrationError, ModelError);
+hinted!(
+    PipelineError,
+    HubError,
+    CalibrationError,
+    ModelError,
+    RepositoryError
+);
 #[cfg(feature = "cuda")]
 hinted!(gptq_kernels::cuda::CudaError);

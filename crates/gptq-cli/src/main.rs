@@ -10,6 +10,7 @@ mod commands;
 mod datasets;
 mod device;
 mod failure;
+mod matrix;
 mod models;
 mod output;
 mod progress;
@@ -53,6 +54,9 @@ fn run(cli: Cli) -> Result<Verdict, Failure> {
     }
     match cli.command {
         Command::Quantize(args) => commands::quantize::run(&args),
+        Command::Matrix(args) => commands::matrix::run(&args),
+        Command::Card(args) => commands::card::run(&args),
+        Command::Pull(args) => commands::pull::run(&args),
         Command::Import(args) => commands::import::run(&args),
         Command::Synth(args) => commands::synth::run(&args),
         Command::Eval(args) => commands::eval::run(&args),

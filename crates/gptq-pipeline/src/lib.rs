@@ -16,7 +16,7 @@ mod run;
 mod write;
 
 pub use job::{Job, PipelineError, Progress};
-pub use matrix::{PlanDefaults, PlanError, Preset, plan_matrix, read_plan};
+pub use matrix::{PlanError, Preset, plan_matrix, read_plan};
 pub use plan::OutputPlan;
 pub use preflight::{check_finite, check_shapes, check_unquantised};
 pub use run::quantize;

@@ -25,7 +25,7 @@ impl Repository {
             return Err(RepositoryError::BranchName(branch.to_string()));
         }
         let mut builder = (self.git.treebuilder(None)).map_err(self.failed("write a tree"))?;
-        let mut large = Vec::new();
+        let (mut large, mut written) = (Vec::new(), Vec::new());
         let names = file_names(folder)?;
         for name in &names {
             let file = folder.join(name);
@@ -41,12 +41,14 @@ impl Repository {
             };
             let blob = (self.git.blob(&content)).map_err(self.failed("write a blob"))?;
             (builder.insert(name, blob, FILE_MODE)).map_err(self.failed("write a tree"))?;
+            written.push(blob);
         }
         let blob =
             (self.git.blob(attributes(&large).as_bytes())).map_err(self.failed("write a blob"))?;
         (builder.insert(ATTRIBUTES, blob, FILE_MODE)).map_err(self.failed("write a tree"))?;
+        written.push(blob);
         let tree = builder.write().map_err(self.failed("write a tree"))?;
-        self.record(branch, tree, message, &[])
+        self.record(branch, written, tree, message, &[])
     }
 
     /// Puts a small file into the tree of a branch with a commit of its own; no commit where the
@@ -74,25 +76,60 @@ impl Repository {
             (self.git.treebuilder(Some(&before))).map_err(self.failed("write a tree"))?;
         (builder.insert(name, blob, FILE_MODE)).map_err(self.failed("write a tree"))?;
         let tree = builder.write().map_err(self.failed("write a tree"))?;
-        self.record(branch, tree, message, &[&parent])?;
+        self.record(branch, vec![blob], tree, message, &[&parent])?;
         Ok(true)
     }
 
+    /// A commit, on disk before the branch points to it.
     fn record(
         &self,
         branch: &str,
+        written: Vec<Oid>,
         tree: Oid,
         message: &str,
         parents: &[&git2::Commit<'_>],
     ) -> Result<(), RepositoryError> {
-        let tree = (self.git.find_tree(tree)).map_err(self.failed("write a tree"))?;
+        let found = (self.git.find_tree(tree)).map_err(self.failed("write a tree"))?;
         let author = author().map_err(self.failed("sign a commit"))?;
+        let commit = (self.git)
+            .commit(None, &author, &author, message, &found, parents)
+            .map_err(self.failed("write a commit"))?;
+        for object in written.into_iter().chain([tree, commit]) {
+            self.sync(&object)?;
+        }
         let head = head_of(branch);
-        (self.git)
-            .commit(Some(&head), &author, &author, message, &tree, parents)
-            .map_err(self.failed(&format!("write branch `{branch}`")))?;
-        Ok(())
+        let pointed = match parents {
+            [] => self.git.reference(&head, commit, false, message),
+            [parent, ..] => {
+                (self.git).reference_matching(&head, commit, true, parent.id(), message)
+            }
+        };
+        pointed.map_err(self.failed(&format!("write branch `{branch}`")))?;
+        sync_file(&self.path().join(head))
     }
+
+    /// Loose objects are files; what git has packed since is on disk already.
+    fn sync(&self, object: &Oid) -> Result<(), RepositoryError> {
+        let name = object.to_string();
+        let path = self
+            .path()
+            .join("objects")
+            .join(&name[..2])
+            .join(&name[2..]);
+        match path.exists() {
+            true => sync_file(&path),
+            false => Ok(()),
+        }
+    }
+}
+
+/// A file and its entry in the folder.
+fn sync_file(path: &Path) -> Result<(), RepositoryError> {
+    for place in [Some(path), path.parent()].into_iter().flatten() {
+        let synced = fs::File::open(place).and_then(|file| file.sync_all());
+        synced.map_err(RepositoryError::io("write", place))?;
+    }
+    Ok(())
 }
 
 fn file_names(folder: &Path) -> Result<Vec<String>, RepositoryError> {

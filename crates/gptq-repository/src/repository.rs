@@ -48,9 +48,6 @@ impl Repository {
             .initial_head(head)
             .external_template(false);
         let git = Git::init_opts(path, &options).map_err(failed("make a repository", path))?;
-        let synced =
-            (git.config()).and_then(|mut config| config.set_bool("core.fsyncObjectFiles", true));
-        synced.map_err(failed("write the configuration", path))?;
         Ok(Self::with(git, path))
     }
 

@@ -48,7 +48,7 @@ pub fn branch_name(spec: &QuantSpec) -> String {
 /// What the settings mean to someone who chooses a branch.
 pub fn describe(spec: &QuantSpec) -> String {
     let order = match spec.order {
-        ColumnOrder::Natural => "without act-order: read by every runtime that knows its shapes",
+        ColumnOrder::Natural => "without act-order",
         ColumnOrder::ActOrder => "with act-order: g_idx is a permutation, slower in some runtimes",
         ColumnOrder::ActOrderStaticGroups => "act-order with static groups: g_idx stays trivial",
         ColumnOrder::GroupAware => "channels reordered inside groups: g_idx stays trivial",

@@ -1,9 +1,12 @@
 //! One file a command.
 
+pub mod card;
 pub mod doctor;
 pub mod eval;
 pub mod import;
 pub mod inspect;
+pub mod matrix;
+pub mod pull;
 pub mod quantize;
 pub mod synth;
 pub mod verify;

@@ -24,13 +24,24 @@ pub enum PlanError {
     Branch { branch: String, reason: String },
 }
 
-/// What a branch has where the plan says nothing.
-#[derive(Clone, Debug)]
-pub struct PlanDefaults {
-    /// Tokens.
-    pub calibration: CalibrationRequest,
-    /// Share of the mean Hessian diagonal.
-    pub damp_percent: f64,
+/// What a branch has where the plan says nothing: as `gptq quantize`.
+struct Defaults {
+    calibration: CalibrationRequest,
+    damp_percent: f64,
+}
+
+impl Defaults {
+    fn of_quantize() -> Self {
+        Defaults {
+            calibration: CalibrationRequest {
+                dataset: "c4".to_string(),
+                samples: 128,
+                seq_len: 2048,
+                seed: 0,
+            },
+            damp_percent: 0.1,
+        }
+    }
 }
 
 #[derive(Deserialize)]
@@ -104,7 +115,7 @@ enum FormatName {
 
 /// Reads a plan. Top-level `dataset`, `samples`, `seq_len`, `seed` and `damp` are for all branches;
 /// a `[[branch]]` has `bits`, `group_size`, and any flag of `gptq quantize` by its long name.
-pub fn read_plan(text: &str, defaults: &PlanDefaults) -> Result<Vec<Permutation>, PlanError> {
+pub fn read_plan(text: &str) -> Result<Vec<Permutation>, PlanError> {
     let plan: PlanFile = toml::from_str(text).map_err(|error| {
         let place = error.span().map_or(String::new(), |span| {
             let line = 1 + text[..span.start].matches('\n').count();
@@ -115,7 +126,7 @@ pub fn read_plan(text: &str, defaults: &PlanDefaults) -> Result<Vec<Permutation>
     if plan.branch.is_empty() {
         return Err(PlanError::Empty);
     }
-    let mut defaults = defaults.clone();
+    let mut defaults = Defaults::of_quantize();
     defaults.calibration = plan.tokens.over(&defaults.calibration);
     defaults.damp_percent = plan.damp.unwrap_or(defaults.damp_percent);
     let mut names = BTreeSet::new();
@@ -142,7 +153,7 @@ impl Tokens {
 }
 
 impl BranchEntry {
-    fn permutation(self, defaults: &PlanDefaults) -> Result<Permutation, PlanError> {
+    fn permutation(self, defaults: &Defaults) -> Result<Permutation, PlanError> {
         let place = self.name.clone().unwrap_or_else(|| {
             let group = match &self.group_size {
                 Group::Size(size) => size.to_string(),
@@ -211,16 +222,7 @@ mod tests {
     use super::*;
 
     fn read(text: &str) -> Result<Vec<Permutation>, String> {
-        let defaults = PlanDefaults {
-            calibration: CalibrationRequest {
-                dataset: "c4".to_string(),
-                samples: 128,
-                seq_len: 2048,
-                seed: 0,
-            },
-            damp_percent: 0.1,
-        };
-        read_plan(text, &defaults).map_err(|error| error.to_string())
+        read_plan(text).map_err(|error| error.to_string())
     }
 
     #[test]

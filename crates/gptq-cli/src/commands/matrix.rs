@@ -1,0 +1,310 @@
+//! `gptq matrix`.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Mutex;
+
+use gptq_model::{DecoderConfig, Device};
+use gptq_pipeline::{Preset, check_finite, check_unquantised, plan_matrix, read_plan};
+use gptq_repository::Repository;
+use gptq_types::{CalibrationRequest, Method, Permutation, PlannedBranch};
+
+use crate::Verdict;
+use crate::args::{MatrixArgs, PresetArg, shard_bytes};
+use crate::calibrate::calibrate;
+use crate::device;
+use crate::failure::Failure;
+use crate::matrix::{
+    Evaluation, Maker, Shared, State, card_info, public_name, read_branches, read_text, render,
+};
+use crate::models::{Model, find};
+use crate::output::{print, print_json};
+use crate::scoring::ScoringText;
+use crate::watch::TOOL;
+
+/// Temperature of a model's own text; `quantize` has a flag for it.
+const TEMPERATURE: f32 = 1.0;
+const CARD_FILE: &str = "README.md";
+
+pub fn run(args: &MatrixArgs) -> Result<Verdict, Failure> {
+    let max_shard_bytes = shard_bytes(args.max_shard_size)?;
+    let asked = permutations(args)?;
+    let model = find(&args.model, &args.hub)?;
+    let config = DecoderConfig::parse(&model.config_json)
+        .map_err(|error| Failure::new(format!("{}: {error}", model.dir().display())))?;
+    check_unquantised(model.checkpoint.as_ref(), &model.config_json)?;
+    let source = model.checkpoint.as_ref();
+    let planned = plan_matrix(source, &config, asked, max_shard_bytes)?;
+    if args.dry_run {
+        return dry_run(args, &planned);
+    }
+    let planned = possible(planned, args.skip_impossible)?;
+    let wanted = selected(&planned, &args.only)?;
+    let path = (args.out.as_deref()).ok_or_else(|| Failure::new("--out is missing"))?;
+    let info = card_info(args.card.as_deref(), model.dir(), &args.model)?;
+    let model_name = info.base_model.clone().unwrap_or(info.model_name.clone());
+    let state = State {
+        model: model_name.clone(),
+        config_sha256: State::hash(&model.config_json),
+        tool: TOOL.to_string(),
+        model_type: model_type(&model.config_json),
+        branches: planned
+            .iter()
+            .map(|branch| branch.permutation.clone())
+            .collect(),
+        evaluation: evaluation(args),
+        card: info,
+    };
+    let head = planned
+        .first()
+        .map_or("main", |branch| &branch.permutation.branch);
+    let repository = Repository::open_or_create(path, head)?;
+    state.keep(path)?;
+
+    let missing: Vec<&PlannedBranch> = match args.assemble {
+        true => Vec::new(),
+        false => (wanted.into_iter())
+            .filter(|branch| !repository.has(&branch.permutation.branch))
+            .collect(),
+    };
+    let failed = match missing.is_empty() {
+        true => 0,
+        false => {
+            let text = evaluation(args).map(|text| ScoringText {
+                dataset: text.dataset,
+                seq_len: text.seq_len,
+                max_windows: text.max_windows,
+            });
+            let devices = devices(args)?;
+            let text = text.map(|text| text.read(&model, &args.hub)).transpose()?;
+            let text = text.map(|mut text| {
+                text.protocol = text
+                    .protocol
+                    .replace(&args.evaluate, &public_name(&args.evaluate));
+                text
+            });
+            let shared = Shared {
+                windows: windows(args, &missing, &model, &config, devices[0])?,
+                model: &model,
+                model_name: &model_name,
+                text,
+                max_shard_bytes,
+                repository: path,
+                side_by_side: devices.len() > 1,
+            };
+            check_finite(source)?;
+            make_all(&missing, &shared, &devices)?
+        }
+    };
+    if !args.only.is_empty() {
+        return Ok(verdict(failed));
+    }
+    assemble(args, &repository, &state)?;
+    let absent = (state.branches.iter())
+        .filter(|b| !repository.has(&b.branch))
+        .count();
+    if absent > 0 {
+        eprintln!("{absent} of {} branches are absent", state.branches.len());
+    }
+    Ok(verdict(absent))
+}
+
+fn verdict(failed: usize) -> Verdict {
+    match failed {
+        0 => Verdict::Yes,
+        _ => Verdict::No,
+    }
+}
+
+/// What was asked for: a preset or a plan, with flags over what it says of tokens.
+fn permutations(args: &MatrixArgs) -> Result<Vec<Permutation>, Failure> {
+    let mut permutations = match (&args.plan, args.preset) {
+        (Some(path), _) => read_plan(&read_text(path)?)
+            .map_err(|error| Failure::new(format!("`{}`: {error}", path.display())))?,
+        (None, Some(PresetArg::LongContext)) => Preset::LongContext.permutations(),
+        (None, _) => Preset::Llama2.permutations(),
+    };
+    for CalibrationRequest {
+        dataset,
+        samples,
+        seq_len,
+        seed,
+    } in permutations
+        .iter_mut()
+        .map(|permutation| &mut permutation.calibration)
+    {
+        if let Some(given) = &args.dataset {
+            dataset.clone_from(given);
+        }
+        *samples = args.samples.unwrap_or(*samples);
+        *seq_len = args.seq_len.unwrap_or(*seq_len);
+        *seed = args.seed.unwrap_or(*seed);
+    }
+    Ok(permutations)
+}
+
+fn dry_run(args: &MatrixArgs, planned: &[PlannedBranch]) -> Result<Verdict, Failure> {
+    match args.json {
+        true => print_json(&planned)?,
+        false => {
+            let device = devices(args)?[0];
+            let rate = device::working_rate(device)?;
+            print(&gptq_report::matrix_table(planned, rate / 1e9))?;
+        }
+    }
+    let impossible = planned.iter().filter(|branch| branch.refusal.is_some());
+    Ok(verdict(match args.skip_impossible {
+        true => 0,
+        false => impossible.count(),
+    }))
+}
+
+/// The branches that can be made; all of them, or those that are left.
+fn possible(planned: Vec<PlannedBranch>, skip: bool) -> Result<Vec<PlannedBranch>, Failure> {
+    let (can, cannot): (Vec<_>, Vec<_>) =
+        (planned.into_iter()).partition(|branch| branch.refusal.is_none());
+    let reasons: Vec<String> = (cannot.iter())
+        .map(|branch| {
+            let reason = branch.refusal.as_deref().unwrap_or_default();
+            format!("branch `{}`: {reason}", branch.permutation.branch)
+        })
+        .collect();
+    if !reasons.is_empty() && (!skip || can.is_empty()) {
+        return Err(Failure::with_hint(
+            reasons.join("; "),
+            "--skip-impossible makes the others; --dataset, --samples and --seq-len change a preset",
+        ));
+    }
+    for reason in reasons {
+        eprintln!("warning: left out: {reason}");
+    }
+    Ok(can)
+}
+
+fn selected<'a>(
+    planned: &'a [PlannedBranch],
+    only: &[String],
+) -> Result<Vec<&'a PlannedBranch>, Failure> {
+    for name in only {
+        if planned
+            .iter()
+            .all(|branch| branch.permutation.branch != *name)
+        {
+            return Err(Failure::new(format!(
+                "--only {name}: no such branch in the matrix"
+            )));
+        }
+    }
+    let wanted =
+        |branch: &&PlannedBranch| only.is_empty() || only.contains(&branch.permutation.branch);
+    Ok(planned.iter().filter(wanted).collect())
+}
+
+fn evaluation(args: &MatrixArgs) -> Option<Evaluation> {
+    (args.evaluate != "none").then(|| Evaluation {
+        dataset: args.evaluate.clone(),
+        seq_len: args.eval_seq_len,
+        max_windows: args.eval_windows,
+    })
+}
+
+fn model_type(config_json: &str) -> String {
+    let config: serde_json::Value = serde_json::from_str(config_json).unwrap_or_default();
+    config["model_type"]
+        .as_str()
+        .unwrap_or_default()
+        .to_string()
+}
+
+fn devices(args: &MatrixArgs) -> Result<Vec<Device>, Failure> {
+    (args.device.iter())
+        .map(|&device| device::pick(device, args.gpu_memory))
+        .collect()
+}
+
+/// The tokens of all branches; those with the same request share them.
+fn windows(
+    args: &MatrixArgs,
+    missing: &[&PlannedBranch],
+    model: &Model,
+    config: &DecoderConfig,
+    device: Device,
+) -> Result<HashMap<String, gptq_calibration::Windows>, Failure> {
+    let mut found = HashMap::new();
+    for branch in missing {
+        let permutation = &branch.permutation;
+        let key = Shared::key(permutation);
+        if permutation.spec.method == Method::Rtn || found.contains_key(&key) {
+            continue;
+        }
+        let request = &permutation.calibration;
+        let mut windows = calibrate(request, TEMPERATURE, model, config, device, &args.hub)?;
+        windows.record.dataset = public_name(&windows.record.dataset);
+        found.insert(key, windows);
+    }
+    Ok(found)
+}
+
+/// Each device takes the next branch. A branch that fails is named and left out; how many did.
+fn make_all(
+    missing: &[&PlannedBranch],
+    shared: &Shared<'_>,
+    devices: &[Device],
+) -> Result<usize, Failure> {
+    let queue = Mutex::new(missing.iter());
+    let next = || queue.lock().ok().and_then(|mut queue| queue.next());
+    let work = |device: Device| -> Result<usize, Failure> {
+        let mut maker = Maker::new(shared, device)?;
+        let mut failed = 0;
+        while let Some(branch) = next() {
+            let name = &branch.permutation.branch;
+            eprintln!("{name}: {}", branch.permutation.desc);
+            if let Err(failure) = maker.make(branch) {
+                failed += 1;
+                eprintln!("{name}: failed: {}", failure.text);
+                if let Some(hint) = failure.hint {
+                    eprintln!("hint: {hint}");
+                }
+            }
+        }
+        Ok(failed)
+    };
+    if let [device] = devices {
+        return work(*device);
+    }
+    std::thread::scope(|scope| {
+        let workers: Vec<_> = (devices.iter())
+            .map(|&device| scope.spawn(move || work(device)))
+            .collect();
+        (workers.into_iter())
+            .map(|worker| match worker.join() {
+                Ok(failed) => failed,
+                Err(_) => Err(Failure::new("a worker of the matrix ended in a panic")),
+            })
+            .sum()
+    })
+}
+
+/// The same card on every branch that is there, with a commit where it changed.
+fn assemble(args: &MatrixArgs, repository: &Repository, state: &State) -> Result<(), Failure> {
+    let wanted: Vec<String> = state.branches.iter().map(|b| b.branch.clone()).collect();
+    let branches = read_branches(repository, &wanted)?;
+    if branches.is_empty() {
+        return Ok(());
+    }
+    let template: Option<&Path> = args.template.as_deref();
+    let card = render(&state.card, &state.model_type, &branches, template)?;
+    for branch in &branches {
+        let name = &branch.record.permutation.branch;
+        repository.replace(name, CARD_FILE, card.as_bytes(), "Model card")?;
+    }
+    eprintln!(
+        "{} branches in `{}`",
+        branches.len(),
+        repository.path().display()
+    );
+    if args.json {
+        print_json(&branches)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,89 @@
+//! `gptq pull`.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use gptq_repository::Repository;
+
+use crate::Verdict;
+use crate::args::PullArgs;
+use crate::failure::Failure;
+use crate::models::find;
+
+pub fn run(args: &PullArgs) -> Result<Verdict, Failure> {
+    let occupied = match fs::read_dir(&args.out) {
+        Ok(mut entries) => entries.next().is_some(),
+        Err(_) => args.out.exists(),
+    };
+    if occupied {
+        return Err(Failure::with_hint(
+            format!("`{}` exists and is not an empty folder", args.out.display()),
+            "name a folder that does not exist yet",
+        ));
+    }
+    let out = std::path::absolute(&args.out)
+        .map_err(|error| Failure::new(format!("`{}`: {error}", args.out.display())))?;
+    let parent = out.parent().unwrap_or(Path::new("/")).to_path_buf();
+    let failed = |doing: &str, path: &Path, error: std::io::Error| {
+        Failure::new(format!("cannot {doing} `{}`: {error}", path.display()))
+    };
+    // Looked up before anything is written.
+    let local = local(&args.source)?;
+    let snapshot = match &local {
+        Some(_) => None,
+        None => Some(find(&args.source, &args.hub)?),
+    };
+    fs::create_dir_all(&parent).map_err(|error| failed("create", &parent, error))?;
+    let beside = tempfile::Builder::new()
+        .prefix(".pulling-")
+        .tempdir_in(&parent)
+        .map_err(|error| failed("write into", &parent, error))?;
+    let part = beside.path().join("branch");
+    match (local, snapshot) {
+        (Some((repository, branch)), _) => repository.checkout(&branch, &part)?,
+        (None, Some(model)) => copy(model.dir(), &part)?,
+        (None, None) => {}
+    }
+    sync(&part).map_err(|error| failed("write", &part, error))?;
+    fs::rename(&part, &out).map_err(|error| failed("write", &out, error))?;
+    eprintln!("wrote {}", args.out.display());
+    Ok(Verdict::Yes)
+}
+
+/// A repository on this machine, and the branch that is meant.
+fn local(source: &str) -> Result<Option<(Repository, String)>, Failure> {
+    let whole = (source.to_string(), "main".to_string());
+    let parts = source
+        .rsplit_once(':')
+        .map(|(path, branch)| (path.to_string(), branch.to_string()));
+    for (path, branch) in [Some(whole), parts].into_iter().flatten() {
+        let path = PathBuf::from(path);
+        if path.is_dir() {
+            let repository = Repository::open(&path)?;
+            repository.tip(&branch)?;
+            return Ok(Some((repository, branch)));
+        }
+    }
+    Ok(None)
+}
+
+fn copy(folder: &Path, to: &Path) -> Result<(), Failure> {
+    let failed = |error: std::io::Error| {
+        Failure::new(format!("cannot copy `{}`: {error}", folder.display()))
+    };
+    fs::create_dir_all(to).map_err(failed)?;
+    for entry in fs::read_dir(folder).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        if entry.path().is_file() {
+            fs::copy(entry.path(), to.join(entry.file_name())).map_err(failed)?;
+        }
+    }
+    Ok(())
+}
+
+fn sync(folder: &Path) -> std::io::Result<()> {
+    for entry in fs::read_dir(folder)? {
+        fs::File::open(entry?.path())?.sync_all()?;
+    }
+    fs::File::open(folder)?.sync_all()
+}

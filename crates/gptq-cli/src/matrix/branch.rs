@@ -1,0 +1,173 @@
+//! One branch: quantized, scored, published.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+
+use gptq_calibration::{EvaluationWindows, Windows};
+use gptq_hub::Checkpoint;
+use gptq_model::Device;
+use gptq_packer::{discard_partial, partial_path};
+use gptq_pipeline::Job;
+use gptq_repository::Repository;
+use gptq_types::{
+    BranchEvaluation, BranchRecord, EvalRecord, Method, Permutation, PlannedBranch, RunRecord,
+};
+
+use super::public_name;
+use super::state::{State, replace};
+use crate::failure::Failure;
+use crate::models::Model;
+use crate::scoring::Scorer;
+use crate::watch::{TOOL, watch};
+
+const RUN_RECORD: &str = "gptq_run.json";
+pub(super) const BRANCH_RECORD: &str = "gptq_branch.json";
+
+/// What all branches share.
+pub struct Shared<'a> {
+    pub model: &'a Model,
+    /// The model's name as published.
+    pub model_name: &'a str,
+    /// Windows of each request, by [`Shared::key`].
+    pub windows: HashMap<String, Windows>,
+    /// What branches are scored on.
+    pub text: Option<EvaluationWindows>,
+    pub max_shard_bytes: u64,
+    pub repository: &'a Path,
+    /// Several branches are made side by side.
+    pub side_by_side: bool,
+}
+
+impl Shared<'_> {
+    pub fn key(permutation: &Permutation) -> String {
+        serde_json::to_string(&permutation.calibration).unwrap_or_default()
+    }
+}
+
+/// Makes branches on one device, one after the other.
+pub struct Maker<'a> {
+    shared: &'a Shared<'a>,
+    device: Device,
+    repository: Repository,
+    scorer: Option<Scorer<'a>>,
+    reference: Option<EvalRecord>,
+}
+
+impl<'a> Maker<'a> {
+    pub fn new(shared: &'a Shared<'a>, device: Device) -> Result<Self, Failure> {
+        let scorer =
+            (shared.text.as_ref()).map(|text| Scorer::new(text, device, shared.side_by_side));
+        Ok(Maker {
+            repository: Repository::open(shared.repository)?,
+            shared,
+            device,
+            scorer,
+            reference: None,
+        })
+    }
+
+    /// Makes a branch, or what is left to do of it. The branch is there afterwards, whole.
+    pub fn make(&mut self, planned: &PlannedBranch) -> Result<(), Failure> {
+        let branch = &planned.permutation.branch;
+        let work = State::work(self.shared.repository, branch);
+        if !work.exists() {
+            self.quantize(&planned.permutation, &work)?;
+        }
+        let evaluation = self.score(branch, &work)?;
+        let record = BranchRecord {
+            permutation: published(&planned.permutation),
+            weight_bytes: planned.weight_bytes,
+            bits_per_weight: planned.bits_per_weight,
+            readings: planned.readings.clone(),
+            evaluation,
+        };
+        let text = serde_json::to_string_pretty(&record)? + "\n";
+        write(&work.join(BRANCH_RECORD), text.as_bytes())?;
+        let message = format!("{branch}: {}", planned.permutation.desc);
+        self.repository.publish(branch, &work, &message)?;
+        fs::remove_dir_all(&work)
+            .map_err(|error| Failure::new(format!("cannot remove `{}`: {error}", work.display())))
+    }
+
+    fn quantize(&self, permutation: &Permutation, work: &Path) -> Result<(), Failure> {
+        let Shared { model, windows, .. } = self.shared;
+        let branch = &permutation.branch;
+        let windows = match permutation.spec.method {
+            Method::Gptq => windows.get(&Shared::key(permutation)),
+            Method::Rtn => None,
+        };
+        let journal = partial_path(work)
+            .map(|partial| partial.join("journal.jsonl"))
+            .is_ok_and(|journal| journal.exists());
+        if !journal {
+            // Killed before its first block: there is nothing to go on with.
+            discard_partial(work).map_err(|error| Failure::new(error.to_string()))?;
+        }
+        let job = Job {
+            source: model.checkpoint.clone(),
+            config_json: model.config_json.clone(),
+            model_name: self.shared.model_name.to_string(),
+            spec: permutation.spec.clone(),
+            windows: windows.map_or(Vec::new(), |windows| windows.ids.clone()),
+            calibration: windows.map(|windows| windows.record.clone()),
+            companions: model.companions(),
+            out_dir: work.to_path_buf(),
+            max_shard_bytes: self.shared.max_shard_bytes,
+            checked: true,
+            device: self.device,
+            resume: journal,
+            tool: TOOL.to_string(),
+        };
+        let record = watch(&job, &format!("{branch}: blocks"), self.shared.side_by_side)?;
+        eprint!("{branch}: {}", gptq_report::summary(&record));
+        let full = serde_json::to_string_pretty(&record)?;
+        let place = State::record(self.shared.repository, branch);
+        write(&place, full.as_bytes())?;
+        // Times differ from run to run: what is published does not.
+        let timeless: RunRecord = record.timeless();
+        let text = serde_json::to_string_pretty(&timeless)? + "\n";
+        write(&work.join(RUN_RECORD), text.as_bytes())
+    }
+
+    fn score(&mut self, branch: &str, work: &Path) -> Result<Option<BranchEvaluation>, Failure> {
+        let Some(scorer) = &mut self.scorer else {
+            return Ok(None);
+        };
+        let timeless = |mut record: EvalRecord| {
+            record.seconds = 0.0;
+            record
+        };
+        let reference = match self.reference.take() {
+            Some(reference) => reference,
+            None => timeless(scorer.score(self.shared.model_name, self.shared.model)?),
+        };
+        self.reference = Some(reference.clone());
+        let checkpoint = Arc::new(Checkpoint::open(work)?);
+        let made = Model {
+            config_json: checkpoint.config_json()?,
+            checkpoint,
+        };
+        let record = timeless(scorer.score(branch, &made)?);
+        eprintln!(
+            "{branch}: perplexity {:.3}, original {:.3}",
+            record.perplexity, reference.perplexity
+        );
+        Ok(Some(BranchEvaluation {
+            reference,
+            branch: record,
+        }))
+    }
+}
+
+fn published(permutation: &Permutation) -> Permutation {
+    let mut permutation = permutation.clone();
+    permutation.calibration.dataset = public_name(&permutation.calibration.dataset);
+    permutation
+}
+
+fn write(path: &Path, content: &[u8]) -> Result<(), Failure> {
+    replace(path, content)
+        .map_err(|error| Failure::new(format!("cannot write `{}`: {error}", path.display())))
+}

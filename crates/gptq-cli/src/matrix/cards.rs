@@ -1,0 +1,113 @@
+//! Cards from what the branches themselves hold.
+
+use std::path::Path;
+
+use gptq_report::CardInfo;
+use gptq_repository::Repository;
+use gptq_types::{Branch, BranchRecord, RunRecord};
+use serde::de::DeserializeOwned;
+
+use super::branch::BRANCH_RECORD;
+use super::read_text;
+use crate::failure::Failure;
+
+/// Finished branches, in the order of `wanted`; others after them, by name.
+pub fn read_branches(repository: &Repository, wanted: &[String]) -> Result<Vec<Branch>, Failure> {
+    let mut names = repository.branches()?;
+    let place = |name: &String| wanted.iter().position(|wanted| wanted == name);
+    names.sort_by_key(|name| (place(name).unwrap_or(usize::MAX), name.clone()));
+    (names.iter())
+        .map(|name| {
+            Ok(Branch {
+                record: read::<BranchRecord>(repository, name, BRANCH_RECORD)?,
+                run: read::<RunRecord>(repository, name, "gptq_run.json")?,
+            })
+        })
+        .collect()
+}
+
+fn read<T: DeserializeOwned>(
+    repository: &Repository,
+    branch: &str,
+    file: &str,
+) -> Result<T, Failure> {
+    let place = format!("branch `{branch}` of `{}`", repository.path().display());
+    let content = (repository.read(branch, file)?)
+        .ok_or_else(|| Failure::new(format!("{place} has no `{file}`")))?;
+    serde_json::from_slice(&content)
+        .map_err(|error| Failure::new(format!("{place}, `{file}`: {error}")))
+}
+
+/// What the user says of the model, over what its own card says.
+pub fn card_info(file: Option<&Path>, model_dir: &Path, given: &str) -> Result<CardInfo, Failure> {
+    let mut info = match file {
+        Some(path) => toml::from_str::<CardInfo>(&read_text(path)?)
+            .map_err(|error| Failure::new(format!("`{}`: {}", path.display(), error.message())))?,
+        None => CardInfo::default(),
+    };
+    let original = model_dir.join("README.md");
+    if original.exists() {
+        let text = read_text(&original)?;
+        let (front, body) = split_front_matter(&text);
+        let field = |key: &str| {
+            (front.lines())
+                .find_map(|line| line.strip_prefix(key)?.strip_prefix(':'))
+                .map(|value| value.trim().trim_matches(['"', '\'']).to_string())
+                .filter(|value| !value.is_empty())
+        };
+        info.license = info.license.or_else(|| field("license"));
+        if info.original_card.is_none() {
+            info.original_card = Some(body.trim().to_string());
+        }
+    }
+    let on_hub = !model_dir.ends_with(given) && gptq_hub::parse_model_ref(given).is_ok();
+    if info.base_model.is_none() && on_hub {
+        info.base_model = given.split(':').next().map(str::to_string);
+    }
+    if info.model_name.is_empty() {
+        let name = (info.base_model.as_deref()).map(|id| id.rsplit('/').next().unwrap_or(id));
+        let folder = std::fs::canonicalize(model_dir).ok();
+        let folder = folder.and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned()));
+        info.model_name = (name.map(str::to_string)).or(folder).unwrap_or_default();
+    }
+    Ok(info)
+}
+
+/// The text between two lines of `---` at the start, and what follows.
+fn split_front_matter(text: &str) -> (&str, &str) {
+    let inner = text
+        .strip_prefix("---\n")
+        .and_then(|rest| rest.split_once("\n---"));
+    match inner {
+        Some((front, body)) => (front, body.split_once('\n').map_or("", |(_, body)| body)),
+        None => ("", text),
+    }
+}
+
+/// The card of `branches` in words.
+pub fn render(
+    info: &CardInfo,
+    model_type: &str,
+    branches: &[Branch],
+    template: Option<&Path>,
+) -> Result<String, Failure> {
+    let template = template.map(read_text).transpose()?;
+    Ok(gptq_report::card(
+        info,
+        model_type,
+        branches,
+        template.as_deref(),
+    )?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn front_matter_is_cut_off() {
+        let (front, body) = split_front_matter("---\nlicense: mit\n---\n# Title\n");
+        assert_eq!((front, body), ("license: mit", "# Title\n"));
+        assert_eq!(split_front_matter("# Title\n"), ("", "# Title\n"));
+    }
+}

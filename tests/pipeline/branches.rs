@@ -1,0 +1,389 @@
+//! A matrix becomes branches of a repository, whole or absent, the same however it is made.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::support::{
+    Family, TinyModel, gptq, json, refused, run, same_files, tensor_names, write_text,
+};
+
+const PLAN: &str = r#"
+samples = 8
+seq_len = 64
+[[branch]]
+name = "main"
+bits = 4
+group_size = 32
+[[branch]]
+bits = 4
+group_size = 16
+desc_act = true
+[[branch]]
+bits = 8
+group_size = "none"
+desc_act = true
+"#;
+const ACT_ORDER: &str = "gptq-4bit-16g-actorder_True";
+const EIGHT: &str = "gptq-8bit--1g-actorder_True";
+
+struct Place {
+    folder: tempfile::TempDir,
+    model: PathBuf,
+}
+
+impl Place {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let model = folder.path().join("tiny");
+        let shapes = TinyModel {
+            layers: 3,
+            ..TinyModel::new(Family::Llama)
+        };
+        shapes.write(&model);
+        let card = "---\nlicense: apache-2.0\n---\n# The original\nIts own card.\n";
+        fs::write(model.join("README.md"), card).unwrap();
+        for (name, words) in [("text.txt", 20_000), ("held.txt", 2_000)] {
+            write_text(&folder.path().join(name), shapes.vocab, words);
+        }
+        fs::write(folder.path().join("plan.toml"), PLAN).unwrap();
+        Place { folder, model }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// The matrix of the plan into the repository `name`; its commits have one date.
+    fn matrix(&self, name: &str) -> Command {
+        let mut command = gptq("matrix");
+        command.env("SOURCE_DATE_EPOCH", "1700000000");
+        command.arg(&self.model).arg("--out").arg(self.path(name));
+        command.arg("--plan").arg(self.path("plan.toml"));
+        command.arg("--dataset").arg(self.path("text.txt"));
+        command.arg("--evaluate").arg(self.path("held.txt"));
+        command.args(["--eval-seq-len", "64", "--eval-windows", "8"]);
+        command
+    }
+
+    fn pull(&self, repository: &str, branch: &str, to: &str) -> PathBuf {
+        let out = self.path(to);
+        let source = format!("{}:{branch}", self.path(repository).display());
+        run(gptq("pull").arg(source).arg("--out").arg(&out)).done();
+        out
+    }
+
+    /// Branches and the commits that they point to.
+    fn tips(&self, repository: &str) -> Vec<(String, String)> {
+        let heads = self.path(repository).join("refs/heads");
+        let mut found: Vec<_> = fs::read_dir(heads)
+            .unwrap()
+            .map(|entry| {
+                let entry = entry.unwrap();
+                let name = entry.file_name().into_string().unwrap();
+                (name, fs::read_to_string(entry.path()).unwrap())
+            })
+            .collect();
+        found.sort();
+        found
+    }
+}
+
+#[test]
+fn branches_hold_what_quantize_writes_and_a_card() {
+    let place = Place::new();
+    let branches = json(&mut place.matrix("repo"));
+    let names: Vec<&str> = (branches.as_array().unwrap().iter())
+        .map(|branch| branch["record"]["permutation"]["branch"].as_str().unwrap())
+        .collect();
+    assert_eq!(names, ["main", ACT_ORDER, EIGHT]);
+    for branch in branches.as_array().unwrap() {
+        let scores = &branch["record"]["evaluation"];
+        assert!(scores["branch"]["kl"].as_f64().unwrap() > 0.0);
+        assert_eq!(scores["reference"]["windows"], 8);
+        // Where it lay on this machine is not published.
+        assert_eq!(branch["run"]["calibration"]["dataset"], "text.txt");
+    }
+
+    let alone = place.path("alone");
+    let mut quantize = gptq("quantize");
+    quantize.arg(&place.model).arg("--out").arg(&alone);
+    quantize.arg("--dataset").arg(place.path("text.txt"));
+    quantize.args([
+        "--bits",
+        "4",
+        "--group-size",
+        "16",
+        "--desc-act",
+        "--device",
+        "cpu",
+    ]);
+    run(quantize.args(["--samples", "8", "--seq-len", "64"])).done();
+    let pulled = place.pull("repo", ACT_ORDER, "pulled");
+    let weights = |folder: &Path| fs::read(folder.join("model.safetensors")).unwrap();
+    assert_eq!(weights(&pulled), weights(&alone));
+    for file in [
+        "config.json",
+        "tokenizer.json",
+        "gptq_run.json",
+        ".gitattributes",
+    ] {
+        assert!(pulled.join(file).exists(), "{file}");
+    }
+
+    let card = fs::read_to_string(pulled.join("README.md")).unwrap();
+    for text in [
+        "license: \"apache-2.0\"",
+        "# tiny - GPTQ",
+        "| main | 4 | 32 | No | 0.1 | text.txt | 64 |",
+        "| gptq-8bit--1g-actorder_True | 8 | None | Yes |",
+        "no: 8 bits",
+        "# Original model card\n# The original",
+    ] {
+        assert!(card.contains(text), "`{text}` is not in {card}");
+    }
+    assert!(!card.contains("license: apache-2.0\n---\n# The"), "{card}");
+    assert!(!card.contains(&place.folder.path().display().to_string()));
+    let score = branches[1]["record"]["evaluation"]["branch"]["perplexity"]
+        .as_f64()
+        .unwrap();
+    assert!(card.contains(&format!("{score:.3} ±")), "{card}");
+    let printed = run(gptq("card").arg(place.path("repo"))).done().stdout;
+    assert_eq!(printed, card);
+}
+
+#[test]
+fn one_by_one_and_side_by_side_give_the_same_commits() {
+    let place = Place::new();
+    run(&mut place.matrix("whole")).done();
+    for branch in [EIGHT, "main", ACT_ORDER] {
+        run(place.matrix("parts").args(["--only", branch])).done();
+    }
+    let parts = place.pull("parts", "main", "parts-main");
+    assert!(
+        !parts.join("README.md").exists(),
+        "cards come with --assemble"
+    );
+    run(place.matrix("parts").arg("--assemble")).done();
+    assert_eq!(place.tips("parts"), place.tips("whole"));
+    let mut beside = place.matrix("beside");
+    run(beside.args(["--device", "cpu,cpu"])).done();
+    assert_eq!(place.tips("beside"), place.tips("whole"));
+
+    // Again: nothing is left to do.
+    run(&mut place.matrix("whole")).done();
+    assert_eq!(place.tips("parts"), place.tips("whole"));
+}
+
+#[test]
+fn killed_in_the_middle_it_goes_on_and_keeps_what_is_done() {
+    let place = Place::new();
+    run(&mut place.matrix("whole")).done();
+    let mut command = place.matrix("killed");
+    command.stdout(Stdio::null()).stderr(Stdio::null());
+    let mut child = command.spawn().unwrap();
+    let first = place.path("killed").join("refs/heads/main");
+    let begun = Instant::now();
+    while !first.exists() && begun.elapsed() < Duration::from_secs(60) {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let commit = fs::read_to_string(&first).unwrap();
+    assert!(
+        place.tips("killed").len() < 3,
+        "it ended before it was killed"
+    );
+    let told = run(&mut place.matrix("killed")).done();
+    assert!(!told.stderr.contains("main: blocks"), "{told:#?}");
+    assert_eq!(place.tips("killed"), place.tips("whole"));
+    let card = place.path("killed").join("objects").join(&commit[..2]);
+    assert!(
+        card.join(commit[2..].trim()).exists(),
+        "the first commit is still there"
+    );
+}
+
+#[test]
+fn a_branch_that_fails_is_absent_and_the_others_are_whole() {
+    let place = Place::new();
+    run(place.matrix("repo").args(["--only", "main"])).done();
+    let junk = place.path("repo").join("gptq/work").join(ACT_ORDER);
+    fs::create_dir(&junk).unwrap();
+    fs::write(junk.join("config.json"), "{}").unwrap();
+    let told = run(&mut place.matrix("repo")).ended_with(1);
+    assert!(
+        told.stderr.contains(&format!("{ACT_ORDER}: failed: ")),
+        "{told:#?}"
+    );
+    assert!(
+        told.stderr.contains("1 of 3 branches are absent"),
+        "{told:#?}"
+    );
+    let tips = place.tips("repo");
+    let names: Vec<&str> = tips.iter().map(|(name, _)| name.as_str()).collect();
+    assert_eq!(names, [EIGHT, "main"]);
+    fs::remove_dir_all(junk).unwrap();
+    run(&mut place.matrix("repo")).done();
+    run(&mut place.matrix("whole")).done();
+    let [repo, whole] = ["repo", "whole"].map(|name| place.pull(name, EIGHT, &format!("{name}-8")));
+    same_files(&repo, &whole);
+}
+
+#[test]
+fn what_a_model_cannot_have_is_refused_before_any_work() {
+    let place = Place::new();
+    let preset = |more: &[&str]| {
+        let mut command = gptq("matrix");
+        command.arg(&place.model).args(["--preset", "long-context"]);
+        command.arg("--dataset").arg(place.path("text.txt"));
+        command.args(["--samples", "8", "--seq-len", "64", "--device", "cpu"]);
+        command.args(more);
+        command
+    };
+    let out = place.path("repo");
+    let out = out.to_str().unwrap();
+    let told = refused(
+        &mut preset(&["--out", out]),
+        place.folder.path(),
+        &[
+            "branch `main`",
+            "group size 128",
+            "`gptq-8bit-128g-actorder_True`",
+        ],
+    );
+    assert!(
+        told.hint().unwrap().contains("--skip-impossible"),
+        "{told:#?}"
+    );
+    let told = run(&mut preset(&["--dry-run"])).ended_with(1);
+    assert!(
+        told.stdout.contains("| main | 4 | 128 | natural |"),
+        "{told:#?}"
+    );
+    assert_eq!(told.stdout.matches("impossible: ").count(), 3, "{told:#?}");
+    let plan = preset(&["--dry-run", "--skip-impossible", "--json"])
+        .output()
+        .unwrap();
+    let plan: serde_json::Value = serde_json::from_slice(&plan.stdout).unwrap();
+    let sizes: Vec<u64> = (plan.as_array().unwrap().iter())
+        .map(|branch| branch["weight_bytes"].as_u64().unwrap())
+        .collect();
+
+    let less = ["--out", out, "--skip-impossible", "--evaluate", "none"];
+    run(&mut preset(&less)).done();
+    let tips = place.tips("repo");
+    let names: Vec<&str> = tips.iter().map(|(name, _)| name.as_str()).collect();
+    let made = [
+        "gptq-4bit-32g-actorder_True",
+        "gptq-4bit-64g-actorder_True",
+        EIGHT,
+    ];
+    assert_eq!(names, made);
+    let pulled = place.pull("repo", made[0], "pulled");
+    let size = fs::metadata(pulled.join("model.safetensors"))
+        .unwrap()
+        .len();
+    assert_eq!(size, sizes[1], "the size that was planned");
+    assert!(!tensor_names(&pulled).is_empty());
+    let card = fs::read_to_string(pulled.join("README.md")).unwrap();
+    assert!(
+        card.contains("Perplexity and KL were not measured."),
+        "{card}"
+    );
+}
+
+#[test]
+fn what_is_wrong_with_a_repository_or_a_card_is_one_line() {
+    let place = Place::new();
+    run(&mut place.matrix("repo")).done();
+    let root = place.folder.path();
+    refused(
+        place.matrix("repo").args(["--samples", "9"]),
+        root,
+        &["branch `main`", "another"],
+    );
+    refused(
+        place.matrix("repo").args(["--only", "x"]),
+        root,
+        &["--only x"],
+    );
+    fs::create_dir(place.path("full")).unwrap();
+    fs::write(place.path("full").join("file"), "").unwrap();
+    refused(&mut place.matrix("full"), root, &["not an empty folder"]);
+
+    let source = format!("{}:other", place.path("repo").display());
+    let out = place.path("out");
+    let mut pull = gptq("pull");
+    refused(
+        pull.arg(source).arg("--out").arg(&out),
+        root,
+        &["no branch `other`"],
+    );
+    fs::write(place.path("card.toml"), "licence = 'mit'").unwrap();
+    let mut card = gptq("card");
+    card.arg(place.path("repo"))
+        .arg("--card")
+        .arg(place.path("card.toml"));
+    refused(&mut card, root, &["card.toml", "unknown field `licence`"]);
+    fs::write(
+        place.path("t.jinja"),
+        "{{ info.model_name }}\n{{ nothing }}",
+    )
+    .unwrap();
+    let mut card = gptq("card");
+    card.arg(place.path("repo"))
+        .arg("--template")
+        .arg(place.path("t.jinja"));
+    refused(&mut card, root, &["card template, line 2"]);
+    fs::write(
+        place.path("t.jinja"),
+        "{{ info.model_name }}: {{ branches | length }}",
+    )
+    .unwrap();
+    let mut card = gptq("card");
+    card.arg(place.path("repo"))
+        .arg("--template")
+        .arg(place.path("t.jinja"));
+    assert_eq!(run(&mut card).done().stdout, "tiny: 3");
+}
+
+/// With the real client, where it is installed.
+#[test]
+fn stock_git_and_git_lfs_clone_a_branch_that_loads() {
+    let available = |args: &[&str]| {
+        let output = Command::new("git").args(args).output();
+        output.is_ok_and(|output| output.status.success())
+    };
+    if !available(&["lfs", "version"]) {
+        eprintln!("skipped: no git-lfs");
+        return;
+    }
+    let place = Place::new();
+    run(&mut place.matrix("repo")).done();
+    let clone = place.path("clone");
+    let filters = [
+        "-c",
+        "filter.lfs.smudge=git-lfs smudge -- %f",
+        "-c",
+        "filter.lfs.process=git-lfs filter-process",
+        "-c",
+        "filter.lfs.required=true",
+    ];
+    let mut git = Command::new("git");
+    git.args(filters)
+        .args(["clone", "-q", "--single-branch", "--branch", EIGHT]);
+    let output = git.arg(place.path("repo")).arg(&clone).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let pulled = place.pull("repo", EIGHT, "pulled");
+    fs::remove_dir_all(clone.join(".git")).unwrap();
+    same_files(&clone, &pulled);
+    let logits = place.path("logits.safetensors");
+    let mut write = gptq("verify");
+    write.arg(&pulled).arg("--write").arg(&logits);
+    run(write.args(["--ids", "1,5,20"])).done();
+    let mut expect = gptq("verify");
+    expect.arg(&clone).arg("--expect").arg(&logits);
+    run(expect.args(["--tolerance", "0"])).done();
+}
