@@ -3,7 +3,18 @@
 use crate::support::{gptq, run};
 
 /// Every flag and argument by subcommand. `--threads` belongs to all of them.
-const FLAGS: [(&str, &[&str]); 10] = [
+const FLAGS: [(&str, &[&str]); 11] = [
+    (
+        "push",
+        &[
+            "<REPOSITORY>",
+            "<TARGET>",
+            "--branch",
+            "--private",
+            "--update",
+            "--offline",
+        ],
+    ),
     (
         "matrix",
         &[

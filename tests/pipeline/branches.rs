@@ -387,3 +387,37 @@ fn stock_git_and_git_lfs_clone_a_branch_that_loads() {
     expect.arg(&clone).arg("--expect").arg(&logits);
     run(expect.args(["--tolerance", "0"])).done();
 }
+
+#[test]
+fn a_push_that_cannot_begin_is_one_line() {
+    let place = Place::new();
+    run(place.matrix("repo").args(["--only", "main"])).done();
+    let root = place.folder.path();
+    let push = |target: &str| {
+        let mut command = gptq("push");
+        command.arg(place.path("repo")).arg(target);
+        // No one answers there.
+        command
+            .env("HF_HUB_OFFLINE", "0")
+            .env("HF_ENDPOINT", "http://127.0.0.1:9");
+        command.env_remove("HF_TOKEN");
+        command
+    };
+    let told = refused(&mut push("me/model"), root, &["needs a token"]);
+    assert!(told.hint().unwrap().contains("HF_TOKEN"), "{told:#?}");
+    let mut with_token = push("me/model");
+    with_token.env("HF_TOKEN", "hf_secret");
+    let told = refused(
+        &mut with_token,
+        root,
+        &["cannot make repository `me/model`"],
+    );
+    assert!(!told.stderr.contains("hf_secret"), "{told:#?}");
+    refused(&mut push("model"), root, &["`model` is neither"]);
+    refused(
+        push("me/model").args(["--branch", "x"]),
+        root,
+        &["no branch `x`"],
+    );
+    refused(push("me/model").arg("--offline"), root, &["offline"]);
+}

@@ -33,6 +33,8 @@ pub enum Command {
     Card(CardArgs),
     /// Write a branch of a repository into a folder
     Pull(PullArgs),
+    /// Upload the branches of a repository to the hub
+    Push(PushArgs),
     /// Turn a GGUF file into a model folder that `quantize` takes
     Import(ImportArgs),
     /// Make a model folder of random weights, for measurements of speed and memory
@@ -472,6 +474,25 @@ pub struct PullArgs {
     /// The folder to write; must not exist or be empty
     #[arg(short, long)]
     pub out: PathBuf,
+    #[command(flatten)]
+    pub hub: HubArgs,
+}
+
+#[derive(Args)]
+pub struct PushArgs {
+    /// A repository that `matrix` made
+    pub repository: PathBuf,
+    /// `owner/name` on the hub; made where it does not exist. HF_TOKEN must be allowed to write
+    pub target: String,
+    /// Push this branch alone; can be repeated [default: all]
+    #[arg(long, value_name = "BRANCH")]
+    pub branch: Vec<String>,
+    /// A repository that is made now is for its owner alone
+    #[arg(long)]
+    pub private: bool,
+    /// Replace the files of branches that hold others
+    #[arg(long)]
+    pub update: bool,
     #[command(flatten)]
     pub hub: HubArgs,
 }

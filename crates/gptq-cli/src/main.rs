@@ -57,6 +57,7 @@ fn run(cli: Cli) -> Result<Verdict, Failure> {
         Command::Matrix(args) => commands::matrix::run(&args),
         Command::Card(args) => commands::card::run(&args),
         Command::Pull(args) => commands::pull::run(&args),
+        Command::Push(args) => commands::push::run(&args),
         Command::Import(args) => commands::import::run(&args),
         Command::Synth(args) => commands::synth::run(&args),
         Command::Eval(args) => commands::eval::run(&args),

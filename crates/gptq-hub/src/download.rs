@@ -102,8 +102,13 @@ fn needed_files(names: &[String]) -> Vec<String> {
 }
 
 fn is_small_part(name: &str) -> bool {
-    const WHOLE: [&str; 6] = [
+    const WHOLE: [&str; 11] = [
         "config.json",
+        "README.md",
+        "LICENSE",
+        "LICENSE.txt",
+        "gptq_run.json",
+        "gptq_branch.json",
         "generation_config.json",
         "special_tokens_map.json",
         "quantize_config.json",
@@ -339,6 +344,7 @@ mod tests {
         assert_eq!(
             needed_files(&names),
             [
+                "README.md",
                 "config.json",
                 "model.safetensors.index.json",
                 "tokenizer.json",

@@ -103,6 +103,21 @@ pub enum HubError {
         expected: Box<str>,
     },
 
+    #[error("uploading needs a token, and none is set")]
+    NoToken,
+    #[error("this build cannot reach the hub")]
+    NoUploads,
+    #[error("the hub does not let this token {doing} (status {status}){reason}")]
+    NotAllowed {
+        doing: String,
+        status: u16,
+        reason: String,
+    },
+    #[error("branch `{branch}` of `{repo}` holds other files already")]
+    BranchTaken { repo: String, branch: String },
+    #[error("cannot {doing}: {reason}")]
+    Push { doing: String, reason: String },
+
     #[error("`{path}`: not a readable GGUF file: {reason}")]
     Gguf { path: PathBuf, reason: String },
     #[error("`{path}`: metadata `{key}` {reason}")]
@@ -169,6 +184,15 @@ impl HubError {
                 "check the connection and HF_ENDPOINT; what was fetched is kept".into()
             }
             HubError::Stage(StageError::Occupied(_)) => "choose a new folder".into(),
+            HubError::NoToken => "set HF_TOKEN to a token that may write".into(),
+            HubError::NoUploads => "build with `--features hub`".into(),
+            HubError::NotAllowed { status: 401, .. } => {
+                "set HF_TOKEN to a valid token that may write to that account".into()
+            }
+            HubError::BranchTaken { .. } => "--update replaces its files with a new commit".into(),
+            HubError::Push { .. } => {
+                "the same command goes on: what has arrived is not sent again".into()
+            }
             _ => return None,
         })
     }

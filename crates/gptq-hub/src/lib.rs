@@ -16,13 +16,17 @@ mod download;
 mod error;
 mod folder;
 pub mod gguf;
+mod push;
 mod reference;
 mod resolve;
 mod synth;
+#[cfg(feature = "hub")]
+mod upload;
 
 pub use checkpoint::Checkpoint;
 pub use error::HubError;
 pub use gguf::import::{ImportReport, import_gguf};
+pub use push::{Push, PushContent, PushFile, Pushed, push_branches};
 pub use reference::{ModelRef, parse_model_ref};
 pub use resolve::{ResolveOptions, fetch_dataset_file, resolve};
 pub use synth::{HalfType, ModelShape, SynthReport, SynthSpec, SynthWindows, synth};

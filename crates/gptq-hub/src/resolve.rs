@@ -44,10 +44,13 @@ pub(crate) struct Settings {
     pub token: Option<String>,
 }
 
-type Environment<'a> = &'a dyn Fn(&str) -> Option<String>;
+pub(crate) type Environment<'a> = &'a dyn Fn(&str) -> Option<String>;
 
 impl Settings {
-    fn new(options: &ResolveOptions, environment: Environment) -> Result<Self, HubError> {
+    pub(crate) fn new(
+        options: &ResolveOptions,
+        environment: Environment,
+    ) -> Result<Self, HubError> {
         let set = |name: &str| environment(name).filter(|value| !value.is_empty());
         let offline = options.offline
             || set("HF_HUB_OFFLINE").is_some_and(|value| {

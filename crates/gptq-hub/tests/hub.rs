@@ -169,6 +169,7 @@ fn model_routes(digest: &'static str) -> Vec<(String, Answer)> {
                 "a/b.json",
             ]),
         ),
+        (at("README.md"), Answer::File("# card")),
         (at("config.json"), Answer::File("{}")),
         (at("tokenizer.json"), Answer::File("{\"t\": 1}")),
         (at("model.safetensors"), Answer::Large(digest, "weights")),
@@ -208,7 +209,8 @@ fn a_branch_is_fetched_once_and_then_found_in_the_cache() {
         "weights"
     );
     assert!(folder.join("tokenizer.json").is_file());
-    assert!(!folder.join("README.md").exists());
+    assert!(folder.join("README.md").is_file());
+    assert!(!folder.join("a").exists());
     assert!(reports.contains(&("model.safetensors".into(), 7, 7)));
     let reference = cache.path().join("models--owner--name/refs/gptq-4bit");
     assert_eq!(fs::read_to_string(reference).unwrap(), COMMIT);

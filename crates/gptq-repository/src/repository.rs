@@ -22,6 +22,8 @@ pub struct BranchFile {
     pub name: String,
     /// Bytes of its content, wherever they lie.
     pub bytes: u64,
+    /// Git's id of what stands in the tree: the content, or the pointer to it.
+    pub git_oid: String,
     /// sha256 where the content lies in the LFS store.
     pub oid: Option<String>,
 }
@@ -107,6 +109,7 @@ impl Repository {
                 Ok(BranchFile {
                     name: entry.name().unwrap_or_default().to_string(),
                     bytes: pointer.as_ref().map_or(blob.size() as u64, |p| p.size),
+                    git_oid: entry.id().to_string(),
                     oid: pointer.map(|p| p.oid),
                 })
             })
@@ -145,6 +148,12 @@ impl Repository {
             }
         }
         Ok(())
+    }
+
+    /// Where the content of an LFS file of a branch lies; it is there at its full length.
+    pub fn object(&self, branch: &str, file: &BranchFile) -> Result<PathBuf, RepositoryError> {
+        self.check_object(branch, file)?;
+        Ok(self.store.path(file.oid.as_deref().unwrap_or_default()))
     }
 
     fn check_object(&self, branch: &str, file: &BranchFile) -> Result<(), RepositoryError> {

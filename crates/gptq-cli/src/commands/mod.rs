@@ -7,6 +7,7 @@ pub mod import;
 pub mod inspect;
 pub mod matrix;
 pub mod pull;
+pub mod push;
 pub mod quantize;
 pub mod synth;
 pub mod verify;
