@@ -26,6 +26,7 @@ const FLAGS: [(&str, &[&str]); 11] = [
             "--skip-impossible",
             "--only",
             "--assemble",
+            "--shared-hessian",
             "--dataset",
             "--samples",
             "--seq-len",

@@ -177,6 +177,48 @@ fn one_by_one_and_side_by_side_give_the_same_commits() {
 }
 
 #[test]
+fn shared_hessians_give_one_branch_the_same_whatever_others_are_made() {
+    let place = Place::new();
+    let shared = |name: &str| {
+        let mut command = place.matrix(name);
+        command.arg("--shared-hessian");
+        command
+    };
+    let branches = json(&mut shared("whole"));
+    run(shared("parts").args(["--only", ACT_ORDER])).done();
+    run(&mut shared("parts")).done();
+    assert_eq!(place.tips("parts"), place.tips("whole"));
+    let main = &branches[0];
+    assert_eq!(main["run"]["shared_hessian"], true);
+    let card = run(gptq("card").arg(place.path("whole"))).done().stdout;
+    assert_eq!(
+        card.matches("Hessians of one pass of the float model")
+            .count(),
+        3,
+        "{card}"
+    );
+
+    // The first stage of the first block sees the same inputs either way; later ones do not.
+    let exact = json(&mut place.matrix("exact"));
+    for (index, same) in [(0, true), (2, true), (3, false), (20, false)] {
+        let error = |branch: &serde_json::Value| {
+            branch["run"]["layers"][index]["loss"]["error"]
+                .as_f64()
+                .unwrap()
+        };
+        assert_eq!(error(main) == error(&exact[0]), same, "layer {index}");
+    }
+    refused(
+        &mut place.matrix("whole"),
+        place.folder.path(),
+        &["another kind of Hessians"],
+    );
+    let mut two = shared("two");
+    let told = run(two.args(["--device", "cpu,cpu"])).ended_with(2);
+    assert!(told.stderr.contains("on one device"), "{told:#?}");
+}
+
+#[test]
 fn killed_in_the_middle_it_goes_on_and_keeps_what_is_done() {
     let place = Place::new();
     run(&mut place.matrix("whole")).done();

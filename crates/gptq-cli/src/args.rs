@@ -404,6 +404,10 @@ pub struct MatrixArgs {
     /// Make no branch, only the cards of those that are there
     #[arg(long, conflicts_with = "only")]
     pub assemble: bool,
+    /// One forward pass of the float model serves all branches with the same tokens: faster, and
+    /// less accurate, since no layer makes up for the errors before it. Begins anew after a kill
+    #[arg(long)]
+    pub shared_hessian: bool,
     /// Calibration data, as `quantize` takes it [default: the preset's or plan's]
     #[arg(long)]
     pub dataset: Option<String>,

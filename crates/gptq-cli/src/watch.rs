@@ -1,6 +1,6 @@
 //! A quantization run and how far it is.
 
-use gptq_pipeline::{Job, Progress, quantize};
+use gptq_pipeline::{Job, Progress, quantize, quantize_together};
 use gptq_types::RunRecord;
 
 use crate::failure::Failure;
@@ -11,28 +11,60 @@ pub const TOOL: &str = concat!("gptq-rs:", env!("CARGO_PKG_VERSION"));
 
 /// Runs the job under the name `what`; with `plain`, beside others, in lines instead of a bar.
 pub fn watch(job: &Job, what: &str, plain: bool) -> Result<RunRecord, Failure> {
-    let mut steps: Option<Steps> = None;
-    let record = quantize(job, &mut |progress| match progress {
-        Progress::Begin { blocks, resumed } => {
-            if resumed > 0 {
-                eprintln!("{resumed} of {blocks} blocks are done already");
-            }
-            steps = Some(Steps::beside(what, blocks, plain));
-        }
-        Progress::Layer { record } => {
-            if let Some(steps) = &steps {
-                steps.say(&record.layer.0);
-            }
-        }
-        Progress::Block { done, .. } => {
-            if let Some(steps) = &mut steps {
-                steps.set(done);
-            }
-        }
-        Progress::Published => {}
-    })?;
-    if let Some(steps) = steps {
-        steps.end();
-    }
+    let mut shown = Shown::new(what, plain);
+    let record = quantize(job, &mut |progress| shown.hear(progress))?;
+    shown.end();
     Ok(record)
+}
+
+/// Runs several jobs in one pass.
+pub fn watch_together(jobs: &[Job], what: &str) -> Result<Vec<RunRecord>, Failure> {
+    let mut shown = Shown::new(what, false);
+    let records = quantize_together(jobs, &mut |progress| shown.hear(progress))?;
+    shown.end();
+    Ok(records)
+}
+
+struct Shown<'a> {
+    what: &'a str,
+    plain: bool,
+    steps: Option<Steps>,
+}
+
+impl<'a> Shown<'a> {
+    fn new(what: &'a str, plain: bool) -> Self {
+        Shown {
+            what,
+            plain,
+            steps: None,
+        }
+    }
+
+    fn hear(&mut self, progress: Progress<'_>) {
+        match progress {
+            Progress::Begin { blocks, resumed } => {
+                if resumed > 0 {
+                    eprintln!("{resumed} of {blocks} blocks are done already");
+                }
+                self.steps = Some(Steps::beside(self.what, blocks, self.plain));
+            }
+            Progress::Layer { record } => {
+                if let Some(steps) = &self.steps {
+                    steps.say(&record.layer.0);
+                }
+            }
+            Progress::Block { done, .. } => {
+                if let Some(steps) = &mut self.steps {
+                    steps.set(done);
+                }
+            }
+            Progress::Published => {}
+        }
+    }
+
+    fn end(self) {
+        if let Some(steps) = self.steps {
+            steps.end();
+        }
+    }
 }

@@ -3,71 +3,83 @@
 use std::time::Instant;
 
 use gptq_model::{Decoder, Device};
-use gptq_quantizer::{Facts, HostStage, QuantizeError, StageSolver, StageSum};
+use gptq_quantizer::{Facts, HostStage, QuantizeError, StageHessian, StageSum};
 use gptq_types::{LayerName, LayerRecord, Phase, PhaseTimes, QuantSpec, Stage, Warning};
 
-use crate::write::Writer;
+use crate::write::Output;
 use crate::{Job, PipelineError, Progress};
 
-/// Quantises the linears of a block, stage by stage.
-pub struct LayerWork<'a, 'b> {
-    pub spec: &'a QuantSpec,
-    pub device: Device,
-    pub writer: &'a Writer<'b>,
-    pub times: &'a mut PhaseTimes,
-    pub all_tokens: usize,
+/// What becomes of a weight after it was rounded.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum After {
+    /// The rounded one takes its place: later stages see it.
+    Replace,
+    /// It stays: other settings need it too.
+    Keep,
+}
+
+/// Quantises the linears of a block under one setting, stage by stage.
+pub struct LayerWork<'a> {
+    spec: &'a QuantSpec,
+    writer: &'a dyn Output,
+    all_tokens: usize,
     pub layers: Vec<LayerRecord>,
     pub warnings: Vec<Warning>,
 }
 
-impl<'a, 'b> LayerWork<'a, 'b> {
+impl<'a> LayerWork<'a> {
     /// Nothing done yet.
-    pub fn new(job: &'a Job, writer: &'a Writer<'b>, times: &'a mut PhaseTimes) -> Self {
+    pub fn new(job: &'a Job, writer: &'a dyn Output) -> Self {
         LayerWork {
             spec: &job.spec,
-            device: job.device,
             writer,
-            times,
-            all_tokens: job.windows.iter().map(Vec::len).sum(),
+            all_tokens: tokens(job),
             layers: Vec::new(),
             warnings: Vec::new(),
         }
     }
 
-    /// Shows the inputs of a stage to a Hessian, solves its linears and puts them in place.
-    pub fn stage(
+    /// Solves the linears of a stage whose inputs were observed.
+    pub fn solve(
         &mut self,
         decoder: &mut dyn Decoder,
-        index: usize,
-        stage: Stage,
+        linears: &[(LayerName, usize, usize)],
+        hessian: &dyn StageHessian,
+        after: After,
+        times: &mut PhaseTimes,
         progress: &mut dyn FnMut(Progress<'_>),
     ) -> Result<(), PipelineError> {
-        let linears = decoder.config().linears(index, stage);
-        let (first, in_features, _) = linears[0].clone();
-        let solver = self.prepare(decoder, stage, &first, in_features)?;
+        let (first, in_features, _) = &linears[0];
+        let named = |layer: &LayerName| {
+            let layer = layer.clone();
+            move |source| PipelineError::Quantize { layer, source }
+        };
+        let solver = hessian.factor(self.spec, times).map_err(named(first))?;
         let facts = solver.facts();
-        self.warn_about(facts, &first, in_features);
+        self.warn_about(facts, first, *in_features);
 
         for (layer, in_features, out_features) in linears {
-            let weight = decoder.weight(&layer)?;
+            let mut weight = decoder.weight(layer)?;
+            if after == After::Keep {
+                weight = hessian.copied(weight).map_err(named(layer))?;
+            }
             let start = Instant::now();
             let rounded = solver
-                .round(weight, out_features, self.spec, self.times)
-                .map_err(|source| PipelineError::Quantize {
-                    layer: layer.clone(),
-                    source,
-                })?;
-            decoder.replace_weight(&layer, rounded.weight)?;
+                .round(weight, *out_features, self.spec, times)
+                .map_err(named(layer))?;
+            if after == After::Replace {
+                decoder.replace_weight(layer, rounded.weight)?;
+            }
             let record = LayerRecord {
                 layer: layer.clone(),
-                in_features,
-                out_features,
+                in_features: *in_features,
+                out_features: *out_features,
                 tokens: facts.tokens,
                 token_share: facts.tokens as f64 / self.all_tokens as f64,
                 loss: Some(rounded.loss),
                 solve_seconds: start.elapsed().as_secs_f64(),
             };
-            self.writer.store(layer, rounded.layer)?;
+            self.writer.store(layer.clone(), rounded.layer)?;
             if record.is_worse_than_rtn() {
                 let text = "the GPTQ error is above that of rounding to nearest".to_string();
                 self.warn(&record.layer, text);
@@ -76,31 +88,6 @@ impl<'a, 'b> LayerWork<'a, 'b> {
             self.layers.push(record);
         }
         Ok(())
-    }
-
-    /// The inputs of a stage, summed and factored.
-    fn prepare(
-        &mut self,
-        decoder: &mut dyn Decoder,
-        stage: Stage,
-        layer: &LayerName,
-        in_features: usize,
-    ) -> Result<Box<dyn StageSolver>, PipelineError> {
-        let named = |source| PipelineError::Quantize {
-            layer: layer.clone(),
-            source,
-        };
-        let mut sum = stage_sum(self.device, in_features).map_err(named)?;
-        let start = Instant::now();
-        decoder.stage(stage, sum.as_mut())?;
-        let inside = sum.elapsed().map_err(named)?;
-        self.times
-            .add(Phase::Forward, start.elapsed().saturating_sub(inside));
-        self.times.add(Phase::Hessian, inside);
-        // A symmetric product needs half the operations of a full one.
-        let flop = self.all_tokens as f64 * in_features as f64 * (in_features as f64 + 1.0);
-        self.times.add_flop(Phase::Hessian, flop);
-        sum.finish(self.spec, self.times).map_err(named)
     }
 
     fn warn_about(&mut self, facts: Facts, layer: &LayerName, in_features: usize) {
@@ -134,6 +121,35 @@ impl<'a, 'b> LayerWork<'a, 'b> {
             text,
         });
     }
+}
+
+fn tokens(job: &Job) -> usize {
+    job.windows.iter().map(Vec::len).sum()
+}
+
+/// Shows the inputs of a stage to a Hessian. The linears that share it, by name and shape.
+pub fn observe(
+    decoder: &mut dyn Decoder,
+    job: &Job,
+    linears: &[(LayerName, usize, usize)],
+    stage: Stage,
+    times: &mut PhaseTimes,
+) -> Result<Box<dyn StageHessian>, PipelineError> {
+    let (layer, in_features, _) = &linears[0];
+    let named = |source| PipelineError::Quantize {
+        layer: layer.clone(),
+        source,
+    };
+    let mut sum = stage_sum(job.device, *in_features).map_err(named)?;
+    let start = Instant::now();
+    decoder.stage(stage, sum.as_mut())?;
+    let inside = sum.elapsed().map_err(named)?;
+    times.add(Phase::Forward, start.elapsed().saturating_sub(inside));
+    times.add(Phase::Hessian, inside);
+    // A symmetric product needs half the operations of a full one.
+    let flop = tokens(job) as f64 * *in_features as f64 * (*in_features as f64 + 1.0);
+    times.add_flop(Phase::Hessian, flop);
+    sum.finish(times).map_err(named)
 }
 
 /// The sum of a stage on the device of the job.

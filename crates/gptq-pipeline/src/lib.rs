@@ -13,6 +13,7 @@ mod matrix;
 mod plan;
 mod preflight;
 mod run;
+mod together;
 mod write;
 
 pub use job::{Job, PipelineError, Progress};
@@ -20,3 +21,4 @@ pub use matrix::{PlanError, Preset, plan_matrix, read_plan};
 pub use plan::OutputPlan;
 pub use preflight::{check_finite, check_shapes, check_unquantised};
 pub use run::quantize;
+pub use together::quantize_together;

@@ -15,9 +15,9 @@ use gptq_types::{
 use serde_json::{Map, Value, json};
 
 use crate::journal::{BlockEntry, Journal};
-use crate::layers::LayerWork;
+use crate::layers::{After, LayerWork, observe};
 use crate::preflight::{check_finite, check_shapes, check_unquantised};
-use crate::write::{Writer, writing};
+use crate::write::{Output, writing};
 use crate::{Job, OutputPlan, PipelineError, Progress};
 
 /// The run record's file name in the published folder.
@@ -74,6 +74,7 @@ pub fn quantize(
         gpu_memory_peak: gpu_memory_peak(job.device),
         layers,
         warnings,
+        shared_hessian: false,
         seconds: started.elapsed().as_secs_f64(),
         phases: times,
     };
@@ -91,7 +92,7 @@ pub fn quantize(
     }
 }
 
-fn device_name(device: Device) -> String {
+pub(crate) fn device_name(device: Device) -> String {
     match device {
         Device::Cpu => "cpu".to_string(),
         #[cfg(feature = "cuda")]
@@ -101,7 +102,7 @@ fn device_name(device: Device) -> String {
     }
 }
 
-fn gpu_memory_peak(device: Device) -> Option<u64> {
+pub(crate) fn gpu_memory_peak(device: Device) -> Option<u64> {
     match device {
         Device::Cpu => None,
         #[cfg(feature = "cuda")]
@@ -109,7 +110,7 @@ fn gpu_memory_peak(device: Device) -> Option<u64> {
     }
 }
 
-fn read_config(job: &Job) -> Result<DecoderConfig, PipelineError> {
+pub(crate) fn read_config(job: &Job) -> Result<DecoderConfig, PipelineError> {
     let config =
         DecoderConfig::parse(&job.config_json).map_err(|source| PipelineError::Config {
             place: job.source.place(),
@@ -189,15 +190,25 @@ impl Run<'_> {
     fn solve_block(
         &mut self,
         index: usize,
-        writer: &Writer<'_>,
+        writer: &dyn Output,
         times: &mut PhaseTimes,
         progress: &mut dyn FnMut(Progress<'_>),
     ) -> Result<BlockEntry, PipelineError> {
         times.time(Phase::Load, || self.decoder.load_block(index))?;
-        self.count_forward(times);
-        let mut work = LayerWork::new(self.job, writer, times);
+        count_forward(self.config, self.job, times);
+        let mut work = LayerWork::new(self.job, writer);
         for stage in Stage::ALL {
-            work.stage(self.decoder, index, stage, progress)?;
+            let linears = self.config.linears(index, stage);
+            let hessian = observe(self.decoder, self.job, &linears, stage, times)?;
+            let decoder = &mut *self.decoder;
+            work.solve(
+                decoder,
+                &linears,
+                hessian.as_ref(),
+                After::Replace,
+                times,
+                progress,
+            )?;
         }
         let (layers, warnings) = (work.layers, work.warnings);
         times.time(Phase::Forward, || self.decoder.finish_block())?;
@@ -208,20 +219,11 @@ impl Run<'_> {
         })
     }
 
-    fn count_forward(&self, times: &mut PhaseTimes) {
-        for same_length in self.job.windows.chunk_by(|a, b| a.len() == b.len()) {
-            let flop = self
-                .config
-                .block_flop(same_length.len(), same_length[0].len());
-            times.add_flop(Phase::Forward, flop);
-        }
-    }
-
     /// Rounding to nearest looks at weights alone: no forward pass.
     fn round_block(
         &mut self,
         index: usize,
-        writer: &Writer<'_>,
+        writer: &dyn Output,
         times: &mut PhaseTimes,
         progress: &mut dyn FnMut(Progress<'_>),
     ) -> Result<BlockEntry, PipelineError> {
@@ -289,11 +291,19 @@ impl Run<'_> {
             }
         }
         if gptq {
-            self.count_forward(times);
+            count_forward(self.config, self.job, times);
             times.time(Phase::Forward, || self.decoder.forward_block())?;
         }
         self.keep(entry.clone());
         Ok(())
+    }
+}
+
+/// The operations of one block for all windows.
+pub(crate) fn count_forward(config: &DecoderConfig, job: &Job, times: &mut PhaseTimes) {
+    for same_length in job.windows.chunk_by(|a, b| a.len() == b.len()) {
+        let flop = config.block_flop(same_length.len(), same_length[0].len());
+        times.add_flop(Phase::Forward, flop);
     }
 }
 
@@ -315,7 +325,7 @@ fn written_config(job: &Job) -> Result<QuantizeConfig, PipelineError> {
 }
 
 /// What must not change between an interrupted run and its continuation.
-fn resume_settings(job: &Job) -> Map<String, Value> {
+pub(crate) fn resume_settings(job: &Job) -> Map<String, Value> {
     let tokens = job.calibration.as_ref().map(|record| &record.token_sha256);
     let entries = [
         ("tool", json!(job.tool)),
@@ -337,7 +347,7 @@ fn resume_settings(job: &Job) -> Map<String, Value> {
 }
 
 /// The small files, after the last tensor.
-fn finish(
+pub(crate) fn finish(
     job: &Job,
     staged: &StagedCheckpoint,
     journal: Journal,

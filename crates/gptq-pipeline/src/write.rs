@@ -35,22 +35,28 @@ pub enum Writer<'a> {
     },
 }
 
-impl Writer<'_> {
-    /// Hands a linear over. Fails with what went wrong before, if anything did.
-    pub fn store(&self, layer: LayerName, solved: SolvedLayer) -> Result<(), PipelineError> {
+/// Takes finished work. Each call fails with what went wrong before, if anything did.
+pub trait Output {
+    /// Hands a message over.
+    fn send(&self, message: Message) -> Result<(), PipelineError>;
+
+    /// Hands a linear over.
+    fn store(&self, layer: LayerName, solved: SolvedLayer) -> Result<(), PipelineError> {
         self.send(Message::Layer(layer, Box::new(solved)))
     }
 
     /// Says that a block is complete: it is synced, then put into the journal.
-    pub fn end_block(&self, entry: BlockEntry) -> Result<(), PipelineError> {
+    fn end_block(&self, entry: BlockEntry) -> Result<(), PipelineError> {
         self.send(Message::Block(entry))
     }
 
     /// Hands over the names of tensors that are copied as they are.
-    pub fn copy(&self, names: &[String]) -> Result<(), PipelineError> {
+    fn copy(&self, names: &[String]) -> Result<(), PipelineError> {
         self.send(Message::Plain(names.to_vec()))
     }
+}
 
+impl Output for Writer<'_> {
     fn send(&self, message: Message) -> Result<(), PipelineError> {
         match self {
             Writer::Here(writing) => writing.borrow_mut().take(message),

@@ -14,7 +14,7 @@ use half::f16;
 use crate::factor::{Damping, importance};
 use crate::hessian::check_finite;
 use crate::search::least_share;
-use crate::stage::{Facts, Rounded, StageSolver, StageSum, count, factor_flop};
+use crate::stage::{Facts, Rounded, StageHessian, StageSolver, StageSum, count, factor_flop};
 use crate::{Order, QuantizeError};
 
 /// `H` on the GPU while tokens arrive.
@@ -69,9 +69,8 @@ impl StageSum for DeviceSum {
 
     fn finish(
         mut self: Box<Self>,
-        spec: &QuantSpec,
         times: &mut PhaseTimes,
-    ) -> Result<Box<dyn StageSolver>, QuantizeError> {
+    ) -> Result<Box<dyn StageHessian>, QuantizeError> {
         if let Some(error) = self.trouble.take() {
             return Err(error.into());
         }
@@ -81,31 +80,61 @@ impl StageSum for DeviceSum {
         let scale = 2.0 / self.tokens as f32;
         let diagonal = times.time(Phase::Hessian, || self.hessian.finish(scale))?;
         check_finite(&diagonal)?;
-        times.add_flop(Phase::Factor, factor_flop(diagonal.len()));
-        times.time(Phase::Factor, || {
-            DeviceStage::new(&self.gpu, self.hessian, &diagonal, self.tokens, spec)
-                .map(|stage| Box::new(stage) as Box<dyn StageSolver>)
-        })
+        Ok(Box::new(DeviceReady {
+            gpu: self.gpu,
+            hessian: self.hessian,
+            diagonal,
+            tokens: self.tokens,
+        }))
     }
 }
 
-/// `H`, its factor and the order of the sweep, on the GPU.
-struct DeviceStage {
+/// `H` on the GPU, and its diagonal here.
+struct DeviceReady {
+    gpu: Arc<Gpu>,
     hessian: DeviceHessian,
+    diagonal: Vec<f32>,
+    tokens: usize,
+}
+
+impl StageHessian for DeviceReady {
+    fn factor(
+        &self,
+        spec: &QuantSpec,
+        times: &mut PhaseTimes,
+    ) -> Result<Box<dyn StageSolver + '_>, QuantizeError> {
+        times.add_flop(Phase::Factor, factor_flop(self.diagonal.len()));
+        times.time(Phase::Factor, || {
+            let stage = DeviceStage::new(self, spec)?;
+            Ok(Box::new(stage) as Box<dyn StageSolver>)
+        })
+    }
+
+    fn copied(&self, weight: Weight) -> Result<Weight, QuantizeError> {
+        match weight {
+            Weight::Device(there) => Ok(Weight::Device(self.gpu.copied(there)?)),
+            Weight::Host(_) => unreachable!("a decoder on the GPU has its weights there"),
+        }
+    }
+}
+
+/// The factor of `H` and the order of the sweep, on the GPU.
+struct DeviceStage<'a> {
+    hessian: &'a DeviceHessian,
     factor: DeviceFactor,
     plan: SweepPlan,
     order: Order,
     facts: Facts,
 }
 
-impl DeviceStage {
-    fn new(
-        gpu: &Arc<Gpu>,
-        hessian: DeviceHessian,
-        diagonal: &[f32],
-        tokens: usize,
-        spec: &QuantSpec,
-    ) -> Result<Self, QuantizeError> {
+impl<'a> DeviceStage<'a> {
+    fn new(ready: &'a DeviceReady, spec: &QuantSpec) -> Result<Self, QuantizeError> {
+        let DeviceReady {
+            gpu,
+            hessian,
+            diagonal,
+            tokens,
+        } = ready;
         let order = Order::new(spec.order, spec.group_size, diagonal);
         let channels: Vec<u32> = order.channels.iter().rev().map(|&c| c as u32).collect();
         let groups: Vec<u32> = order.groups.iter().rev().copied().collect();
@@ -131,7 +160,7 @@ impl DeviceStage {
         let (factor, damp_used, escalations) = damping.escalate(spec.damp_percent, attempt)?;
         Ok(DeviceStage {
             facts: Facts {
-                tokens,
+                tokens: *tokens,
                 damp_used,
                 escalations,
                 dead_channels: damping.dead_channels,
@@ -183,7 +212,7 @@ fn rule(spec: &QuantSpec) -> Rule {
     }
 }
 
-impl StageSolver for DeviceStage {
+impl StageSolver for DeviceStage<'_> {
     fn facts(&self) -> Facts {
         self.facts
     }
@@ -221,7 +250,7 @@ impl StageSolver for DeviceStage {
     }
 }
 
-impl DeviceStage {
+impl DeviceStage<'_> {
     fn layer(
         &self,
         swept: SweptHost,

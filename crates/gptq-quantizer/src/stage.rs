@@ -1,5 +1,5 @@
 //! The linears that share one input, on whatever device the input is: first a sum over tokens,
-//! then one factor, then a solution for each linear.
+//! then a factor for each setting, then a solution for each linear.
 
 use std::time::{Duration, Instant};
 
@@ -14,12 +14,25 @@ pub trait StageSum: ActivationSink {
     /// Time spent in it so far, so that the forward pass can be timed without it.
     fn elapsed(&mut self) -> Result<Duration, QuantizeError>;
 
-    /// Damps and factors; adds the time of both steps to `times`.
+    /// The Hessian, checked; adds the time to `times`.
     fn finish(
         self: Box<Self>,
+        times: &mut PhaseTimes,
+    ) -> Result<Box<dyn StageHessian>, QuantizeError>;
+}
+
+/// `H` of a stage, to be factored under one setting or several.
+pub trait StageHessian {
+    /// Damps and factors; adds the time to `times`.
+    fn factor(
+        &self,
         spec: &QuantSpec,
         times: &mut PhaseTimes,
-    ) -> Result<Box<dyn StageSolver>, QuantizeError>;
+    ) -> Result<Box<dyn StageSolver + '_>, QuantizeError>;
+
+    /// A weight to round in the place of `weight`, which stays as it is: rounding overwrites what
+    /// lies on a GPU. Valid until the next call.
+    fn copied(&self, weight: Weight) -> Result<Weight, QuantizeError>;
 }
 
 /// What a factor says about its stage.
@@ -117,22 +130,40 @@ impl StageSum for HostStage {
 
     fn finish(
         self: Box<Self>,
-        spec: &QuantSpec,
         times: &mut PhaseTimes,
-    ) -> Result<Box<dyn StageSolver>, QuantizeError> {
+    ) -> Result<Box<dyn StageHessian>, QuantizeError> {
         let hessian = times.time(Phase::Hessian, || self.sum.finish())?;
-        let factor = times.time(Phase::Factor, || Factor::new(&hessian, spec))?;
-        times.add_flop(Phase::Factor, factor_flop(hessian.features()));
-        Ok(Box::new(HostSolver { hessian, factor }))
+        Ok(Box::new(HostHessian(hessian)))
     }
 }
 
-struct HostSolver {
-    hessian: Hessian,
+struct HostHessian(Hessian);
+
+impl StageHessian for HostHessian {
+    fn factor(
+        &self,
+        spec: &QuantSpec,
+        times: &mut PhaseTimes,
+    ) -> Result<Box<dyn StageSolver + '_>, QuantizeError> {
+        let factor = times.time(Phase::Factor, || Factor::new(&self.0, spec))?;
+        times.add_flop(Phase::Factor, factor_flop(self.0.features()));
+        Ok(Box::new(HostSolver {
+            hessian: &self.0,
+            factor,
+        }))
+    }
+
+    fn copied(&self, weight: Weight) -> Result<Weight, QuantizeError> {
+        Ok(weight) // the decoder showed a copy
+    }
+}
+
+struct HostSolver<'a> {
+    hessian: &'a Hessian,
     factor: Factor,
 }
 
-impl StageSolver for HostSolver {
+impl StageSolver for HostSolver<'_> {
     fn facts(&self) -> Facts {
         Facts {
             tokens: self.hessian.tokens(),
@@ -159,9 +190,9 @@ impl StageSolver for HostSolver {
         let loss = times.time(Phase::Measure, || {
             let rounded = round_to_nearest(&weight, out_features, spec)?;
             Ok::<_, QuantizeError>(self.facts().loss(
-                output_error(&self.hessian, &weight, &solved.layer),
-                output_error(&self.hessian, &weight, &rounded),
-                signal(&self.hessian, &weight, out_features),
+                output_error(self.hessian, &weight, &solved.layer),
+                output_error(self.hessian, &weight, &rounded),
+                signal(self.hessian, &weight, out_features),
             ))
         })?;
         Ok(Rounded {

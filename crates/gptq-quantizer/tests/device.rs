@@ -93,9 +93,15 @@ fn on_device(gpu: &Arc<Gpu>, p: &Problem, spec: &QuantSpec) -> Solved {
         p.tokens,
         p.k,
     );
-    let solver = sum.finish(spec, &mut times)?;
+    let hessian = sum.finish(&mut times)?;
+    let solver = hessian.factor(spec, &mut times)?;
+    let there = Weight::Device(matrix(&weight, p.n, p.k));
+    // Rounding a copy leaves the weight as it is.
+    let beside = solver.round(hessian.copied(there)?, p.n, spec, &mut times)?;
+    assert_eq!(weight.to_host::<f16>(p.n * p.k)?, p.weight);
     let there = Weight::Device(matrix(&weight, p.n, p.k));
     let rounded = solver.round(there, p.n, spec, &mut times)?;
+    assert_eq!(rounded.layer, beside.layer);
     // What later stages see is what the file says.
     let put_back: Vec<f16> = weight.to_host(p.n * p.k)?;
     let dequantised = rounded.layer.dequantise();
@@ -122,7 +128,8 @@ fn on_host(p: &Problem, spec: &QuantSpec) -> Solved {
     }
     let mut sum = Box::new(HostStage::new(p.k));
     sum.observe(Activations::Host(&x), p.tokens, p.k);
-    let solver = sum.finish(spec, &mut times)?;
+    let hessian = sum.finish(&mut times)?;
+    let solver = hessian.factor(spec, &mut times)?;
     let rounded = solver.round(Weight::Host(weight), p.n, spec, &mut times)?;
     Ok((rounded, solver.facts()))
 }

@@ -182,6 +182,10 @@ fn made(branch: &Branch) -> String {
         ),
         None => "rounded to nearest, without calibration".to_string(),
     };
+    if run.shared_hessian {
+        text += "; Hessians of one pass of the float model, shared by the branches, so that no \
+                 layer made up for the errors before it";
+    }
     let losses = || run.layers.iter().filter_map(|layer| layer.loss.as_ref());
     let error: f64 = losses().map(|loss| loss.error).sum();
     let rtn: f64 = losses().map(|loss| loss.rtn_error).sum();

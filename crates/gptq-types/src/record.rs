@@ -140,6 +140,10 @@ pub struct RunRecord {
     pub layers: Vec<LayerRecord>,
     /// Degradations and doubts.
     pub warnings: Vec<Warning>,
+    /// The Hessians are those of the float model, one pass for several settings; else of the model
+    /// quantised up to the layer.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub shared_hessian: bool,
     /// Wall seconds of all; left out of a [`RunRecord::timeless`] record.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub seconds: f64,
@@ -159,6 +163,10 @@ impl RunRecord {
         }
         self
     }
+}
+
+fn is_false(value: &bool) -> bool {
+    !value
 }
 
 fn is_zero(value: &f64) -> bool {

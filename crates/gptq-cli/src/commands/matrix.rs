@@ -53,6 +53,7 @@ pub fn run(args: &MatrixArgs) -> Result<Verdict, Failure> {
             .map(|branch| branch.permutation.clone())
             .collect(),
         evaluation: evaluation(args),
+        shared_hessian: args.shared_hessian,
         card: info,
     };
     let head = planned
@@ -93,7 +94,10 @@ pub fn run(args: &MatrixArgs) -> Result<Verdict, Failure> {
                 side_by_side: devices.len() > 1,
             };
             check_finite(source)?;
-            make_all(&missing, &shared, &devices)?
+            match args.shared_hessian {
+                true => make_together(&missing, &shared, &devices)?,
+                false => make_all(&missing, &shared, &devices)?,
+            }
         }
     };
     if !args.only.is_empty() {
@@ -243,6 +247,35 @@ fn windows(
         found.insert(key, windows);
     }
     Ok(found)
+}
+
+/// Branches with the same tokens are quantized in one pass each, then scored one by one.
+fn make_together(
+    missing: &[&PlannedBranch],
+    shared: &Shared<'_>,
+    devices: &[Device],
+) -> Result<usize, Failure> {
+    let [device] = devices else {
+        let text = "--shared-hessian makes all branches on one device";
+        return Err(Failure::with_hint(text, "name one with --device"));
+    };
+    let maker = Maker::new(shared, *device)?;
+    let mut passes: Vec<(String, Vec<&PlannedBranch>)> = Vec::new();
+    for branch in missing
+        .iter()
+        .copied()
+        .filter(|b| b.permutation.spec.method == Method::Gptq)
+    {
+        let key = Shared::key(&branch.permutation);
+        match passes.iter_mut().find(|(found, _)| *found == key) {
+            Some((_, branches)) => branches.push(branch),
+            None => passes.push((key, vec![branch])),
+        }
+    }
+    for (_, branches) in &passes {
+        maker.quantize_together(branches)?;
+    }
+    make_all(missing, shared, devices)
 }
 
 /// Each device takes the next branch. A branch that fails is named and left out; how many did.

@@ -20,7 +20,7 @@ use super::state::{State, replace};
 use crate::failure::Failure;
 use crate::models::Model;
 use crate::scoring::Scorer;
-use crate::watch::{TOOL, watch};
+use crate::watch::{TOOL, watch, watch_together};
 
 const RUN_RECORD: &str = "gptq_run.json";
 pub(super) const BRANCH_RECORD: &str = "gptq_branch.json";
@@ -92,12 +92,7 @@ impl<'a> Maker<'a> {
     }
 
     fn quantize(&self, permutation: &Permutation, work: &Path) -> Result<(), Failure> {
-        let Shared { model, windows, .. } = self.shared;
         let branch = &permutation.branch;
-        let windows = match permutation.spec.method {
-            Method::Gptq => windows.get(&Shared::key(permutation)),
-            Method::Rtn => None,
-        };
         let journal = partial_path(work)
             .map(|partial| partial.join("journal.jsonl"))
             .is_ok_and(|journal| journal.exists());
@@ -105,7 +100,58 @@ impl<'a> Maker<'a> {
             // Killed before its first block: there is nothing to go on with.
             discard_partial(work).map_err(|error| Failure::new(error.to_string()))?;
         }
-        let job = Job {
+        let job = self.job(permutation, work, journal);
+        let record = watch(&job, &format!("{branch}: blocks"), self.shared.side_by_side)?;
+        self.keep(branch, record)
+    }
+
+    /// The full record stays here; the branch gets one without times, which differ from run to
+    /// run.
+    fn keep(&self, branch: &str, record: RunRecord) -> Result<(), Failure> {
+        eprint!("{branch}: {}", gptq_report::summary(&record));
+        let full = serde_json::to_string_pretty(&record)?;
+        let place = State::record(self.shared.repository, branch);
+        write(&place, full.as_bytes())?;
+        let text = serde_json::to_string_pretty(&record.timeless())? + "\n";
+        let work = State::work(self.shared.repository, branch);
+        write(&work.join(RUN_RECORD), text.as_bytes())
+    }
+
+    /// Quantizes branches with the same tokens in one pass; scored and published they are by
+    /// [`Maker::make`].
+    pub fn quantize_together(&self, planned: &[&PlannedBranch]) -> Result<(), Failure> {
+        let repository = self.shared.repository;
+        let mut permutations: Vec<&Permutation> = Vec::new();
+        for permutation in planned.iter().map(|branch| &branch.permutation) {
+            let work = State::work(repository, &permutation.branch);
+            if !work.exists() {
+                discard_partial(&work).map_err(|error| Failure::new(error.to_string()))?;
+                permutations.push(permutation);
+            }
+        }
+        if permutations.is_empty() {
+            return Ok(());
+        }
+        let jobs: Vec<Job> = (permutations.iter())
+            .map(|permutation| {
+                let work = State::work(repository, &permutation.branch);
+                self.job(permutation, &work, false)
+            })
+            .collect();
+        let records = watch_together(&jobs, "blocks of all branches")?;
+        for (permutation, record) in permutations.into_iter().zip(records) {
+            self.keep(&permutation.branch, record)?;
+        }
+        Ok(())
+    }
+
+    fn job(&self, permutation: &Permutation, work: &Path, resume: bool) -> Job {
+        let Shared { model, windows, .. } = self.shared;
+        let windows = match permutation.spec.method {
+            Method::Gptq => windows.get(&Shared::key(permutation)),
+            Method::Rtn => None,
+        };
+        Job {
             source: model.checkpoint.clone(),
             config_json: model.config_json.clone(),
             model_name: self.shared.model_name.to_string(),
@@ -117,18 +163,9 @@ impl<'a> Maker<'a> {
             max_shard_bytes: self.shared.max_shard_bytes,
             checked: true,
             device: self.device,
-            resume: journal,
+            resume,
             tool: TOOL.to_string(),
-        };
-        let record = watch(&job, &format!("{branch}: blocks"), self.shared.side_by_side)?;
-        eprint!("{branch}: {}", gptq_report::summary(&record));
-        let full = serde_json::to_string_pretty(&record)?;
-        let place = State::record(self.shared.repository, branch);
-        write(&place, full.as_bytes())?;
-        // Times differ from run to run: what is published does not.
-        let timeless: RunRecord = record.timeless();
-        let text = serde_json::to_string_pretty(&timeless)? + "\n";
-        write(&work.join(RUN_RECORD), text.as_bytes())
+        }
     }
 
     fn score(&mut self, branch: &str, work: &Path) -> Result<Option<BranchEvaluation>, Failure> {

@@ -32,6 +32,7 @@ pub struct State {
     pub model_type: String,
     pub branches: Vec<Permutation>,
     pub evaluation: Option<Evaluation>,
+    pub shared_hessian: bool,
     pub card: CardInfo,
 }
 
@@ -114,6 +115,11 @@ impl State {
             if found != wanted {
                 return differs(what.to_string(), found.clone(), wanted.clone());
             }
+        }
+        if self.shared_hessian != now.shared_hessian {
+            let text = |shared: bool| if shared { "shared" } else { "exact" }.to_string();
+            let (found, wanted) = (text(self.shared_hessian), text(now.shared_hessian));
+            return differs("kind of Hessians".to_string(), found, wanted);
         }
         if self.evaluation != now.evaluation {
             let text = |e: &Option<Evaluation>| serde_json::to_string(e).unwrap_or_default();

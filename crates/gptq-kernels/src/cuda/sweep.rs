@@ -257,6 +257,17 @@ impl DeviceFactor {
 }
 
 impl Gpu {
+    /// The same matrix in another place, which the next call reuses.
+    pub fn copied(self: &Arc<Self>, weight: DeviceMatrix) -> Result<DeviceMatrix, CudaError> {
+        let bytes = weight.rows * weight.columns * 2;
+        let place = self.scratch("copied weight", bytes)?;
+        self.copy(place.address(), weight.address, bytes)?;
+        Ok(DeviceMatrix {
+            address: place.address(),
+            ..weight
+        })
+    }
+
     fn gather_weight(
         &self,
         out: u64,
