@@ -204,3 +204,26 @@ pub struct EvalRecord {
     #[serde(default, skip_serializing_if = "is_zero")]
     pub seconds: f64,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Without `float_roundtrip` serde_json read the first one back as 1709.7900745221257: a
+    /// resumed run left another record than an unbroken one.
+    #[test]
+    fn numbers_come_back_as_they_were_written() {
+        for value in [1709.7900745221255, 0.24574077379516318, 9.642659662355697] {
+            let loss = LayerLoss {
+                error: value,
+                rtn_error: value,
+                signal: value,
+                damp_used: 0.1,
+                damp_escalations: 0,
+                dead_channels: 0,
+            };
+            let text = serde_json::to_string(&loss).unwrap();
+            assert_eq!(serde_json::from_str::<LayerLoss>(&text).unwrap(), loss);
+        }
+    }
+}
