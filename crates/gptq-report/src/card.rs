@@ -246,7 +246,14 @@ fn bit_widths(branches: &[Branch]) -> String {
 fn folder(info: &CardInfo) -> String {
     match &info.repo {
         Some(repo) => repo.rsplit('/').next().unwrap_or(repo).to_string(),
-        None => format!("{}-GPTQ", info.model_name.replace([' ', '/'], "-")),
+        None => {
+            let plain = |c: char| c.is_alphanumeric() || "._-".contains(c);
+            let words = info
+                .model_name
+                .split(|c| !plain(c))
+                .filter(|word| !word.is_empty());
+            format!("{}-GPTQ", words.collect::<Vec<_>>().join("-"))
+        }
     }
 }
 
