@@ -7,7 +7,7 @@
 # run does more where more is there: MODEL (a float model folder) with WINDOWS (safetensors, input_ids) and TEST (text) for
 # the perplexity rows; GPTQModel importable by python3 for its own reading of our files (of those rows, and of files/* on the
 # token ids of ids.txt, a sequence a line); compute-sanitizer on the PATH.
-# STEPS picks among: tests sanitizer seven variants long bytes rows loads formats (default: all).
+# STEPS picks among: tests sanitizer seven variants long bytes matrix rows loads formats (default: all).
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 
@@ -33,7 +33,7 @@ pack() {
 
 section() { printf '\n== %s (%d s)\n' "$1" "$SECONDS"; }
 last() { tr '\r' '\n' | grep -vE '^(blocks|bytes): |^/.*: [0-9]+/[0-9]+ after' | tail -"$1"; }
-wanted() { [[ " ${STEPS:-tests sanitizer seven variants long bytes rows loads formats} " == *" $1 "* ]]; }
+wanted() { [[ " ${STEPS:-tests sanitizer seven variants long bytes matrix rows loads formats} " == *" $1 "* ]]; }
 
 quantize() { # NAME MODEL ARGS...: one line of figures
   local name=$1 model=$2
@@ -65,6 +65,21 @@ logits() { # NAME DEVICE FOLDER...: expected-NAME-N.safetensors in each, one for
       echo "$folder --write $folder/expected-$name-$((at++)).safetensors --device $device --ids $ids"
     done <ids.txt
   done | RAYON_NUM_THREADS=2 xargs -L 1 -P 6 ./gptq verify >log/logits 2>&1 || tail -2 log/logits
+}
+
+matrix() { # NAME ARGS...: seconds, and a hash of all branches; the repository goes
+  local name=$1 begin=$EPOCHREALTIME
+  shift
+  # shellcheck disable=SC2086
+  if SOURCE_DATE_EPOCH=0 timeout 400 ./gptq matrix seven -o "out/$name" --preset long-context $ids --evaluate none \
+    --device "$devices" "$@" >"log/matrix-$name" 2>&1; then
+    printf '%-8s %6.1f s on %s; branches %s\n' "$name" "$(awk "BEGIN { print $EPOCHREALTIME - $begin }")" "$devices" \
+      "$(cat "out/$name"/refs/heads/* | sha256sum | cut -c1-16)"
+  else
+    printf '%-8s FAILED: ' "$name"
+    tr '\r' '\n' <"log/matrix-$name" | tail -2
+  fi
+  rm -rf "out/$name"
 }
 
 run() {
@@ -132,6 +147,20 @@ run() {
     watched short long $ids --profile
     sed -n '/^| load/,/^| measure/p' log/short
     rm -rf out/* long one
+  fi
+  if wanted matrix; then
+    section "Llama-2-7B shape, six branches of the long-context preset with 128 x 2048 tokens"
+    ./gptq synth --shape llama-2-7b -o seven --calibration ids.safetensors --samples 128 --seq-len 2048 2>&1 | last 1
+    sync
+    local devices=cuda:0
+    matrix one --only main
+    matrix exact
+    matrix shared --shared-hessian
+    if nvidia-smi -L | grep -q "GPU 1"; then
+      devices=cuda:0,cuda:1
+      matrix two
+    fi
+    rm -rf out/* seven
   fi
   if wanted rows && [ -n "${MODEL:-}" ]; then
     section "perplexity rows of $MODEL"

@@ -2,10 +2,12 @@
 
 mod branch;
 mod cards;
+mod make;
 mod state;
 
-pub use branch::{Maker, Shared};
+pub use branch::Shared;
 pub use cards::{card_info, read_branches, render};
+pub use make::{make_all, make_together};
 pub use state::{Evaluation, State};
 
 use std::path::Path;

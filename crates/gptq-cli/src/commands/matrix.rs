@@ -2,7 +2,6 @@
 
 use std::collections::HashMap;
 use std::path::Path;
-use std::sync::Mutex;
 
 use gptq_model::{DecoderConfig, Device};
 use gptq_pipeline::{Preset, check_finite, check_unquantised, plan_matrix, read_plan};
@@ -15,7 +14,8 @@ use crate::calibrate::calibrate;
 use crate::device;
 use crate::failure::Failure;
 use crate::matrix::{
-    Evaluation, Maker, Shared, State, card_info, public_name, read_branches, read_text, render,
+    Evaluation, Shared, State, card_info, make_all, make_together, public_name, read_branches,
+    read_text, render,
 };
 use crate::models::{Model, find};
 use crate::output::{print, print_json};
@@ -247,75 +247,6 @@ fn windows(
         found.insert(key, windows);
     }
     Ok(found)
-}
-
-/// Branches with the same tokens are quantized in one pass each, then scored one by one.
-fn make_together(
-    missing: &[&PlannedBranch],
-    shared: &Shared<'_>,
-    devices: &[Device],
-) -> Result<usize, Failure> {
-    let [device] = devices else {
-        let text = "--shared-hessian makes all branches on one device";
-        return Err(Failure::with_hint(text, "name one with --device"));
-    };
-    let maker = Maker::new(shared, *device)?;
-    let mut passes: Vec<(String, Vec<&PlannedBranch>)> = Vec::new();
-    for branch in missing
-        .iter()
-        .copied()
-        .filter(|b| b.permutation.spec.method == Method::Gptq)
-    {
-        let key = Shared::key(&branch.permutation);
-        match passes.iter_mut().find(|(found, _)| *found == key) {
-            Some((_, branches)) => branches.push(branch),
-            None => passes.push((key, vec![branch])),
-        }
-    }
-    for (_, branches) in &passes {
-        maker.quantize_together(branches)?;
-    }
-    make_all(missing, shared, devices)
-}
-
-/// Each device takes the next branch. A branch that fails is named and left out; how many did.
-fn make_all(
-    missing: &[&PlannedBranch],
-    shared: &Shared<'_>,
-    devices: &[Device],
-) -> Result<usize, Failure> {
-    let queue = Mutex::new(missing.iter());
-    let next = || queue.lock().ok().and_then(|mut queue| queue.next());
-    let work = |device: Device| -> Result<usize, Failure> {
-        let mut maker = Maker::new(shared, device)?;
-        let mut failed = 0;
-        while let Some(branch) = next() {
-            let name = &branch.permutation.branch;
-            eprintln!("{name}: {}", branch.permutation.desc);
-            if let Err(failure) = maker.make(branch) {
-                failed += 1;
-                eprintln!("{name}: failed: {}", failure.text);
-                if let Some(hint) = failure.hint {
-                    eprintln!("hint: {hint}");
-                }
-            }
-        }
-        Ok(failed)
-    };
-    if let [device] = devices {
-        return work(*device);
-    }
-    std::thread::scope(|scope| {
-        let workers: Vec<_> = (devices.iter())
-            .map(|&device| scope.spawn(move || work(device)))
-            .collect();
-        (workers.into_iter())
-            .map(|worker| match worker.join() {
-                Ok(failed) => failed,
-                Err(_) => Err(Failure::new("a worker of the matrix ended in a panic")),
-            })
-            .sum()
-    })
 }
 
 /// The same card on every branch that is there, with a commit where it changed.

@@ -50,25 +50,23 @@ impl Shared<'_> {
 pub struct Maker<'a> {
     shared: &'a Shared<'a>,
     device: Device,
-    repository: Repository,
     scorer: Option<Scorer<'a>>,
     reference: Option<EvalRecord>,
 }
 
 impl<'a> Maker<'a> {
-    pub fn new(shared: &'a Shared<'a>, device: Device) -> Result<Self, Failure> {
+    pub fn new(shared: &'a Shared<'a>, device: Device) -> Self {
         let scorer =
             (shared.text.as_ref()).map(|text| Scorer::new(text, device, shared.side_by_side));
-        Ok(Maker {
-            repository: Repository::open(shared.repository)?,
+        Maker {
             shared,
             device,
             scorer,
             reference: None,
-        })
+        }
     }
 
-    /// Makes a branch, or what is left to do of it. The branch is there afterwards, whole.
+    /// Quantizes and scores a branch, or does what is left of that; [`publish`] comes after it.
     pub fn make(&mut self, planned: &PlannedBranch) -> Result<(), Failure> {
         let branch = &planned.permutation.branch;
         let work = State::work(self.shared.repository, branch);
@@ -84,11 +82,7 @@ impl<'a> Maker<'a> {
             evaluation,
         };
         let text = serde_json::to_string_pretty(&record)? + "\n";
-        write(&work.join(BRANCH_RECORD), text.as_bytes())?;
-        let message = format!("{branch}: {}", planned.permutation.desc);
-        self.repository.publish(branch, &work, &message)?;
-        fs::remove_dir_all(&work)
-            .map_err(|error| Failure::new(format!("cannot remove `{}`: {error}", work.display())))
+        write(&work.join(BRANCH_RECORD), text.as_bytes())
     }
 
     fn quantize(&self, permutation: &Permutation, work: &Path) -> Result<(), Failure> {
@@ -117,8 +111,7 @@ impl<'a> Maker<'a> {
         write(&work.join(RUN_RECORD), text.as_bytes())
     }
 
-    /// Quantizes branches with the same tokens in one pass; scored and published they are by
-    /// [`Maker::make`].
+    /// Quantizes branches with the same tokens in one pass; [`Maker::make`] scores them.
     pub fn quantize_together(&self, planned: &[&PlannedBranch]) -> Result<(), Failure> {
         let repository = self.shared.repository;
         let mut permutations: Vec<&Permutation> = Vec::new();
@@ -196,6 +189,16 @@ impl<'a> Maker<'a> {
             branch: record,
         }))
     }
+}
+
+/// Makes the branch of what [`Maker::make`] left. It is there afterwards, whole.
+pub fn publish(repository: &Repository, planned: &PlannedBranch) -> Result<(), Failure> {
+    let branch = &planned.permutation.branch;
+    let work = State::work(repository.path(), branch);
+    let message = format!("{branch}: {}", planned.permutation.desc);
+    repository.publish(branch, &work, &message)?;
+    fs::remove_dir_all(&work)
+        .map_err(|error| Failure::new(format!("cannot remove `{}`: {error}", work.display())))
 }
 
 fn published(permutation: &Permutation) -> Permutation {

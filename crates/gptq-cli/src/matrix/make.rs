@@ -1,0 +1,114 @@
+//! All branches that are missing, on all devices.
+
+use std::sync::Mutex;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread;
+
+use gptq_model::Device;
+use gptq_repository::Repository;
+use gptq_types::{Method, PlannedBranch};
+
+use super::branch::{Maker, Shared, publish};
+use crate::failure::Failure;
+
+/// Branches that may wait to be published.
+const WAITING: usize = 1;
+
+/// Each device takes the next branch, and a thread hashes and commits what they finish: a branch of
+/// several GB takes seconds, in which a device has better things to do. A branch that fails is
+/// named and left out; how many did.
+pub fn make_all(
+    missing: &[&PlannedBranch],
+    shared: &Shared<'_>,
+    devices: &[Device],
+) -> Result<usize, Failure> {
+    let queue = Mutex::new(missing.iter().copied());
+    let next = || queue.lock().ok().and_then(|mut queue| queue.next());
+    thread::scope(|scope| {
+        let (sender, receiver) = sync_channel(WAITING);
+        let publisher = scope.spawn(move || publish_all(receiver, shared));
+        let workers: Vec<_> = (devices.iter())
+            .map(|&device| {
+                let (next, sender) = (&next, sender.clone());
+                scope.spawn(move || work(device, shared, next, &sender))
+            })
+            .collect();
+        drop(sender);
+        let mut failed = 0;
+        for thread in workers.into_iter().chain([publisher]) {
+            failed += match thread.join() {
+                Ok(failed) => failed?,
+                Err(_) => return Err(Failure::new("a worker of the matrix ended in a panic")),
+            };
+        }
+        Ok(failed)
+    })
+}
+
+fn work<'a>(
+    device: Device,
+    shared: &Shared<'_>,
+    next: &dyn Fn() -> Option<&'a PlannedBranch>,
+    finished: &SyncSender<&'a PlannedBranch>,
+) -> Result<usize, Failure> {
+    let mut maker = Maker::new(shared, device);
+    let mut failed = 0;
+    while let Some(branch) = next() {
+        eprintln!("{}: {}", branch.permutation.branch, branch.permutation.desc);
+        match maker.make(branch) {
+            // The publisher left with an error of its own.
+            Ok(()) if finished.send(branch).is_err() => break,
+            Ok(()) => {}
+            Err(failure) => {
+                failed += 1;
+                tell(branch, &failure);
+            }
+        }
+    }
+    Ok(failed)
+}
+
+fn publish_all(finished: Receiver<&PlannedBranch>, shared: &Shared<'_>) -> Result<usize, Failure> {
+    let repository = Repository::open(shared.repository)?;
+    let mut failed = 0;
+    for branch in finished {
+        if let Err(failure) = publish(&repository, branch) {
+            failed += 1;
+            tell(branch, &failure);
+        }
+    }
+    Ok(failed)
+}
+
+fn tell(branch: &PlannedBranch, failure: &Failure) {
+    eprintln!("{}: failed: {}", branch.permutation.branch, failure.text);
+    if let Some(hint) = &failure.hint {
+        eprintln!("hint: {hint}");
+    }
+}
+
+/// Branches with the same tokens are quantized in one pass each, then scored one by one.
+pub fn make_together(
+    missing: &[&PlannedBranch],
+    shared: &Shared<'_>,
+    devices: &[Device],
+) -> Result<usize, Failure> {
+    let [device] = devices else {
+        let text = "--shared-hessian makes all branches on one device";
+        return Err(Failure::with_hint(text, "name one with --device"));
+    };
+    let maker = Maker::new(shared, *device);
+    let mut passes: Vec<(String, Vec<&PlannedBranch>)> = Vec::new();
+    let solved = |branch: &&PlannedBranch| branch.permutation.spec.method == Method::Gptq;
+    for branch in missing.iter().copied().filter(solved) {
+        let key = Shared::key(&branch.permutation);
+        match passes.iter_mut().find(|(found, _)| *found == key) {
+            Some((_, branches)) => branches.push(branch),
+            None => passes.push((key, vec![branch])),
+        }
+    }
+    for (_, branches) in &passes {
+        maker.quantize_together(branches)?;
+    }
+    make_all(missing, shared, devices)
+}
