@@ -64,20 +64,7 @@ pub fn quantize(
     let outcome = run.blocks(&plan, progress);
     let (layers, times) = (run.layers, run.times);
     warnings.extend(run.warnings);
-    let record = RunRecord {
-        schema: RUN_RECORD_SCHEMA,
-        tool: job.tool.clone(),
-        model: job.model_name.clone(),
-        spec: job.spec.clone(),
-        calibration: job.calibration.clone(),
-        device: device_name(job.device),
-        gpu_memory_peak: gpu_memory_peak(job.device),
-        layers,
-        warnings,
-        shared_hessian: false,
-        seconds: started.elapsed().as_secs_f64(),
-        phases: times,
-    };
+    let record = record(job, layers, warnings, started, times);
     match outcome.and_then(|journal| finish(job, &staged, journal, &record)) {
         Ok(()) => {
             staged.publish()?;
@@ -92,7 +79,31 @@ pub fn quantize(
     }
 }
 
-pub(crate) fn device_name(device: Device) -> String {
+/// What a finished run leaves; the Hessians are its own.
+pub(crate) fn record(
+    job: &Job,
+    layers: Vec<LayerRecord>,
+    warnings: Vec<Warning>,
+    started: Instant,
+    phases: PhaseTimes,
+) -> RunRecord {
+    RunRecord {
+        schema: RUN_RECORD_SCHEMA,
+        tool: job.tool.clone(),
+        model: job.model_name.clone(),
+        spec: job.spec.clone(),
+        calibration: job.calibration.clone(),
+        device: device_name(job.device),
+        gpu_memory_peak: gpu_memory_peak(job.device),
+        layers,
+        warnings,
+        shared_hessian: false,
+        seconds: started.elapsed().as_secs_f64(),
+        phases,
+    }
+}
+
+fn device_name(device: Device) -> String {
     match device {
         Device::Cpu => "cpu".to_string(),
         #[cfg(feature = "cuda")]
@@ -102,7 +113,7 @@ pub(crate) fn device_name(device: Device) -> String {
     }
 }
 
-pub(crate) fn gpu_memory_peak(device: Device) -> Option<u64> {
+fn gpu_memory_peak(device: Device) -> Option<u64> {
     match device {
         Device::Cpu => None,
         #[cfg(feature = "cuda")]

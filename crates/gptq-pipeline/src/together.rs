@@ -9,16 +9,12 @@ use std::time::Instant;
 
 use gptq_model::{Decoder, DecoderConfig, FloatWeights, WeightSource};
 use gptq_packer::StagedCheckpoint;
-use gptq_types::{
-    LayerRecord, Method, Phase, PhaseTimes, RUN_RECORD_SCHEMA, RunRecord, Stage, Warning,
-};
+use gptq_types::{LayerRecord, Method, Phase, PhaseTimes, RunRecord, Stage, Warning};
 
 use crate::journal::{BlockEntry, Journal};
 use crate::layers::{After, LayerWork, observe};
 use crate::preflight::{check_finite, check_shapes, check_unquantised};
-use crate::run::{
-    count_forward, device_name, finish, gpu_memory_peak, read_config, resume_settings,
-};
+use crate::run::{count_forward, finish, read_config, record, resume_settings};
 use crate::write::{Output, writing};
 use crate::{Job, OutputPlan, PipelineError, Progress};
 
@@ -117,20 +113,10 @@ impl<'a> Target<'a> {
     }
 
     fn record(&self, times: &PhaseTimes, started: Instant) -> RunRecord {
-        let job = self.job;
+        let (layers, warnings) = (self.layers.clone(), self.warnings.clone());
         RunRecord {
-            schema: RUN_RECORD_SCHEMA,
-            tool: job.tool.clone(),
-            model: job.model_name.clone(),
-            spec: job.spec.clone(),
-            calibration: job.calibration.clone(),
-            device: device_name(job.device),
-            gpu_memory_peak: gpu_memory_peak(job.device),
-            layers: self.layers.clone(),
-            warnings: self.warnings.clone(),
             shared_hessian: true,
-            seconds: started.elapsed().as_secs_f64(),
-            phases: times.clone(),
+            ..record(self.job, layers, warnings, started, times.clone())
         }
     }
 }

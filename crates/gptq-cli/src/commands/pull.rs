@@ -9,18 +9,10 @@ use crate::Verdict;
 use crate::args::PullArgs;
 use crate::failure::Failure;
 use crate::models::find;
+use crate::output::check_vacant;
 
 pub fn run(args: &PullArgs) -> Result<Verdict, Failure> {
-    let occupied = match fs::read_dir(&args.out) {
-        Ok(mut entries) => entries.next().is_some(),
-        Err(_) => args.out.exists(),
-    };
-    if occupied {
-        return Err(Failure::with_hint(
-            format!("`{}` exists and is not an empty folder", args.out.display()),
-            "name a folder that does not exist yet",
-        ));
-    }
+    check_vacant(&args.out)?;
     let out = std::path::absolute(&args.out)
         .map_err(|error| Failure::new(format!("`{}`: {error}", args.out.display())))?;
     let parent = out.parent().unwrap_or(Path::new("/")).to_path_buf();

@@ -10,12 +10,12 @@ use crate::calibrate::calibrate;
 use crate::device;
 use crate::failure::Failure;
 use crate::models::find;
-use crate::output::{print, print_json};
+use crate::output::{check_vacant, print, print_json};
 use crate::watch::{TOOL, watch};
 
 pub fn run(args: &QuantizeArgs) -> Result<Verdict, Failure> {
     let spec = args.spec()?;
-    check_output(args)?;
+    check_vacant(&args.out)?;
     let max_shard_bytes = shard_bytes(args.max_shard_size)?;
     let model = find(&args.model, &args.hub)?;
     let config = DecoderConfig::parse(&model.config_json)
@@ -62,22 +62,6 @@ pub fn run(args: &QuantizeArgs) -> Result<Verdict, Failure> {
     };
     let record = watch(&job, "blocks", false)?;
     report(args, &record)
-}
-
-/// Refuses an output that could not be published, before any work.
-fn check_output(args: &QuantizeArgs) -> Result<(), Failure> {
-    let occupied = match std::fs::read_dir(&args.out) {
-        Ok(mut entries) => entries.next().is_some(),
-        Err(_) => args.out.exists(),
-    };
-    if occupied {
-        let text = format!("`{}` exists and is not an empty folder", args.out.display());
-        return Err(Failure::with_hint(
-            text,
-            "name a folder that does not exist yet",
-        ));
-    }
-    Ok(())
 }
 
 fn report(args: &QuantizeArgs, record: &RunRecord) -> Result<Verdict, Failure> {
