@@ -113,6 +113,7 @@ impl<'a> Scorer<'a> {
             top1_agreement: evaluation.top1_agreement,
             weight_bytes: model.checkpoint.weight_bytes(),
             seconds: start.elapsed().as_secs_f64(),
+            ..EvalRecord::default()
         })
     }
 }

@@ -56,6 +56,7 @@ mod tests {
             top1_agreement: kl.map(|_| 0.875),
             weight_bytes: 123_456_789,
             seconds: 1.0,
+            ..EvalRecord::default()
         }
     }
 

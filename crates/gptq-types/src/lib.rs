@@ -19,8 +19,8 @@ pub use matrix::{
     Reading, branch_name, describe,
 };
 pub use record::{
-    CalibrationRecord, EvalRecord, LayerRecord, Phase, PhaseTimes, RUN_RECORD_SCHEMA, RunRecord,
-    Warning,
+    Accuracy, CalibrationRecord, EvalRecord, LayerRecord, PairedDifference, Phase, PhaseTimes,
+    RUN_RECORD_SCHEMA, RunRecord, Speed, Warning,
 };
 pub use solved::{LayerLoss, SolvedLayer};
 pub use source::{Dtype, SourceError, TensorInfo, TensorSource};

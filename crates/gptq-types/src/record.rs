@@ -174,7 +174,7 @@ fn is_zero(value: &f64) -> bool {
 }
 
 /// The perplexity of one checkpoint under one protocol.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct EvalRecord {
     /// The checkpoint as given.
     pub model: String,
@@ -198,11 +198,74 @@ pub struct EvalRecord {
     pub kl: Option<f64>,
     /// Share of positions where the likeliest token is the first checkpoint's.
     pub top1_agreement: Option<f64>,
+    /// 99.9th percentile of that divergence over positions, nats.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kl_p999: Option<f64>,
+    /// Mean divergence in equal parts of the window, first to last, nats; empty without a first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub kl_by_position: Vec<f64>,
+    /// `nll` less that of the first checkpoint; absent for the first itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nll_difference: Option<PairedDifference>,
+    /// Share of tasks that were answered right, where some were given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub accuracy: Option<Accuracy>,
+    /// Speed, where it was measured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub speed: Option<Speed>,
     /// Bytes of all weight files.
     pub weight_bytes: u64,
     /// Wall seconds.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub seconds: f64,
+}
+
+/// A mean difference over windows that both models scored.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PairedDifference {
+    /// Mean over windows, nats.
+    pub mean: f64,
+    /// 95 % confidence interval of the mean (Student's t over windows).
+    pub low: f64,
+    /// Its upper end.
+    pub high: f64,
+}
+
+impl PairedDifference {
+    /// Half the interval: a difference below it cannot be told from none on these windows.
+    pub fn noise_floor(&self) -> f64 {
+        (self.high - self.low) / 2.0
+    }
+}
+
+/// Answers to a task with one right answer each.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Accuracy {
+    /// `lambada`: the last word of a passage, by greedy tokens.
+    pub task: String,
+    /// Passages.
+    pub examples: usize,
+    /// Share of them answered right, 0 to 1.
+    pub share: f64,
+    /// Standard error of the share.
+    pub stderr: f64,
+}
+
+/// How fast a checkpoint runs from its packed files, on the device that is named.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Speed {
+    /// `cpu, 2 threads`, or the name of the GPU.
+    pub device: String,
+    /// Tokens of the prompt that was measured.
+    pub prompt_tokens: usize,
+    /// Tokens of a prompt a second, one sequence.
+    pub prefill_tokens_per_second: f64,
+    /// Sequences that were decoded side by side.
+    pub batch: usize,
+    /// New tokens a second, of all sequences together.
+    pub decode_tokens_per_second: f64,
+    /// Most bytes that were allocated at a time: GPU memory there, resident memory on a processor.
+    pub peak_memory: u64,
 }
 
 #[cfg(test)]
