@@ -6,8 +6,8 @@
 #
 # run does more where more is there: MODEL (a float model folder) with WINDOWS (safetensors, input_ids) and TEST (text) for
 # the perplexity rows; GPTQModel importable by python3 for its own reading of our files (of those rows, and of files/* on the
-# token ids of ids.txt, a sequence a line); compute-sanitizer on the PATH.
-# STEPS picks among: tests sanitizer seven variants long bytes matrix rows loads formats (default: all).
+# token ids of ids.txt, a sequence a line); compute-sanitizer on the PATH; PLAN (of a matrix of MODEL), git with git-lfs.
+# STEPS picks among: tests sanitizer seven variants long bytes matrix six rows loads formats (default: all).
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 
@@ -33,7 +33,7 @@ pack() {
 
 section() { printf '\n== %s (%d s)\n' "$1" "$SECONDS"; }
 last() { tr '\r' '\n' | grep -vE '^(blocks|bytes): |^/.*: [0-9]+/[0-9]+ after' | tail -"$1"; }
-wanted() { [[ " ${STEPS:-tests sanitizer seven variants long bytes matrix rows loads formats} " == *" $1 "* ]]; }
+wanted() { [[ " ${STEPS:-tests sanitizer seven variants long bytes matrix six rows loads formats} " == *" $1 "* ]]; }
 
 quantize() { # NAME MODEL ARGS...: one line of figures
   local name=$1 model=$2
@@ -67,9 +67,9 @@ logits() { # NAME DEVICE FOLDER...: expected-NAME-N.safetensors in each, one for
   done | RAYON_NUM_THREADS=2 xargs -L 1 -P 6 ./gptq verify >log/logits 2>&1 || tail -2 log/logits
 }
 
-matrix() { # NAME ARGS...: seconds, and a hash of all branches; the repository goes
-  local name=$1 begin=$EPOCHREALTIME
-  shift
+matrix() { # NAME DEVICES ARGS...: seconds, and a hash of all branches; the repository goes
+  local name=$1 devices=$2 begin=$EPOCHREALTIME
+  shift 2
   # shellcheck disable=SC2086
   if SOURCE_DATE_EPOCH=0 timeout 400 ./gptq matrix seven -o "out/$name" --preset long-context $ids --evaluate none \
     --device "$devices" "$@" >"log/matrix-$name" 2>&1; then
@@ -152,15 +152,36 @@ run() {
     section "Llama-2-7B shape, six branches of the long-context preset with 128 x 2048 tokens"
     ./gptq synth --shape llama-2-7b -o seven --calibration ids.safetensors --samples 128 --seq-len 2048 2>&1 | last 1
     sync
-    local devices=cuda:0
-    matrix one --only main
-    matrix exact
-    matrix shared --shared-hessian
+    nvidia-smi --query-gpu=memory.used --format=csv,noheader,nounits -i 0 -lms 100 >log/used &
+    local watcher=$!
+    matrix one cuda:0 --only main
+    [ -z "${SLOW:-}" ] || matrix exact cuda:0
+    matrix abreast cuda:0,cuda:0
+    matrix shared cuda:0 --shared-hessian
+    kill $watcher
+    echo "nvidia-smi: at most $(sort -n log/used | tail -1) MiB used on the GPU"
     if nvidia-smi -L | grep -q "GPU 1"; then
-      devices=cuda:0,cuda:1
-      matrix two
+      matrix two cuda:0,cuda:1
+      matrix four cuda:0,cuda:0,cuda:1,cuda:1
     fi
     rm -rf out/* seven
+  fi
+  if wanted six && [ -n "${MODEL:-}" ] && [ -n "${PLAN:-}" ]; then
+    section "$PLAN of $MODEL, exact and with shared Hessians"
+    for mode in "" --shared-hessian; do
+      timeout 300 ./gptq matrix "$MODEL" -o "out/six$mode" --plan "$PLAN" --dataset "$WINDOWS" --samples 128 --seq-len 2048 \
+        --evaluate "$TEST" --device cuda:0 $mode >"log/six$mode" 2>&1 || tail -2 "log/six$mode"
+      echo "six $mode"
+      tr '\r' '\n' <"log/six$mode" | grep -o '^[^ ]*: perplexity .*' || true
+    done
+    # As a newcomer does it: stock git and git-lfs, then the runtimes.
+    local branch=gptq-4bit-64g-actorder_True
+    if git lfs version && git clone -q --single-branch --branch $branch out/six out/clone; then
+      ./gptq verify out/clone --write out/logits.safetensors --ids 1,2,3 --device cuda:0 2>&1 | last 1
+      ./gptq eval out/clone --dataset "$TEST" --device cuda:0 2>/dev/null | tail -1
+      python3 peer_perplexity.py "$TEST" out/clone 2>/dev/null | grep RESULT || true
+      if [ -e card_lines.py ]; then timeout 120 python3 card_lines.py out/clone 2>&1 | tail -3; fi
+    fi
   fi
   if wanted rows && [ -n "${MODEL:-}" ]; then
     section "perplexity rows of $MODEL"
