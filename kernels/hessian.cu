@@ -43,18 +43,44 @@ __global__ void narrow_f64(float* out, const double* x, long long count) {
     if (i < count) out[i] = (float)x[i];
 }
 
-// Column sums of a * b, [k, n] row-major. Grid: n / 128.
-__global__ void column_dot(double* out, const float* a, const float* b, int k, int n) {
+// Zeros above the diagonal: the factorisation may leave anything there. Grid: (k / 256, k).
+__global__ void clear_above(double* a, int k) {
+    int i = blockIdx.y, j = blockIdx.x * blockDim.x + threadIdx.x;
+    if (j > i && j < k) a[(long long)i * k + j] = 0;
+}
+
+// Inverts lower triangles of up to 64 rows on the diagonal of a [k, k], row-major, in place. A thread
+// solves for a column of its inverse, first row to last. Grid: (k / 64), block 64.
+__global__ void invert_tiles(double* a, int k) {
+    __shared__ double tile[64][65], inverse[64][64];
+    int first = blockIdx.x * 64, rows = min(64, k - first), c = threadIdx.x;
+    double* corner = a + (long long)first * k + first;
+    for (int r = 0; r < rows; r++)
+        if (c <= r) tile[r][c] = corner[(long long)r * k + c];
+    __syncthreads();
+    if (c >= rows) return;
+    for (int r = c; r < rows; r++) {
+        double sum = r == c ? 1.0 : 0.0;
+        for (int m = c; m < r; m++) sum -= tile[r][m] * inverse[m][c];
+        inverse[r][c] = sum / tile[r][r];
+    }
+    for (int r = c; r < rows; r++) corner[(long long)r * k + c] = inverse[r][c];
+}
+
+// Column sums of a * b, [k, n] row-major, over `rows` rows of each part. out [parts, n].
+// Grid: (n / 128, parts).
+__global__ void column_dot(double* out, const float* a, const float* b, int k, int n, int rows) {
     int col = blockIdx.x * blockDim.x + threadIdx.x;
     if (col >= n) return;
+    int first = blockIdx.y * rows, end = min(k, first + rows);
     double sum = 0;
-    for (int row = 0; row < k; row += 32) {
+    for (int row = first; row < end; row += 32) {
         float part = 0;
-        int last = min(k, row + 32);
+        int last = min(end, row + 32);
         for (int r = row; r < last; r++) part += a[(long long)r * n + col] * b[(long long)r * n + col];
         sum += part;
     }
-    out[col] = sum;
+    out[(long long)blockIdx.y * n + col] = sum;
 }
 
 }

@@ -1,8 +1,10 @@
 //! A stage on the GPU: the same steps as on the processor, on matrices that never leave it but as
 //! codes.
 
+use std::cell::RefCell;
+use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use gptq_kernels::cuda::{
     CudaError, DeviceFactor, DeviceHessian, Gpu, Mark, Rule, SWEEP_CHANNELS, Step, SweepPlan,
@@ -85,6 +87,7 @@ impl StageSum for DeviceSum {
             hessian: self.hessian,
             diagonal,
             tokens: self.tokens,
+            last: RefCell::default(),
         }))
     }
 }
@@ -95,6 +98,16 @@ struct DeviceReady {
     hessian: DeviceHessian,
     diagonal: Vec<f32>,
     tokens: usize,
+    /// The factor made last: settings of a matrix often differ in the grid alone.
+    last: RefCell<Option<Rc<Damped>>>,
+}
+
+/// A factor and what it was made with.
+struct Damped {
+    channels: Vec<u32>,
+    damp_percent: f64,
+    factor: DeviceFactor,
+    facts: Facts,
 }
 
 impl StageHessian for DeviceReady {
@@ -103,11 +116,26 @@ impl StageHessian for DeviceReady {
         spec: &QuantSpec,
         times: &mut PhaseTimes,
     ) -> Result<Box<dyn StageSolver + '_>, QuantizeError> {
-        times.add_flop(Phase::Factor, factor_flop(self.diagonal.len()));
-        times.time(Phase::Factor, || {
-            let stage = DeviceStage::new(self, spec)?;
-            Ok(Box::new(stage) as Box<dyn StageSolver>)
-        })
+        let start = Instant::now();
+        let order = Order::new(spec.order, spec.group_size, &self.diagonal);
+        let channels: Vec<u32> = order.channels.iter().rev().map(|&c| c as u32).collect();
+        let groups: Vec<u32> = order.groups.iter().rev().copied().collect();
+        let plan = SweepPlan::new(
+            &self.gpu,
+            &channels,
+            &groups,
+            spec.group_size.count(self.diagonal.len()),
+            order.fixed_grids,
+            steps(&order),
+        )?;
+        let damped = self.damped(channels, spec.damp_percent, times)?;
+        times.add(Phase::Factor, start.elapsed());
+        Ok(Box::new(DeviceStage {
+            hessian: &self.hessian,
+            damped,
+            plan,
+            order,
+        }))
     }
 
     fn copied(&self, weight: Weight) -> Result<Weight, QuantizeError> {
@@ -118,59 +146,55 @@ impl StageHessian for DeviceReady {
     }
 }
 
-/// The factor of `H` and the order of the sweep, on the GPU.
-struct DeviceStage<'a> {
-    hessian: &'a DeviceHessian,
-    factor: DeviceFactor,
-    plan: SweepPlan,
-    order: Order,
-    facts: Facts,
-}
-
-impl<'a> DeviceStage<'a> {
-    fn new(ready: &'a DeviceReady, spec: &QuantSpec) -> Result<Self, QuantizeError> {
-        let DeviceReady {
-            gpu,
-            hessian,
-            diagonal,
-            tokens,
-        } = ready;
-        let order = Order::new(spec.order, spec.group_size, diagonal);
-        let channels: Vec<u32> = order.channels.iter().rev().map(|&c| c as u32).collect();
-        let groups: Vec<u32> = order.groups.iter().rev().copied().collect();
-        let plan = SweepPlan::new(
-            gpu,
-            &channels,
-            &groups,
-            spec.group_size.count(diagonal.len()),
-            order.fixed_grids,
-            steps(&order),
-        )?;
-        let damping = Damping::new(diagonal);
+impl DeviceReady {
+    /// The factor for `channels`, in reversed processing order; the last one where it serves again.
+    fn damped(
+        &self,
+        channels: Vec<u32>,
+        damp_percent: f64,
+        times: &mut PhaseTimes,
+    ) -> Result<Rc<Damped>, QuantizeError> {
+        let serves =
+            |last: &Rc<Damped>| last.channels == channels && last.damp_percent == damp_percent;
+        if let Some(last) = self.last.take().filter(serves) {
+            self.last.replace(Some(last.clone()));
+            return Ok(last);
+        }
+        times.add_flop(Phase::Factor, factor_flop(self.diagonal.len()));
+        let damping = Damping::new(&self.diagonal);
         let attempt = |share| {
-            let added = damping.added(diagonal, share);
-            let mut weights = importance(&order, diagonal, &added);
-            weights.reverse();
-            match hessian.factor(&channels, &added, &weights) {
+            let added = damping.added(&self.diagonal, share);
+            let rows = channels.iter().map(|&channel| channel as usize);
+            let weights = importance(rows, &self.diagonal, &added);
+            match self.hessian.factor(&channels, &added, &weights) {
                 Ok(factor) => Ok(Ok(factor)),
                 Err(CudaError::NotPositive { row }) => Ok(Err(row)),
                 Err(error) => Err(error.into()),
             }
         };
-        let (factor, damp_used, escalations) = damping.escalate(spec.damp_percent, attempt)?;
-        Ok(DeviceStage {
+        let (factor, damp_used, escalations) = damping.escalate(damp_percent, attempt)?;
+        let damped = Rc::new(Damped {
+            channels,
+            damp_percent,
+            factor,
             facts: Facts {
-                tokens: *tokens,
+                tokens: self.tokens,
                 damp_used,
                 escalations,
                 dead_channels: damping.dead_channels,
             },
-            hessian,
-            factor,
-            plan,
-            order,
-        })
+        });
+        self.last.replace(Some(damped.clone()));
+        Ok(damped)
     }
+}
+
+/// The factor of `H` and the order of the sweep, on the GPU.
+struct DeviceStage<'a> {
+    hessian: &'a DeviceHessian,
+    damped: Rc<Damped>,
+    plan: SweepPlan,
+    order: Order,
 }
 
 /// Blocks of the sweep as the processor cuts them, counted from the other end.
@@ -214,7 +238,7 @@ fn rule(spec: &QuantSpec) -> Rule {
 
 impl StageSolver for DeviceStage<'_> {
     fn facts(&self) -> Facts {
-        self.facts
+        self.damped.facts
     }
 
     fn round(
@@ -235,7 +259,7 @@ impl StageSolver for DeviceStage<'_> {
             self.hessian.rounding_cost(there, size, rule)
         })?;
         let (swept, host) = times.time(Phase::Sweep, || {
-            let swept = self.factor.sweep(there, &self.plan, rule)?;
+            let swept = self.damped.factor.sweep(there, &self.plan, rule)?;
             let host = swept.to_host()?;
             Ok::<_, CudaError>((swept, host))
         })?;
@@ -244,7 +268,7 @@ impl StageSolver for DeviceStage<'_> {
         })?;
         Ok(Rounded {
             layer: self.layer(host, out_features, spec)?,
-            loss: self.facts.loss(error, cost.rtn_error, cost.signal),
+            loss: self.facts().loss(error, cost.rtn_error, cost.signal),
             weight,
         })
     }

@@ -48,7 +48,7 @@ impl Factor {
         })?;
         let added = damping.added(&diagonal, damp_used);
         Ok(Factor {
-            importance: importance(&order, &diagonal, &added),
+            importance: importance(order.channels.iter().copied(), &diagonal, &added),
             order,
             u,
             damp_used,
@@ -58,10 +58,14 @@ impl Factor {
     }
 }
 
-/// The damped diagonal, in processing order.
-pub(crate) fn importance(order: &Order, diagonal: &[f32], added: &[f64]) -> Vec<f32> {
-    let of = |&channel: &usize| (f64::from(diagonal[channel]) + added[channel]) as f32;
-    order.channels.iter().map(of).collect()
+/// The damped diagonal, in the order of `channels`.
+pub(crate) fn importance(
+    channels: impl Iterator<Item = usize>,
+    diagonal: &[f32],
+    added: &[f64],
+) -> Vec<f32> {
+    let damped = |channel: usize| (f64::from(diagonal[channel]) + added[channel]) as f32;
+    channels.map(damped).collect()
 }
 
 /// What is added to the diagonal of a Hessian.

@@ -1,7 +1,8 @@
 //! All branches that are missing, on all devices.
 
-use std::sync::Mutex;
+use std::cmp::Reverse;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex};
 use std::thread;
 
 use gptq_model::Device;
@@ -11,22 +12,33 @@ use gptq_types::{Method, PlannedBranch};
 use super::branch::{Maker, Shared, publish};
 use crate::failure::Failure;
 
-/// Branches that may wait to be published.
+/// Threads that publish, and branches that may wait for them. A branch of several GB takes seconds
+/// to hash, on one thread since sha256 is a chain; with a shared Hessian all are finished at once.
+const PUBLISHERS: usize = 4;
 const WAITING: usize = 1;
 
-/// Each device takes the next branch, and a thread hashes and commits what they finish: a branch of
-/// several GB takes seconds, in which a device has better things to do. A branch that fails is
-/// named and left out; how many did.
+/// Each device takes the next branch, the largest first so that little is left to publish at the
+/// end; threads beside them hash and commit what they finish. A branch that fails is named and left
+/// out; how many did.
 pub fn make_all(
     missing: &[&PlannedBranch],
     shared: &Shared<'_>,
     devices: &[Device],
 ) -> Result<usize, Failure> {
-    let queue = Mutex::new(missing.iter().copied());
+    let mut largest_first = missing.to_vec();
+    largest_first.sort_by_key(|branch| Reverse(branch.weight_bytes));
+    let queue = Mutex::new(largest_first.into_iter());
     let next = || queue.lock().ok().and_then(|mut queue| queue.next());
     thread::scope(|scope| {
         let (sender, receiver) = sync_channel(WAITING);
-        let publisher = scope.spawn(move || publish_all(receiver, shared));
+        let receiver = Arc::new(Mutex::new(receiver));
+        let publishers: Vec<_> = (0..PUBLISHERS.min(missing.len()))
+            .map(|_| {
+                let receiver = receiver.clone();
+                scope.spawn(move || publish_all(&receiver, shared))
+            })
+            .collect();
+        drop(receiver); // publishers that all left with an error must not keep a device waiting
         let workers: Vec<_> = (devices.iter())
             .map(|&device| {
                 let (next, sender) = (&next, sender.clone());
@@ -35,7 +47,7 @@ pub fn make_all(
             .collect();
         drop(sender);
         let mut failed = 0;
-        for thread in workers.into_iter().chain([publisher]) {
+        for thread in workers.into_iter().chain(publishers) {
             failed += match thread.join() {
                 Ok(failed) => failed?,
                 Err(_) => return Err(Failure::new("a worker of the matrix ended in a panic")),
@@ -68,10 +80,14 @@ fn work<'a>(
     Ok(failed)
 }
 
-fn publish_all(finished: Receiver<&PlannedBranch>, shared: &Shared<'_>) -> Result<usize, Failure> {
+fn publish_all(
+    finished: &Mutex<Receiver<&PlannedBranch>>,
+    shared: &Shared<'_>,
+) -> Result<usize, Failure> {
     let repository = Repository::open(shared.repository)?;
+    let next = || finished.lock().ok().and_then(|queue| queue.recv().ok());
     let mut failed = 0;
-    for branch in finished {
+    while let Some(branch) = next() {
         if let Err(failure) = publish(&repository, branch) {
             failed += 1;
             tell(branch, &failure);

@@ -16,6 +16,8 @@ use super::program::Program;
 
 /// Tiles a side of the sum: only those on and below the diagonal are computed, 5/8 of the work.
 const TILES: usize = 4;
+/// Rows that a block of threads sums, so that narrow matrices keep the GPU busy too.
+const DOT_ROWS: usize = 512;
 /// Rows of the factor that are narrowed at a time.
 const NARROW_ROWS: usize = 512;
 
@@ -175,7 +177,7 @@ impl DeviceHessian {
             )?
         };
         gpu.cholesky(&a, k)?;
-        gpu.triangular_inverse(&a, k)?;
+        gpu.invert_lower(&a, k)?;
         let values = gpu.narrowed(a, k)?;
         Ok(DeviceFactor {
             gpu: gpu.clone(),
@@ -189,7 +191,8 @@ impl DeviceHessian {
     pub fn weighted_square(&self, e: &Buffer, n: usize) -> Result<f64, CudaError> {
         let (gpu, k) = (&self.gpu, self.features);
         let product = gpu.scratch("measure", k * n * 4)?;
-        let sums = Buffer::new(gpu, n * 8)?;
+        let parts = k.div_ceil(DOT_ROWS);
+        let sums = Buffer::new(gpu, parts * n * 8)?;
         // SAFETY: sizes as said; H is symmetric.
         unsafe {
             gpu.product_f32(
@@ -209,17 +212,18 @@ impl DeviceHessian {
                 e.into(),
                 (k as i32).into(),
                 (n as i32).into(),
+                (DOT_ROWS as i32).into(),
             ];
             gpu.launch(
                 Program::Hessian,
                 "column_dot",
-                [n.div_ceil(128), 1, 1],
+                [n.div_ceil(128), parts, 1],
                 [128, 1, 1],
                 0,
                 &args,
             )?;
         }
-        let sums: Vec<f64> = sums.to_host(n)?;
+        let sums: Vec<f64> = sums.to_host(parts * n)?;
         Ok(sums.iter().sum::<f64>().max(0.0))
     }
 }
@@ -301,56 +305,6 @@ impl Gpu {
             }),
             _ => Err(CudaError::Invalid(
                 "cuSOLVER refused an argument of potrf".into(),
-            )),
-        }
-    }
-
-    /// `a = a^-1` in place, in the same triangle.
-    fn triangular_inverse(self: &Arc<Self>, a: &Buffer, k: usize) -> Result<(), CudaError> {
-        let (mut on_device, mut on_host) = (0, 0);
-        let pointer = a.address() as *mut std::ffi::c_void;
-        let n = k as i64;
-        let diagonal = solver::cublasDiagType_t::CUBLAS_DIAG_NON_UNIT;
-        // SAFETY: out parameters and a [k, k] matrix of f64.
-        unsafe {
-            solver::cusolverDnXtrtri_bufferSize(
-                self.solver,
-                UPPER,
-                diagonal,
-                n,
-                F64,
-                pointer,
-                n,
-                &mut on_device,
-                &mut on_host,
-            )
-        }
-        .result()
-        .named("sizing the triangular inverse")?;
-        let mut space = Workspace::new(self, on_device, on_host)?;
-        // SAFETY: as above, with workspaces of the sizes asked for, which live until the wait.
-        unsafe {
-            solver::cusolverDnXtrtri(
-                self.solver,
-                UPPER,
-                diagonal,
-                n,
-                F64,
-                pointer,
-                n,
-                space.device.address() as *mut _,
-                on_device,
-                space.host.as_mut_ptr().cast(),
-                on_host,
-                space.info.address() as *mut _,
-            )
-        }
-        .result()
-        .named("triangular inverse")?;
-        match space.info()? {
-            0 => Ok(()),
-            _ => Err(CudaError::Invalid(
-                "the Cholesky factor has a zero on its diagonal".into(),
             )),
         }
     }

@@ -13,6 +13,7 @@ mod decoder;
 mod device;
 mod error;
 mod hessian;
+mod inverse;
 mod memory;
 mod probe;
 mod product;
