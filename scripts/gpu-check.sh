@@ -7,6 +7,7 @@
 # run does more where more is there: MODEL (a float model folder) with WINDOWS (safetensors, input_ids) and TEST (text) for
 # the perplexity rows; GPTQModel importable by python3 for its own reading of our files (of those rows, and of files/* on the
 # token ids of ids.txt, a sequence a line); compute-sanitizer on the PATH; PLAN (of a matrix of MODEL), git with git-lfs.
+# MATRIX picks among the ways of the matrix step: one exact abreast shared two four (default: all).
 # STEPS picks among: tests sanitizer seven variants long bytes matrix six rows loads formats (default: all).
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
@@ -154,16 +155,18 @@ run() {
     sync
     nvidia-smi --query-gpu=memory.used --format=csv,noheader,nounits -i 0 -lms 100 >log/used &
     local watcher=$!
-    matrix one cuda:0 --only main
-    [ -z "${SLOW:-}" ] || matrix exact cuda:0
-    matrix abreast cuda:0,cuda:0
-    matrix shared cuda:0 --shared-hessian
+    for way in ${MATRIX:-one exact abreast shared two four}; do
+      case $way in
+        one) matrix one cuda:0 --only main ;;
+        exact) matrix exact cuda:0 ;;
+        abreast) matrix abreast cuda:0,cuda:0 ;;
+        shared) matrix shared cuda:0 --shared-hessian ;;
+        two) if nvidia-smi -L | grep -q "GPU 1"; then matrix two cuda:0,cuda:1; fi ;;
+        four) if nvidia-smi -L | grep -q "GPU 1"; then matrix four cuda:0,cuda:0,cuda:1,cuda:1; fi ;;
+      esac
+    done
     kill $watcher
-    echo "nvidia-smi: at most $(sort -n log/used | tail -1) MiB used on the GPU"
-    if nvidia-smi -L | grep -q "GPU 1"; then
-      matrix two cuda:0,cuda:1
-      matrix four cuda:0,cuda:0,cuda:1,cuda:1
-    fi
+    echo "nvidia-smi: at most $(sort -n log/used | tail -1) MiB used on the first GPU"
     rm -rf out/* seven
   fi
   if wanted six && [ -n "${MODEL:-}" ] && [ -n "${PLAN:-}" ]; then
