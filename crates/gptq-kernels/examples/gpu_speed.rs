@@ -99,7 +99,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 start,
             )?;
             let start = Instant::now();
-            swept.to_host()?;
+            let home = swept.send_home()?;
+            home.hold(&gpu)?;
+            home.receive()?;
             timed("codes to host", start)?;
         }
         let start = Instant::now();

@@ -253,7 +253,7 @@ impl Run<'_> {
             })?;
             times.add(Phase::Sweep, start.elapsed());
             let solve_seconds = start.elapsed().as_secs_f64();
-            writer.store(layer.clone(), solved)?;
+            writer.store(layer.clone(), Box::new(|| Ok(solved)))?;
             let record = LayerRecord {
                 layer,
                 in_features,

@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use gptq_model::Device;
 use gptq_packer::{StagedCheckpoint, pack, verify_layer};
+use gptq_quantizer::Arriving;
 use gptq_types::{LayerName, Phase, PhaseTimes, QuantSpec, SolvedLayer, TensorSource};
 
 use crate::journal::{BlockEntry, Journal};
@@ -18,7 +19,7 @@ const WAITING: usize = 7;
 
 /// What is to be written, in order.
 pub enum Message {
-    Layer(LayerName, Box<SolvedLayer>),
+    Layer(LayerName, Arriving),
     Block(BlockEntry),
     Plain(Vec<String>),
 }
@@ -41,8 +42,8 @@ pub trait Output {
     fn send(&self, message: Message) -> Result<(), PipelineError>;
 
     /// Hands a linear over.
-    fn store(&self, layer: LayerName, solved: SolvedLayer) -> Result<(), PipelineError> {
-        self.send(Message::Layer(layer, Box::new(solved)))
+    fn store(&self, layer: LayerName, solved: Arriving) -> Result<(), PipelineError> {
+        self.send(Message::Layer(layer, solved))
     }
 
     /// Says that a block is complete: it is synced, then put into the journal.
@@ -147,7 +148,13 @@ impl Writing<'_> {
 
     fn take(&mut self, message: Message) -> Result<(), PipelineError> {
         match message {
-            Message::Layer(layer, solved) => self.store(&layer, &solved),
+            Message::Layer(layer, solved) => {
+                let solved = solved().map_err(|source| PipelineError::Quantize {
+                    layer: layer.clone(),
+                    source,
+                })?;
+                self.store(&layer, &solved)
+            }
             Message::Block(entry) => self.end_block(&entry),
             Message::Plain(names) => self.copy(&names),
         }

@@ -10,7 +10,9 @@ use gptq_kernels::cuda::{
     CudaError, DeviceFactor, DeviceHessian, Gpu, Mark, Rule, SWEEP_CHANNELS, Step, SweepPlan,
     SweptHost,
 };
-use gptq_types::{ActivationSink, Activations, Phase, PhaseTimes, QuantSpec, SolvedLayer, Weight};
+use gptq_types::{
+    ActivationSink, Activations, Bits, Phase, PhaseTimes, QuantSpec, SolvedLayer, Weight,
+};
 use half::f16;
 
 use crate::factor::{Damping, importance};
@@ -258,49 +260,47 @@ impl StageSolver for DeviceStage<'_> {
         let cost = times.time(Phase::Measure, || {
             self.hessian.rounding_cost(there, size, rule)
         })?;
-        let (swept, host) = times.time(Phase::Sweep, || {
-            let swept = self.damped.factor.sweep(there, &self.plan, rule)?;
-            let host = swept.to_host()?;
-            Ok::<_, CudaError>((swept, host))
-        })?;
-        let error = times.time(Phase::Measure, || {
-            self.hessian.put_back(there, &swept, &self.plan)
-        })?;
+        let start = Instant::now();
+        let before = self.hessian.gpu().mark()?;
+        let swept = self.damped.factor.sweep(there, &self.plan, rule)?;
+        let after = self.hessian.gpu().mark()?;
+        let home = swept.send_home()?;
+        let error = self.hessian.put_back(there, &swept, &self.plan)?;
+        home.hold(self.hessian.gpu())?;
+        let sweep = Duration::from_secs_f64(before.seconds_to(&after)?);
+        times.add(Phase::Sweep, sweep);
+        times.add(Phase::Measure, start.elapsed().saturating_sub(sweep));
+        let (bits, g_idx) = (spec.bits, self.order.g_idx());
         Ok(Rounded {
-            layer: self.layer(host, out_features, spec)?,
+            layer: Box::new(move || layer(home.receive()?, bits, g_idx, out_features)),
             loss: self.facts().loss(error, cost.rtn_error, cost.signal),
             weight,
         })
     }
 }
 
-impl DeviceStage<'_> {
-    fn layer(
-        &self,
-        swept: SweptHost,
-        out_features: usize,
-        spec: &QuantSpec,
-    ) -> Result<SolvedLayer, QuantizeError> {
-        if let Some(at) = swept.scales.iter().position(|scale| !scale.is_finite()) {
-            return Err(QuantizeError::ScaleOverflow {
-                group: at / out_features,
-                scale: swept.scales[at],
-            });
-        }
-        Ok(SolvedLayer {
-            bits: spec.bits,
-            in_features: self.order.channels.len(),
-            out_features,
-            codes: swept.codes,
-            scales: swept
-                .scales
-                .iter()
-                .map(|&scale| f16::from_f32(scale))
-                .collect(),
-            zeros: swept.zeros.iter().map(|&zero| zero as u16).collect(),
-            g_idx: self.order.g_idx(),
-        })
+fn layer(
+    swept: SweptHost,
+    bits: Bits,
+    g_idx: Vec<u32>,
+    out_features: usize,
+) -> Result<SolvedLayer, QuantizeError> {
+    if let Some(at) = swept.scales.iter().position(|scale| !scale.is_finite()) {
+        return Err(QuantizeError::ScaleOverflow {
+            group: at / out_features,
+            scale: swept.scales[at],
+        });
     }
+    let to_half = |&scale: &f32| f16::from_f32(scale);
+    Ok(SolvedLayer {
+        bits,
+        in_features: g_idx.len(),
+        out_features,
+        codes: swept.codes,
+        scales: swept.scales.iter().map(to_half).collect(),
+        zeros: swept.zeros.iter().map(|&zero| zero as u16).collect(),
+        g_idx,
+    })
 }
 
 #[cfg(test)]

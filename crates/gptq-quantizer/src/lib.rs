@@ -38,7 +38,7 @@ pub use measure::{output_error, signal};
 pub use order::Order;
 pub use round::round_to_nearest;
 pub use solve::{Solved, solve};
-pub use stage::{Facts, HostStage, Rounded, StageHessian, StageSolver, StageSum};
+pub use stage::{Arriving, Facts, HostStage, Rounded, StageHessian, StageSolver, StageSum};
 
 /// A layer that cannot be solved.
 #[derive(Debug, thiserror::Error)]

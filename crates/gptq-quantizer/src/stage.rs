@@ -62,10 +62,13 @@ impl Facts {
     }
 }
 
+/// Codes and grids that may still be on their way: waits for them, on any thread.
+pub type Arriving = Box<dyn FnOnce() -> Result<SolvedLayer, QuantizeError> + Send>;
+
 /// A rounded linear.
 pub struct Rounded {
     /// Codes and grids.
-    pub layer: SolvedLayer,
+    pub layer: Arriving,
     /// What the rounding cost.
     pub loss: LayerLoss,
     /// The dequantised weight, for the stages that follow.
@@ -197,7 +200,7 @@ impl StageSolver for HostSolver<'_> {
         })?;
         Ok(Rounded {
             weight: Weight::Host(solved.layer.dequantise()),
-            layer: solved.layer,
+            layer: Box::new(|| Ok(solved.layer)),
             loss,
         })
     }

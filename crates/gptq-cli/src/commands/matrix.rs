@@ -2,7 +2,9 @@
 
 use std::collections::HashMap;
 use std::path::Path;
+use std::thread;
 
+use gptq_calibration::{EvaluationWindows, Windows};
 use gptq_model::{DecoderConfig, Device};
 use gptq_pipeline::{Preset, check_finite, check_unquantised, plan_matrix, read_plan};
 use gptq_repository::Repository;
@@ -71,21 +73,16 @@ pub fn run(args: &MatrixArgs) -> Result<Verdict, Failure> {
     let failed = match missing.is_empty() {
         true => 0,
         false => {
-            let text = evaluation(args).map(|text| ScoringText {
-                dataset: text.dataset,
-                seq_len: text.seq_len,
-                max_windows: text.max_windows,
+            // Reading all weights once takes seconds; so does what else must be there first.
+            let (checked, prepared) = thread::scope(|scope| {
+                let check = scope.spawn(|| check_finite(source));
+                let prepared = prepare(args, &missing, &model, &config);
+                (check.join(), prepared)
             });
-            let devices = devices(args)?;
-            let text = text.map(|text| text.read(&model, &args.hub)).transpose()?;
-            let text = text.map(|mut text| {
-                text.protocol = text
-                    .protocol
-                    .replace(&args.evaluate, &public_name(&args.evaluate));
-                text
-            });
+            let (devices, text, windows) = prepared?;
+            checked.map_err(|_| Failure::new("the check of the weights ended in a panic"))??;
             let shared = Shared {
-                windows: windows(args, &missing, &model, &config, devices[0])?,
+                windows,
                 model: &model,
                 model_name: &model_name,
                 text,
@@ -93,7 +90,6 @@ pub fn run(args: &MatrixArgs) -> Result<Verdict, Failure> {
                 repository: path,
                 side_by_side: devices.len() > 1,
             };
-            check_finite(source)?;
             match args.shared_hessian {
                 true => make_together(&missing, &shared, &devices)?,
                 false => make_all(&missing, &shared, &devices)?,
@@ -111,6 +107,35 @@ pub fn run(args: &MatrixArgs) -> Result<Verdict, Failure> {
         eprintln!("{absent} of {} branches are absent", state.branches.len());
     }
     Ok(verdict(absent))
+}
+
+type Prepared = (
+    Vec<Device>,
+    Option<EvaluationWindows>,
+    HashMap<String, Windows>,
+);
+
+/// Devices, the text to score on, and the calibration windows.
+fn prepare(
+    args: &MatrixArgs,
+    missing: &[&PlannedBranch],
+    model: &Model,
+    config: &DecoderConfig,
+) -> Result<Prepared, Failure> {
+    let devices = devices(args)?;
+    let text = evaluation(args).map(|text| ScoringText {
+        dataset: text.dataset,
+        seq_len: text.seq_len,
+        max_windows: text.max_windows,
+    });
+    let mut text = text.map(|text| text.read(model, &args.hub)).transpose()?;
+    if let Some(text) = &mut text {
+        text.protocol = text
+            .protocol
+            .replace(&args.evaluate, &public_name(&args.evaluate));
+    }
+    let windows = windows(args, missing, model, config, devices[0])?;
+    Ok((devices, text, windows))
 }
 
 fn verdict(failed: usize) -> Verdict {
@@ -233,7 +258,7 @@ fn windows(
     model: &Model,
     config: &DecoderConfig,
     device: Device,
-) -> Result<HashMap<String, gptq_calibration::Windows>, Failure> {
+) -> Result<HashMap<String, Windows>, Failure> {
     let mut found = HashMap::new();
     for branch in missing {
         let permutation = &branch.permutation;

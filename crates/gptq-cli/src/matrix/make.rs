@@ -14,7 +14,7 @@ use crate::failure::Failure;
 
 /// Threads that publish, and branches that may wait for them. A branch of several GB takes seconds
 /// to hash, on one thread since sha256 is a chain; with a shared Hessian all are finished at once.
-const PUBLISHERS: usize = 4;
+const PUBLISHERS: usize = 6;
 const WAITING: usize = 1;
 
 /// Each device takes the next branch, the largest first so that little is left to publish at the

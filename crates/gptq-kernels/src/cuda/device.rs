@@ -3,18 +3,20 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::ffi::c_void;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use cudarc::cublas::sys as blas;
 use cudarc::cusolver::sys as solver;
 use cudarc::driver::{CudaContext, CudaEvent, CudaStream, result, sys};
 
+use super::arrival::Pool;
 use super::error::{CudaError, Named};
 use super::memory::{Buffer, Staging};
 use super::program::{Program, compiled};
 
 /// A GPU with everything that is queued on it. All work goes to one stream, in the order of the
-/// calls; nothing waits but [`Gpu::synchronize`] and copies to the host.
+/// calls; nothing waits but [`Gpu::synchronize`] and copies to the host. Only codes leave on a
+/// second one.
 ///
 /// Belongs to the thread that opened it.
 pub struct Gpu {
@@ -27,6 +29,9 @@ pub struct Gpu {
     modules: RefCell<HashMap<Program, sys::CUmodule>>,
     scratch: RefCell<HashMap<&'static str, Arc<Buffer>>>,
     pub(super) staging: RefCell<Staging>,
+    /// Results go to the host beside the work of `stream`.
+    pub(super) home: Arc<CudaStream>,
+    pub(super) pool_of_pinned: Arc<Mutex<Pool>>,
     ordinal: usize,
     name: String,
     capability: (i32, i32),
@@ -46,7 +51,7 @@ pub struct MemoryUse {
 }
 
 /// A moment in a stream, for the time that queued work takes.
-pub struct Mark(CudaEvent);
+pub struct Mark(pub(super) CudaEvent);
 
 impl Mark {
     /// Waits until the stream has passed it.
@@ -92,6 +97,7 @@ impl Gpu {
         super::probe::check(ordinal)?;
         let context = CudaContext::new(ordinal).named("opening the device")?;
         let stream = context.new_stream().named("creating a stream")?;
+        let home = context.new_stream().named("creating a stream")?;
         let capability = context
             .compute_capability()
             .named("reading the compute capability")?;
@@ -124,6 +130,8 @@ impl Gpu {
             modules: RefCell::default(),
             scratch: RefCell::default(),
             staging: RefCell::default(),
+            home,
+            pool_of_pinned: Arc::default(),
             ordinal,
             capability,
         };
@@ -158,13 +166,16 @@ impl Gpu {
 
     /// A moment in the stream.
     pub fn mark(&self) -> Result<Mark, CudaError> {
+        let mark = self.new_mark()?;
+        mark.0.record(&self.stream).named("recording an event")?;
+        Ok(mark)
+    }
+
+    /// In no stream yet.
+    pub(super) fn new_mark(&self) -> Result<Mark, CudaError> {
         let flags = sys::CUevent_flags::CU_EVENT_DEFAULT;
-        let event = self
-            .context
-            .new_event(Some(flags))
-            .named("creating an event")?;
-        event.record(&self.stream).named("recording an event")?;
-        Ok(Mark(event))
+        let event = self.context.new_event(Some(flags));
+        Ok(Mark(event.named("creating an event")?))
     }
 
     /// What NVRTC compiles for: the features of Hopper need the `a`.
@@ -327,6 +338,7 @@ impl Drop for Gpu {
         self.scratch.borrow_mut().clear();
         // SAFETY: created in `open`, used nowhere else; errors at the end of a process are moot.
         unsafe {
+            let _ = self.home.synchronize();
             let _ = self.stream.synchronize();
             let _ = cudarc::cublas::result::destroy_handle(self.blas);
             let _ = cudarc::cusolver::result::dn_destroy_params(self.solver_params);

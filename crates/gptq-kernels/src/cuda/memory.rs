@@ -51,6 +51,10 @@ impl Buffer {
         Ok(buffer)
     }
 
+    pub(super) fn gpu(&self) -> &Arc<Gpu> {
+        &self.gpu
+    }
+
     /// Of the first byte.
     pub fn address(&self) -> u64 {
         self.address
@@ -152,7 +156,7 @@ impl Staging {
     }
 }
 
-fn copy_side_by_side(to: &mut [u8], from: &[u8]) {
+pub(super) fn copy_side_by_side(to: &mut [u8], from: &[u8]) {
     (to.par_chunks_mut(SHARE).zip(from.par_chunks(SHARE)))
         .for_each(|(to, from)| to.copy_from_slice(from));
 }

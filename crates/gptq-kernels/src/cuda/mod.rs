@@ -9,6 +9,7 @@
 // The one place in the workspace that calls foreign code.
 #![allow(unsafe_code)]
 
+mod arrival;
 mod decoder;
 mod device;
 mod error;
@@ -28,4 +29,4 @@ pub use hessian::{DeviceFactor, DeviceHessian};
 pub use memory::{Buffer, Pinned, Shelf};
 pub use probe::{Found, check, devices, libraries};
 pub use score::{DeviceHead, RowScore};
-pub use sweep::{Cost, Rule, SWEEP_CHANNELS, Step, SweepPlan, Swept, SweptHost};
+pub use sweep::{Cost, Rule, SWEEP_CHANNELS, Step, SweepPlan, Swept, SweptHome, SweptHost};

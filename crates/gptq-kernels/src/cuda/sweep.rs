@@ -5,6 +5,7 @@ use std::sync::Arc;
 use gptq_types::{DeviceMatrix, Dtype};
 
 use super::Gpu;
+use super::arrival::Arrival;
 use super::error::CudaError;
 use super::hessian::{DeviceFactor, DeviceHessian};
 use super::memory::Buffer;
@@ -138,14 +139,54 @@ pub struct SweptHost {
 }
 
 impl Swept {
-    /// Copies everything to the host; waits for it.
-    pub fn to_host(&self) -> Result<SweptHost, CudaError> {
+    /// Starts to copy everything to the host, beside the work that follows. Before the codes are
+    /// dropped, [`SweptHome::hold`] must be called.
+    pub fn send_home(&self) -> Result<SweptHome, CudaError> {
         let grids = self.groups * self.outputs;
-        Ok(SweptHost {
-            codes: self.codes.to_host(self.features * self.outputs)?,
-            scales: self.scales.to_host(grids)?,
-            zeros: self.zeros.to_host(grids)?,
+        let codes = self.features * self.outputs;
+        let parts = [
+            (&self.codes, codes),
+            (&self.scales, grids * 4),
+            (&self.zeros, grids * 4),
+        ];
+        Ok(match self.codes.gpu().send_home(&parts)? {
+            Some(arrival) => SweptHome::UnderWay(arrival),
+            None => SweptHome::There(SweptHost {
+                codes: self.codes.to_host(codes)?,
+                scales: self.scales.to_host(grids)?,
+                zeros: self.zeros.to_host(grids)?,
+            }),
         })
+    }
+}
+
+/// Codes and grids that are on the host, or will be.
+pub enum SweptHome {
+    /// Copied.
+    There(SweptHost),
+    /// Being copied.
+    UnderWay(Arrival),
+}
+
+impl SweptHome {
+    /// Work queued from now on waits for the copies, so that what they read may be freed.
+    pub fn hold(&self, gpu: &Gpu) -> Result<(), CudaError> {
+        match self {
+            SweptHome::There(_) => Ok(()),
+            SweptHome::UnderWay(arrival) => arrival.hold(gpu),
+        }
+    }
+
+    /// Waits for them; on any thread.
+    pub fn receive(self) -> Result<SweptHost, CudaError> {
+        match self {
+            SweptHome::There(swept) => Ok(swept),
+            SweptHome::UnderWay(arrival) => Ok(SweptHost {
+                codes: arrival.values(0)?,
+                scales: arrival.values(1)?,
+                zeros: arrival.values(2)?,
+            }),
+        }
     }
 }
 
