@@ -49,11 +49,11 @@ __global__ void clear_above(double* a, int k) {
     if (j > i && j < k) a[(long long)i * k + j] = 0;
 }
 
-// Inverts lower triangles of up to 64 rows on the diagonal of a [k, k], row-major, in place. A thread
-// solves for a column of its inverse, first row to last. Grid: (k / 64), block 64.
+// Inverts lower triangles of up to 32 rows on the diagonal of a [k, k], row-major, in place. A thread
+// solves for a column of its inverse, first row to last. Grid: (k / 32), block 32.
 __global__ void invert_tiles(double* a, int k) {
-    __shared__ double tile[64][65], inverse[64][64];
-    int first = blockIdx.x * 64, rows = min(64, k - first), c = threadIdx.x;
+    __shared__ double tile[32][33], inverse[32][32];
+    int first = blockIdx.x * 32, rows = min(32, k - first), c = threadIdx.x;
     double* corner = a + (long long)first * k + first;
     for (int r = 0; r < rows; r++)
         if (c <= r) tile[r][c] = corner[(long long)r * k + c];

@@ -8,7 +8,7 @@
 # the perplexity rows; GPTQModel importable by python3 for its own reading of our files (of those rows, and of files/* on the
 # token ids of ids.txt, a sequence a line); compute-sanitizer on the PATH; PLAN (of a matrix of MODEL), git with git-lfs.
 # MATRIX picks among the ways of the matrix step: one exact abreast shared two four (default: all).
-# STEPS picks among: tests sanitizer seven variants long bytes matrix six rows loads formats (default: all).
+# STEPS picks among: tests sanitizer linears seven variants long bytes matrix six rows loads formats (default: all).
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 
@@ -20,21 +20,22 @@ pack() {
   local folder=$1 target=${CARGO_TARGET_DIR:-$here/target}
   mkdir -p "$folder"
   (cd "$here" && cargo build --release --locked --workspace --features gptq-cli/cuda)
-  (cd "$here" && cargo build --release --locked -p gptq-kernels --features cuda --example gpu_speed)
+  (cd "$here" && cargo build --release --locked -p gptq-kernels --features cuda --examples)
   local tests whole
   tests=$(executable -p gptq-quantizer --features cuda --test device)
   whole=$(executable -p gptq-cli --features cuda --test integration)
-  cp "$target/release/gptq" "$target/release/examples/gpu_speed" "$folder/"
+  cp "$target/release/gptq" "$target"/release/examples/gpu_{speed,linear} "$folder/"
+  cp "$(executable -p gptq-kernels --features cuda --test packed_device)" "$folder/packed_tests"
   cp "$tests" "$folder/device_tests"
   cp "$whole" "$folder/whole_tests"
-  strip "$folder"/{gptq,gpu_speed,device_tests,whole_tests}
+  strip "$folder"/{gptq,gpu_speed,gpu_linear,device_tests,packed_tests,whole_tests}
   cp "$0" "$here"/scripts/peer_*.py "$folder/"
   echo "packed $(du -sh "$folder" | cut -f1) into $folder"
 }
 
 section() { printf '\n== %s (%d s)\n' "$1" "$SECONDS"; }
 last() { tr '\r' '\n' | grep -vE '^(blocks|bytes): |^/.*: [0-9]+/[0-9]+ after' | tail -"$1"; }
-wanted() { [[ " ${STEPS:-tests sanitizer seven variants long bytes matrix six rows loads formats} " == *" $1 "* ]]; }
+wanted() { [[ " ${STEPS:-tests sanitizer linears seven variants long bytes matrix six rows loads formats} " == *" $1 "* ]]; }
 
 quantize() { # NAME MODEL ARGS...: one line of figures
   local name=$1 model=$2
@@ -88,13 +89,14 @@ run() {
   mkdir -p "$work/out" "$work/log"
   cp -r "$1"/. "$work/"
   cd "$work"
-  chmod +x gptq gpu_speed device_tests whole_tests
+  chmod +x gptq gpu_speed gpu_linear device_tests packed_tests whole_tests
   section "machine"
   nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
   ./gptq doctor
   if wanted tests; then
     section "GPU against the processor"
     timeout 120 ./device_tests --test-threads=1 2>&1 | tail -7
+    timeout 120 ./packed_tests --test-threads=1 2>&1 | tail -7
     GPTQ_COMMAND=$PWD/gptq timeout 200 ./whole_tests pipeline::gpu --test-threads=1 2>&1 | tail -20
   fi
   if wanted sanitizer && command -v compute-sanitizer >/dev/null; then
@@ -106,6 +108,10 @@ run() {
           ./gpu_speed $size 0 1 2>&1 | grep -E 'SUMMARY|Error|ERROR|hazard|Invalid|sweep' | sort | uniq -c | head -6 | tr '\n' ';')"
       done
     done
+  fi
+  if wanted linears; then
+    section "packed products, microseconds by rows"
+    timeout 120 ./gpu_linear
   fi
   local ids="--dataset ids.safetensors --samples 128 --seq-len 2048"
   if wanted seven; then

@@ -67,14 +67,14 @@ impl Mark {
 
 /// A kernel argument.
 #[derive(Clone, Copy)]
-pub(super) struct Arg([u64; 4]);
+pub(super) struct Arg([u64; 5]);
 
 macro_rules! argument {
     ($($type:ty),*) => {$(
         impl From<$type> for Arg {
             fn from(value: $type) -> Arg {
-                const { assert!(size_of::<$type>() <= 32 && align_of::<$type>() <= 8) };
-                let mut slot = [0u64; 4];
+                const { assert!(size_of::<$type>() <= 40 && align_of::<$type>() <= 8) };
+                let mut slot = [0u64; 5];
                 // SAFETY: the slot is as long and as aligned as the value, asserted above.
                 unsafe { slot.as_mut_ptr().cast::<$type>().write(value) };
                 Arg(slot)
@@ -82,7 +82,14 @@ macro_rules! argument {
         }
     )*};
 }
-argument!(u64, i32, i64, f32, super::sweep::Rule);
+argument!(
+    u64,
+    i32,
+    i64,
+    f32,
+    super::packed::Packed,
+    super::sweep::Rule
+);
 
 impl From<&Buffer> for Arg {
     fn from(buffer: &Buffer) -> Arg {

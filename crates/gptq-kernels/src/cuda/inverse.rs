@@ -15,7 +15,7 @@ use super::memory::Buffer;
 use super::program::Program;
 
 /// Rows of a tile that one block of threads inverts; the kernel's own constant.
-const TILE: usize = 64;
+const TILE: usize = 32;
 
 /// A row-major matrix of f64 inside a larger one, or a batch of them.
 #[derive(Clone, Copy)]

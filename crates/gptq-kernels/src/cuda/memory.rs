@@ -38,10 +38,15 @@ impl Buffer {
     /// `bytes` of zero.
     pub fn zeros(gpu: &Arc<Gpu>, bytes: usize) -> Result<Buffer, CudaError> {
         let buffer = Buffer::new(gpu, bytes)?;
-        // SAFETY: the buffer has so many bytes.
-        unsafe { result::memset_d8_async(buffer.address, 0, bytes, gpu.raw_stream()) }
-            .named("clearing memory")?;
+        buffer.clear()?;
         Ok(buffer)
+    }
+
+    /// Sets all of it to zero.
+    pub fn clear(&self) -> Result<(), CudaError> {
+        // SAFETY: the buffer has so many bytes.
+        unsafe { result::memset_d8_async(self.address, 0, self.bytes, self.gpu.raw_stream()) }
+            .named("clearing memory")
     }
 
     /// A copy of host values.

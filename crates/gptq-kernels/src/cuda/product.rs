@@ -133,6 +133,28 @@ impl Gpu {
         x: DeviceMatrix,
         weight: DeviceMatrix,
     ) -> Result<(), CudaError> {
+        self.project_into(out, wide, 0.0, x, weight)
+    }
+
+    /// The same in sixteen bits, or with `add` onto what is in `out`.
+    pub(super) fn project_onto(
+        &self,
+        out: u64,
+        x: DeviceMatrix,
+        weight: DeviceMatrix,
+        add: bool,
+    ) -> Result<(), CudaError> {
+        self.project_into(out, false, if add { 1.0 } else { 0.0 }, x, weight)
+    }
+
+    fn project_into(
+        &self,
+        out: u64,
+        wide: bool,
+        beta: f32,
+        x: DeviceMatrix,
+        weight: DeviceMatrix,
+    ) -> Result<(), CudaError> {
         assert_eq!(x.columns, weight.columns, "in_features");
         let (t, n, k) = (x.rows, weight.rows, x.columns);
         let kind = half_type(x.dtype);
@@ -151,7 +173,7 @@ impl Gpu {
                 alpha: 1.0,
                 a: side(weight.address, Op::CUBLAS_OP_T, kind, k),
                 b: side(x.address, Op::CUBLAS_OP_N, kind, k),
-                beta: 0.0,
+                beta,
                 c: side(out, Op::CUBLAS_OP_N, out_kind, n),
                 batch: 1,
                 compute: Compute::CUBLAS_COMPUTE_32F,

@@ -13,16 +13,19 @@ use super::error::CudaError;
 pub(super) enum Program {
     Decoder { bf16: bool },
     Hessian,
+    Packed { bf16: bool },
     Sweep { bf16: bool },
 }
 
 const PREAMBLE: &str = include_str!("../../../../kernels/half.cuh");
 
 impl Program {
-    pub const ALL: [Program; 5] = [
+    pub const ALL: [Program; 7] = [
         Program::Decoder { bf16: false },
         Program::Decoder { bf16: true },
         Program::Hessian,
+        Program::Packed { bf16: false },
+        Program::Packed { bf16: true },
         Program::Sweep { bf16: false },
         Program::Sweep { bf16: true },
     ];
@@ -31,6 +34,7 @@ impl Program {
         match self {
             Program::Decoder { .. } => "decoder.cu",
             Program::Hessian => "hessian.cu",
+            Program::Packed { .. } => "packed.cu",
             Program::Sweep { .. } => "sweep.cu",
         }
     }
@@ -39,6 +43,7 @@ impl Program {
         let own = match self {
             Program::Decoder { .. } => include_str!("../../../../kernels/decoder.cu"),
             Program::Hessian => include_str!("../../../../kernels/hessian.cu"),
+            Program::Packed { .. } => include_str!("../../../../kernels/packed.cu"),
             Program::Sweep { .. } => include_str!("../../../../kernels/sweep.cu"),
         };
         format!("{PREAMBLE}{own}")
@@ -46,7 +51,7 @@ impl Program {
 
     fn bf16(self) -> bool {
         match self {
-            Program::Decoder { bf16 } | Program::Sweep { bf16 } => bf16,
+            Program::Decoder { bf16 } | Program::Packed { bf16 } | Program::Sweep { bf16 } => bf16,
             Program::Hessian => false,
         }
     }

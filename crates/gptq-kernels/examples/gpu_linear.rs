@@ -1,0 +1,96 @@
+//! How long a packed product takes on the GPU, beside cuBLAS on sixteen-bit weights:
+//! `gpu_linear [ROUNDS]`, needs `--features cuda`. Medians of single launches; a buffer larger than
+//! the second-level cache is cleared before each.
+#![allow(clippy::print_stdout)]
+
+#[cfg(feature = "cuda")]
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    use gptq_kernels::cuda::{Buffer, Gpu, PackedLinear};
+    use gptq_types::{Bits, DeviceMatrix, Dtype, SolvedLayer};
+    use half::f16;
+
+    const CACHE: usize = 256 << 20;
+    let rounds = std::env::args().nth(1).map_or(Ok(21), |arg| arg.parse())?;
+    let gpu = Gpu::open(0)?;
+    let flush = Buffer::zeros(&gpu, CACHE)?;
+    let time = |work: &dyn Fn() -> Result<(), gptq_kernels::cuda::CudaError>| {
+        let mut all = Vec::new();
+        for _ in 0..rounds {
+            flush.clear()?;
+            let before = gpu.mark()?;
+            work()?;
+            all.push(before.seconds_to(&gpu.mark()?)? * 1e6);
+        }
+        all.sort_by(f64::total_cmp);
+        Ok::<f64, gptq_kernels::cuda::CudaError>(all[all.len() / 2])
+    };
+    for (k, n) in [(4096usize, 4096usize), (4096, 11008), (11008, 4096)] {
+        for (bits, act_order) in [
+            (Bits::Four, false),
+            (Bits::Four, true),
+            (Bits::Eight, false),
+        ] {
+            let mut g_idx: Vec<u32> = (0..k).map(|channel| (channel / 128) as u32).collect();
+            if act_order {
+                g_idx = (0..k).map(|channel| g_idx[channel * 5 % k]).collect();
+            }
+            let layer = SolvedLayer {
+                bits,
+                in_features: k,
+                out_features: n,
+                codes: (0..k * n)
+                    .map(|i| ((i * 2_654_435_761) >> 20) as u8 & bits.max_code() as u8)
+                    .collect(),
+                scales: vec![f16::from_f32(0.01); k / 128 * n],
+                zeros: vec![bits.max_code().div_ceil(2) as u16; k / 128 * n],
+                g_idx,
+            };
+            let linear = PackedLinear::new(&gpu, &layer, None, Dtype::F16)?;
+            print!(
+                "{bits}-bit {k} x {n}{}:",
+                if act_order { " act-order" } else { "" }
+            );
+            for rows in [1, 4, 8, 16, 32, 64, 128, 256, 1024, 4096] {
+                let x = Buffer::zeros(&gpu, rows * k * 2)?;
+                let out = Buffer::zeros(&gpu, rows * n * 2)?;
+                let x = DeviceMatrix {
+                    address: x.address(),
+                    rows,
+                    columns: k,
+                    dtype: Dtype::F16,
+                };
+                let us = time(&|| linear.multiply(out.address(), x, false))?;
+                print!(" {rows}: {us:.1}");
+            }
+            let floor = linear.bytes() as f64 / 4.3e12 * 1e6;
+            println!(" us; codes and scales at 4.3 TB/s {floor:.1} us");
+        }
+        let weight = Buffer::zeros(&gpu, n * k * 2)?;
+        let weight = DeviceMatrix {
+            address: weight.address(),
+            rows: n,
+            columns: k,
+            dtype: Dtype::F16,
+        };
+        print!("f16 {k} x {n}, cuBLAS:");
+        for rows in [1, 16, 64, 128, 256, 1024, 4096] {
+            let x = Buffer::zeros(&gpu, rows * k * 2)?;
+            let out = Buffer::zeros(&gpu, rows * n * 2)?;
+            let x = DeviceMatrix {
+                address: x.address(),
+                rows,
+                columns: k,
+                dtype: Dtype::F16,
+            };
+            let us = time(&|| gpu.project(out.address(), false, x, weight))?;
+            print!(" {rows}: {us:.1}");
+        }
+        println!(" us");
+    }
+    Ok(())
+}
+
+#[cfg(not(feature = "cuda"))]
+fn main() {
+    println!("built without --features cuda");
+}

@@ -1,0 +1,364 @@
+//! Products with packed weights on the GPU; the layout is described in `kernels/packed.cu`.
+
+use std::sync::Arc;
+
+use gptq_types::{Bits, DeviceMatrix, Dtype, SolvedLayer};
+use half::{bf16, f16};
+use rayon::prelude::*;
+
+use super::Gpu;
+use super::error::CudaError;
+use super::memory::Buffer;
+use super::program::Program;
+
+/// Outputs of a tile, and positions of a run, as in the kernels.
+const TILE: usize = 16;
+const RUN: usize = 64;
+/// What the positions are padded to.
+const STEP: usize = 128;
+/// Positions that share a scale are a multiple of it.
+const GRANULE: usize = 32;
+const LANES: usize = 32;
+const WARPS: usize = 8;
+/// Up to so many rows codes go to the tensor cores as they are; from there on it is faster to widen
+/// the weight once and to leave the product to cuBLAS.
+const NARROW_ROWS: usize = 64;
+
+/// The kernels' own struct.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(super) struct Packed {
+    codes: u64,
+    scales: u64,
+    zeros: u64,
+    zero: f32,
+    outputs: i32,
+    steps: i32,
+    granule: i32,
+}
+
+/// A linear `[outputs, features]` of 4- or 8-bit codes on the GPU. Codes of 2 and 3 bits take the
+/// place of 4-bit ones.
+pub struct PackedLinear {
+    gpu: Arc<Gpu>,
+    features: usize,
+    outputs: usize,
+    dtype: Dtype,
+    bits: i32,
+    codes: Buffer,
+    scales: Buffer,
+    zeros: Option<Buffer>,
+    zero: f32,
+    steps: usize,
+    granule: usize,
+    /// Channel at each position, -1 for padding; absent where x can be read as it is.
+    channels: Option<Buffer>,
+    bias: Option<Buffer>,
+}
+
+/// Where channels stand: sorted by group, each group filled up to whole granules.
+struct Positions {
+    channels: Vec<i32>,
+    /// Group of each granule of [`GRANULE`] positions.
+    groups: Vec<usize>,
+    /// [`GRANULE`]s that always share a group.
+    granule: usize,
+}
+
+impl Positions {
+    fn new(g_idx: &[u32], groups: usize) -> Self {
+        let mut members: Vec<Vec<i32>> = vec![Vec::new(); groups];
+        for (channel, &group) in g_idx.iter().enumerate() {
+            members[group as usize].push(channel as i32);
+        }
+        let (mut channels, mut of_granule) = (Vec::new(), Vec::new());
+        for (group, own) in members.iter().enumerate() {
+            channels.extend(own);
+            channels.resize(channels.len().next_multiple_of(GRANULE), -1);
+            of_granule.resize(channels.len() / GRANULE, group);
+        }
+        let padded = channels.len().next_multiple_of(STEP);
+        channels.resize(padded, -1);
+        of_granule.resize(padded / GRANULE, *of_granule.last().unwrap_or(&0));
+        let alike = |size: usize| {
+            (of_granule.chunks(size)).all(|run| run.iter().all(|group| *group == run[0]))
+        };
+        Positions {
+            granule: [4, 2].into_iter().find(|&size| alike(size)).unwrap_or(1),
+            channels,
+            groups: of_granule,
+        }
+    }
+
+    fn are_channels(&self, features: usize) -> bool {
+        let in_place = |(at, &channel): (usize, &i32)| channel == at as i32;
+        self.channels.len() == features && self.channels.iter().enumerate().all(in_place)
+    }
+}
+
+/// Words of all tiles. `code(position, output)` may be asked for any position and output.
+fn lay_out(
+    wide: bool,
+    tiles: usize,
+    runs: usize,
+    code: impl Fn(usize, usize) -> u32 + Sync,
+) -> Vec<u32> {
+    let words = if wide { 8 } else { 4 }; // of a lane and a run
+    let mut out = vec![0u32; tiles * runs * words * LANES];
+    (out.par_chunks_mut(runs * words * LANES).enumerate()).for_each(|(tile, out)| {
+        for (run, out) in out.chunks_mut(words * LANES).enumerate() {
+            for (lane, word) in (0..LANES).flat_map(|lane| (0..words).map(move |word| (lane, word)))
+            {
+                let (g, t) = (lane / 4, lane % 4);
+                let tile_of_run = if wide { word / 2 } else { word };
+                let first = run * RUN + tile_of_run / 2 * 32 + 8 * t + 4 * (tile_of_run % 2);
+                let mut packed = 0;
+                let registers = match (wide, word % 2) {
+                    (false, _) => 0..4,
+                    (true, 0) => 0..2,
+                    (true, _) => 2..4,
+                };
+                for p in registers {
+                    let output = tile * TILE + g + 8 * (p % 2);
+                    let position = first + p / 2 * 2;
+                    let (low, high) = (code(position, output), code(position + 1, output));
+                    packed |= match wide {
+                        false => low << (4 * p) | high << (16 + 4 * p),
+                        true => (low | high << 8) << (16 * (p % 2)),
+                    };
+                }
+                // Sixteen bytes of each lane stand together.
+                out[word / 4 * 4 * LANES + lane * 4 + word % 4] = packed;
+            }
+        }
+    });
+    out
+}
+
+/// Pairs of outputs `g`, `g + 8` for each granule of each tile.
+fn pairs(tiles: usize, granules: usize, value: impl Fn(usize, usize) -> u16 + Sync) -> Vec<u32> {
+    (0..tiles * granules * 8)
+        .into_par_iter()
+        .map(|at| {
+            let (tile, granule, g) = (at / 8 / granules, at / 8 % granules, at % 8);
+            let output = tile * TILE + g;
+            u32::from(value(granule, output)) | u32::from(value(granule, output + 8)) << 16
+        })
+        .collect()
+}
+
+fn sixteen(dtype: Dtype, value: f32) -> u16 {
+    match dtype {
+        Dtype::BF16 => bf16::from_f32(value).to_bits(),
+        _ => f16::from_f32(value).to_bits(),
+    }
+}
+
+impl PackedLinear {
+    /// Lays codes out anew and uploads them, for activations of `dtype` (f16 or bf16).
+    pub fn new(
+        gpu: &Arc<Gpu>,
+        layer: &SolvedLayer,
+        bias: Option<&[f32]>,
+        dtype: Dtype,
+    ) -> Result<Self, CudaError> {
+        let (k, n) = (layer.in_features, layer.out_features);
+        let positions = Positions::new(&layer.g_idx, layer.groups());
+        let (steps, tiles) = (positions.channels.len() / STEP, n.div_ceil(TILE));
+        let wide = layer.bits == Bits::Eight;
+        let zero_of = |group: usize, output: usize| layer.zeros[group * n + output];
+        let code = |position: usize, output: usize| match positions.channels[position] {
+            _ if output >= n => 0,
+            channel @ 0.. => u32::from(layer.codes[channel as usize * n + output]),
+            _ => 0, // x is zero there
+        };
+        let codes = lay_out(wide, tiles, 2 * steps, code);
+        let granules = positions.groups.len() / positions.granule;
+        let group = |granule: usize| positions.groups[granule * positions.granule];
+        let scales = pairs(tiles, granules, |granule, output| match output < n {
+            true => sixteen(dtype, layer.scales[group(granule) * n + output].to_f32()),
+            false => 0,
+        });
+        let common = layer.zeros.first().copied().unwrap_or(0);
+        let zeros = match layer.zeros.iter().all(|&zero| zero == common) {
+            true => None,
+            false => Some(pairs(tiles, granules, |granule, output| match output < n {
+                true => sixteen(dtype, f32::from(zero_of(group(granule), output))),
+                false => 0,
+            })),
+        };
+        let channels = match positions.are_channels(k) {
+            true => None,
+            false => Some(Buffer::from_host(gpu, &positions.channels)?),
+        };
+        Ok(PackedLinear {
+            gpu: gpu.clone(),
+            features: k,
+            outputs: n,
+            dtype,
+            bits: if wide { 8 } else { 4 },
+            codes: Buffer::from_host(gpu, &codes)?,
+            scales: Buffer::from_host(gpu, &scales)?,
+            zeros: zeros
+                .map(|zeros| Buffer::from_host(gpu, &zeros))
+                .transpose()?,
+            zero: f32::from(common),
+            steps,
+            granule: positions.granule,
+            channels,
+            bias: bias.map(|bias| Buffer::from_host(gpu, bias)).transpose()?,
+        })
+    }
+
+    /// `K`.
+    pub fn features(&self) -> usize {
+        self.features
+    }
+
+    /// `N`.
+    pub fn outputs(&self) -> usize {
+        self.outputs
+    }
+
+    /// Bytes on the GPU.
+    pub fn bytes(&self) -> usize {
+        let zeros = self.zeros.as_ref().map_or(0, Buffer::bytes);
+        self.codes.bytes() + self.scales.bytes() + zeros
+    }
+
+    fn raw(&self) -> Packed {
+        Packed {
+            codes: self.codes.address(),
+            scales: self.scales.address(),
+            zeros: self.zeros.as_ref().map_or(0, Buffer::address),
+            zero: self.zero,
+            outputs: self.outputs as i32,
+            steps: self.steps as i32,
+            granule: self.granule as i32,
+        }
+    }
+
+    fn program(&self) -> Program {
+        Program::Packed {
+            bf16: self.dtype == Dtype::BF16,
+        }
+    }
+
+    /// `out [rows, N] = x [rows, K] W^T + bias`, or `out +=` that; sixteen-bit, summed in f32.
+    pub fn multiply(&self, out: u64, x: DeviceMatrix, add: bool) -> Result<(), CudaError> {
+        assert_eq!(x.columns, self.features, "in_features");
+        if x.rows == 0 {
+            return Ok(());
+        }
+        let x = self.arranged(x)?;
+        match x.rows <= NARROW_ROWS {
+            true => self.multiply_narrow(out, x, add),
+            false => self.multiply_wide(out, x, add),
+        }
+    }
+
+    /// x with its columns where the codes of their channels are.
+    fn arranged(&self, x: DeviceMatrix) -> Result<DeviceMatrix, CudaError> {
+        let Some(channels) = &self.channels else {
+            return Ok(x);
+        };
+        let stride = self.steps * STEP;
+        let place = self.gpu.scratch("arranged", x.rows * stride * 2)?;
+        let args = [
+            place.address().into(),
+            x.address.into(),
+            channels.into(),
+            (self.features as i32).into(),
+            (stride as i32).into(),
+        ];
+        let grid = [stride.div_ceil(256), x.rows, 1];
+        // SAFETY: the place holds rows x stride elements, a channel for each of stride.
+        unsafe {
+            let program = self.program();
+            self.gpu
+                .launch(program, "arrange", grid, [256, 1, 1], 0, &args)?
+        };
+        Ok(DeviceMatrix {
+            address: place.address(),
+            columns: stride,
+            ..x
+        })
+    }
+
+    fn multiply_narrow(&self, out: u64, x: DeviceMatrix, add: bool) -> Result<(), CudaError> {
+        let eights = x.rows.div_ceil(8).next_power_of_two().min(8);
+        let columns = match (eights, self.bits) {
+            (1 | 2, _) => 1,
+            (8, 4) => 4,
+            _ => 2,
+        };
+        let name = match (self.bits, eights) {
+            (4, 1) => "packed_4_1",
+            (4, 2) => "packed_4_2",
+            (4, 4) => "packed_4_4",
+            (4, _) => "packed_4_8",
+            (_, 1) => "packed_8_1",
+            (_, 2) => "packed_8_2",
+            (_, 4) => "packed_8_4",
+            (_, _) => "packed_8_8",
+        };
+        let args = [
+            out.into(),
+            x.address.into(),
+            self.bias.as_ref().map_or(0, Buffer::address).into(),
+            self.raw().into(),
+            (x.rows as i32).into(),
+            (x.columns as i32).into(),
+            i32::from(add).into(),
+        ];
+        let grid = [
+            self.outputs.div_ceil(TILE * columns),
+            x.rows.div_ceil(8 * eights),
+            1,
+        ];
+        let shared = WARPS / 2 * columns * eights * 4 * LANES * 4;
+        // SAFETY: out has rows x N elements, the caller vouches; x as many columns as positions.
+        unsafe {
+            self.gpu.launch(
+                self.program(),
+                name,
+                grid,
+                [LANES * WARPS, 1, 1],
+                shared,
+                &args,
+            )
+        }
+    }
+
+    fn multiply_wide(&self, out: u64, x: DeviceMatrix, add: bool) -> Result<(), CudaError> {
+        let stride = self.steps * STEP;
+        let place = self.gpu.scratch("widened", self.outputs * stride * 2)?;
+        let args = [place.address().into(), self.raw().into(), self.bits.into()];
+        let grid = [(2 * self.steps).div_ceil(8), self.outputs.div_ceil(TILE), 1];
+        // SAFETY: the place holds N x stride elements.
+        unsafe {
+            let program = self.program();
+            self.gpu
+                .launch(program, "widen_packed", grid, [256, 1, 1], 0, &args)?
+        };
+        let weight = DeviceMatrix {
+            address: place.address(),
+            rows: self.outputs,
+            columns: stride,
+            dtype: self.dtype,
+        };
+        self.gpu.project_onto(out, x, weight, add)?;
+        match &self.bias {
+            None => Ok(()),
+            Some(bias) => {
+                let out = DeviceMatrix {
+                    address: out,
+                    rows: x.rows,
+                    columns: self.outputs,
+                    dtype: self.dtype,
+                };
+                self.gpu.add_bias(out, bias)
+            }
+        }
+    }
+}

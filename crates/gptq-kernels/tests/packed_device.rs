@@ -1,0 +1,200 @@
+//! Packed products on the GPU against sums in f64, over widths, groups, orders and numbers of rows.
+//! Skipped by name where there is no GPU.
+#![cfg(feature = "cuda")]
+#![allow(clippy::print_stderr)]
+
+use std::sync::Arc;
+
+use gptq_kernels::cuda::{Buffer, Gpu, PackedLinear};
+use gptq_types::{Bits, DeviceMatrix, Dtype, SolvedLayer};
+use half::{bf16, f16};
+
+/// Of the largest output: weights are rounded to sixteen bits before they are multiplied.
+const F16_TOLERANCE: f64 = 2e-3;
+const BF16_TOLERANCE: f64 = 1.6e-2;
+
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u32 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005);
+        self.0 = self.0.wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) as u32
+    }
+
+    fn uniform(&mut self) -> f32 {
+        self.next() as f32 / (1u64 << 31) as f32 * 2.0 - 1.0
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    bits: Bits,
+    k: usize,
+    n: usize,
+    group: usize,
+    act_order: bool,
+    sym: bool,
+}
+
+fn layer(case: Case) -> SolvedLayer {
+    let Case {
+        bits, k, n, group, ..
+    } = case;
+    let mut random = Random((k * 31 + n * 7 + group) as u64);
+    let groups = k.div_ceil(group);
+    let mut g_idx: Vec<u32> = (0..k).map(|channel| (channel / group) as u32).collect();
+    if case.act_order {
+        for at in (1..k).rev() {
+            g_idx.swap(at, random.next() as usize % (at + 1));
+        }
+    }
+    let max = bits.max_code();
+    SolvedLayer {
+        bits,
+        in_features: k,
+        out_features: n,
+        codes: (0..k * n)
+            .map(|_| (random.next() % (max + 1)) as u8)
+            .collect(),
+        scales: (0..groups * n)
+            .map(|_| f16::from_f32(0.01 + 0.02 * random.uniform().abs()))
+            .collect(),
+        zeros: (0..groups * n)
+            .map(|_| match case.sym {
+                true => (max as u16).div_ceil(2),
+                false => (random.next() % (max + 2)) as u16,
+            })
+            .collect(),
+        g_idx,
+    }
+}
+
+fn gpu() -> Option<Arc<Gpu>> {
+    match Gpu::open(0) {
+        Ok(gpu) => Some(gpu),
+        Err(error) => {
+            eprintln!("skipped: no GPU ({error})");
+            None
+        }
+    }
+}
+
+fn check(gpu: &Arc<Gpu>, case: Case, rows: usize, dtype: Dtype) {
+    let layer = layer(case);
+    let (k, n) = (case.k, case.n);
+    let mut random = Random(rows as u64);
+    let round = |x: f32| match dtype {
+        Dtype::BF16 => bf16::from_f32(x).to_f32(),
+        _ => f16::from_f32(x).to_f32(),
+    };
+    let bits_of = |x: f32| match dtype {
+        Dtype::BF16 => bf16::from_f32(x).to_bits(),
+        _ => f16::from_f32(x).to_bits(),
+    };
+    let value = |bits: u16| match dtype {
+        Dtype::BF16 => bf16::from_bits(bits).to_f32(),
+        _ => f16::from_bits(bits).to_f32(),
+    };
+    let x: Vec<f32> = (0..rows * k).map(|_| round(random.uniform())).collect();
+    let before: Vec<f32> = (0..rows * n).map(|_| round(random.uniform())).collect();
+    let bias: Vec<f32> = (0..n).map(|_| random.uniform()).collect();
+    let weight = layer.dequantise();
+    let halves = |values: &[f32]| values.iter().map(|&x| bits_of(x)).collect::<Vec<u16>>();
+    let there = Buffer::from_host(gpu, &halves(&x)).unwrap();
+    let out = Buffer::from_host(gpu, &halves(&before)).unwrap();
+    let linear = PackedLinear::new(gpu, &layer, Some(&bias), dtype).unwrap();
+    let matrix = DeviceMatrix {
+        address: there.address(),
+        rows,
+        columns: k,
+        dtype,
+    };
+    linear.multiply(out.address(), matrix, true).unwrap();
+    let got: Vec<u16> = out.to_host(rows * n).unwrap();
+    let (mut worst, mut largest) = (0.0f64, 0.0f64);
+    for row in 0..rows {
+        let mut want: Vec<f64> = (0..n)
+            .map(|o| f64::from(bias[o]) + f64::from(before[row * n + o]))
+            .collect();
+        for (channel, &x) in x[row * k..(row + 1) * k].iter().enumerate() {
+            let weights = &weight[channel * n..(channel + 1) * n];
+            for (want, &w) in want.iter_mut().zip(weights) {
+                *want += f64::from(x) * f64::from(w);
+            }
+        }
+        for (got, want) in got[row * n..].iter().zip(want) {
+            worst = worst.max((f64::from(value(*got)) - want).abs());
+            largest = largest.max(want.abs());
+        }
+    }
+    let tolerance = match dtype {
+        Dtype::BF16 => BF16_TOLERANCE,
+        _ => F16_TOLERANCE,
+    };
+    assert!(
+        worst <= tolerance * largest,
+        "{case:?}, {rows} rows of {dtype}: {worst} of {largest}"
+    );
+}
+
+const ROWS: [usize; 9] = [1, 2, 8, 9, 16, 31, 64, 65, 130];
+
+#[test]
+fn products_agree_with_sums_in_f64_for_every_format() {
+    let Some(gpu) = gpu() else { return };
+    let sizes = [
+        (256, 64, 128),
+        (172, 43, 64),
+        (576, 192, 64),
+        (300, 24, 300),
+        (1000, 100, 32),
+    ];
+    for bits in Bits::ALL {
+        for (k, n, group) in sizes {
+            for act_order in [false, true] {
+                for sym in [false, true] {
+                    let case = Case {
+                        bits,
+                        k,
+                        n,
+                        group,
+                        act_order,
+                        sym,
+                    };
+                    for rows in ROWS {
+                        check(&gpu, case, rows, Dtype::F16);
+                    }
+                    check(&gpu, case, 1, Dtype::BF16);
+                    check(&gpu, case, 33, Dtype::BF16);
+                    check(&gpu, case, 70, Dtype::BF16);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn the_shapes_of_a_7b_model_and_odd_ones_agree() {
+    let Some(gpu) = gpu() else { return };
+    for (k, n, group) in [
+        (4096, 1024, 128),
+        (11008, 512, 128),
+        (2056, 777, 40),
+        (128, 1, 16),
+    ] {
+        for act_order in [false, true] {
+            let case = Case {
+                bits: Bits::Four,
+                k,
+                n,
+                group,
+                act_order,
+                sym: true,
+            };
+            for rows in [1, 5, 16, 64, 100] {
+                check(&gpu, case, rows, Dtype::F16);
+            }
+        }
+    }
+}
