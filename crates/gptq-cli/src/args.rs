@@ -43,6 +43,8 @@ pub enum Command {
     Eval(EvalArgs),
     /// Compare a checkpoint's logits with stored ones, or store them
     Verify(VerifyArgs),
+    /// Run the recipe of a baseline again and say what got worse
+    Regress(RegressArgs),
     /// Say what a checkpoint holds
     Inspect(InspectArgs),
     /// Say which devices and libraries this machine has, and what a missing one costs
@@ -351,6 +353,32 @@ pub struct VerifyArgs {
     /// `cpu` computes in f32; `cuda:N` in the model's sixteen-bit type, which needs another tolerance
     #[arg(long, default_value = "cpu", value_name = "DEVICE")]
     pub device: DeviceArg,
+    #[command(flatten)]
+    pub hub: HubArgs,
+}
+
+#[derive(Args)]
+pub struct RegressArgs {
+    /// A recipe with the figures that it once gave; exit 1 if one got worse by more than its
+    /// tolerance, 2 if model or text are other ones. Runs on the processor, in $TMPDIR
+    #[arg(long, value_name = "FILE")]
+    pub baseline: PathBuf,
+    /// Run the recipe twice and write its figures, hashes and tolerances into the file
+    #[arg(long)]
+    pub update: bool,
+    /// Judge this packed folder instead of a run
+    #[arg(long, value_name = "DIR", conflicts_with = "update")]
+    pub checkpoint: Option<PathBuf>,
+    /// Also write JUnit XML, a test case a linear
+    #[arg(long, value_name = "FILE")]
+    pub junit: Option<PathBuf>,
+    /// Also print annotations of GitHub Actions [default: where GITHUB_ACTIONS is true, but for
+    /// --json]
+    #[arg(long, conflicts_with = "json")]
+    pub github: bool,
+    /// Print the verdict as JSON
+    #[arg(long)]
+    pub json: bool,
     #[command(flatten)]
     pub hub: HubArgs,
 }

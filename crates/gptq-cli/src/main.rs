@@ -14,6 +14,7 @@ mod matrix;
 mod models;
 mod output;
 mod progress;
+mod regression;
 mod scoring;
 mod watch;
 
@@ -62,6 +63,7 @@ fn run(cli: Cli) -> Result<Verdict, Failure> {
         Command::Synth(args) => commands::synth::run(&args),
         Command::Eval(args) => commands::eval::run(&args),
         Command::Verify(args) => commands::verify::run(&args),
+        Command::Regress(args) => commands::regress::run(&args),
         Command::Inspect(args) => commands::inspect::run(&args),
         Command::Doctor => commands::doctor::run(),
     }

@@ -8,7 +8,7 @@ mod state;
 pub use branch::Shared;
 pub use cards::{card_info, read_branches, render};
 pub use make::{make_all, make_together};
-pub use state::{Evaluation, State};
+pub use state::{Evaluation, State, replace};
 
 use std::path::Path;
 

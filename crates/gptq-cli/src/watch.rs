@@ -1,6 +1,6 @@
 //! A quantization run and how far it is.
 
-use gptq_pipeline::{Job, Progress, quantize, quantize_together};
+use gptq_pipeline::{Job, PipelineError, Progress, quantize, quantize_together};
 use gptq_types::RunRecord;
 
 use crate::failure::Failure;
@@ -11,6 +11,11 @@ pub const TOOL: &str = concat!("gptq-rs:", env!("CARGO_PKG_VERSION"));
 
 /// Runs the job under the name `what`; with `plain`, beside others, in lines instead of a bar.
 pub fn watch(job: &Job, what: &str, plain: bool) -> Result<RunRecord, Failure> {
+    Ok(try_watch(job, what, plain)?)
+}
+
+/// The same, for a caller to whom it matters what went wrong.
+pub fn try_watch(job: &Job, what: &str, plain: bool) -> Result<RunRecord, PipelineError> {
     let mut shown = Shown::new(what, plain);
     let record = quantize(job, &mut |progress| shown.hear(progress))?;
     shown.end();

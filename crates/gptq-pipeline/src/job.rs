@@ -106,6 +106,8 @@ pub enum PipelineError {
         layer: LayerName,
         source: VerifyError,
     },
+    #[error(transparent)]
+    Read(#[from] gptq_packer::ReadError),
     #[error("layer `{layer}` of the interrupted run cannot be read: {source}")]
     Reread {
         layer: LayerName,

@@ -1,8 +1,9 @@
 //! The block loop: from an opened model and token windows to a published checkpoint folder.
 //!
 //! Knows: which permutations a matrix has and what each will be, which tensors a result has, the order of work (one forward per block, each group of
-//! linears solved as its inputs arrive), the journal by which an interrupted run goes on, and what
-//! a reader of the result must be told.
+//! linears solved as its inputs arrive), the journal by which an interrupted run goes on, what a
+//! reader of the result must be told, and what the files of a finished checkpoint cost at each
+//! linear's output.
 //!
 //! Does not know: where models and texts come from, how progress is shown, bit order.
 
@@ -10,6 +11,7 @@ mod job;
 mod journal;
 mod layers;
 mod matrix;
+mod measure;
 mod plan;
 mod preflight;
 mod run;
@@ -18,6 +20,7 @@ mod write;
 
 pub use job::{Job, PipelineError, Progress};
 pub use matrix::{PlanError, Preset, plan_matrix, read_plan};
+pub use measure::{FilesToMeasure, MeasuredLayer, measure_files};
 pub use plan::OutputPlan;
 pub use preflight::{check_finite, check_shapes, check_unquantised};
 pub use run::quantize;

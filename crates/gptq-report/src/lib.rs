@@ -1,8 +1,9 @@
 //! Run records rendered for people.
 //!
 //! Knows: the comparison table of evaluated checkpoints, the summary of a quantization run and
-//! its time profile, the table of a planned matrix and the model card of a finished one, all from
-//! records alone: any of them can be made again from JSON.
+//! its time profile, the table of a planned matrix and the model card of a finished one, and whether a
+//! quantization is still worth what its baseline says; all from records alone: any of them can be
+//! made again from JSON.
 //!
 //! Does not know: models, files, how a number was measured.
 
@@ -10,12 +11,17 @@ mod card;
 mod comparison;
 mod matrix;
 mod profile;
+mod regression;
 mod summary;
 
 pub use card::{CardError, CardInfo, card};
 pub use comparison::comparison;
 pub use matrix::matrix_table;
 pub use profile::{Rates, profile};
+pub use regression::{
+    Case, Finding, LayerOutcome, Measure, Outcome, Standing, Verdict, annotation, annotations,
+    judge, junit, regression, tolerances,
+};
 pub use summary::summary;
 
 /// Bytes with a decimal unit, three digits.

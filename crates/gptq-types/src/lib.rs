@@ -6,6 +6,7 @@
 //!
 //! Does not know: files, bytes on disk, Burn, arithmetic beyond a cast. No I/O happens here.
 
+mod baseline;
 mod layer;
 mod matrix;
 mod record;
@@ -13,6 +14,10 @@ mod solved;
 mod source;
 mod spec;
 
+pub use baseline::{
+    BASELINE_SCHEMA, Baseline, EvaluationRequest, Figures, Inputs, LayerFigures, Overall, Recipe,
+    Tolerance, Tolerances,
+};
 pub use layer::{ActivationSink, Activations, DeviceMatrix, LayerName, Stage, Weight};
 pub use matrix::{
     Branch, BranchEvaluation, BranchRecord, CalibrationRequest, Permutation, PlannedBranch,

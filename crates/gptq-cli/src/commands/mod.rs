@@ -9,5 +9,6 @@ pub mod matrix;
 pub mod pull;
 pub mod push;
 pub mod quantize;
+pub mod regress;
 pub mod synth;
 pub mod verify;

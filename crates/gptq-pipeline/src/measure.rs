@@ -1,0 +1,111 @@
+//! What the files of a finished checkpoint cost at the output of each linear.
+//!
+//! The loss in a run record is the solver's word on codes in memory. Here the codes come from the
+//! files, and their inputs from a forward pass through the files' own weights, which are the inputs
+//! that the solver saw: so a file that holds what the solver chose gives the solver's loss again,
+//! and one that was packed wrongly does not. It takes a forward pass and the Hessians, no factor.
+
+use std::sync::Arc;
+
+use gptq_model::{DecoderConfig, Device, FloatWeights};
+use gptq_packer::{QuantizeConfig, read_layer};
+use gptq_quantizer::{Hessian, HessianSum, output_error};
+use gptq_types::{LayerName, SolvedLayer, SourceError, Stage, TensorSource, Weight};
+
+use crate::PipelineError;
+
+/// A packed checkpoint, the float model that it was made from, and tokens.
+pub struct FilesToMeasure<'a> {
+    /// The float checkpoint.
+    pub source: Arc<dyn TensorSource>,
+    /// Text of its `config.json`.
+    pub config_json: &'a str,
+    /// The packed one.
+    pub packed: &'a dyn TensorSource,
+    /// How it is packed.
+    pub settings: &'a QuantizeConfig,
+    /// The calibration windows.
+    pub windows: &'a [Vec<u32>],
+}
+
+/// One linear as the files have it.
+#[derive(Clone, Copy, Debug)]
+pub struct MeasuredLayer<'a> {
+    /// Module name.
+    pub layer: &'a LayerName,
+    /// As read from the files.
+    pub solved: &'a SolvedLayer,
+    /// `tr(E H E^T)`, in the measure of [`gptq_types::LayerLoss`].
+    pub error: f64,
+}
+
+/// Measures every linear in the order of the data, on the processor.
+///
+/// # Errors
+/// A linear that is not packed, cannot be read or has another shape than in the float model.
+pub fn measure_files(
+    files: &FilesToMeasure<'_>,
+    each: &mut dyn FnMut(MeasuredLayer<'_>),
+) -> Result<(), PipelineError> {
+    let config =
+        DecoderConfig::parse(files.config_json).map_err(|source| PipelineError::Config {
+            place: files.source.place(),
+            source,
+        })?;
+    if files.windows.is_empty() {
+        return Err(PipelineError::NoWindows);
+    }
+    let weights = Arc::new(FloatWeights::new(files.source.clone()));
+    let mut decoder = gptq_model::open(weights, config.clone(), Device::Cpu)?;
+    decoder.embed(files.windows)?;
+    for index in 0..config.num_hidden_layers {
+        decoder.load_block(index)?;
+        for stage in Stage::ALL {
+            let linears = config.linears(index, stage);
+            let mut sum = HessianSum::new(linears[0].1);
+            decoder.stage(stage, &mut sum)?;
+            let hessian = sum.finish().map_err(|source| PipelineError::Quantize {
+                layer: linears[0].0.clone(),
+                source,
+            })?;
+            for (layer, in_features, out_features) in &linears {
+                let solved = read_layer(files.packed, layer, files.settings)?;
+                check_shape(files.packed, layer, &solved, [*in_features, *out_features])?;
+                let error = error_of(&hessian, decoder.weight(layer)?, &solved);
+                each(MeasuredLayer {
+                    layer,
+                    solved: &solved,
+                    error,
+                });
+                decoder.replace_weight(layer, Weight::Host(solved.dequantise()))?;
+            }
+        }
+        decoder.finish_block()?;
+    }
+    Ok(())
+}
+
+fn error_of(hessian: &Hessian, weight: Weight, solved: &SolvedLayer) -> f64 {
+    let Weight::Host(weight) = weight else {
+        unreachable!("a decoder on the processor has its weights in host memory");
+    };
+    output_error(hessian, &weight, solved)
+}
+
+fn check_shape(
+    packed: &dyn TensorSource,
+    layer: &LayerName,
+    solved: &SolvedLayer,
+    expected: [usize; 2],
+) -> Result<(), PipelineError> {
+    let found = [solved.in_features, solved.out_features];
+    if found == expected {
+        return Ok(());
+    }
+    Err(PipelineError::Source(SourceError::Shape {
+        name: layer.to_string(),
+        place: packed.place(),
+        found: found.to_vec(),
+        expected: expected.to_vec(),
+    }))
+}

@@ -1,0 +1,196 @@
+//! What a quantization was worth once, and how far from it a later one may end: the file that
+//! `gptq regress` judges by.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{CalibrationRequest, LayerLoss, LayerName, QuantSpec};
+
+/// Version of [`Baseline`]; readers refuse a larger one.
+pub const BASELINE_SCHEMA: u32 = 1;
+
+/// A recipe, and what came of it. The recipe alone is written by hand.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Baseline {
+    /// [`BASELINE_SCHEMA`].
+    pub schema: u32,
+    /// What is run again.
+    pub recipe: Recipe,
+    /// What came of it; absent until it ran once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub figures: Option<Figures>,
+}
+
+/// A quantization that can be repeated, and the text that its result is scored on.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Recipe {
+    /// A folder, relative to the file that holds the recipe, or `owner/name[:branch]`.
+    pub model: String,
+    /// Settings.
+    pub spec: QuantSpec,
+    /// Calibration tokens; a file is relative to the file that holds the recipe.
+    pub calibration: CalibrationRequest,
+    /// Text of the perplexity; likewise.
+    pub evaluation: EvaluationRequest,
+}
+
+/// Which text a perplexity is taken over.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EvaluationRequest {
+    /// A registered name or a file, as `--dataset` takes it.
+    pub dataset: String,
+    /// Tokens in a window.
+    pub seq_len: usize,
+    /// Windows from the start; all where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_windows: Option<usize>,
+}
+
+/// What a recipe gave.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Figures {
+    /// Name and version of the tool.
+    pub tool: String,
+    /// Instruction set of the processor: another one may round otherwise.
+    pub processor: String,
+    /// What the figures are figures of.
+    pub inputs: Inputs,
+    /// Of the whole model.
+    pub overall: Overall,
+    /// How far a later run may end from these figures.
+    pub tolerances: Tolerances,
+    /// A row per quantised linear, in the order of the data.
+    pub layers: Vec<LayerFigures>,
+}
+
+/// Hashes of all that a recipe reads, sha256 in lower-case hex.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Inputs {
+    /// Of the files of the float model, by name: `config.json` and every weight file.
+    pub model: BTreeMap<String, String>,
+    /// Of the calibration tokens, as little-endian u32.
+    pub calibration_tokens: String,
+    /// Of the evaluated tokens, likewise.
+    pub evaluation_tokens: String,
+}
+
+/// One quantised linear.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LayerFigures {
+    /// Module name.
+    pub layer: LayerName,
+    /// As the solver reported it; `error` is what the files gave too.
+    pub loss: LayerLoss,
+    /// sha256 of what the files mean: codes, scales, zeros and group indices once they are read.
+    pub content: String,
+    /// sha256 of the stored bytes, by tensor: `qweight`, `qzeros`, `scales`, `g_idx`.
+    pub tensors: BTreeMap<String, String>,
+}
+
+/// Scores of the float model and of the files.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Overall {
+    /// Mean negative log-likelihood of the float model, nats per token.
+    pub reference_nll: f64,
+    /// Of the files.
+    pub nll: f64,
+    /// `exp(nll)`, for people.
+    pub perplexity: f64,
+    /// Mean divergence of the files from the float model, nats.
+    pub kl: f64,
+    /// Share of positions where both have the same likeliest token.
+    pub top1_agreement: f64,
+}
+
+/// How far each figure may move for the worse. What moves as far for the better is told too.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Tolerances {
+    /// Of a layer's output error, as a share of the baseline's.
+    pub layer_error: Tolerance,
+    /// Between the error that the solver reported and that of the files, as a share of the first.
+    pub file_error: Tolerance,
+    /// Of the float model's log-likelihood, nats, up or down.
+    pub reference_nll: Tolerance,
+    /// Of the quantised model's, nats.
+    pub nll: Tolerance,
+    /// Of the divergence, as a share of the baseline's.
+    pub kl: Tolerance,
+    /// Of the share of equal top tokens.
+    pub top1_agreement: Tolerance,
+}
+
+/// A limit and where it comes from.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Tolerance {
+    /// In the unit of its field.
+    pub value: f64,
+    /// Why this much.
+    pub reason: String,
+}
+
+impl Baseline {
+    /// Refuses settings outside their range, and a recipe that would have no layer errors.
+    ///
+    /// # Errors
+    /// What is wrong, in words.
+    pub fn check(&self) -> Result<(), String> {
+        if self.recipe.spec.method == crate::Method::Rtn {
+            let text = "method rtn has no layer errors to compare: it looks at no data";
+            return Err(text.to_string());
+        }
+        self.recipe
+            .spec
+            .validate()
+            .map_err(|error| error.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Method, QuantSpec};
+
+    const BY_HAND: &str = r#"{
+        "schema": 1,
+        "recipe": {
+            "model": "owner/name",
+            "spec": {
+                "bits": 4, "group_size": 128, "sym": true, "order": "natural",
+                "damp_percent": 0.1, "method": "gptq", "format": "gptq", "scale_search": true
+            },
+            "calibration": {"dataset": "c4", "samples": 128, "seq_len": 2048, "seed": 0},
+            "evaluation": {"dataset": "wikitext2", "seq_len": 2048}
+        }
+    }"#;
+
+    #[test]
+    fn a_recipe_is_written_by_hand() {
+        let baseline: Baseline = serde_json::from_str(BY_HAND).unwrap();
+        assert_eq!(baseline.recipe.spec, QuantSpec::published());
+        assert_eq!(baseline.figures, None);
+        assert_eq!(baseline.check(), Ok(()));
+        let misspelt = BY_HAND.replace(
+            "\"seq_len\": 2048}\n",
+            "\"seq_len\": 2048, \"window\": 3}\n",
+        );
+        let error = serde_json::from_str::<Baseline>(&misspelt).unwrap_err();
+        assert!(error.to_string().contains("`window`"), "{error}");
+    }
+
+    #[test]
+    fn a_recipe_without_calibration_is_refused() {
+        let mut baseline: Baseline = serde_json::from_str(BY_HAND).unwrap();
+        baseline.recipe.spec.method = Method::Rtn;
+        baseline.recipe.spec.scale_search = false;
+        assert!(baseline.check().unwrap_err().contains("rtn"));
+        baseline.recipe.spec = QuantSpec {
+            damp_percent: 2.0,
+            ..QuantSpec::published()
+        };
+        assert!(baseline.check().unwrap_err().contains('2'));
+    }
+}
