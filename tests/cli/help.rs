@@ -3,7 +3,7 @@
 use crate::support::{gptq, run};
 
 /// Every flag and argument by subcommand. `--threads` belongs to all of them.
-const FLAGS: [(&str, &[&str]); 11] = [
+const FLAGS: [(&str, &[&str]); 12] = [
     (
         "push",
         &[
@@ -117,6 +117,18 @@ const FLAGS: [(&str, &[&str]); 11] = [
         ],
     ),
     ("inspect", &["<MODEL>", "--layers", "--json", "--offline"]),
+    (
+        "regress",
+        &[
+            "--baseline",
+            "--update",
+            "--checkpoint",
+            "--junit",
+            "--github",
+            "--json",
+            "--offline",
+        ],
+    ),
 ];
 
 #[test]
@@ -163,7 +175,7 @@ fn the_version_is_data() {
 
 #[test]
 fn what_cannot_be_understood_is_a_usage_error() {
-    let wrong: [(&[&str], &str); 17] = [
+    let wrong: [(&[&str], &str); 20] = [
         (&["quantise"], "quantise"),
         (&["quantize"], "<MODEL>"),
         (&["quantize", "m"], "--out"),
@@ -204,6 +216,22 @@ fn what_cannot_be_understood_is_a_usage_error() {
         (
             &["synth", "-o", "o", "--shape", "tiny", "--samples", "4"],
             "--calibration",
+        ),
+        (&["regress"], "--baseline"),
+        (
+            &[
+                "regress",
+                "--baseline",
+                "b",
+                "--update",
+                "--checkpoint",
+                "c",
+            ],
+            "--update",
+        ),
+        (
+            &["regress", "--baseline", "b", "--json", "--github"],
+            "--github",
         ),
         (&["eval"], "<MODELS>..."),
         (&["verify", "m"], "--expect"),

@@ -8,6 +8,7 @@ mod matrix;
 mod memory;
 mod published;
 mod quality;
+mod regress;
 mod resume;
 mod same_bytes;
 mod synthetic;

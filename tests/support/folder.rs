@@ -73,6 +73,21 @@ pub fn tensor(folder: &Path, name: &str) -> Vec<u8> {
         .unwrap()
 }
 
+/// Changes the stored bytes of a tensor of a checkpoint of one file.
+pub fn edit_tensor(folder: &Path, name: &str, edit: impl FnOnce(&mut [u8])) {
+    let path = folder.join("model.safetensors");
+    let file = SafetensorsFile::open(&path).unwrap();
+    let mut tensors: Vec<_> = (file.tensors().iter())
+        .map(|(name, info)| (name.as_str(), info.clone(), file.read(name).unwrap()))
+        .collect();
+    let edited = tensors.iter_mut().find(|(found, ..)| *found == name);
+    edit(&mut edited.unwrap().2);
+    let borrowed: Vec<_> = (tensors.iter())
+        .map(|(name, info, bytes)| (*name, info.clone(), bytes.as_slice()))
+        .collect();
+    gptq_packer::write_safetensors(&path, &borrowed, &BTreeMap::new()).unwrap();
+}
+
 /// Changes a JSON file in place.
 pub fn edit_json(path: &Path, edit: impl FnOnce(&mut Value)) {
     let mut value: Value = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();

@@ -10,6 +10,8 @@
 mod annotations;
 mod junit;
 mod table;
+#[cfg(test)]
+mod tests;
 mod tolerances;
 mod verdict;
 

@@ -61,23 +61,18 @@ fn row(case: &Case, finding: &Finding) -> String {
         true => case.subject.as_str(),
         false => "whole model",
     };
-    let cells = match (finding.baseline, finding.found) {
-        (Some(was), Some(now)) => {
-            let moved = match finding.tolerance {
-                Some(_) => change(measure, was, now),
-                None => format!("{:+}", now - was),
-            };
-            let allowed = finding
-                .tolerance
-                .map_or("none".to_string(), |t| limit(measure, t));
-            format!(
-                "{} | {} | {} | {moved} | {allowed}",
-                measure.name(),
-                digits(was),
-                digits(now)
-            )
-        }
-        _ => format!("{}: {} |  |  |  | ", measure.name(), finding.text),
+    let cells = match (finding.baseline, finding.found, finding.tolerance) {
+        (Some(was), Some(now), Some(tolerance)) => format!(
+            "{} | {} | {} | {} | {}",
+            measure.name(),
+            digits(was),
+            digits(now),
+            change(measure, was, now),
+            limit(measure, tolerance)
+        ),
+        // Settings and counts: no digit of them is noise.
+        (Some(was), Some(now), None) => format!("{} | {was} | {now} |  | none", measure.name()),
+        _ => format!("{}: {} |  |  |  | none", measure.name(), finding.text),
     };
     format!("| {place} | {cells} |")
 }
