@@ -7,7 +7,7 @@ use std::sync::Arc;
 use gptq_calibration::{EvaluationWindows, Windows};
 use gptq_hub::Checkpoint;
 use gptq_model::{DecoderConfig, Device};
-use gptq_packer::{QuantizeConfig, packed_layers};
+use gptq_packer::{QuantizeConfig, VerifyError, packed_layers};
 use gptq_pipeline::{FilesToMeasure, Job, PipelineError, measure_files};
 use gptq_report::{LayerOutcome, Outcome};
 use gptq_types::{
@@ -251,13 +251,26 @@ impl<'a> Bench<'a> {
 }
 
 /// The run stopped: what it read back was not what it had solved.
-fn unfaithful(layer: LayerName, source: &dyn std::error::Error) -> Measurement {
+fn unfaithful(layer: LayerName, difference: &VerifyError) -> Measurement {
+    let text = match difference {
+        VerifyError::Mismatch {
+            what,
+            row,
+            column,
+            expected,
+            found,
+            ..
+        } => {
+            format!("{what} at [{row}, {column}] is {found} in the file, {expected} in the solver")
+        }
+        other => other.to_string(),
+    };
     Measurement {
         outcome: Outcome {
             processor: processor(),
             layers: Vec::new(),
             overall: None,
-            unfaithful: Some((layer, format!("is not stored as it was solved: {source}"))),
+            unfaithful: Some((layer, format!("is not stored as it was solved: {text}"))),
         },
         scored: None,
     }
