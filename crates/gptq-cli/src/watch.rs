@@ -11,11 +11,11 @@ pub const TOOL: &str = concat!("gptq-rs:", env!("CARGO_PKG_VERSION"));
 
 /// Runs the job under the name `what`; with `plain`, beside others, in lines instead of a bar.
 pub fn watch(job: &Job, what: &str, plain: bool) -> Result<RunRecord, Failure> {
-    Ok(try_watch(job, what, plain)?)
+    try_watch(job, what, plain).map_err(|error| Failure::from(*error))
 }
 
 /// The same, for a caller to whom it matters what went wrong.
-pub fn try_watch(job: &Job, what: &str, plain: bool) -> Result<RunRecord, PipelineError> {
+pub fn try_watch(job: &Job, what: &str, plain: bool) -> Result<RunRecord, Box<PipelineError>> {
     let mut shown = Shown::new(what, plain);
     let record = quantize(job, &mut |progress| shown.hear(progress))?;
     shown.end();

@@ -109,8 +109,10 @@ impl<'a> Bench<'a> {
                 eprint!("{}", gptq_report::summary(&record));
                 self.measure(&out, &job.windows, Some(&record))
             }
-            Err(PipelineError::Verify { layer, source }) => Ok(unfaithful(layer, &source)),
-            Err(error) => Err(error.into()),
+            Err(error) => match *error {
+                PipelineError::Verify { layer, source } => Ok(unfaithful(layer, &source)),
+                error => Err(error.into()),
+            },
         }
     }
 
