@@ -313,6 +313,10 @@ fn files_that_cannot_be_judged_are_refused() {
         &["changed.json", "rtn"],
     );
     change(
+        |b| b["recipe"]["evaluation"]["max_windows"] = json!(1),
+        &["1 window"],
+    );
+    change(
         |b| b["recipe"]["calibration"]["dataset"] = json!("c5"),
         &["c5"],
     );

@@ -42,22 +42,6 @@ fn describe(device: Device) -> String {
     }
 }
 
-/// The instructions that products on the processor are chosen by at run time.
-pub fn processor() -> String {
-    #[cfg(target_arch = "x86_64")]
-    {
-        let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
-        let best = match (is_x86_feature_detected!("avx512f"), avx2) {
-            (true, _) => " with AVX-512",
-            (false, true) => " with AVX2",
-            (false, false) => "",
-        };
-        format!("x86_64{best}")
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    std::env::consts::ARCH.to_string()
-}
-
 /// What the libraries of the device that was used reach on large products.
 pub fn rates() -> Result<Rates, Failure> {
     #[cfg(feature = "cuda")]
@@ -84,6 +68,22 @@ pub fn working_rate(device: Device) -> Result<f64, Failure> {
             Ok(0.4 * products)
         }
     }
+}
+
+/// The instructions that products on the processor are chosen by at run time.
+pub fn processor() -> String {
+    #[cfg(target_arch = "x86_64")]
+    {
+        let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+        let best = match (is_x86_feature_detected!("avx512f"), avx2) {
+            (true, _) => " with AVX-512",
+            (false, true) => " with AVX2",
+            (false, false) => "",
+        };
+        format!("x86_64{best}")
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    std::env::consts::ARCH.to_string()
 }
 
 #[cfg(feature = "cuda")]

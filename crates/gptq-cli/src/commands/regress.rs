@@ -46,10 +46,11 @@ fn regress(args: &RegressArgs) -> Result<Verdict, Failure> {
     let recipe = baseline.recipe.clone();
     let bench = Bench::open(&recipe, &Place::of(&args.baseline), &args.hub)?;
     let inputs = bench.inputs()?;
-    if let Some(figures) = &baseline.figures
-        && !args.update
-    {
-        check_same(&figures.inputs, &inputs, &args.baseline)?;
+    if let Some(figures) = &baseline.figures {
+        match check_same(&figures.inputs, &inputs, &args.baseline) {
+            Err(failure) if args.update => eprintln!("{}", failure.text),
+            same => same?,
+        }
     }
     let (judged, measurement) = match &args.checkpoint {
         Some(folder) => (format!("`{}`", folder.display()), bench.folder(folder)?),

@@ -31,6 +31,8 @@ const RECORD_FILE: &str = "gptq_run.json";
 /// What `gptq quantize` does without flags.
 const SHARD_GB: f64 = 4.0;
 const TEMPERATURE: f32 = 1.0;
+/// Of an evaluation: a spread over one window is none.
+const LEAST_WINDOWS: usize = 2;
 
 /// Everything that a recipe reads.
 pub struct Bench<'a> {
@@ -61,9 +63,18 @@ impl<'a> Bench<'a> {
             seq_len: recipe.evaluation.seq_len,
             max_windows: recipe.evaluation.max_windows,
         };
+        let text = text.read(&model, hub)?;
+        if text.ids.len() < LEAST_WINDOWS {
+            return Err(Failure::with_hint(
+                format!("the recipe's evaluation has {} window", text.ids.len()),
+                format!(
+                    "a noise floor needs {LEAST_WINDOWS}: raise max_windows, or give more text"
+                ),
+            ));
+        }
         Ok(Bench {
             recipe,
-            text: text.read(&model, hub)?,
+            text,
             model,
             windows,
         })
