@@ -255,6 +255,28 @@ fn killed_in_the_middle_it_goes_on_and_keeps_what_is_done() {
     );
 }
 
+/// Killed after a folder was there and before its record had lost its times, the branch got them:
+/// another commit than an unbroken run's.
+#[test]
+fn killed_before_the_record_was_kept_it_gives_the_same_commits() {
+    let place = Place::new();
+    run(&mut place.matrix("whole")).done();
+    run(place.matrix("killed").args(["--only", EIGHT])).done();
+    let work = place.pull("whole", "main", "killed/gptq/work/main");
+    for later in ["README.md", "gptq_branch.json", ".gitattributes"] {
+        let _ = fs::remove_file(work.join(later));
+    }
+    let path = work.join("gptq_run.json");
+    let record = fs::read_to_string(&path).unwrap();
+    let timed = record.replacen("\n", "\n  \"seconds\": 1.5,\n", 1);
+    fs::write(&path, timed).unwrap();
+    let told = run(&mut place.matrix("killed")).done();
+    assert!(!told.stderr.contains("main: blocks"), "{told:#?}");
+    assert_eq!(place.tips("killed"), place.tips("whole"));
+    let full = place.path("killed").join("gptq/records");
+    assert_eq!(fs::read_dir(full).unwrap().count(), 3);
+}
+
 #[test]
 fn a_branch_that_fails_is_absent_and_the_others_are_whole() {
     let place = Place::new();

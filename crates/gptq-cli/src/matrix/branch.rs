@@ -15,8 +15,8 @@ use gptq_types::{
     BranchEvaluation, BranchRecord, EvalRecord, Method, Permutation, PlannedBranch, RunRecord,
 };
 
-use super::public_name;
 use super::state::{State, replace};
+use super::{public_name, read_text};
 use crate::failure::Failure;
 use crate::models::Model;
 use crate::scoring::Scorer;
@@ -73,6 +73,7 @@ impl<'a> Maker<'a> {
         if !work.exists() {
             self.quantize(&planned.permutation, &work)?;
         }
+        self.keep(branch, &work)?;
         let evaluation = self.score(branch, &work)?;
         let record = BranchRecord {
             permutation: published(&planned.permutation),
@@ -95,23 +96,27 @@ impl<'a> Maker<'a> {
             discard_partial(work).map_err(|error| Failure::new(error.to_string()))?;
         }
         let job = self.job(permutation, work, journal);
-        let record = watch(&job, &format!("{branch}: blocks"), self.shared.side_by_side)?;
-        self.keep(branch, record)
+        watch(&job, &format!("{branch}: blocks"), self.shared.side_by_side).map(drop)
     }
 
-    /// The full record stays here; the branch gets one without times, which differ from run to
-    /// run.
-    fn keep(&self, branch: &str, record: RunRecord) -> Result<(), Failure> {
+    /// The full record stays in the repository's own folder; the branch gets one without times,
+    /// which differ from run to run. A run that was killed in between left it with times.
+    fn keep(&self, branch: &str, work: &Path) -> Result<(), Failure> {
+        let place = work.join(RUN_RECORD);
+        let record: RunRecord = serde_json::from_str(&read_text(&place)?)?;
+        let timeless = record.clone().timeless();
+        if record == timeless {
+            return Ok(());
+        }
         eprint!("{branch}: {}", gptq_report::summary(&record));
         let full = serde_json::to_string_pretty(&record)?;
-        let place = State::record(self.shared.repository, branch);
-        write(&place, full.as_bytes())?;
-        let text = serde_json::to_string_pretty(&record.timeless())? + "\n";
-        let work = State::work(self.shared.repository, branch);
-        write(&work.join(RUN_RECORD), text.as_bytes())
+        let own = State::record(self.shared.repository, branch);
+        write(&own, full.as_bytes())?;
+        let text = serde_json::to_string_pretty(&timeless)? + "\n";
+        write(&place, text.as_bytes())
     }
 
-    /// Quantizes branches with the same tokens in one pass; [`Maker::make`] scores them.
+    /// Quantizes branches with the same tokens in one pass; [`Maker::make`] does the rest.
     pub fn quantize_together(&self, planned: &[&PlannedBranch]) -> Result<(), Failure> {
         let repository = self.shared.repository;
         let mut permutations: Vec<&Permutation> = Vec::new();
@@ -131,11 +136,7 @@ impl<'a> Maker<'a> {
                 self.job(permutation, &work, false)
             })
             .collect();
-        let records = watch_together(&jobs, "blocks of all branches")?;
-        for (permutation, record) in permutations.into_iter().zip(records) {
-            self.keep(&permutation.branch, record)?;
-        }
-        Ok(())
+        watch_together(&jobs, "blocks of all branches").map(drop)
     }
 
     fn job(&self, permutation: &Permutation, work: &Path, resume: bool) -> Job {
