@@ -3,7 +3,7 @@
 use crate::support::{gptq, run};
 
 /// Every flag and argument by subcommand. `--threads` belongs to all of them.
-const FLAGS: [(&str, &[&str]); 12] = [
+const FLAGS: &[(&str, &[&str])] = &[
     (
         "push",
         &[
@@ -129,6 +129,7 @@ const FLAGS: [(&str, &[&str]); 12] = [
             "--offline",
         ],
     ),
+    ("report", &["<RUN>...", "--out", "--json"]),
 ];
 
 #[test]
@@ -175,7 +176,7 @@ fn the_version_is_data() {
 
 #[test]
 fn what_cannot_be_understood_is_a_usage_error() {
-    let wrong: [(&[&str], &str); 20] = [
+    let wrong: &[(&[&str], &str)] = &[
         (&["quantise"], "quantise"),
         (&["quantize"], "<MODEL>"),
         (&["quantize", "m"], "--out"),
@@ -234,6 +235,8 @@ fn what_cannot_be_understood_is_a_usage_error() {
             "--github",
         ),
         (&["eval"], "<MODELS>..."),
+        (&["report", "-o", "o"], "<RUN>..."),
+        (&["report", "r"], "--out"),
         (&["verify", "m"], "--expect"),
         (&["verify", "m", "--write", "f"], "--ids"),
         (

@@ -5,4 +5,5 @@ mod bad_model;
 mod device;
 mod full_disk;
 mod help;
+mod report;
 mod streams;

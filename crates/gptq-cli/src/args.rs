@@ -41,6 +41,8 @@ pub enum Command {
     Synth(SynthArgs),
     /// Perplexity of checkpoints, and divergence from the first
     Eval(EvalArgs),
+    /// Write one page on finished checkpoints, with tables and figures, from their records alone
+    Report(ReportArgs),
     /// Compare a checkpoint's logits with stored ones, or store them
     Verify(VerifyArgs),
     /// Run the recipe of a baseline again and say what got worse
@@ -331,6 +333,21 @@ pub struct EvalArgs {
     pub json: bool,
     #[command(flatten)]
     pub hub: HubArgs,
+}
+
+#[derive(Args)]
+pub struct ReportArgs {
+    /// Checkpoint folders with a run record, repositories that `matrix` made, files of
+    /// `eval --json`, files of one run record. A score belongs to the run whose path `eval` was
+    /// given, else to the one whose folder or branch has its last name
+    #[arg(required = true, value_name = "RUN")]
+    pub runs: Vec<PathBuf>,
+    /// The folder to write, index.html and report.md; must not exist or be empty
+    #[arg(short, long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// Print all that the report is made from as JSON too
+    #[arg(long)]
+    pub json: bool,
 }
 
 #[derive(Args)]

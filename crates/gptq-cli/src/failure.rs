@@ -6,7 +6,7 @@ use gptq_inference::OpenError;
 use gptq_model::{ConfigError, ModelError};
 use gptq_packer::{ReadError, SafetensorsError};
 use gptq_pipeline::{PipelineError, PlanError};
-use gptq_report::CardError;
+use gptq_report::{CardError, ReportError};
 use gptq_repository::RepositoryError;
 use gptq_types::{SourceError, SpecError};
 
@@ -76,6 +76,7 @@ hinted!(
     HubError,
     CalibrationError,
     ModelError,
+    ReportError,
     RepositoryError
 );
 #[cfg(feature = "cuda")]

@@ -15,6 +15,7 @@ mod models;
 mod output;
 mod progress;
 mod regression;
+mod records;
 mod scoring;
 mod watch;
 
@@ -65,6 +66,7 @@ fn run(cli: Cli) -> Result<Verdict, Failure> {
         Command::Verify(args) => commands::verify::run(&args),
         Command::Regress(args) => commands::regress::run(&args),
         Command::Inspect(args) => commands::inspect::run(&args),
+        Command::Report(args) => commands::report::run(&args),
         Command::Doctor => commands::doctor::run(),
     }
 }

@@ -1,7 +1,8 @@
-//! What a command writes: data for stdout, and a folder that must be free.
+//! What a command writes: data for stdout, and folders that are whole or absent.
 //!
 //! A reader that has seen enough, such as `head`, ends nothing but the output.
 
+use std::fs::{self, File};
 use std::io::{ErrorKind, Write};
 use std::path::Path;
 
@@ -39,4 +40,30 @@ pub fn check_vacant(out: &Path) -> Result<(), Failure> {
             "name a folder that does not exist yet",
         )),
     }
+}
+
+/// Makes the folder `out` of small files: written beside it, synced, then renamed.
+pub fn publish(out: &Path, files: &[(&str, &str)]) -> Result<(), Failure> {
+    let failed = |path: &Path, error: std::io::Error| {
+        Failure::new(format!("cannot write `{}`: {error}", path.display()))
+    };
+    let out = std::path::absolute(out).map_err(|error| failed(out, error))?;
+    let parent = out.parent().unwrap_or(Path::new("/"));
+    fs::create_dir_all(parent).map_err(|error| failed(parent, error))?;
+    let beside = tempfile::Builder::new()
+        .prefix(".writing-")
+        .tempdir_in(parent)
+        .map_err(|error| failed(parent, error))?;
+    let part = beside.path().join("whole");
+    let written = fs::create_dir(&part).and_then(|()| {
+        for (name, text) in files {
+            let mut file = File::create(part.join(name))?;
+            file.write_all(text.as_bytes())?;
+            file.sync_all()?;
+        }
+        File::open(&part)?.sync_all()?;
+        fs::rename(&part, &out)?;
+        File::open(parent)?.sync_all()
+    });
+    written.map_err(|error| failed(&out, error))
 }

@@ -1,9 +1,9 @@
 //! Run records rendered for people.
 //!
 //! Knows: the comparison table of evaluated checkpoints, the summary of a quantization run and
-//! its time profile, the table of a planned matrix and the model card of a finished one, and whether a
-//! quantization is still worth what its baseline says; all from records alone: any of them can be
-//! made again from JSON.
+//! its time profile, the table of a planned matrix and the model card of a finished one, the report
+//! on finished branches as a page with figures, and whether a quantization is still worth what its
+//! baseline says; all from records alone: any of them can be made again from JSON.
 //!
 //! Does not know: models, files, how a number was measured.
 
@@ -12,6 +12,7 @@ mod comparison;
 mod matrix;
 mod profile;
 mod regression;
+mod report;
 mod summary;
 
 pub use card::{CardError, CardInfo, card};
@@ -21,6 +22,10 @@ pub use profile::{Rates, profile};
 pub use regression::{
     Case, Finding, LayerOutcome, Measure, Outcome, Standing, Verdict, annotation, annotations,
     judge, junit, regression, tolerances,
+};
+pub use report::{
+    Damped, Dead, Degraded, Found, FoundRun, Made, Report, ReportError, Row, Score, Text, Warned,
+    Worse,
 };
 pub use summary::summary;
 

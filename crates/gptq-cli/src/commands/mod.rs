@@ -10,5 +10,6 @@ pub mod pull;
 pub mod push;
 pub mod quantize;
 pub mod regress;
+pub mod report;
 pub mod synth;
 pub mod verify;

@@ -19,11 +19,9 @@ use super::state::{State, replace};
 use super::{public_name, read_text};
 use crate::failure::Failure;
 use crate::models::Model;
+use crate::records::{BRANCH_RECORD, RUN_RECORD};
 use crate::scoring::Scorer;
 use crate::watch::{TOOL, watch, watch_together};
-
-const RUN_RECORD: &str = "gptq_run.json";
-pub(super) const BRANCH_RECORD: &str = "gptq_branch.json";
 
 /// What all branches share.
 pub struct Shared<'a> {

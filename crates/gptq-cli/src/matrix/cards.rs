@@ -7,9 +7,9 @@ use gptq_repository::Repository;
 use gptq_types::{Branch, BranchRecord, RunRecord};
 use serde::de::DeserializeOwned;
 
-use super::branch::BRANCH_RECORD;
 use super::read_text;
 use crate::failure::Failure;
+use crate::records::{BRANCH_RECORD, RUN_RECORD};
 
 /// Finished branches, in the order of `wanted`; others after them, by name.
 pub fn read_branches(repository: &Repository, wanted: &[String]) -> Result<Vec<Branch>, Failure> {
@@ -20,7 +20,7 @@ pub fn read_branches(repository: &Repository, wanted: &[String]) -> Result<Vec<B
         .map(|name| {
             Ok(Branch {
                 record: read::<BranchRecord>(repository, name, BRANCH_RECORD)?,
-                run: read::<RunRecord>(repository, name, "gptq_run.json")?,
+                run: read::<RunRecord>(repository, name, RUN_RECORD)?,
             })
         })
         .collect()

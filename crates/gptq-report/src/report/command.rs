@@ -1,0 +1,64 @@
+//! The command that makes a checkpoint again, as far as its record holds it.
+
+use gptq_types::{CheckpointFormat, ColumnOrder, Method, RunRecord};
+
+/// `gptq quantize` with every setting of the record.
+pub(super) fn quantize_command(run: &RunRecord, out: &str) -> String {
+    let spec = &run.spec;
+    let mut words: Vec<String> = vec!["gptq".into(), "quantize".into(), quoted(&run.model)];
+    let mut flag = |name: &str, value: String| words.extend([name.to_string(), quoted(&value)]);
+    flag("-o", out.to_string());
+    flag("--bits", spec.bits.to_string());
+    flag("--group-size", spec.group_size.to_string());
+    flag("--damp", spec.damp_percent.to_string());
+    if let Some(calibration) = &run.calibration {
+        flag("--dataset", calibration.dataset.clone());
+        flag("--samples", calibration.samples.to_string());
+        flag("--seq-len", calibration.seq_len.to_string());
+        flag("--seed", calibration.seed.to_string());
+    }
+    if spec.format != CheckpointFormat::Gptq {
+        flag("--format", spec.format.to_string());
+    }
+    if spec.method == Method::Rtn {
+        flag("--method", "rtn".to_string());
+    }
+    if run.device == "cpu" {
+        flag("--device", "cpu".to_string());
+    }
+    let order: &[&str] = match spec.order {
+        ColumnOrder::Natural => &[],
+        ColumnOrder::ActOrder => &["--desc-act"],
+        ColumnOrder::ActOrderStaticGroups => &["--desc-act", "--static-groups"],
+        ColumnOrder::GroupAware => &["--act-group-aware"],
+    };
+    words.extend(order.iter().map(|flag| flag.to_string()));
+    if !spec.sym {
+        words.push("--asym".to_string());
+    }
+    if spec.method == Method::Gptq && !spec.scale_search {
+        words.push("--no-scale-search".to_string());
+    }
+    words.join(" ")
+}
+
+/// A word as a shell reads it back.
+fn quoted(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "._-/:=+,@%".contains(c);
+    match !word.is_empty() && word.chars().all(plain) {
+        true => word.to_string(),
+        false => format!("'{}'", word.replace('\'', r"'\''")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_come_back_from_a_shell() {
+        assert_eq!(quoted("owner/name:b-1"), "owner/name:b-1");
+        assert_eq!(quoted("it's; rm"), r"'it'\''s; rm'");
+        assert_eq!(quoted(""), "''");
+    }
+}

@@ -1,0 +1,307 @@
+//! Which figures a report has, and what they say in words.
+
+use gptq_types::LayerLoss;
+
+use super::axis::Axis;
+use super::data::{Report, Row};
+use super::degraded::is_damped_further;
+use super::format::{nats, perplexity};
+use super::layers::{Module, against_rtn, by_depth, last_block, modules, relative_output};
+use super::plot::{Frame, Plot, Rule, Series};
+
+/// A figure with what stands below it.
+#[derive(Clone, Debug)]
+pub(super) struct Figure {
+    pub(super) svgs: Vec<String>,
+    pub(super) caption: String,
+}
+
+const WIDE: Frame = Frame {
+    width: 380.0,
+    height: 250.0,
+    left: 42.0,
+    right: 14.0,
+    top: 30.0,
+    bottom: 36.0,
+};
+/// Room for labels at the right ends of lines.
+const LINES: Frame = Frame {
+    right: 104.0,
+    ..WIDE
+};
+const SMALL: Frame = Frame {
+    width: 270.0,
+    height: 150.0,
+    left: 34.0,
+    right: 96.0,
+    top: 22.0,
+    bottom: 32.0,
+};
+
+/// Size of the files against perplexity on a text.
+pub(super) fn size_and_perplexity(report: &Report, text: usize) -> Option<Figure> {
+    let (unit, name) = unit(report);
+    let series: Vec<Series> = (report.branches())
+        .filter_map(|(number, row)| {
+            let score = row.score(text)?;
+            let point = (row.weight_bytes? as f64 / unit, score.perplexity);
+            Some(Series {
+                number,
+                label: row.label.clone(),
+                points: vec![point],
+            })
+        })
+        .collect();
+    if series.is_empty() {
+        return None;
+    }
+    let reference = report.reference(text).map(|record| record.perplexity);
+    let points = || series.iter().flat_map(|s| s.points.iter().copied());
+    let described: Vec<String> = (series.iter())
+        .map(|s| {
+            let (x, y) = s.points[0];
+            format!("{}: {x:.3} {name}, perplexity {}", s.label, perplexity(y))
+        })
+        .collect();
+    let line = reference.map(|value| format!("; reference: {}", perplexity(value)));
+    let plot = Plot {
+        id: format!("size-{text}"),
+        title: "Size of the weight files against perplexity".to_string(),
+        description: described.join("; ") + &line.unwrap_or_default(),
+        heading: None,
+        frame: WIDE,
+        x: Axis::around_with_room(points().map(|point| point.0)),
+        x_title: format!("size, {name}"),
+        y: Axis::near(points().map(|point| point.1).chain(reference), 5),
+        y_title: "perplexity".to_string(),
+        rules: (reference.iter())
+            .map(|&y| Rule {
+                y,
+                label: format!("reference {}", perplexity(y)),
+            })
+            .collect(),
+        series: series.clone(),
+    };
+    Some(Figure {
+        svgs: vec![plot.scatter()],
+        caption: format!(
+            "Size of the weight files against perplexity; lower and further left is better.{}",
+            match reference {
+                Some(_) => " The line is the reference.",
+                None => "",
+            }
+        ),
+    })
+}
+
+/// The decimal unit in which the largest branch is a number people can read.
+fn unit(report: &Report) -> (f64, &'static str) {
+    let bytes = report.branches().filter_map(|(_, row)| row.weight_bytes);
+    match bytes.max().unwrap_or(0) {
+        bytes if bytes >= 50_000_000 => (1e9, "GB"),
+        bytes if bytes >= 50_000 => (1e6, "MB"),
+        _ => (1e3, "kB"),
+    }
+}
+
+/// Mean divergence by position in the window.
+pub(super) fn kl_by_position(report: &Report, text: usize) -> Option<Figure> {
+    let window = report.texts.get(text)?.seq_len as f64;
+    let series: Vec<Series> = (report.branches())
+        .filter_map(|(number, row)| {
+            let parts = &row.score(text)?.kl_by_position;
+            let middle = |part: usize| (part as f64 + 0.5) * window / parts.len() as f64;
+            let points = parts.iter().enumerate();
+            Some(Series {
+                number,
+                label: row.label.clone(),
+                points: points.map(|(part, &kl)| (middle(part), kl)).collect(),
+            })
+        })
+        .filter(|series| !series.points.is_empty())
+        .collect();
+    let plot = Plot {
+        id: format!("position-{text}"),
+        title: "Mean KL divergence by position in the window".to_string(),
+        description: described(&series, "part", nats),
+        heading: None,
+        frame: LINES,
+        x: Axis::within(0.0, window, 4),
+        x_title: "position, tokens".to_string(),
+        y: Axis::of(values(&series), 4),
+        y_title: "mean KL, nats".to_string(),
+        rules: Vec::new(),
+        series: series.clone(),
+    };
+    (!series.is_empty()).then(|| Figure {
+        svgs: vec![plot.lines()],
+        caption: "Mean KL divergence from the reference by position: each point is the mean of \
+                  one part of the window."
+            .to_string(),
+    })
+}
+
+/// What a set of small figures shows in each module.
+struct Depth<'a> {
+    id: &'a str,
+    what: &'a str,
+    unit: &'a str,
+    rule: Option<f64>,
+    /// Shown for those branches and modules where one layer has such a value.
+    value: &'a dyn Fn(&Row, &LayerLoss) -> Option<f64>,
+    wanted: &'a dyn Fn(&Row, &Module) -> bool,
+}
+
+/// Error over that of rounding to nearest.
+pub(super) fn error_against_rtn(report: &Report) -> Option<Figure> {
+    let svgs = Depth {
+        id: "rtn",
+        what: "Output error over that of rounding to nearest",
+        unit: "",
+        rule: Some(1.0),
+        value: &|_, loss| against_rtn(loss),
+        wanted: &|_, _| true,
+    }
+    .draw(report);
+    (!svgs.is_empty()).then(|| Figure {
+        svgs,
+        caption: "Output error of each layer over that of rounding the same weights to nearest, \
+                  by block. Above the line at 1, plain rounding would have done better."
+            .to_string(),
+    })
+}
+
+/// Error relative to the layer's output.
+pub(super) fn relative_error(report: &Report) -> Option<Figure> {
+    let svgs = Depth {
+        id: "relative",
+        what: "Relative output error",
+        unit: " %",
+        rule: None,
+        value: &|_, loss| relative_output(loss),
+        wanted: &|_, _| true,
+    }
+    .draw(report);
+    (!svgs.is_empty()).then(|| Figure {
+        svgs,
+        caption:
+            "Output error of each layer relative to its output, √(error / signal) in percent, \
+                  by block."
+                .to_string(),
+    })
+}
+
+/// Damping in the end, where that is more than was asked for.
+pub(super) fn damping(report: &Report) -> Option<Figure> {
+    let further = |row: &Row, module: &Module| {
+        row.run.as_ref().is_some_and(|run| {
+            let asked = run.spec.damp_percent;
+            let used = |loss: &LayerLoss| is_damped_further(loss, asked).then_some(1.0);
+            !by_depth(run, module, used).is_empty()
+        })
+    };
+    let mut asked = (report.branches())
+        .filter_map(|(_, row)| row.degraded.as_ref()?.damped.first())
+        .map(|damped| damped.asked);
+    let first = asked.next();
+    let svgs = Depth {
+        id: "damping",
+        what: "Damping that was used",
+        unit: "",
+        // One line only where it is that of all.
+        rule: first.filter(|first| asked.all(|other| other == *first)),
+        value: &|_, loss| Some(loss.damp_used),
+        wanted: &further,
+    }
+    .draw(report);
+    (!svgs.is_empty()).then(|| Figure {
+        svgs,
+        caption: "Share of the mean Hessian diagonal that was added, by block, for branches and \
+                  modules where it had to be more than asked for; the line is what was asked for."
+            .to_string(),
+    })
+}
+
+impl Depth<'_> {
+    /// A figure for each module, all with the same axes.
+    fn draw(&self, report: &Report) -> Vec<String> {
+        let modules = modules(report);
+        let all: Vec<(&Module, Vec<Series>)> = (modules.iter())
+            .map(|module| (module, self.series(report, module)))
+            .filter(|(_, series)| !series.is_empty())
+            .collect();
+        let points = all.iter().flat_map(|(_, series)| series.iter());
+        let values = points.flat_map(|s| s.points.iter().map(|point| point.1));
+        let y = Axis::of(values.chain(self.rule), 3);
+        let x = Axis::blocks(last_block(report), 4);
+        (all.iter())
+            .map(|(module, series)| {
+                let show = |value: f64| format!("{value:.3}{}", self.unit);
+                Plot {
+                    id: format!("{}-{}", self.id, module.path.replace('.', "-")),
+                    title: format!("{}, {}", self.what, module.path),
+                    description: described(series, "block", show),
+                    heading: Some(format!("{}{}", module.title(), self.unit_of_axis())),
+                    frame: SMALL,
+                    x: x.clone(),
+                    x_title: "block".to_string(),
+                    y: y.clone(),
+                    y_title: String::new(),
+                    rules: (self.rule.iter())
+                        .map(|&y| Rule {
+                            y,
+                            label: String::new(),
+                        })
+                        .collect(),
+                    series: series.clone(),
+                }
+                .lines()
+            })
+            .collect()
+    }
+
+    fn unit_of_axis(&self) -> String {
+        match self.unit.trim() {
+            "" => String::new(),
+            unit => format!(", {unit}"),
+        }
+    }
+
+    fn series(&self, report: &Report, module: &Module) -> Vec<Series> {
+        (report.branches())
+            .filter(|(_, row)| (self.wanted)(row, module))
+            .filter_map(|(number, row)| {
+                let points = by_depth(row.run.as_ref()?, module, |loss| (self.value)(row, loss));
+                Some(Series {
+                    number,
+                    label: row.label.clone(),
+                    points,
+                })
+            })
+            .filter(|series| !series.points.is_empty())
+            .collect()
+    }
+}
+
+fn values(series: &[Series]) -> impl Iterator<Item = f64> + Clone {
+    let points = series.iter().flat_map(|s| s.points.iter());
+    points.map(|point| point.1)
+}
+
+/// First, last and largest value of every series in words.
+fn described(series: &[Series], step: &str, show: impl Fn(f64) -> String) -> String {
+    let each: Vec<String> = (series.iter())
+        .filter_map(|s| {
+            let (&(_, first), &(_, last)) = (s.points.first()?, s.points.last()?);
+            let largest = s.points.iter().map(|point| point.1).fold(first, f64::max);
+            Some(format!(
+                "{}: {} in the first {step}, {} in the last, {} at most",
+                s.label,
+                show(first),
+                show(last),
+                show(largest)
+            ))
+        })
+        .collect();
+    each.join("; ")
+}
