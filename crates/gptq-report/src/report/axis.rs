@@ -76,20 +76,23 @@ impl Axis {
 
     fn logarithmic(low: f64, high: f64) -> Self {
         let (first, last) = (low.log10().floor() as i32, high.log10().ceil() as i32);
-        let steps: &[f64] = match high.log10() - low.log10() > WIDE_DECADES {
-            true => &[1.0],
-            false => &[1.0, 2.0, 5.0],
-        };
-        let ticks: Vec<f64> = (first..=last)
-            .flat_map(|decade| steps.iter().map(move |step| step * 10f64.powi(decade)))
+        let round: Vec<f64> = (first..=last)
+            .flat_map(|decade| [1.0, 2.0, 5.0].map(|step| step * 10f64.powi(decade)))
             .collect();
-        let below = ticks.iter().rposition(|&tick| tick <= low).unwrap_or(0);
-        let above = (ticks.iter().position(|&tick| tick >= high)).unwrap_or(ticks.len() - 1);
-        let ticks = ticks[below..=above].to_vec();
+        let below = round.iter().rposition(|&tick| tick <= low).unwrap_or(0);
+        let above = (round.iter().position(|&tick| tick >= high)).unwrap_or(round.len() - 1);
+        // Every third is a power of ten.
+        let step = match high.log10() - low.log10() > WIDE_DECADES {
+            true => 3,
+            false => 1,
+        };
         Axis {
-            low: ticks[0],
-            high: ticks[ticks.len() - 1],
-            ticks,
+            low: round[below],
+            high: round[above],
+            ticks: (below..=above)
+                .filter(|index| index % step == 0)
+                .map(|index| round[index])
+                .collect(),
             logarithmic: true,
         }
     }
@@ -200,7 +203,8 @@ mod tests {
         let place = axis.place(0.02);
         assert!((place - 10f64.ln() / 250f64.ln()).abs() < 1e-12);
         let axis = Axis::near([20.0, 90_000.0].into_iter(), 4);
-        assert_eq!(labels(&axis), ["10", "100", "1000", "10000", "1e5"]);
+        assert_eq!((axis.low, axis.high), (20.0, 100_000.0));
+        assert_eq!(labels(&axis), ["100", "1000", "10000", "1e5"]);
     }
 
     #[test]

@@ -63,7 +63,7 @@ pub struct Warned {
 }
 
 /// Whether a layer took more than what was asked for.
-pub(super) fn is_damped_further(loss: &LayerLoss, asked: f64) -> bool {
+fn is_damped_further(loss: &LayerLoss, asked: f64) -> bool {
     loss.damp_escalations > 0 || loss.damp_used > asked * (1.0 + 1e-9)
 }
 

@@ -4,36 +4,37 @@ use gptq_types::LayerLoss;
 
 use super::axis::Axis;
 use super::data::{Report, Row};
-use super::degraded::is_damped_further;
 use super::format::{nats, perplexity};
-use super::layers::{Module, against_rtn, by_depth, last_block, modules, relative_output};
-use super::plot::{Frame, Plot, Rule, Series};
+use super::layers::{Module, against_rtn, by_depth, last_block, modules, place, relative_output};
+use super::plot::{Frame, Plot, Rule, Series, label_margin};
 
 /// A figure with what stands below it.
 #[derive(Clone, Debug)]
 pub(super) struct Figure {
     pub(super) svgs: Vec<String>,
     pub(super) caption: String,
+    /// Mark, label and name of each checkpoint, where lines have no labels of their own.
+    pub(super) key: Vec<(usize, String, String)>,
 }
 
+/// Lines of a small figure that still have room for labels.
+const LABELLED: usize = 4;
+/// Ratios from which a line at 1 is worth the room that it takes.
+const NEAR_ONE: f64 = 0.7;
+
 const WIDE: Frame = Frame {
-    width: 380.0,
+    width: 340.0,
     height: 250.0,
     left: 42.0,
     right: 14.0,
     top: 30.0,
     bottom: 36.0,
 };
-/// Room for labels at the right ends of lines.
-const LINES: Frame = Frame {
-    right: 104.0,
-    ..WIDE
-};
 const SMALL: Frame = Frame {
     width: 270.0,
-    height: 150.0,
+    height: 170.0,
     left: 34.0,
-    right: 96.0,
+    right: 8.0,
     top: 22.0,
     bottom: 32.0,
 };
@@ -91,6 +92,7 @@ pub(super) fn size_and_perplexity(report: &Report, text: usize) -> Option<Figure
                 None => "",
             }
         ),
+        key: Vec::new(),
     })
 }
 
@@ -125,7 +127,10 @@ pub(super) fn kl_by_position(report: &Report, text: usize) -> Option<Figure> {
         title: "Mean KL divergence by position in the window".to_string(),
         description: described(&series, "part", nats),
         heading: None,
-        frame: LINES,
+        frame: Frame {
+            right: label_margin(&series),
+            ..WIDE
+        },
         x: Axis::within(0.0, window, 4),
         x_title: "position, tokens".to_string(),
         y: Axis::of(values(&series), 4),
@@ -138,6 +143,7 @@ pub(super) fn kl_by_position(report: &Report, text: usize) -> Option<Figure> {
         caption: "Mean KL divergence from the reference by position: each point is the mean of \
                   one part of the window."
             .to_string(),
+        key: Vec::new(),
     })
 }
 
@@ -147,140 +153,167 @@ struct Depth<'a> {
     what: &'a str,
     unit: &'a str,
     rule: Option<f64>,
-    /// Shown for those branches and modules where one layer has such a value.
-    value: &'a dyn Fn(&Row, &LayerLoss) -> Option<f64>,
+    value: fn(&LayerLoss) -> Option<f64>,
+    /// Which branches have a line in which module.
     wanted: &'a dyn Fn(&Row, &Module) -> bool,
 }
 
 /// Error over that of rounding to nearest.
 pub(super) fn error_against_rtn(report: &Report) -> Option<Figure> {
-    let svgs = Depth {
+    let mut depth = Depth {
         id: "rtn",
         what: "Output error over that of rounding to nearest",
         unit: "",
-        rule: Some(1.0),
-        value: &|_, loss| against_rtn(loss),
+        rule: None,
+        value: against_rtn,
         wanted: &|_, _| true,
-    }
-    .draw(report);
-    (!svgs.is_empty()).then(|| Figure {
-        svgs,
-        caption: "Output error of each layer over that of rounding the same weights to nearest, \
-                  by block. Above the line at 1, plain rounding would have done better."
-            .to_string(),
-    })
+    };
+    let largest = depth.largest(report)?;
+    depth.rule = (largest > NEAR_ONE).then_some(1.0);
+    let one = match depth.rule {
+        Some(_) => "Above the line at 1, plain rounding would have done better.",
+        None => "At 1, plain rounding would have done as well.",
+    };
+    depth.draw(
+        report,
+        &format!(
+            "Output error of each layer over that of rounding the same weights to nearest, by \
+             block. {one}"
+        ),
+    )
 }
 
 /// Error relative to the layer's output.
 pub(super) fn relative_error(report: &Report) -> Option<Figure> {
-    let svgs = Depth {
+    let depth = Depth {
         id: "relative",
         what: "Relative output error",
-        unit: " %",
+        unit: "%",
         rule: None,
-        value: &|_, loss| relative_output(loss),
+        value: relative_output,
         wanted: &|_, _| true,
-    }
-    .draw(report);
-    (!svgs.is_empty()).then(|| Figure {
-        svgs,
-        caption:
-            "Output error of each layer relative to its output, √(error / signal) in percent, \
-                  by block."
-                .to_string(),
-    })
+    };
+    depth.draw(
+        report,
+        "Output error of each layer relative to its output, √(error / signal) in percent, by block.",
+    )
 }
 
 /// Damping in the end, where that is more than was asked for.
 pub(super) fn damping(report: &Report) -> Option<Figure> {
     let further = |row: &Row, module: &Module| {
-        row.run.as_ref().is_some_and(|run| {
-            let asked = run.spec.damp_percent;
-            let used = |loss: &LayerLoss| is_damped_further(loss, asked).then_some(1.0);
-            !by_depth(run, module, used).is_empty()
-        })
+        let damped = row.degraded.iter().flat_map(|found| &found.damped);
+        damped
+            .filter_map(|layer| place(&layer.layer))
+            .any(|(_, path)| path == module.path)
     };
     let mut asked = (report.branches())
         .filter_map(|(_, row)| row.degraded.as_ref()?.damped.first())
         .map(|damped| damped.asked);
-    let first = asked.next();
-    let svgs = Depth {
+    let first = asked.next()?;
+    let same = asked.all(|other| other == first);
+    let depth = Depth {
         id: "damping",
         what: "Damping that was used",
         unit: "",
-        // One line only where it is that of all.
-        rule: first.filter(|first| asked.all(|other| other == *first)),
-        value: &|_, loss| Some(loss.damp_used),
+        rule: same.then_some(first),
+        value: |loss| Some(loss.damp_used),
         wanted: &further,
-    }
-    .draw(report);
-    (!svgs.is_empty()).then(|| Figure {
-        svgs,
-        caption: "Share of the mean Hessian diagonal that was added, by block, for branches and \
-                  modules where it had to be more than asked for; the line is what was asked for."
-            .to_string(),
-    })
+    };
+    let line = if same {
+        " The line is what was asked for."
+    } else {
+        ""
+    };
+    depth.draw(
+        report,
+        &format!(
+            "Share of the mean Hessian diagonal that was added, by block, for branches and modules \
+             where it had to be more than asked for.{line}"
+        ),
+    )
 }
 
 impl Depth<'_> {
+    fn largest(&self, report: &Report) -> Option<f64> {
+        let modules = modules(report);
+        let series = modules.iter().flat_map(|m| self.series(report, m));
+        let values = series.flat_map(|s| s.points.into_iter().map(|point| point.1));
+        values.reduce(f64::max)
+    }
+
     /// A figure for each module, all with the same axes.
-    fn draw(&self, report: &Report) -> Vec<String> {
+    fn draw(&self, report: &Report, caption: &str) -> Option<Figure> {
         let modules = modules(report);
         let all: Vec<(&Module, Vec<Series>)> = (modules.iter())
             .map(|module| (module, self.series(report, module)))
             .filter(|(_, series)| !series.is_empty())
             .collect();
-        let points = all.iter().flat_map(|(_, series)| series.iter());
-        let values = points.flat_map(|s| s.points.iter().map(|point| point.1));
-        let y = Axis::of(values.chain(self.rule), 3);
-        let x = Axis::blocks(last_block(report), 4);
-        (all.iter())
-            .map(|(module, series)| {
-                let show = |value: f64| format!("{value:.3}{}", self.unit);
-                Plot {
-                    id: format!("{}-{}", self.id, module.path.replace('.', "-")),
-                    title: format!("{}, {}", self.what, module.path),
-                    description: described(series, "block", show),
-                    heading: Some(format!("{}{}", module.title(), self.unit_of_axis())),
-                    frame: SMALL,
-                    x: x.clone(),
-                    x_title: "block".to_string(),
-                    y: y.clone(),
-                    y_title: String::new(),
-                    rules: (self.rule.iter())
-                        .map(|&y| Rule {
-                            y,
-                            label: String::new(),
-                        })
-                        .collect(),
-                    series: series.clone(),
-                }
-                .lines()
-            })
-            .collect()
-    }
-
-    fn unit_of_axis(&self) -> String {
-        match self.unit.trim() {
-            "" => String::new(),
-            unit => format!(", {unit}"),
-        }
+        let every: Vec<Series> = all.iter().flat_map(|(_, s)| s.clone()).collect();
+        let labelled = all.iter().all(|(_, series)| series.len() <= LABELLED);
+        let frame = Frame {
+            right: if labelled {
+                label_margin(&every)
+            } else {
+                SMALL.right
+            },
+            ..SMALL
+        };
+        let y = Axis::of(values(&every).chain(self.rule), 4);
+        let x = Axis::blocks(last_block(report), if labelled { 3 } else { 6 });
+        let plot = |(module, series): &(&Module, Vec<Series>)| Plot {
+            id: format!("{}-{}", self.id, module.path.replace('.', "-")),
+            title: format!("{}, {}", self.what, module.path),
+            description: described(series, "block", |value| {
+                format!("{value:.3} {}", self.unit).trim_end().to_string()
+            }),
+            heading: Some(match self.unit {
+                "" => module.title().to_string(),
+                unit => format!("{}, {unit}", module.title()),
+            }),
+            frame,
+            x: x.clone(),
+            x_title: "block".to_string(),
+            y: y.clone(),
+            y_title: String::new(),
+            rules: (self.rule.into_iter())
+                .map(|y| Rule {
+                    y,
+                    label: String::new(),
+                })
+                .collect(),
+            series: series.clone(),
+        };
+        (!all.is_empty()).then(|| Figure {
+            svgs: all.iter().map(|panel| plot(panel).lines()).collect(),
+            caption: caption.to_string(),
+            key: match labelled {
+                true => Vec::new(),
+                false => key(report, &every),
+            },
+        })
     }
 
     fn series(&self, report: &Report, module: &Module) -> Vec<Series> {
         (report.branches())
             .filter(|(_, row)| (self.wanted)(row, module))
             .filter_map(|(number, row)| {
-                let points = by_depth(row.run.as_ref()?, module, |loss| (self.value)(row, loss));
                 Some(Series {
                     number,
                     label: row.label.clone(),
-                    points,
+                    points: by_depth(row.run.as_ref()?, module, self.value),
                 })
             })
             .filter(|series| !series.points.is_empty())
             .collect()
     }
+}
+
+fn key(report: &Report, drawn: &[Series]) -> Vec<(usize, String, String)> {
+    (report.branches())
+        .filter(|(number, _)| drawn.iter().any(|series| series.number == *number))
+        .map(|(number, row)| (number, row.label.clone(), row.name.clone()))
+        .collect()
 }
 
 fn values(series: &[Series]) -> impl Iterator<Item = f64> + Clone {

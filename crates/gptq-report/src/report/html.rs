@@ -9,9 +9,11 @@ use super::command::quantize_command;
 use super::data::{Report, ReportError, Row};
 use super::figures::{self, Figure};
 use super::format::ABSENT;
-use super::marks::{escape, mark_alone};
+use super::marks::{escape, mark_alone, sample};
 use super::table::{self, Table};
-use super::words::{Listed, degradations, facts, text_facts, verdict};
+use super::words::{
+    Fact, Listed, degradations, own_facts, parts, shared_facts, text_facts, verdict,
+};
 
 const PAGE: (&str, &str) = (
     "report.html",
@@ -104,9 +106,10 @@ impl Page<'_> {
             title => report.title(),
             tool => &report.tool,
             date => &report.date,
-            doubts => &report.doubts,
+            doubts => report.doubts.iter().map(|doubt| prose(doubt)).collect::<Vec<_>>(),
             texts => self.texts(),
             branches => self.table(&table::branches(report))?,
+            worth => self.table(&table::worth(report))?,
             figures => drawn(if report.texts.is_empty() { Vec::new() } else { self.scored(0) }),
             others => others,
             errors_by_module => self.table(&table::errors_by_module(report))?,
@@ -120,7 +123,8 @@ impl Page<'_> {
             degraded => report.branches().map(|(n, row)| degraded(n, row)).collect::<Vec<_>>(),
             runtimes => self.table(&table::runtimes(report))?,
             knows_runtimes => !table::runtimes(report).columns.is_empty(),
-            made => report.rows.iter().map(|row| made(report, row)).collect::<Vec<_>>(),
+            shared => told(shared_facts(report)),
+            made => report.rows.iter().filter(|row| row.run.is_some()).map(|row| made(report, row)).collect::<Vec<_>>(),
         })
     }
 
@@ -131,15 +135,18 @@ impl Page<'_> {
         ]
     }
 
-    fn texts(&self) -> Vec<Vec<(String, String)>> {
+    fn texts(&self) -> Vec<Vec<(String, Value)>> {
         let texts = self.report.texts.iter().enumerate();
         texts
-            .map(|(index, text)| text_facts(self.report, index, text))
+            .map(|(index, text)| told(text_facts(self.report, index, text)))
             .collect()
     }
 
     /// A table as markup.
     fn table(&self, table: &Table) -> Result<Value, ReportError> {
+        if table.columns.is_empty() {
+            return Ok(Value::from(""));
+        }
         let lines: Vec<Line> = (table.rows.iter().enumerate())
             .map(|(row, (name, number))| Line {
                 mark: Value::from_safe_string(number.map_or(String::new(), mark_alone)),
@@ -193,6 +200,11 @@ fn drawn(figures: Vec<Option<Figure>>) -> Vec<Value> {
         .map(|figure| {
             context! {
                 caption => figure.caption,
+                key => figure.key.into_iter().map(|(number, label, name)| context! {
+                    sample => Value::from_safe_string(sample(number)),
+                    also => (name != label).then_some(name),
+                    label => label,
+                }).collect::<Vec<_>>(),
                 many => figure.svgs.len() > 1,
                 svgs => figure.svgs.into_iter().map(Value::from_safe_string).collect::<Vec<_>>(),
             }
@@ -205,14 +217,32 @@ fn degraded(number: usize, row: &Row) -> Value {
     context! {
         mark => Value::from_safe_string(mark_alone(number)),
         name => &row.name,
-        verdict => verdict(row),
+        verdict => prose(&verdict(row)),
         lists => lists.into_iter().map(listed).collect::<Vec<_>>(),
     }
 }
 
+fn told(facts: Vec<Fact>) -> Vec<(String, Value)> {
+    (facts.into_iter())
+        .map(|(label, value)| (label, prose(&value)))
+        .collect()
+}
+
+/// Text with its code in the type of code.
+fn prose(text: &str) -> Value {
+    let markup = parts(text).into_iter().map(|(is_code, part)| {
+        let part = escape(part);
+        match is_code {
+            true => format!("<code>{part}</code>"),
+            false => part,
+        }
+    });
+    Value::from_safe_string(markup.collect())
+}
+
 fn listed(list: Listed) -> Value {
     context! {
-        heading => list.heading,
+        heading => prose(&list.heading),
         folded => list.items.len() >= FOLDED_FROM,
         items => list.items,
     }
@@ -222,7 +252,6 @@ fn made(report: &Report, row: &Row) -> Value {
     context! {
         name => &row.name,
         command => row.run.as_ref().map(|run| quantize_command(run, &row.name)),
-        facts => facts(report, row),
-        kind => &row.kind,
+        facts => told(own_facts(report, row)),
     }
 }

@@ -24,6 +24,14 @@ pub(super) struct Open {
     is_reference: bool,
 }
 
+impl Open {
+    /// Packing of a scored checkpoint; `None` of a float model.
+    pub(super) fn kind(&self) -> Option<&str> {
+        let kind = self.scores.first()?.record.kind.as_str();
+        (kind != UNQUANTISED).then_some(kind)
+    }
+}
+
 struct OpenScore {
     text: usize,
     against: Option<usize>,

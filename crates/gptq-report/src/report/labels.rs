@@ -40,11 +40,12 @@ pub(super) fn name_rows(rows: &[Open]) -> Vec<(String, String)> {
     let short: Vec<String> = rows.iter().map(|row| row.name.clone()).collect();
     let places: Vec<String> = rows.iter().map(|row| row.place.clone()).collect();
     let names = first_unique(&[short, places]);
+    // Settings say more in a figure than names do.
     let settings = |more: fn(&QuantSpec) -> String| -> Vec<String> {
         (rows.iter().zip(&names))
             .map(|(row, name)| match &row.run {
                 Some(run) => more(&run.spec),
-                None => name.clone(),
+                None => row.kind().map_or(name.clone(), short_kind),
             })
             .collect()
     };
@@ -103,6 +104,11 @@ fn short_settings(spec: &QuantSpec) -> String {
         text += " RTN";
     }
     text
+}
+
+/// The kind of a scored checkpoint in the words of [`short_settings`].
+fn short_kind(kind: &str) -> String {
+    kind.replace(" sym", "").replace(" act-order", " act")
 }
 
 /// Both ends of what is too long for a figure.

@@ -4,7 +4,7 @@ use super::command::quantize_command;
 use super::data::{Report, Row};
 use super::format::ABSENT;
 use super::table::{self, Table};
-use super::words::{degradations, facts, text_facts, verdict};
+use super::words::{Fact, degradations, own_facts, parts, shared_facts, text_facts, verdict};
 
 impl Report {
     /// Tables and lists, for places that show no HTML.
@@ -19,11 +19,13 @@ impl Report {
             out.push('\n');
         }
         for doubt in &self.doubts {
-            out += &format!("> **Note.** {}.\n\n", plain(doubt));
+            out += &format!("> **Note.** {}.\n\n", prose(doubt));
         }
         out += "## Branches\n";
-        out += &markdown_table(&table::branches(self));
-        out += &meanings(&table::branches(self));
+        for table in [table::branches(self), table::worth(self)] {
+            out += &markdown_table(&table);
+            out += &meanings(&table);
+        }
         for text in 0..self.texts.len() {
             if text > 0 {
                 let scores = table::scores(self, text);
@@ -53,7 +55,8 @@ impl Report {
         out += "## How it was made\n";
         out += "Commands as far as the records hold them: every setting that decides the codes. \
                 Outputs are named after their rows.\n\n";
-        for row in &self.rows {
+        out += &fact_list(&shared_facts(self));
+        for row in self.rows.iter().filter(|row| row.run.is_some()) {
             out += &made(self, row);
         }
         out.truncate(out.trim_end().len());
@@ -62,14 +65,17 @@ impl Report {
 }
 
 fn markdown_table(table: &Table) -> String {
+    if table.columns.is_empty() {
+        return String::new();
+    }
     let heads: Vec<String> = (table.columns.iter())
         .map(|column| match column.group.as_str() {
-            "tasks" | "part of the window" | "speed, tokens a second" => {
-                format!("{} {}", short_group(&column.group), plain(&column.head))
-            }
+            // Without its group such a head says nothing.
+            "part of the window" => format!("part {}", column.head),
+            group if group.starts_with("speed") => format!("{}, {}", column.head, plain(group)),
+            "memory" => format!("{} memory", column.head),
             _ => plain(&column.head),
         })
-        .map(|head| head.trim().to_string())
         .collect();
     let mut out = format!("| branch | {} |\n|---|", heads.join(" | "));
     for column in &table.columns {
@@ -84,14 +90,6 @@ fn markdown_table(table: &Table) -> String {
     }
     out.push('\n');
     out
-}
-
-/// Groups are lost in Markdown; where a head means little without, it gets a word.
-fn short_group(group: &str) -> &str {
-    match group {
-        "part of the window" => "part",
-        _ => "",
-    }
 }
 
 fn with_caption(table: &Table) -> String {
@@ -112,17 +110,17 @@ fn meanings(table: &Table) -> String {
     }
 }
 
-fn fact_list(facts: &[(String, String)]) -> String {
+fn fact_list(facts: &[Fact]) -> String {
     (facts.iter())
-        .map(|(label, value)| format!("- {label}: {}\n", plain(value)))
+        .map(|(label, value)| format!("- {label}: {}\n", prose(value)))
         .collect()
 }
 
 fn degraded(row: &Row) -> String {
-    let mut out = format!("### {}\n{}\n\n", code(&row.name), verdict(row));
+    let mut out = format!("### {}\n{}\n\n", code(&row.name), prose(&verdict(row)));
     let lists = row.degraded.as_ref().map_or(Vec::new(), degradations);
     for list in &lists {
-        out += &format!("- {}\n", plain(&list.heading));
+        out += &format!("- {}\n", prose(&list.heading));
         for (name, text) in &list.items {
             let item = format!("  - {} {}", code(name), plain(text));
             out += item.trim_end();
@@ -137,20 +135,21 @@ fn degraded(row: &Row) -> String {
 
 fn made(report: &Report, row: &Row) -> String {
     let mut out = format!("### {}\n", code(&row.name));
-    match &row.run {
-        Some(run) => {
-            let command = quantize_command(run, &row.name);
-            let command = command.replace(char::is_control, " ");
-            let fence = "`".repeat(longest_run(&command, '`').max(2) + 1);
-            out += &format!("{fence}shell\n{command}\n{fence}\n");
-        }
-        None => {
-            let kind = row.kind.as_ref();
-            let kind = kind.map_or(String::new(), |kind| format!(": {}", plain(kind)));
-            out += &format!("No run record{kind}.\n\n");
-        }
+    if let Some(run) = &row.run {
+        let command = quantize_command(run, &row.name);
+        let command = command.replace(char::is_control, " ");
+        let fence = "`".repeat(longest_run(&command, '`').max(2) + 1);
+        out += &format!("{fence}shell\n{command}\n{fence}\n");
     }
-    out + &fact_list(&facts(report, row)) + "\n"
+    out + &fact_list(&own_facts(report, row)) + "\n"
+}
+
+/// Text with its code in the type of code.
+fn prose(text: &str) -> String {
+    let parts = parts(text).into_iter();
+    parts
+        .map(|(is_code, part)| if is_code { code(part) } else { plain(part) })
+        .collect()
 }
 
 /// Text that Markdown shows as it is, on one line.

@@ -92,6 +92,16 @@ pub(super) fn mark(series: usize, x: f64, y: f64, r: f64) -> String {
     format!(r#"<polygon {paint} points="{}"/>"#, points.trim_end())
 }
 
+/// A piece of the line with its mark, for a key.
+pub(super) fn sample(series: usize) -> String {
+    format!(
+        r#"<svg class="key {}" viewBox="0 0 36 12" width="36" height="12" aria-hidden="true"><path class="line" d="M0 6H36"{}/>{}</svg>"#,
+        class(series),
+        dashes(series),
+        mark(series, 18.0, 6.0, 3.6)
+    )
+}
+
 /// The mark alone, for a table; its row says in words what it stands for.
 pub(super) fn mark_alone(series: usize) -> String {
     format!(

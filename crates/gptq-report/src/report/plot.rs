@@ -5,11 +5,13 @@ use super::axis::Axis;
 use super::marks::{class, dashes, escape, mark, n};
 
 /// Width of a character over the size of the type, about.
-const CHARACTER: f64 = 0.54;
+const CHARACTER: f64 = 0.6;
 const TYPE: f64 = 11.0;
 const LINE: f64 = 11.5;
 /// Half the width of a mark.
 const RADIUS: f64 = 3.6;
+/// What a mark and the gaps around it take in front of a label.
+const BEFORE_LABEL: f64 = 20.0;
 /// Marks on a line; more would hide it.
 const MARKS_ON_A_LINE: usize = 6;
 
@@ -79,6 +81,12 @@ impl Taken {
 
 fn text_width(text: &str) -> f64 {
     text.chars().count() as f64 * CHARACTER * TYPE
+}
+
+/// The margin that labels at the right ends of lines need.
+pub(super) fn label_margin(series: &[Series]) -> f64 {
+    let widths = series.iter().map(|series| text_width(&series.label));
+    widths.fold(0.0, f64::max) + BEFORE_LABEL
 }
 
 impl Plot {
@@ -286,8 +294,8 @@ impl Plot {
                 Some((series, self.px(x), self.py(y)))
             })
             .collect();
-        // Without room for all of them the marks have to do, which a key explains.
-        if right < LINE || ends.len() as f64 * LINE > height - top {
+        // Without room for them the marks have to do, which a key explains.
+        if right < BEFORE_LABEL {
             return String::new();
         }
         ends.sort_by(|one, other| one.2.total_cmp(&other.2));
@@ -295,20 +303,15 @@ impl Plot {
         let places = apart(&wanted, LINE, top, height - bottom + LINE);
         let mut out = String::new();
         for ((series, x, y), place) in ends.into_iter().zip(places) {
-            let from = self.right_edge() + 6.0;
-            let lead = match (place - y).abs() > 2.0 || from - x > 10.0 {
-                true => format!(
-                    "<path class=\"lead\" d=\"M{} {}L{} {}\"/>",
-                    n(x + 2.0),
-                    n(y),
-                    n(from + 3.0),
-                    n(place)
-                ),
-                false => String::new(),
-            };
+            let at = self.right_edge() + BEFORE_LABEL - 7.0;
             let text = format!(
-                "{lead}<text x=\"{}\" y=\"{}\">{}</text>",
-                n(from + 5.0),
+                "<path class=\"lead\" d=\"M{} {}L{} {}\"/>{}<text x=\"{}\" y=\"{}\">{}</text>",
+                n(x),
+                n(y),
+                n(at),
+                n(place),
+                mark(series.number, at, place, RADIUS - 0.6),
+                n(at + 6.0),
                 n(place + 3.7),
                 escape(&series.label)
             );

@@ -161,7 +161,15 @@ impl<'a> Builder<'a> {
                 },
             );
         }
-        let group = "speed, tokens a second";
+        let mut devices: Vec<&String> = (self.rows.iter())
+            .filter_map(|(_, row)| Some(&speed(row)?.device))
+            .collect();
+        devices.dedup();
+        let group = match devices.as_slice() {
+            [device] => format!("speed on {device}, tokens/s"),
+            _ => "speed, tokens/s".to_string(),
+        };
+        let (group, several) = (group.as_str(), devices.len() > 1);
         self.number(
             group,
             "prefill",
@@ -181,10 +189,12 @@ impl<'a> Builder<'a> {
                 })
             },
         );
-        self.text(group, "on", |row| Some(speed(row)?.device.clone()));
+        if several {
+            self.text(group, "on", |row| Some(speed(row)?.device.clone()));
+        }
         self.number(
-            group,
-            "peak memory",
+            "memory",
+            "peak",
             "most bytes allocated at a time: GPU memory there, resident memory on a processor",
             |row| Some(size(speed(row)?.peak_memory)),
         );
@@ -209,7 +219,7 @@ fn speed(row: &Row) -> Option<&Speed> {
     row.scores.iter().find_map(|s| s.record.speed.as_ref())
 }
 
-/// Everything about the branches, with the scores on the first text.
+/// What the branches are: settings, size, and who loads them.
 pub(super) fn branches(report: &Report) -> Table {
     let mut table = Builder::new(report, |_| true);
     let spec = |pick: fn(&QuantSpec) -> String| {
@@ -250,9 +260,11 @@ pub(super) fn branches(report: &Report) -> Table {
         let calibration = row.run.as_ref()?.calibration.as_ref()?;
         Some(dataset_name(&calibration.dataset))
     });
-    table.text(settings, "packing", |row| match row.run {
-        Some(_) => None,
-        None => row.kind.clone(),
+    table.text(settings, "packing", |row| {
+        match (&row.run, row.is_reference) {
+            (None, false) => row.kind.clone(),
+            _ => None,
+        }
     });
     table.number("weights", "size", "of all weight files", |row| {
         row.weight_bytes.map(size)
@@ -263,18 +275,24 @@ pub(super) fn branches(report: &Report) -> Table {
         "of the quantised linears, scales, zeros and g_idx included",
         |row| row.bits_per_weight.map(|bits| format!("{bits:.2}")),
     );
-    if !report.texts.is_empty() {
-        table.scores(0);
-    }
-    table.abilities();
-    table.number("runtimes", "load it", "see the table of runtimes", |row| {
+    table.number("runtimes", "loads in", "see the table of runtimes", |row| {
         let loading = row.readings.iter().filter(|r| r.refusal.is_none());
         match row.readings.len() {
             0 => None,
             all => Some(format!("{} of {all}", loading.count())),
         }
     });
-    table.finish("Branches".to_string())
+    table.finish("What the branches are".to_string())
+}
+
+/// What the branches are worth: scores on the first text, tasks and speed.
+pub(super) fn worth(report: &Report) -> Table {
+    let mut table = Builder::new(report, |row| !row.scores.is_empty());
+    if !report.texts.is_empty() {
+        table.scores(0);
+    }
+    table.abilities();
+    table.finish("What the branches are worth".to_string())
 }
 
 /// Scores on a text that is not in the table of branches.

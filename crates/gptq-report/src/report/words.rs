@@ -75,8 +75,46 @@ pub(super) fn verdict(row: &Row) -> String {
     format!("{nothing} {measured}").trim().to_string()
 }
 
-/// How a branch was made, as label and value.
-pub(super) fn facts(report: &Report, row: &Row) -> Vec<(String, String)> {
+/// A label and what is to be said under it.
+pub(super) type Fact = (String, String);
+
+/// What is the same for all runs, where there are several.
+pub(super) fn shared_facts(report: &Report) -> Vec<Fact> {
+    let mut runs = report.rows.iter().filter(|row| row.run.is_some());
+    let Some(first) = runs.next().map(|row| facts(report, row)) else {
+        return Vec::new();
+    };
+    let others: Vec<Vec<Fact>> = runs.map(|row| facts(report, row)).collect();
+    let of_all = |fact: &Fact| others.iter().all(|facts| facts.contains(fact));
+    match others.is_empty() {
+        true => Vec::new(),
+        false => first.into_iter().filter(of_all).collect(),
+    }
+}
+
+/// What of a row is not shared.
+pub(super) fn own_facts(report: &Report, row: &Row) -> Vec<Fact> {
+    let shared = shared_facts(report);
+    let mut facts = facts(report, row);
+    facts.retain(|fact| row.run.is_none() || !shared.contains(fact));
+    facts
+}
+
+/// Parts of a text, those between backticks marked as code.
+pub(super) fn parts(text: &str) -> Vec<(bool, &str)> {
+    let parts: Vec<&str> = text.split('`').collect();
+    match parts.len() % 2 {
+        // An even number of parts: one backtick stands alone and means nothing.
+        0 => vec![(false, text)],
+        _ => (parts.into_iter().enumerate())
+            .map(|(index, part)| (index % 2 == 1, part))
+            .filter(|(_, part)| !part.is_empty())
+            .collect(),
+    }
+}
+
+/// How a branch was made.
+fn facts(report: &Report, row: &Row) -> Vec<Fact> {
     let mut facts: Vec<(&str, String)> = Vec::new();
     if let Some(run) = &row.run {
         facts.extend(run_facts(run));
@@ -151,8 +189,8 @@ fn phases(run: &RunRecord) -> String {
     }
 }
 
-/// What was scored, as label and value.
-pub(super) fn text_facts(report: &Report, index: usize, text: &Text) -> Vec<(String, String)> {
+/// What was scored.
+pub(super) fn text_facts(report: &Report, index: usize, text: &Text) -> Vec<Fact> {
     let mut facts = vec![
         ("Text", text.protocol.clone()),
         (
