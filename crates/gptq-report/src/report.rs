@@ -16,6 +16,7 @@ mod labels;
 mod layers;
 mod markdown;
 mod marks;
+mod placing;
 mod plot;
 mod table;
 #[cfg(test)]

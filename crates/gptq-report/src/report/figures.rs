@@ -19,6 +19,8 @@ pub(super) struct Figure {
 
 /// Lines of a small figure that still have room for labels.
 const LABELLED: usize = 4;
+/// Lines of a wide figure that still have.
+const LABELLED_WIDE: usize = 14;
 /// Ratios from which a line at 1 is worth the room that it takes.
 const NEAR_ONE: f64 = 0.7;
 
@@ -122,13 +124,18 @@ pub(super) fn kl_by_position(report: &Report, text: usize) -> Option<Figure> {
         })
         .filter(|series| !series.points.is_empty())
         .collect();
+    let labelled = series.len() <= LABELLED_WIDE;
     let plot = Plot {
         id: format!("position-{text}"),
         title: "Mean KL divergence by position in the window".to_string(),
         description: described(&series, "part", nats),
         heading: None,
         frame: Frame {
-            right: label_margin(&series),
+            right: if labelled {
+                label_margin(&series)
+            } else {
+                WIDE.right
+            },
             ..WIDE
         },
         x: Axis::within(0.0, window, 4),
@@ -143,7 +150,10 @@ pub(super) fn kl_by_position(report: &Report, text: usize) -> Option<Figure> {
         caption: "Mean KL divergence from the reference by position: each point is the mean of \
                   one part of the window."
             .to_string(),
-        key: Vec::new(),
+        key: match labelled {
+            true => Vec::new(),
+            false => key(report, &series),
+        },
     })
 }
 

@@ -3,13 +3,8 @@
 
 use super::axis::Axis;
 use super::marks::{class, dashes, escape, mark, n};
+use super::placing::{Area, LINE, RADIUS, apart, beside, text_width};
 
-/// Width of a character over the size of the type, about.
-const CHARACTER: f64 = 0.6;
-const TYPE: f64 = 11.0;
-const LINE: f64 = 11.5;
-/// Half the width of a mark.
-const RADIUS: f64 = 3.6;
 /// What a mark and the gaps around it take in front of a label.
 const BEFORE_LABEL: f64 = 20.0;
 /// Marks on a line; more would hide it.
@@ -61,28 +56,6 @@ pub(super) struct Plot {
     pub(super) series: Vec<Series>,
 }
 
-/// A rectangle that is taken.
-#[derive(Clone, Copy, Debug)]
-struct Taken {
-    left: f64,
-    top: f64,
-    right: f64,
-    bottom: f64,
-}
-
-impl Taken {
-    fn meets(&self, other: &Taken) -> bool {
-        self.left < other.right
-            && other.left < self.right
-            && self.top < other.bottom
-            && other.top < self.bottom
-    }
-}
-
-fn text_width(text: &str) -> f64 {
-    text.chars().count() as f64 * CHARACTER * TYPE
-}
-
 /// The margin that labels at the right ends of lines need.
 pub(super) fn label_margin(series: &[Series]) -> f64 {
     let widths = series.iter().map(|series| text_width(&series.label));
@@ -92,13 +65,13 @@ pub(super) fn label_margin(series: &[Series]) -> f64 {
 impl Plot {
     /// Each point a mark with its label beside it.
     pub(super) fn scatter(&self) -> String {
-        let mut taken: Vec<Taken> = Vec::new();
+        let mut taken: Vec<Area> = Vec::new();
         let mut body = self.rules(&mut taken);
         for series in &self.series {
             for &(x, y) in &series.points {
                 let (x, y) = (self.px(x), self.py(y));
                 let r = RADIUS + 1.0;
-                taken.push(around(x, y, r));
+                taken.push(Area::around(x, y, r));
                 body += &group(series, &mark(series.number, x, y, RADIUS));
             }
         }
@@ -223,11 +196,11 @@ impl Plot {
         out + "</g>\n"
     }
 
-    fn rules(&self, taken: &mut Vec<Taken>) -> String {
+    fn rules(&self, taken: &mut Vec<Area>) -> String {
         let mut out = String::new();
         for rule in &self.rules {
             let (y, end) = (self.py(rule.y), self.right_edge());
-            taken.push(Taken {
+            taken.push(Area {
                 left: self.frame.left,
                 top: y - 1.0,
                 right: end,
@@ -242,7 +215,7 @@ impl Plot {
             if !rule.label.is_empty() {
                 let below = y + 3.0 + LINE < self.frame.height - self.frame.bottom;
                 let base = if below { y + LINE } else { y - 4.0 };
-                taken.push(Taken {
+                taken.push(Area {
                     left: end - text_width(&rule.label),
                     top: base - LINE,
                     right: end,
@@ -320,74 +293,30 @@ impl Plot {
         out
     }
 
-    /// A label near a mark, at the first place that is free; further away with a line to its mark.
-    fn beside(&self, series: &Series, x: f64, y: f64, taken: &mut Vec<Taken>) -> String {
-        let width = text_width(&series.label);
-        let frame = Taken {
+    /// A label near a mark; further away with a line to its mark.
+    fn beside(&self, series: &Series, x: f64, y: f64, taken: &mut Vec<Area>) -> String {
+        let field = Area {
             left: self.frame.left,
             top: self.frame.top - LINE,
             right: self.frame.width,
             bottom: self.frame.height - self.frame.bottom,
         };
-        let directions = [
-            (1.0, 0.0),
-            (-1.0, 0.0),
-            (0.0, -1.0),
-            (0.0, 1.0),
-            (0.8, -0.7),
-            (0.8, 0.7),
-            (-0.8, -0.7),
-            (-0.8, 0.7),
-        ];
-        let places = [1.0, 2.2, 3.4, 4.8].into_iter().flat_map(|far: f64| {
-            directions.iter().map(move |&(dx, dy)| {
-                let gap = RADIUS + 3.5;
-                let left = match dx {
-                    dx if dx > 0.0 => x + gap * far * dx,
-                    dx if dx < 0.0 => x - gap * far * -dx - width,
-                    _ => x - width / 2.0,
-                };
-                let middle = y + dy * (gap * far + LINE / 2.0 - 1.0);
-                (
-                    far,
-                    Taken {
-                        left,
-                        top: middle - LINE / 2.0,
-                        right: left + width,
-                        bottom: middle + LINE / 2.0,
-                    },
-                )
-            })
-        });
-        let inside = |place: &Taken| {
-            place.left >= frame.left
-                && place.right <= frame.right
-                && place.top >= frame.top
-                && place.bottom <= frame.bottom
-        };
-        let free = |place: &Taken| inside(place) && taken.iter().all(|other| !place.meets(other));
-        let all: Vec<(f64, Taken)> = places.collect();
-        let &(far, place) = (all.iter().find(|(_, place)| free(place)))
-            .or_else(|| all.iter().find(|(_, place)| inside(place)))
-            .unwrap_or(&all[0]);
-        taken.push(place);
-        let middle = (place.top + place.bottom) / 2.0;
-        let lead = match far > 1.0 {
-            true => {
-                let near = x.clamp(place.left, place.right);
-                format!(
-                    "<path class=\"lead\" d=\"M{} {}L{} {}\"/>",
-                    n(x),
-                    n(y),
-                    n(near),
-                    n(middle.clamp(place.top, place.bottom))
-                )
-            }
+        let found = beside(x, y, text_width(&series.label), &field, taken);
+        taken.push(found.area);
+        let middle = found.area.middle();
+        let lead = match found.is_far {
+            true => format!(
+                "<path class=\"lead\" d=\"M{} {}L{} {}\"/>",
+                n(x),
+                n(y),
+                n(x.clamp(found.area.left, found.area.right)),
+                n(middle)
+            ),
             false => String::new(),
         };
         let text = format!(
             "{lead}<text x=\"{}\" y=\"{}\">{}</text>",
-            n(place.left),
+            n(found.area.left),
             n(middle + 3.7),
             escape(&series.label)
         );
@@ -395,33 +324,8 @@ impl Plot {
     }
 }
 
-fn around(x: f64, y: f64, r: f64) -> Taken {
-    Taken {
-        left: x - r,
-        top: y - r,
-        right: x + r,
-        bottom: y + r,
-    }
-}
-
 fn group(series: &Series, inner: &str) -> String {
     format!("<g class=\"{}\">{inner}</g>\n", class(series.number))
-}
-
-/// Places at least `gap` apart and inside the ends, close to the wanted ones, in their order.
-fn apart(wanted: &[f64], gap: f64, low: f64, high: f64) -> Vec<f64> {
-    let mut places = wanted.to_vec();
-    let mut floor = low;
-    for place in &mut places {
-        *place = place.max(floor);
-        floor = *place + gap;
-    }
-    let mut ceiling = high;
-    for place in places.iter_mut().rev() {
-        *place = place.min(ceiling);
-        ceiling = *place - gap;
-    }
-    places
 }
 
 #[cfg(test)]
@@ -477,16 +381,6 @@ mod tests {
         assert!(svg.contains("what &amp; why</desc>"), "{svg}");
         assert!(svg.contains("a&lt;b</text>"), "{svg}");
         assert!(svg.contains(r#"aria-labelledby="p-t p-d""#), "{svg}");
-    }
-
-    #[test]
-    fn labels_move_apart_in_their_order() {
-        assert_eq!(
-            apart(&[10.0, 11.0, 50.0], 10.0, 0.0, 100.0),
-            [10.0, 20.0, 50.0]
-        );
-        assert_eq!(apart(&[95.0, 99.0], 10.0, 0.0, 100.0), [90.0, 100.0]);
-        assert_eq!(apart(&[-5.0, 3.0], 10.0, 0.0, 100.0), [0.0, 10.0]);
     }
 
     #[test]
