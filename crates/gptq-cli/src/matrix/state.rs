@@ -32,6 +32,8 @@ pub struct State {
     pub model_type: String,
     pub branches: Vec<Permutation>,
     pub evaluation: Option<Evaluation>,
+    /// False in repositories from before there was a choice.
+    #[serde(default)]
     pub shared_hessian: bool,
     pub card: CardInfo,
 }

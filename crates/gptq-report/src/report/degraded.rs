@@ -87,10 +87,12 @@ impl Degraded {
 
     /// Whether there is nothing to tell.
     pub fn is_nothing(&self) -> bool {
-        self.worse.is_empty()
-            && self.damped.is_empty()
-            && self.dead.is_empty()
-            && self.warnings.is_empty()
+        self.no_layer() && self.warnings.is_empty()
+    }
+
+    /// Whether all that there is to tell are warnings.
+    pub(super) fn no_layer(&self) -> bool {
+        self.worse.is_empty() && self.damped.is_empty() && self.dead.is_empty()
     }
 
     fn add(&mut self, record: &LayerRecord, loss: &LayerLoss, asked: f64) {

@@ -103,7 +103,7 @@ fn unit(report: &Report) -> (f64, &'static str) {
     let bytes = report.branches().filter_map(|(_, row)| row.weight_bytes);
     match bytes.max().unwrap_or(0) {
         bytes if bytes >= 50_000_000 => (1e9, "GB"),
-        bytes if bytes >= 50_000 => (1e6, "MB"),
+        bytes if bytes >= 1_000_000 => (1e6, "MB"),
         _ => (1e3, "kB"),
     }
 }

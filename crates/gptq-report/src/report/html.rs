@@ -24,6 +24,8 @@ const TABLE: (&str, &str) = (
     include_str!("../../templates/table.html.jinja"),
 );
 const STYLE: &str = include_str!("../../templates/report.css");
+/// Shorter lists stand in their line.
+const INLINE: usize = 3;
 /// Longer lists are folded on a screen.
 const FOLDED_FROM: usize = 12;
 
@@ -244,6 +246,7 @@ fn listed(list: Listed) -> Value {
     context! {
         heading => prose(&list.heading),
         folded => list.items.len() >= FOLDED_FROM,
+        inline => list.items.len() <= INLINE,
         items => list.items,
     }
 }

@@ -61,9 +61,10 @@ pub(super) fn verdict(row: &Row) -> String {
     let Some(found) = &row.degraded else {
         return "No run record, so nothing is known of its layers.".to_string();
     };
-    let nothing = match found.is_nothing() {
-        true => "Nothing.",
-        false => "",
+    let nothing = match (found.is_nothing(), found.no_layer()) {
+        (true, _) => "Nothing.",
+        (false, true) if found.unmeasured < found.layers => "No layer.",
+        _ => "",
     };
     let measured = match (found.unmeasured, found.layers) {
         (0, layers) => format!("{} measured.", counted(layers, "layer was", "layers were")),

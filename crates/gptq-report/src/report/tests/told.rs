@@ -110,6 +110,14 @@ fn what_degraded_is_named_and_nothing_is_said_plainly() {
         text: "few tokens".into(),
     };
     bad.warnings = vec![warning("a"), warning("b")];
+    let mut warned = run(128);
+    warned.warnings = bad.warnings[..1].to_vec();
+    let only_warned = report(vec![found("out/main", warned)], Vec::new());
+    let markdown = only_warned.markdown();
+    assert!(
+        markdown.contains("No layer. 4 layers were measured."),
+        "{markdown}"
+    );
     let report = report(vec![found("out/main", bad)], Vec::new());
     let degraded = report.rows[0].degraded.as_ref().unwrap();
     assert!(!degraded.is_nothing());
