@@ -337,9 +337,9 @@ pub struct EvalArgs {
 
 #[derive(Args)]
 pub struct ReportArgs {
-    /// Checkpoint folders with a run record, repositories that `matrix` made, files of
-    /// `eval --json`, files of one run record. A score belongs to the run whose path `eval` was
-    /// given, else to the one whose folder or branch has its last name
+    /// Checkpoint folders with a run record, repositories that `matrix` made, JSON files of `eval`,
+    /// JSON files of one run record. A score belongs to the run whose path `eval` was given, else
+    /// to the one whose folder or branch has its last name
     #[arg(required = true, value_name = "RUN")]
     pub runs: Vec<PathBuf>,
     /// The folder to write, index.html and report.md; must not exist or be empty
