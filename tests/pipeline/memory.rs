@@ -1,14 +1,15 @@
-//! One block is resident at a time: more blocks take no more memory.
+//! One block is resident at a time, and one group of windows while evaluating: more of either take
+//! no more memory.
 
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use gptq_types::Dtype;
 
-use crate::support::{Family, TinyModel, quantize, write_text};
+use crate::support::{Family, TinyModel, gptq, quantize, write_text};
 
-/// How far the peaks of a shallow and a deep model may lie apart.
+/// How far the peaks of a small and a large run may lie apart.
 const TOLERANCE: f64 = 0.1;
 
 #[test]
@@ -25,11 +26,37 @@ fn the_peak_does_not_grow_with_the_blocks() {
     );
 }
 
-/// Peak resident memory of a run over a model whose weights would show among the activations.
-fn peak_kib(layers: usize) -> Option<u64> {
+/// 16 windows a group: their hidden states, those of the reference and one inner activation take
+/// 20 MB, all windows' at once eight times that.
+#[test]
+fn the_peak_does_not_grow_with_the_windows() {
     let folder = tempfile::tempdir().unwrap();
     let (model, text) = (folder.path().join("model"), folder.path().join("text.txt"));
-    let shapes = TinyModel {
+    let shapes = wide(2);
+    shapes.write(&model);
+    write_text(&text, shapes.vocab, 20_000);
+    let peak_kib = |windows: &str| {
+        let mut command = gptq("eval");
+        // against itself, so that the states of a reference are kept
+        command.arg(&model).arg(&model).arg("--dataset").arg(&text);
+        command.args(["--seq-len", "128", "--max-windows", windows]);
+        peak_kib_of(command.args(["--group-tokens", "2048"]))
+    };
+    let (Some(few), Some(many)) = (peak_kib("16"), peak_kib("128")) else {
+        eprintln!("skipped: /proc/PID/status has no VmHWM here");
+        return;
+    };
+    let growth = many as f64 / few as f64 - 1.0;
+    eprintln!("peak of 16 windows {few} KiB, of 128 windows {many} KiB");
+    assert!(
+        growth < TOLERANCE,
+        "{few} KiB for 16 windows, {many} KiB for 128"
+    );
+}
+
+/// A model whose weights would show among the activations.
+fn wide(layers: usize) -> TinyModel {
+    TinyModel {
         dtype: Dtype::F16,
         hidden: 512,
         ffn: 1408,
@@ -39,11 +66,22 @@ fn peak_kib(layers: usize) -> Option<u64> {
         vocab: 512,
         layers,
         ..TinyModel::new(Family::Llama)
-    };
+    }
+}
+
+/// Peak resident memory of a quantization.
+fn peak_kib(layers: usize) -> Option<u64> {
+    let folder = tempfile::tempdir().unwrap();
+    let (model, text) = (folder.path().join("model"), folder.path().join("text.txt"));
+    let shapes = wide(layers);
     shapes.write(&model);
     write_text(&text, shapes.vocab, 20_000);
     let mut command = quantize(&model, &folder.path().join("out"), &text);
-    command.args(["--samples", "8", "--seq-len", "128"]);
+    peak_kib_of(command.args(["--samples", "8", "--seq-len", "128"]))
+}
+
+/// Peak resident memory of a command.
+fn peak_kib_of(command: &mut Command) -> Option<u64> {
     command.stdout(Stdio::null()).stderr(Stdio::null());
     let mut child = command.spawn().unwrap();
     let status = format!("/proc/{}/status", child.id());

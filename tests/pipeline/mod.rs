@@ -2,6 +2,7 @@
 
 mod architectures;
 mod branches;
+mod evaluation;
 mod generated;
 mod gpu;
 mod matrix;

@@ -16,6 +16,11 @@ const DOCUMENT_SEED: u64 = 0;
 /// A window of one token predicts nothing.
 const MIN_SEQ_LEN: usize = 2;
 
+/// What the original makes of windows (`llama_eval`): every window counts alike, and its first
+/// token is predicted by nothing.
+const SCORING: &str =
+    "perplexity is exp of the mean over windows of the mean over all tokens but the first";
+
 /// The tokens of a perplexity.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EvaluationWindows {
@@ -66,7 +71,7 @@ pub fn evaluation_windows(
         }
     };
     Ok(EvaluationWindows {
-        protocol: format!("{}, {how}", material.title),
+        protocol: format!("{}, {how}; {SCORING}", material.title),
         token_sha256: token_sha256(&ids),
         ids,
     })
@@ -155,7 +160,7 @@ fn documents(
     let encode = |text: &str| tokenizer.encode(text);
     let ids = draw_documents(rows, &spec, &material.place(), encode)?;
     let how = format!(
-        "one window of {seq_len} tokens ({}) at random in each of {DOCUMENT_WINDOWS} random documents, seed {DOCUMENT_SEED}, {}",
+        "one window of {seq_len} tokens ({}) at random in each of {DOCUMENT_WINDOWS} documents, drawn at random with replacement among those longer than it, seed {DOCUMENT_SEED}, {}",
         special_tokens(tokenizer)?,
         count(ids.len(), DOCUMENT_WINDOWS)
     );

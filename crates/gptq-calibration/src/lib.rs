@@ -2,7 +2,8 @@
 //!
 //! Knows: the registry of named datasets (`calibration/manifests`, embedded), the file kinds that
 //! texts come in ([`Format`]), CPython's random numbers ([`PythonRandom`]), the sampling and
-//! evaluation rules of the original GPTQ repository ([`windows`], [`evaluation_windows`]) and the
+//! evaluation rules of the original GPTQ repository ([`windows`], [`evaluation_windows`]), the
+//! passages of LAMBADA as lm-evaluation-harness cuts them ([`Passages`]), and the
 //! hash by which two runs can tell that they saw the same tokens ([`token_sha256`]).
 //!
 //! Does not know: the network (files of the registry come through [`DatasetFiles`]), models,
@@ -17,6 +18,7 @@ mod document;
 mod error;
 mod evaluation;
 mod json;
+mod lambada;
 mod manifest;
 mod material;
 mod python_random;
@@ -30,6 +32,7 @@ mod tokenizer;
 pub use digest::token_sha256;
 pub use error::CalibrationError;
 pub use evaluation::{EvaluationWindows, evaluation_windows};
+pub use lambada::{Passage, Passages};
 pub use manifest::{HubFile, Manifest, RawCopy, Rule};
 pub use material::DatasetFiles;
 pub use python_random::PythonRandom;

@@ -147,15 +147,27 @@ fn fetch(
     hub: &HubFile,
     files: &dyn DatasetFiles,
 ) -> Result<PathBuf, CalibrationError> {
+    let sha256 = hub.sha256.as_deref();
+    fetch_checked(&manifest.repo, &manifest.revision, &hub.file, sha256, files)
+}
+
+/// A file of the hub, whose content is that of `sha256` where one is known.
+pub(crate) fn fetch_checked(
+    repo: &str,
+    revision: &str,
+    file: &str,
+    sha256: Option<&str>,
+    files: &dyn DatasetFiles,
+) -> Result<PathBuf, CalibrationError> {
     let path = files
-        .fetch(&manifest.repo, &manifest.revision, &hub.file)
+        .fetch(repo, revision, file)
         .map_err(|reason| CalibrationError::Fetch {
-            repo: manifest.repo.clone(),
-            revision: manifest.revision.clone(),
-            file: hub.file.clone(),
+            repo: repo.to_string(),
+            revision: revision.to_string(),
+            file: file.to_string(),
             reason,
         })?;
-    if let Some(sha256) = &hub.sha256 {
+    if let Some(sha256) = sha256 {
         verify_file(&path, sha256)?;
     }
     Ok(path)

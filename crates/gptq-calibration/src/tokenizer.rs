@@ -111,6 +111,17 @@ impl Tokenizer {
         self.encode("")
     }
 
+    /// Those of them that come before the text: not all that is added begins one.
+    pub fn leading_ids(&self) -> Result<Vec<u32>, CalibrationError> {
+        let text = "a";
+        let (mut all, plain) = (self.encode(text)?, self.encode_plain(text)?);
+        let found = all
+            .windows(plain.len().max(1))
+            .position(|part| part == plain);
+        all.truncate(found.unwrap_or(0));
+        Ok(all)
+    }
+
     /// The id that begins a text, if a configuration file names one.
     pub fn bos_id(&self) -> Option<u32> {
         self.bos_id
@@ -278,6 +289,22 @@ mod tests {
         assert_eq!(tokenizer.token_id("</s>"), Some(4));
         assert_eq!(tokenizer.bos_id(), None);
         assert!(tokenizer.eos_ids().is_empty());
+    }
+
+    #[test]
+    fn a_mark_at_the_end_does_not_lead() {
+        let ends = WORDS.replace(
+            r#"{"Sequence": {"id": "A", "type_id": 0}}],
+            "pair""#,
+            r#"{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<s>", "type_id": 0}}],
+            "pair""#,
+        );
+        assert_ne!(ends, WORDS);
+        for text in [WORDS, &ends] {
+            let folder = folder(&[(TOKENIZER_FILE, text)]);
+            let tokenizer = Tokenizer::open(folder.path()).unwrap();
+            assert_eq!(tokenizer.leading_ids().unwrap(), [0]);
+        }
     }
 
     #[test]

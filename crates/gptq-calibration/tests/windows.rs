@@ -9,13 +9,17 @@ use std::time::{Duration, Instant};
 
 use arrow_array::{ArrayRef, RecordBatch, StringArray};
 use gptq_calibration::{
-    CalibrationError, DatasetFiles, Manifest, Source, Tokenizer, WindowSpec, Windows,
-    evaluation_windows, token_sha256, windows,
+    CalibrationError, DatasetFiles, Manifest, Passage, Passages, Source, Tokenizer, WindowSpec,
+    Windows, evaluation_windows, token_sha256, windows,
 };
 use parquet::arrow::ArrowWriter;
 use sha2::Digest;
 
 const DATA: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../../shared/data");
+
+/// The end of every protocol.
+const SCORING: &str =
+    "; perplexity is exp of the mean over windows of the mean over all tokens but the first";
 
 /// `a`..`z` are 1..26, a run of blanks or line feeds is one 27; 0 is put in front of every text.
 fn letters(folder: &Path) -> Tokenizer {
@@ -165,7 +169,9 @@ fn stored_windows_are_taken_as_they_are() {
     assert_eq!(first.ids, [[1, 2], [3, 4]]);
     assert_eq!(
         first.protocol,
-        "`w.safetensors`, windows of 2 tokens as stored, the first 2 of 3 windows"
+        format!(
+            "`w.safetensors`, windows of 2 tokens as stored, the first 2 of 3 windows{SCORING}"
+        )
     );
     assert!(first.check_vocabulary(5).is_ok());
     assert!(first.check_vocabulary(4).is_err());
@@ -232,7 +238,7 @@ fn c4_draws_documents_for_calibration_and_evaluation() {
     assert_eq!(some.ids, all.ids[..3]);
     assert!(
         some.protocol
-            .ends_with("seed 0, the first 3 of 256 windows"),
+            .ends_with(&format!("seed 0, the first 3 of 256 windows{SCORING}")),
         "{}",
         some.protocol
     );
@@ -248,6 +254,34 @@ fn c4_draws_documents_for_calibration_and_evaluation() {
             }
         ),
         "{error}"
+    );
+}
+
+/// The validation loop of `get_c4` of the original (with `>` for `>=`), run by CPython 3.11 over the
+/// same documents with a token a letter; its 256 windows hashed as little-endian u32. Five of the
+/// documents have exactly one window's tokens.
+#[test]
+fn c4_evaluation_windows_are_those_of_the_original() {
+    let folder = tempfile::tempdir().unwrap();
+    let tokenizer = letters(folder.path());
+    let alphabet: String = ('a'..='z').cycle().take(78).collect();
+    let documents: Vec<&str> = (0..50)
+        .map(|i| &alphabet[i % 7..i % 7 + 3 + (i * i * 7) % 40])
+        .collect();
+    let path = folder.path().join("c4.jsonl");
+    write_jsonl(&path, &documents);
+    let made = evaluation_windows(&source("c4", &path), 16, None, &tokenizer, &NoFiles).unwrap();
+    assert_eq!(
+        made.token_sha256,
+        "8674466482ff8ab375d2d0299cf0239918c4fd91a0f986ac42f33dea4086453c"
+    );
+    assert_eq!(
+        made.protocol,
+        format!(
+            "`c4` as local copy `c4.jsonl`, one window of 16 tokens (1 special token added) at \
+             random in each of 256 documents, drawn at random with replacement among those longer \
+             than it, seed 0, all 256 windows{SCORING}"
+        )
     );
 }
 
@@ -374,6 +408,109 @@ fn sources_without_a_window_say_why() {
     assert!(matches!(calibrate(&missing), CalibrationError::Read { .. }));
 }
 
+/// One passage a line, and what [`Passages`] makes of them.
+fn passages(rows: &[&str], most: Option<usize>) -> Result<Passages, CalibrationError> {
+    let folder = tempfile::tempdir().unwrap();
+    let tokenizer = letters(folder.path());
+    let path = folder.path().join("p.jsonl");
+    write_jsonl(&path, rows);
+    Passages::read(path.to_str().unwrap(), most, &tokenizer, &NoFiles)
+}
+
+/// A token a letter, 27 for blanks: the word begins with its blank, and `<s>` is in front once.
+#[test]
+fn the_last_word_is_what_follows_the_last_blank() {
+    let made = passages(&["ab cd", "a bc  d", "a b", "x"], Some(3)).unwrap();
+    let of = |ids: &[u32], answer| Passage {
+        ids: ids.to_vec(),
+        answer,
+    };
+    assert_eq!(
+        made.passages,
+        [
+            of(&[0, 1, 2, 27, 3, 4], 3),
+            // two blanks before the word belong to it; this tokenizer makes one token of them
+            of(&[0, 1, 27, 2, 3, 27, 4], 2),
+            of(&[0, 1, 27, 2], 2),
+        ]
+    );
+    assert_eq!(
+        made.protocol,
+        "last word of a passage: `p.jsonl`, the first 3 of 4 passages, 1 special token in front, \
+         right if each token of the word is the likeliest after those before it"
+    );
+    assert!(made.check_vocabulary(28).is_ok());
+    assert!(made.check_vocabulary(27).is_err());
+    let other = passages(&["ab c d", "a bc  d", "a b"], None).unwrap();
+    assert_ne!(other.sha256, made.sha256);
+}
+
+#[test]
+fn rows_and_files_without_a_last_word_are_refused() {
+    for (row, reason) in [
+        ("word", "row 2: no blank before a last word"),
+        ("ab ", "row 2: no word after a context"),
+        (" ab", "row 2: no word after a context"),
+    ] {
+        let error = passages(&["ab cd", row], None).unwrap_err().to_string();
+        assert!(error.ends_with(reason), "{error}");
+        assert!(passages(&["ab cd", row], Some(1)).is_ok());
+    }
+    let error = passages(&["ab cd"], Some(0)).unwrap_err().to_string();
+    assert_eq!(error, "`lambada_examples` is 0, expected at least 1");
+    let folder = tempfile::tempdir().unwrap();
+    let tokenizer = letters(folder.path());
+    let text = folder.path().join("t.txt");
+    std::fs::write(&text, "ab cd").unwrap();
+    let refused = |given: &str| {
+        let error = Passages::read(given, None, &tokenizer, &NoFiles).unwrap_err();
+        error.to_string()
+    };
+    assert!(refused(text.to_str().unwrap()).contains("needs a row per passage"));
+    for name in ["wikitext2", "lambda", "self"] {
+        assert_eq!(
+            refused(name),
+            format!("source `{name}` is not one of `lambada`, a file")
+        );
+    }
+    assert!(refused("lambada").contains("EleutherAI/lambada_openai"));
+}
+
+/// The name stands for one published file, and for no other bytes.
+#[test]
+fn lambada_by_name_is_the_published_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let tokenizer = letters(folder.path());
+    let blob = folder.path().join("blob");
+    std::fs::write(&blob, "{\"text\": \"a b\"}\n").unwrap();
+    let files = OneFile(blob, RefCell::default());
+    let error = Passages::read("lambada", None, &tokenizer, &files).unwrap_err();
+    assert!(matches!(error, CalibrationError::Hash { .. }), "{error}");
+    assert_eq!(
+        files.1.into_inner(),
+        [
+            "EleutherAI/lambada_openai@900124bf3b8235c6daf21033af9948b3f07346c4/data/lambada_test_en.jsonl"
+        ]
+    );
+    let (Some(published), Some(json)) = (
+        data("lambada/lambada_test.jsonl"),
+        data("llama-tokenizer/tokenizer.json"),
+    ) else {
+        return;
+    };
+    let tokenizer = Tokenizer::open(json.parent().unwrap()).unwrap();
+    let files = OneFile(published.clone(), RefCell::default());
+    let made = Passages::read("lambada", None, &tokenizer, &files).unwrap();
+    assert_eq!(made.passages.len(), 5153);
+    assert!(made.protocol.contains("`lambada`, all 5153 passages"));
+    let first = &made.passages[0];
+    let word = &first.ids[first.ids.len() - first.answer..];
+    assert_eq!(tokenizer.decode(word, true).unwrap(), "signs");
+    let given = published.to_str().unwrap();
+    let file = Passages::read(given, Some(7), &tokenizer, &NoFiles).unwrap();
+    assert_eq!(file.passages, made.passages[..7]);
+}
+
 fn data(file: &str) -> Option<PathBuf> {
     let path = Path::new(DATA).join(file);
     if !path.exists() {
@@ -403,9 +540,11 @@ fn wikitext_test_has_the_known_number_of_llama_tokens() {
     assert!(took < Duration::from_secs(30), "{took:?}");
     assert_eq!(
         papers.protocol,
-        "`wikitext2` as local copy `wiki.test.raw`, rows joined with \"\\n\\n\" as one string of \
-         341469 tokens (1 special token added), non-overlapping windows of 2048, all 166 windows, \
-         remainder dropped"
+        format!(
+            "`wikitext2` as local copy `wiki.test.raw`, rows joined with \"\\n\\n\" as one string of \
+             341469 tokens (1 special token added), non-overlapping windows of 2048, all 166 \
+             windows, remainder dropped{SCORING}"
+        )
     );
     assert_eq!(papers.ids[0][0], 1);
     assert!(papers.check_vocabulary(32_000).is_ok());

@@ -1,6 +1,6 @@
 //! What can be typed.
 
-use std::num::NonZeroU16;
+use std::num::{NonZeroU16, NonZeroUsize};
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -326,6 +326,19 @@ pub struct EvalArgs {
     /// Score only this many windows from the start
     #[arg(long)]
     pub max_windows: Option<usize>,
+    /// Also guess the last words of passages: `lambada`, or a FILE with a passage in each row
+    #[arg(long, value_name = "FILE")]
+    pub lambada: Option<String>,
+    /// With --lambada: only this many passages from the start
+    #[arg(long, value_name = "N", requires = "lambada")]
+    pub lambada_examples: Option<usize>,
+    /// Keep scores in FILE as they come; the same command goes on with it after a kill
+    #[arg(long, value_name = "FILE")]
+    pub state: Option<PathBuf>,
+    /// Tokens that go through a checkpoint together, 32768 on a processor and 131072 on a GPU:
+    /// memory grows with them, and so does what a kill costs; each group reads all weights once
+    #[arg(long, value_name = "TOKENS")]
+    pub group_tokens: Option<NonZeroUsize>,
     #[command(flatten)]
     pub device: DeviceArgs,
     /// Print the records as JSON

@@ -31,14 +31,23 @@ fn describe(device: Device) -> String {
         Device::Cpu => format!("cpu, {} threads", rayon::current_num_threads()),
         #[cfg(feature = "cuda")]
         Device::Cuda { ordinal, memory } => {
-            let name = (gptq_kernels::cuda::devices().into_iter())
-                .find(|found| found.ordinal == ordinal)
-                .map_or(String::new(), |found| found.name);
             format!(
-                "cuda:{ordinal}, {name}, {:.1} GB of its memory",
+                "cuda:{ordinal}, {}, {:.1} GB of its memory",
+                name(device),
                 memory as f64 / 1e9
             )
         }
+    }
+}
+
+/// `cpu`, or the name of the GPU: what results may depend on.
+pub fn name(device: Device) -> String {
+    match device {
+        Device::Cpu => "cpu".to_string(),
+        #[cfg(feature = "cuda")]
+        Device::Cuda { ordinal, .. } => (gptq_kernels::cuda::devices().into_iter())
+            .find(|found| found.ordinal == ordinal)
+            .map_or(String::new(), |found| found.name),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use gptq_calibration::CalibrationError;
 use gptq_hub::HubError;
-use gptq_inference::OpenError;
+use gptq_inference::{EvaluationError, JournalError, OpenError};
 use gptq_model::{ConfigError, ModelError};
 use gptq_packer::{ReadError, SafetensorsError};
 use gptq_pipeline::{PipelineError, PlanError};
@@ -75,6 +75,8 @@ hinted!(
     PipelineError,
     HubError,
     CalibrationError,
+    EvaluationError,
+    JournalError,
     ModelError,
     ReportError,
     RepositoryError

@@ -1,9 +1,12 @@
 //! Checkpoints scored on one text, against the first of them.
 
+use std::ops::Range;
 use std::time::Instant;
 
 use gptq_calibration::{EvaluationWindows, Source, Tokenizer, evaluation_windows};
-use gptq_inference::{Reference, evaluate};
+use gptq_inference::{
+    OpenedModel, Reference, ScoreError, WindowScore, group_tokens, groups, score_windows, summarise,
+};
 use gptq_model::Device;
 use gptq_types::EvalRecord;
 
@@ -42,9 +45,58 @@ impl ScoringText {
     }
 }
 
-/// Scores one checkpoint after the other; the first is the reference.
+/// Refuses a checkpoint whose logits have no counterpart in those of the first.
+pub fn check_same_vocabulary(first: (&str, usize), other: (&str, usize)) -> Result<(), Failure> {
+    match first.1 == other.1 {
+        true => Ok(()),
+        false => Err(Failure::new(format!(
+            "{} has {} tokens in its vocabulary, {} has {}",
+            other.0, other.1, first.0, first.1
+        ))),
+    }
+}
+
+/// What is known of a checkpoint once all windows are scored; `first` holds the scores of the one
+/// that it is compared with.
+pub fn record(
+    name: &str,
+    (model, opened): (&Model, &OpenedModel),
+    text: &EvaluationWindows,
+    own: &[WindowScore],
+    first: &[WindowScore],
+) -> EvalRecord {
+    let evaluation = summarise(own, first);
+    let record = EvalRecord {
+        model: name.to_string(),
+        kind: opened.kind(),
+        protocol: text.protocol.clone(),
+        token_sha256: text.token_sha256.clone(),
+        windows: evaluation.windows,
+        seq_len: text.ids.iter().map(Vec::len).max().unwrap_or(0),
+        nll: evaluation.nll,
+        nll_stderr: evaluation.nll_stderr,
+        perplexity: evaluation.perplexity(),
+        weight_bytes: model.checkpoint.weight_bytes(),
+        ..EvalRecord::default()
+    };
+    match evaluation.comparison {
+        None => record,
+        Some(found) => EvalRecord {
+            kl: Some(found.kl),
+            top1_agreement: Some(found.top1_agreement),
+            kl_p999: Some(found.kl_p999),
+            kl_by_position: found.kl_by_position,
+            nll_difference: found.nll_difference,
+            ..record
+        },
+    }
+}
+
+/// Scores one checkpoint after the other as they come into being; the first is the reference, and
+/// its final hidden states are kept for all that follow.
 pub struct Scorer<'a> {
     text: &'a EvaluationWindows,
+    groups: Vec<Range<usize>>,
     device: Device,
     plain: bool,
     first: Option<First>,
@@ -53,7 +105,8 @@ pub struct Scorer<'a> {
 struct First {
     name: String,
     vocab_size: usize,
-    hidden: Reference,
+    hidden: Vec<Reference>, // of each group
+    scores: Vec<WindowScore>,
 }
 
 impl<'a> Scorer<'a> {
@@ -61,6 +114,7 @@ impl<'a> Scorer<'a> {
     pub fn new(text: &'a EvaluationWindows, device: Device, plain: bool) -> Self {
         Scorer {
             text,
+            groups: groups(text.ids.iter().map(Vec::len), group_tokens(device)),
             device,
             plain,
             first: None,
@@ -72,48 +126,61 @@ impl<'a> Scorer<'a> {
         let opened = model.open()?;
         let vocab_size = opened.config.vocab_size;
         self.text.check_vocabulary(vocab_size)?;
-        if let Some(first) = &self.first
-            && first.vocab_size != vocab_size
-        {
-            return Err(Failure::new(format!(
-                "{name} has {vocab_size} tokens in its vocabulary, {} has {}",
-                first.name, first.vocab_size
-            )));
+        if let Some(first) = &self.first {
+            check_same_vocabulary((&first.name, first.vocab_size), (name, vocab_size))?;
         }
         let start = Instant::now();
-        let mut decoder = opened.decoder(self.device)?;
-        let what = format!("{name}: scoring");
-        let mut steps = Steps::beside(&what, opened.config.num_hidden_layers + 1, self.plain);
-        let compared = self.first.as_ref().map(|first| &first.hidden);
-        let (evaluation, hidden) = evaluate(
-            decoder.as_mut(),
-            &self.text.ids,
-            compared,
-            &mut |done, _| {
-                steps.set(done);
-            },
-        )?;
-        steps.end();
+        let (scores, hidden) = self.run(name, &opened)?;
+        let compared = self.first.as_ref().map(|first| first.scores.as_slice());
+        let record = record(
+            name,
+            (model, &opened),
+            self.text,
+            &scores,
+            compared.unwrap_or_default(),
+        );
         self.first.get_or_insert(First {
             name: name.to_string(),
             vocab_size,
             hidden,
+            scores,
         });
         Ok(EvalRecord {
-            model: name.to_string(),
-            kind: opened.kind(),
-            protocol: self.text.protocol.clone(),
-            token_sha256: self.text.token_sha256.clone(),
-            windows: evaluation.windows,
-            seq_len: self.text.ids.iter().map(Vec::len).max().unwrap_or(0),
-            nll: evaluation.nll,
-            nll_stderr: evaluation.nll_stderr,
-            perplexity: evaluation.perplexity(),
-            kl: evaluation.kl,
-            top1_agreement: evaluation.top1_agreement,
-            weight_bytes: model.checkpoint.weight_bytes(),
             seconds: start.elapsed().as_secs_f64(),
-            ..EvalRecord::default()
+            ..record
         })
+    }
+
+    fn run(
+        &self,
+        name: &str,
+        opened: &OpenedModel,
+    ) -> Result<(Vec<WindowScore>, Vec<Reference>), Failure> {
+        let passes = (opened.config.num_hidden_layers + 1) * self.groups.len();
+        let mut steps = Steps::beside(&format!("{name}: scoring"), passes, self.plain);
+        let mut done = 0;
+        let (mut scores, mut hidden) = (Vec::new(), Vec::new());
+        for (index, group) in self.groups.iter().enumerate() {
+            let mut decoder = opened.decoder(self.device)?;
+            let scored = score_windows(
+                decoder.as_mut(),
+                &self.text.ids[group.clone()],
+                self.first.as_ref().map(|first| &first.hidden[index]),
+                &mut || {
+                    done += 1;
+                    steps.set(done);
+                },
+            );
+            let (of_group, states) = scored.map_err(|error| match error {
+                ScoreError::Model(error) => error.into(),
+                error => Failure::new(format!("{name}: {error}")),
+            })?;
+            scores.extend(of_group);
+            if self.first.is_none() {
+                hidden.push(states);
+            }
+        }
+        steps.end();
+        Ok((scores, hidden))
     }
 }

@@ -1,17 +1,29 @@
 //! Reads what users read: checkpoints as they lie on disk, packed or not.
 //!
-//! Knows: packed linears as weights of the forward pass, perplexity, divergence from another
-//! checkpoint, logits of given tokens.
+//! Knows: packed linears as weights of the forward pass; perplexity, divergence from another
+//! checkpoint with its tail and its place in the window, paired confidence intervals, last words
+//! guessed by greedy tokens; the journal by which an evaluation goes on after a kill; logits of
+//! given tokens.
 //!
 //! Does not know: how a checkpoint was made. Nothing of the solver or the pipeline is reachable
 //! from here, so a number from this crate is a number about the files.
 
+mod confidence;
+mod evaluate;
+mod journal;
+mod last_word;
 mod logits;
 mod open;
 mod packed;
 mod perplexity;
+mod summary;
 
+pub use confidence::paired_difference;
+pub use evaluate::{EvaluationError, Request, Scores, Step, evaluate, group_tokens, groups};
+pub use journal::{Journal, JournalError};
+pub use last_word::{Passage, guess_last_words};
 pub use logits::{LogitComparison, compare, logits};
 pub use open::{OpenError, OpenedModel, open};
 pub use packed::PackedWeights;
-pub use perplexity::{Evaluation, Reference, evaluate};
+pub use perplexity::{Divergence, Reference, ScoreError, WindowScore, score_windows};
+pub use summary::{Comparison, Evaluation, accuracy, summarise};

@@ -1,62 +1,96 @@
-//! Perplexity over fixed windows, block by block, so that a model that can be quantised on a
-//! machine can also be evaluated there.
+//! Likelihoods of the windows of a text, block by block, so that a model that can be quantised on
+//! a machine can also be evaluated there.
 
 use gptq_model::{Decoder, HeadInput, ModelError, TokenScore};
+use serde::{Deserialize, Serialize};
 
-/// Final hidden states of a model that others are compared with; `[tokens, hidden]` floats.
+/// Final hidden states of a model that others are compared with on the same windows;
+/// `[tokens, hidden]` floats.
 pub struct Reference(Vec<HeadInput>);
 
-/// Scores of one model.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Evaluation {
-    /// Mean over windows of the mean negative log-likelihood over `seq_len - 1` predictions, nats.
+/// What a model says about one window.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct WindowScore {
+    /// Mean negative log-likelihood over the `seq_len - 1` predictions, nats.
     pub nll: f64,
-    /// Standard error of that mean over windows.
-    pub nll_stderr: f64,
-    /// Mean KL divergence from the reference in nats, where one was given.
-    pub kl: Option<f64>,
-    /// Share of positions whose likeliest token is the reference's, where one was given.
-    pub top1_agreement: Option<f64>,
-    /// Windows scored.
-    pub windows: usize,
+    /// Against the reference, where one was given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub divergence: Option<Divergence>,
 }
 
-impl Evaluation {
-    /// `exp(nll)`, the papers' perplexity: windows count alike, whatever text follows them.
-    pub fn perplexity(&self) -> f64 {
-        self.nll.exp()
+/// How far a model is from the reference on one window.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Divergence {
+    /// Mean KL divergence, `sum p ln(p/q)` with `p` the reference, nats.
+    pub kl: f64,
+    /// Share of predictions whose likeliest token is the reference's.
+    pub top1: f64,
+    /// KL divergence of each prediction, nats. Single precision: kept for every position of a
+    /// text, and logits hold no more.
+    pub by_position: Vec<f32>,
+}
+
+impl WindowScore {
+    fn is_finite(&self) -> bool {
+        let kl = self.divergence.as_ref().map_or(0.0, |found| found.kl);
+        self.nll.is_finite() && kl.is_finite()
     }
 }
 
 /// Runs all windows through the model and scores every next token inside each window. Returns
-/// the final hidden states too, for models compared with this one.
-/// `progress` hears of blocks done and all.
-pub fn evaluate(
+/// the final hidden states too, for models compared with this one on the same windows.
+/// `progress` hears of each block, and of the head as one more.
+///
+/// Fails on a likelihood that is not finite: such a model has no perplexity.
+pub fn score_windows(
     decoder: &mut dyn Decoder,
     windows: &[Vec<u32>],
     reference: Option<&Reference>,
-    progress: &mut dyn FnMut(usize, usize),
-) -> Result<(Evaluation, Reference), ModelError> {
-    let blocks = decoder.config().num_hidden_layers;
-    decoder.embed(windows)?;
-    for index in 0..blocks {
-        decoder.load_block(index)?;
-        decoder.forward_block()?;
-        progress(index + 1, blocks + 1);
-    }
-    let mut of_windows = Vec::with_capacity(windows.len());
+    progress: &mut dyn FnMut(),
+) -> Result<(Vec<WindowScore>, Reference), ScoreError> {
+    run_blocks(decoder, windows, progress)?;
+    let mut scores = Vec::with_capacity(windows.len());
     let mut kept = Vec::with_capacity(decoder.batches());
     for batch in 0..decoder.batches() {
         let input = decoder.head_input(batch)?;
         let targets = next_tokens(decoder.batch_windows(batch));
         let compared = reference.map(|Reference(inputs)| &inputs[batch]);
-        let scores = input.score(&targets, compared)?;
+        let tokens = input.score(&targets, compared)?;
         let per_window = decoder.batch_windows(batch)[0].len() - 1;
-        of_windows.extend(scores.chunks(per_window).map(mean));
+        let of_windows = tokens.chunks(per_window);
+        scores.extend(of_windows.map(|tokens| of_window(tokens, compared.is_some())));
         kept.push(input);
     }
-    progress(blocks + 1, blocks + 1);
-    Ok((summarise(&of_windows, reference.is_some()), Reference(kept)))
+    progress();
+    match scores.iter().position(|score| !score.is_finite()) {
+        Some(window) => Err(ScoreError::NotFinite { window }),
+        None => Ok((scores, Reference(kept))),
+    }
+}
+
+/// Windows that could not be scored.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum ScoreError {
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    #[error("the likelihood of window {window} is not finite")]
+    NotFinite { window: usize },
+}
+
+/// Hidden states of `windows` after the last block.
+pub(crate) fn run_blocks(
+    decoder: &mut dyn Decoder,
+    windows: &[Vec<u32>],
+    progress: &mut dyn FnMut(),
+) -> Result<(), ModelError> {
+    decoder.embed(windows)?;
+    for index in 0..decoder.config().num_hidden_layers {
+        decoder.load_block(index)?;
+        decoder.forward_block()?;
+        progress();
+    }
+    Ok(())
 }
 
 /// Every row but the last of each window, with the token that follows it.
@@ -71,34 +105,14 @@ fn next_tokens(windows: &[Vec<u32>]) -> Vec<(usize, u32)> {
     targets
 }
 
-struct WindowMean {
-    nll: f64,
-    kl: f64,
-    top1: f64,
-}
-
-fn mean(scores: &[TokenScore]) -> WindowMean {
-    let n = scores.len() as f64;
-    WindowMean {
-        nll: scores.iter().map(|score| score.nll).sum::<f64>() / n,
-        kl: scores.iter().map(|score| score.kl).sum::<f64>() / n,
-        top1: scores.iter().filter(|score| score.top1_agrees).count() as f64 / n,
-    }
-}
-
-fn summarise(windows: &[WindowMean], compared: bool) -> Evaluation {
-    let n = windows.len() as f64;
-    let average = |f: fn(&WindowMean) -> f64| windows.iter().map(f).sum::<f64>() / n;
-    let nll = average(|window| window.nll);
-    let squares: f64 = windows
-        .iter()
-        .map(|window| (window.nll - nll).powi(2))
-        .sum();
-    Evaluation {
-        nll,
-        nll_stderr: (squares / (n - 1.0).max(1.0) / n).sqrt(),
-        kl: compared.then(|| average(|window| window.kl)),
-        top1_agreement: compared.then(|| average(|window| window.top1)),
-        windows: windows.len(),
+fn of_window(tokens: &[TokenScore], compared: bool) -> WindowScore {
+    let n = tokens.len() as f64;
+    WindowScore {
+        nll: tokens.iter().map(|token| token.nll).sum::<f64>() / n,
+        divergence: compared.then(|| Divergence {
+            kl: tokens.iter().map(|token| token.kl).sum::<f64>() / n,
+            top1: tokens.iter().filter(|token| token.top1_agrees).count() as f64 / n,
+            by_position: tokens.iter().map(|token| token.kl as f32).collect(),
+        }),
     }
 }

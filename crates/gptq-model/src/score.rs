@@ -43,6 +43,19 @@ pub struct TokenScore {
 }
 
 impl HeadInput {
+    /// States `normed [tokens, width]` before a head `[vocab, width]`, both row-major, that did not
+    /// come from a [`crate::Decoder`] of this crate; scored on the processor.
+    pub fn on_host(normed: Vec<f32>, head: Arc<Vec<f32>>, width: usize) -> Self {
+        HeadInput {
+            rows: HeadRows {
+                normed,
+                head,
+                width,
+            },
+            device: None,
+        }
+    }
+
     /// Tokens of the batch.
     pub fn tokens(&self) -> usize {
         self.rows.tokens()
@@ -51,6 +64,16 @@ impl HeadInput {
     /// Logits `[tokens, vocab]` row-major, for short inputs; always on the processor, in f32.
     pub fn logits(&self) -> Vec<f32> {
         self.rows.logits()
+    }
+
+    /// The likeliest next token of each of `rows`, of equals the one with the least id; always on
+    /// the processor, in f32. A task asks for few rows, so that a GPU would save little.
+    pub fn likeliest(&self, rows: &[usize]) -> Vec<u32> {
+        let rows: Vec<(usize, u32)> = rows.iter().map(|&row| (row, 0)).collect();
+        (rows.par_chunks(ROWS))
+            .flat_map_iter(|rows| self.rows.run(rows, None))
+            .map(|running| running.q.argmax as u32)
+            .collect()
     }
 
     /// Scores row `row` of the batch for the token that follows it, for all `(row, target)`.
@@ -119,15 +142,13 @@ impl HeadRows {
     fn score(&self, targets: &[(usize, u32)], reference: Option<&HeadRows>) -> Vec<TokenScore> {
         targets
             .par_chunks(ROWS)
-            .flat_map_iter(|targets| self.score_rows(targets, reference))
+            .flat_map_iter(|targets| self.run(targets, reference))
+            .map(|running| running.finish())
             .collect()
     }
 
-    fn score_rows(
-        &self,
-        targets: &[(usize, u32)],
-        reference: Option<&HeadRows>,
-    ) -> Vec<TokenScore> {
+    /// The whole vocabulary, tile by tile.
+    fn run(&self, targets: &[(usize, u32)], reference: Option<&HeadRows>) -> Vec<Running> {
         let mut running = vec![Running::default(); targets.len()];
         let own = self.gather(targets);
         let other = reference.map(|reference| reference.gather(targets));
@@ -151,7 +172,7 @@ impl HeadRows {
                 }
             }
         }
-        running.iter().map(Running::finish).collect()
+        running
     }
 
     fn gather(&self, targets: &[(usize, u32)]) -> Vec<f32> {
@@ -265,14 +286,34 @@ mod tests {
     fn input(seed: f32, vocab: usize) -> HeadInput {
         let width = 6;
         let wave = |len: usize, step: f32| (0..len).map(|i| (i as f32 * step).sin()).collect();
-        HeadInput {
-            rows: HeadRows {
-                normed: wave(5 * width, seed),
-                head: Arc::new(wave(vocab * width, 0.7)),
-                width,
-            },
-            device: None,
-        }
+        let head = Arc::new(wave(vocab * width, 0.7));
+        HeadInput::on_host(wave(5 * width, seed), head, width)
+    }
+
+    /// The last tile holds the largest logit of some rows, an earlier one that of others.
+    #[test]
+    fn the_likeliest_token_is_that_of_the_whole_row() {
+        let vocab = VOCAB_TILE + 77;
+        let mut own = input(0.31, vocab);
+        let width = own.rows.width;
+        let mut head = own.rows.head.to_vec();
+        let row = own.rows.normed[2 * width..3 * width]
+            .iter()
+            .map(|x| 100.0 * x);
+        let row: Vec<f32> = row.collect();
+        head[(vocab - 3) * width..(vocab - 2) * width].copy_from_slice(&row);
+        own.rows.head = Arc::new(head);
+        let logits = own.logits();
+        let rows = [4, 2, 0];
+        let want: Vec<u32> = (rows.iter())
+            .map(|&row| {
+                let logits = &logits[row * vocab..(row + 1) * vocab];
+                let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                logits.iter().position(|&x| x == most).unwrap() as u32
+            })
+            .collect();
+        assert_eq!(own.likeliest(&rows), want);
+        assert_eq!(want[1], (vocab - 3) as u32);
     }
 
     /// More than one tile, so that sums are carried over.

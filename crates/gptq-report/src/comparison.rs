@@ -1,40 +1,137 @@
 //! Checkpoints side by side.
 
-use gptq_types::EvalRecord;
+use gptq_types::{Accuracy, EvalRecord, PairedDifference};
 
 use crate::size;
 
-/// A Markdown table, a row a checkpoint, with the protocol above it. The first row is what KL
-/// divergence and agreement are relative to.
+/// Columns of the table of positions, at most: 32 would not fit a page.
+const POSITION_COLUMNS: usize = 8;
+
+/// A Markdown table, a row a checkpoint, with the protocol above it; a second one where the
+/// divergence is known by position. The first row is what KL divergence, agreement and differences
+/// are relative to. A column without a value is left out.
 pub fn comparison(records: &[EvalRecord]) -> String {
     let Some(first) = records.first() else {
         return String::new();
     };
     let mut out = format!("{}\n\n", first.protocol);
-    out += "| checkpoint | kind | size | perplexity | vs first | KL, nats | same top token |\n";
-    out += "|---|---|---|---|---|---|---|\n";
-    for record in records {
-        // One standard error of the mean log-likelihood, carried over to the perplexity.
-        let spread = record.perplexity * record.nll_stderr;
-        let change = match std::ptr::eq(record, first) {
-            true => "".to_string(),
-            false => format!(
-                "{:+.2} %",
-                100.0 * (record.perplexity / first.perplexity - 1.0)
-            ),
-        };
+    let column = |head: &str, cell: &dyn Fn(&EvalRecord) -> String| Column {
+        head: head.to_string(),
+        cells: records.iter().map(cell).collect(),
+    };
+    let mut columns = vec![
+        column("checkpoint", &|record| record.model.clone()),
+        column("kind", &|record| record.kind.clone()),
+        column("size", &|record| size(record.weight_bytes)),
+        column("perplexity", &perplexity),
+        column("vs first", &|record| match std::ptr::eq(record, first) {
+            true => String::new(),
+            false => percent_change(record, first),
+        }),
+        column("KL, nats", &|record| decimals(record.kl)),
+        column("KL 99.9 %", &|record| decimals(record.kl_p999)),
+        column("same top token", &|record| {
+            (record.top1_agreement).map_or(String::new(), |share| format!("{:.1} %", 100.0 * share))
+        }),
+        column("ln ppl less first (95 %)", &|record| {
+            (record.nll_difference.as_ref()).map_or(String::new(), interval)
+        }),
+        column("noise floor", &|record| {
+            decimals(record.nll_difference.map(|found| found.noise_floor()))
+        }),
+    ];
+    let tasks = records.iter().filter_map(|record| record.accuracy.as_ref());
+    if let Some(task) = tasks.map(|accuracy| &accuracy.task).next() {
+        columns.push(column(task, &|record| {
+            (record.accuracy.as_ref()).map_or(String::new(), share)
+        }));
+    }
+    out += &table(columns);
+    let compared: Vec<&EvalRecord> = (records.iter())
+        .filter(|record| !record.kl_by_position.is_empty())
+        .collect();
+    if !compared.is_empty() {
         out += &format!(
-            "| {} | {} | {} | {:.3} ± {spread:.3} | {change} | {} | {} |\n",
-            record.model,
-            record.kind,
-            size(record.weight_bytes),
-            record.perplexity,
-            record.kl.map_or(String::new(), |kl| format!("{kl:.4}")),
-            (record.top1_agreement)
-                .map_or(String::new(), |share| format!("{:.1} %", 100.0 * share)),
+            "\nKL, nats, by place in the window:\n\n{}",
+            positions(&compared)
         );
     }
     out
+}
+
+struct Column {
+    head: String,
+    cells: Vec<String>,
+}
+
+fn table(mut columns: Vec<Column>) -> String {
+    columns.retain(|column| column.cells.iter().any(|cell| !cell.is_empty()));
+    let rows = columns.first().map_or(0, |column| column.cells.len());
+    let line = |cell: &dyn Fn(&Column) -> String| -> String {
+        let cells: Vec<String> = columns.iter().map(cell).collect();
+        format!("| {} |\n", cells.join(" | "))
+    };
+    let mut out = line(&|column| column.head.clone());
+    out += &format!("|{}\n", "---|".repeat(columns.len()));
+    for row in 0..rows {
+        out += &line(&|column| column.cells[row].clone());
+    }
+    out
+}
+
+fn positions(compared: &[&EvalRecord]) -> String {
+    let shortest = compared
+        .iter()
+        .map(|record| record.kl_by_position.len())
+        .min();
+    let count = POSITION_COLUMNS.min(shortest.unwrap_or(0));
+    let mut columns = vec![Column {
+        head: "checkpoint".to_string(),
+        cells: compared.iter().map(|record| record.model.clone()).collect(),
+    }];
+    columns.extend((0..count).map(|index| {
+        Column {
+            head: format!("to {:.0} %", 100.0 * (index + 1) as f64 / count as f64),
+            cells: (compared.iter())
+                .map(|record| decimals(Some(part(&record.kl_by_position, index, count))))
+                .collect(),
+        }
+    }));
+    table(columns)
+}
+
+/// Mean of the `index`th of `count` runs of `values`.
+fn part(values: &[f64], index: usize, count: usize) -> f64 {
+    let bound = |index: usize| index * values.len() / count;
+    let part = &values[bound(index)..bound(index + 1)];
+    part.iter().sum::<f64>() / part.len() as f64
+}
+
+/// With one standard error of the mean log-likelihood, carried over to the perplexity.
+fn perplexity(record: &EvalRecord) -> String {
+    let spread = record.perplexity * record.nll_stderr;
+    format!("{:.3} ± {spread:.3}", record.perplexity)
+}
+
+fn percent_change(record: &EvalRecord, first: &EvalRecord) -> String {
+    let ratio = record.perplexity / first.perplexity;
+    format!("{:+.2} %", 100.0 * (ratio - 1.0))
+}
+
+fn interval(found: &PairedDifference) -> String {
+    format!(
+        "{:+.4} ({:+.4} to {:+.4})",
+        found.mean, found.low, found.high
+    )
+}
+
+fn share(accuracy: &Accuracy) -> String {
+    let (share, stderr) = (100.0 * accuracy.share, 100.0 * accuracy.stderr);
+    format!("{share:.1} ± {stderr:.1} %")
+}
+
+fn decimals(value: Option<f64>) -> String {
+    value.map_or(String::new(), |value| format!("{value:.4}"))
 }
 
 #[cfg(test)]
@@ -69,5 +166,60 @@ mod tests {
             | a | k | 123 MB | 20.000 ± 0.200 |  |  |  |\n\
             | b | k | 123 MB | 21.000 ± 0.210 | +5.00 % | 0.0512 | 87.5 % |\n";
         assert_eq!(table, want);
+    }
+
+    #[test]
+    fn a_column_without_values_is_left_out() {
+        let table = comparison(&[record("a", 20.0, None)]);
+        let want = "text, 2 windows of 8\n\n\
+            | checkpoint | kind | size | perplexity |\n\
+            |---|---|---|---|\n\
+            | a | k | 123 MB | 20.000 ± 0.200 |\n";
+        assert_eq!(table, want);
+    }
+
+    #[test]
+    fn tails_differences_and_answers_have_columns() {
+        let accuracy = |share| Accuracy {
+            task: "lambada".into(),
+            examples: 50,
+            share,
+            stderr: 0.07,
+        };
+        let first = EvalRecord {
+            accuracy: Some(accuracy(0.42)),
+            ..record("a", 20.0, None)
+        };
+        let second = EvalRecord {
+            kl_p999: Some(0.7),
+            kl_by_position: (0..32).map(|part| 0.1 * f64::from(part / 4)).collect(),
+            nll_difference: Some(PairedDifference {
+                mean: 0.0488,
+                low: 0.0388,
+                high: 0.0588,
+            }),
+            accuracy: Some(accuracy(0.4)),
+            ..record("b", 21.0, Some(0.0512))
+        };
+        let table = comparison(&[first, second]);
+        let want = "text, 2 windows of 8\n\n\
+            | checkpoint | kind | size | perplexity | vs first | KL, nats | KL 99.9 % \
+            | same top token | ln ppl less first (95 %) | noise floor | lambada |\n\
+            |---|---|---|---|---|---|---|---|---|---|---|\n\
+            | a | k | 123 MB | 20.000 ± 0.200 |  |  |  |  |  |  | 42.0 ± 7.0 % |\n\
+            | b | k | 123 MB | 21.000 ± 0.210 | +5.00 % | 0.0512 | 0.7000 | 87.5 % \
+            | +0.0488 (+0.0388 to +0.0588) | 0.0100 | 40.0 ± 7.0 % |\n\n\
+            KL, nats, by place in the window:\n\n\
+            | checkpoint | to 12 % | to 25 % | to 38 % | to 50 % | to 62 % | to 75 % | to 88 % \
+            | to 100 % |\n\
+            |---|---|---|---|---|---|---|---|---|\n\
+            | b | 0.0000 | 0.1000 | 0.2000 | 0.3000 | 0.4000 | 0.5000 | 0.6000 | 0.7000 |\n";
+        assert_eq!(table, want);
+    }
+
+    #[test]
+    fn parts_that_do_not_divide_evenly_are_all_counted() {
+        assert_eq!(part(&[1.0, 2.0, 3.0], 0, 2), 1.0);
+        assert_eq!(part(&[1.0, 2.0, 3.0], 1, 2), 2.5);
     }
 }

@@ -1,0 +1,288 @@
+//! Several checkpoints on the same windows and passages, a group at a time.
+//!
+//! A group is scored by every model before the next one begins, the reference first, so that its
+//! final hidden states are needed for one group only. Memory is that of a group, however long the
+//! text; the price is that each model's blocks are read once a group.
+
+use std::ops::Range;
+use std::time::Instant;
+
+use gptq_model::{Device, ModelError};
+
+use crate::journal::{Entry, Journal, JournalError, Part, Place};
+use crate::last_word::{Passage, guess_last_words};
+use crate::open::{OpenError, OpenedModel};
+use crate::perplexity::{Reference, ScoreError, WindowScore, score_windows};
+
+/// Tokens of a group: 16 windows of 2048. On a processor reading and unpacking a block takes about
+/// as long as passing a thousand tokens through it, so this many make it a few percent, and a kill
+/// costs no more than that many.
+const GROUP_TOKENS: usize = 32_768;
+
+/// The same on a GPU: 64 windows, half of what a default calibration keeps. A GPU is so much
+/// faster than the way from the disk that fewer would wait for blocks.
+#[cfg(feature = "cuda")]
+const GPU_GROUP_TOKENS: usize = 131_072;
+
+/// Tokens that go through a model together where nobody says how many.
+pub fn group_tokens(device: Device) -> usize {
+    match device {
+        Device::Cpu => GROUP_TOKENS,
+        #[cfg(feature = "cuda")]
+        Device::Cuda { .. } => GPU_GROUP_TOKENS,
+    }
+}
+
+/// Consecutive windows of the given lengths, together at most `tokens` long; a longer window is a
+/// group by itself.
+pub fn groups(lengths: impl IntoIterator<Item = usize>, tokens: usize) -> Vec<Range<usize>> {
+    let mut groups: Vec<Range<usize>> = Vec::new();
+    let mut filled = 0;
+    for (index, length) in lengths.into_iter().enumerate() {
+        match groups.last_mut() {
+            Some(group) if filled + length <= tokens => {
+                group.end = index + 1;
+                filled += length;
+            }
+            _ => {
+                groups.push(index..index + 1);
+                filled = length;
+            }
+        }
+    }
+    groups
+}
+
+/// What is to be scored.
+pub struct Request<'a> {
+    /// The first is the reference.
+    pub models: &'a [OpenedModel],
+    /// Where.
+    pub device: Device,
+    /// Token ids, a vector per window.
+    pub windows: &'a [Vec<u32>],
+    /// Passages whose last word is to be guessed; may be empty.
+    pub passages: &'a [Passage],
+    /// See [`group_tokens`].
+    pub group_tokens: usize,
+}
+
+/// What one model said.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Scores {
+    /// A row per window; all models but the first are compared with it.
+    pub windows: Vec<WindowScore>,
+    /// Whether each passage was guessed, shortest passage first.
+    pub answers: Vec<bool>,
+    /// Wall seconds, those of earlier runs included.
+    pub seconds: f64,
+}
+
+/// How far an evaluation is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Step {
+    /// Passes through a block or a head that are behind us.
+    pub done: usize,
+    /// All of them.
+    pub all: usize,
+    /// The model at work.
+    pub model: usize,
+}
+
+/// An evaluation that cannot go on.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum EvaluationError {
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    #[error("{place}: the likelihood of window {window} is not finite")]
+    NotFinite { place: String, window: usize },
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+}
+
+impl EvaluationError {
+    /// Advice, apart from the cause.
+    pub fn hint(&self) -> Option<&'static str> {
+        match self {
+            EvaluationError::Model(error) => error.hint(),
+            EvaluationError::Journal(error) => error.hint(),
+            _ => None,
+        }
+    }
+}
+
+/// Scores what `journal` lacks and returns all of it, a [`Scores`] per model. The numbers are
+/// those of an unbroken run: groups are cut the same way, and nothing of one enters another.
+pub fn evaluate(
+    request: &Request<'_>,
+    journal: &mut Journal,
+    progress: &mut dyn FnMut(Step),
+) -> Result<Vec<Scores>, EvaluationError> {
+    let mut order: Vec<&Passage> = request.passages.iter().collect();
+    order.sort_by_key(|passage| passage.ids.len());
+    let passages: Vec<Passage> = order.into_iter().cloned().collect();
+    let of_windows = groups(request.windows.iter().map(Vec::len), request.group_tokens);
+    let of_passages = groups(
+        passages.iter().map(|passage| passage.ids.len()),
+        request.group_tokens,
+    );
+    let mut run = Run {
+        request,
+        step: Step {
+            done: 0,
+            all: 0,
+            model: 0,
+        },
+        progress,
+        journal,
+    };
+    run.count(Part::Windows, of_windows.len());
+    run.count(Part::Passages, of_passages.len());
+    (run.progress)(run.step);
+    for (group, range) in of_windows.iter().enumerate() {
+        run.windows(group, range.clone())?;
+    }
+    for (group, range) in of_passages.iter().enumerate() {
+        run.passages(group, &passages[range.clone()])?;
+    }
+    let of_model = |model| {
+        let mut scores = Scores::default();
+        for (part, groups) in [
+            (Part::Windows, of_windows.len()),
+            (Part::Passages, of_passages.len()),
+        ] {
+            for group in 0..groups {
+                let place = Place { part, group, model };
+                let entry = run.journal.get(place).expect("every group was scored");
+                scores.windows.extend_from_slice(&entry.windows);
+                scores.answers.extend_from_slice(&entry.answers);
+                scores.seconds += entry.seconds;
+            }
+        }
+        scores
+    };
+    Ok((0..request.models.len()).map(of_model).collect())
+}
+
+struct Run<'a> {
+    request: &'a Request<'a>,
+    journal: &'a mut Journal,
+    step: Step,
+    progress: &'a mut dyn FnMut(Step),
+}
+
+impl Run<'_> {
+    /// Adds the passes of a part to the count; those in the journal are behind us.
+    fn count(&mut self, part: Part, groups: usize) {
+        for group in 0..groups {
+            for (model, opened) in self.request.models.iter().enumerate() {
+                let passes = opened.config.num_hidden_layers + 1;
+                self.step.all += passes;
+                if !self.is_due(Place { part, group, model }) {
+                    self.step.done += passes;
+                }
+            }
+        }
+    }
+
+    /// The reference is passed through again if anybody is to be compared with it.
+    fn is_due(&self, place: Place) -> bool {
+        let lacks = |model| self.journal.get(Place { model, ..place }).is_none();
+        match (place.part, place.model) {
+            (Part::Windows, 0) => (0..self.request.models.len()).any(lacks),
+            _ => lacks(place.model),
+        }
+    }
+
+    fn windows(&mut self, group: usize, range: Range<usize>) -> Result<(), EvaluationError> {
+        let windows = &self.request.windows[range.clone()];
+        let mut reference: Option<Reference> = None;
+        for (model, opened) in self.request.models.iter().enumerate() {
+            let place = Place {
+                part: Part::Windows,
+                group,
+                model,
+            };
+            if !self.is_due(place) {
+                continue;
+            }
+            let begun = Instant::now();
+            let mut decoder = opened.decoder(self.request.device)?;
+            let scored = score_windows(
+                decoder.as_mut(),
+                windows,
+                reference.as_ref(),
+                &mut self.passed(model),
+            );
+            let (windows, hidden) = scored.map_err(|error| match error {
+                ScoreError::Model(error) => error.into(),
+                ScoreError::NotFinite { window } => EvaluationError::NotFinite {
+                    place: opened.weights.place(),
+                    window: range.start + window,
+                },
+            })?;
+            if model == 0 {
+                reference = Some(hidden);
+            }
+            // What the journal has was scored before; its seconds are those that it took then.
+            if self.journal.get(place).is_none() {
+                self.journal.record(Entry {
+                    place,
+                    seconds: begun.elapsed().as_secs_f64(),
+                    windows,
+                    answers: Vec::new(),
+                })?;
+            }
+        }
+        Ok(())
+    }
+
+    fn passages(&mut self, group: usize, passages: &[Passage]) -> Result<(), EvaluationError> {
+        for (model, opened) in self.request.models.iter().enumerate() {
+            let place = Place {
+                part: Part::Passages,
+                group,
+                model,
+            };
+            if !self.is_due(place) {
+                continue;
+            }
+            let begun = Instant::now();
+            let mut decoder = opened.decoder(self.request.device)?;
+            let answers = guess_last_words(decoder.as_mut(), passages, &mut self.passed(model))?;
+            self.journal.record(Entry {
+                place,
+                seconds: begun.elapsed().as_secs_f64(),
+                windows: Vec::new(),
+                answers,
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Counts a pass of `model` and tells of it.
+    fn passed(&mut self, model: usize) -> impl FnMut() + '_ {
+        move || {
+            self.step.done += 1;
+            self.step.model = model;
+            (self.progress)(self.step);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn groups_hold_what_fits_and_at_least_one_window() {
+        assert_eq!(groups([4; 5], 8), [0..2, 2..4, 4..5]);
+        assert_eq!(groups([4; 2], 100), vec![0..2]);
+        assert_eq!(groups([3, 9, 3, 4, 5], 8), [0..1, 1..2, 2..4, 4..5]);
+        assert_eq!(groups([], 8), []);
+        assert_eq!(groups([4; 3], 0), [0..1, 1..2, 2..3]);
+    }
+}
