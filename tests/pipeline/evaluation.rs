@@ -25,14 +25,14 @@ impl Place {
         let folder = tempfile::tempdir().unwrap();
         let (model, text) = small_model(folder.path());
         let at = |name: &str| folder.path().join(name);
-        for (name, bits) in [("four", "4"), ("three", "3")] {
+        for (name, bits) in [("four", "4"), ("two", "2")] {
             let mut command = gptq("quantize");
             command.arg(&model).arg("--out").arg(at(name));
             command.args(["--method", "rtn", "--group-size", "32", "--bits", bits]);
             run(&mut command).done();
         }
         Place {
-            models: [model, at("four"), at("three")],
+            models: [model, at("four"), at("two")],
             state: at("state.jsonl"),
             text,
             folder,
@@ -102,7 +102,9 @@ fn killed_and_resumed_it_prints_the_same_numbers() {
     for groups in [1, 2, 7] {
         place.kill_after(groups);
         let told = run(place.kept().arg("--json")).done();
-        assert!(told.stderr.contains("passes are done already"), "{told:#?}");
+        // the reference alone saves nothing: its states are needed for the others
+        let saved = told.stderr.contains("passes are done already");
+        assert_eq!(saved, groups > 1, "{told:#?}");
         let resumed: Value = serde_json::from_str(&told.stdout).unwrap();
         assert_eq!(timeless(resumed), whole, "after {groups} groups");
         // all there: nothing is scored again
@@ -129,8 +131,10 @@ fn what_the_record_says_of_a_packed_model() {
             number(model, "/nll_difference/high"),
         );
         assert!(low < difference && difference < high);
-        // paired, the difference is known far better than each likelihood
-        assert!(high - low < 2.0 * number(0, "/nll_stderr"));
+        if model == 1 {
+            // paired, a small difference is known far better than each likelihood
+            assert!(high - low < 2.0 * number(0, "/nll_stderr"));
+        }
         let parts = records[model]["kl_by_position"].as_array().unwrap();
         assert_eq!(parts.len(), 32);
         let sum: f64 = parts.iter().map(|part| part.as_f64().unwrap()).sum();
@@ -301,6 +305,7 @@ fn last_words_of_the_models_own_are_all_right() {
         assert_eq!(accuracy["examples"], 20);
         assert_eq!(accuracy["share"], share, "{name}");
         let error = accuracy["stderr"].as_f64().unwrap();
+        let share: f64 = share;
         assert!((error - (share * (1.0 - share) / 19.0).sqrt()).abs() < 1e-12);
     }
     // the first ten of the half are the wrong ones; kept and read again they stay so
