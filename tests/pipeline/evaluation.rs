@@ -148,7 +148,7 @@ fn what_the_record_says_of_a_packed_model() {
         "KL 99.9 %",
         "ln ppl less first (95 %)",
         "noise floor",
-        "to 100 %",
+        "to 256 |",
     ] {
         assert!(table.contains(head), "{head}: {table}");
     }

@@ -70,8 +70,9 @@ impl HeadInput {
     /// the processor, in f32. A task asks for few rows, so that a GPU would save little.
     pub fn likeliest(&self, rows: &[usize]) -> Vec<u32> {
         let rows: Vec<(usize, u32)> = rows.iter().map(|&row| (row, 0)).collect();
+        let host = &self.rows;
         (rows.par_chunks(ROWS))
-            .flat_map_iter(|rows| self.rows.run(rows, None))
+            .flat_map_iter(|rows| host.run(rows, None))
             .map(|running| running.q.argmax as u32)
             .collect()
     }

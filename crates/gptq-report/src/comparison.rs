@@ -52,7 +52,7 @@ pub fn comparison(records: &[EvalRecord]) -> String {
         .collect();
     if !compared.is_empty() {
         out += &format!(
-            "\nKL, nats, by place in the window:\n\n{}",
+            "\nKL, nats, by token of the window:\n\n{}",
             positions(&compared)
         );
     }
@@ -85,13 +85,18 @@ fn positions(compared: &[&EvalRecord]) -> String {
         .map(|record| record.kl_by_position.len())
         .min();
     let count = POSITION_COLUMNS.min(shortest.unwrap_or(0));
+    let seq_len = compared
+        .iter()
+        .map(|record| record.seq_len)
+        .max()
+        .unwrap_or(0);
     let mut columns = vec![Column {
         head: "checkpoint".to_string(),
         cells: compared.iter().map(|record| record.model.clone()).collect(),
     }];
     columns.extend((0..count).map(|index| {
         Column {
-            head: format!("to {:.0} %", 100.0 * (index + 1) as f64 / count as f64),
+            head: format!("to {}", (index + 1) * seq_len / count),
             cells: (compared.iter())
                 .map(|record| decimals(Some(part(&record.kl_by_position, index, count))))
                 .collect(),
@@ -199,6 +204,7 @@ mod tests {
                 high: 0.0588,
             }),
             accuracy: Some(accuracy(0.4)),
+            seq_len: 2048,
             ..record("b", 21.0, Some(0.0512))
         };
         let table = comparison(&[first, second]);
@@ -209,9 +215,9 @@ mod tests {
             | a | k | 123 MB | 20.000 ± 0.200 |  |  |  |  |  |  | 42.0 ± 7.0 % |\n\
             | b | k | 123 MB | 21.000 ± 0.210 | +5.00 % | 0.0512 | 0.7000 | 87.5 % \
             | +0.0488 (+0.0388 to +0.0588) | 0.0100 | 40.0 ± 7.0 % |\n\n\
-            KL, nats, by place in the window:\n\n\
-            | checkpoint | to 12 % | to 25 % | to 38 % | to 50 % | to 62 % | to 75 % | to 88 % \
-            | to 100 % |\n\
+            KL, nats, by token of the window:\n\n\
+            | checkpoint | to 256 | to 512 | to 768 | to 1024 | to 1280 | to 1536 | to 1792 \
+            | to 2048 |\n\
             |---|---|---|---|---|---|---|---|---|\n\
             | b | 0.0000 | 0.1000 | 0.2000 | 0.3000 | 0.4000 | 0.5000 | 0.6000 | 0.7000 |\n";
         assert_eq!(table, want);
