@@ -25,7 +25,7 @@ const MAY_USE: [(&str, &[&str]); 12] = [
     ),
     (
         "gptq-inference",
-        &["gptq-types", "gptq-packer", "gptq-model"],
+        &["gptq-types", "gptq-packer", "gptq-kernels", "gptq-model"],
     ),
     (
         "gptq-cli",

@@ -31,6 +31,8 @@ pub enum OpenError {
 pub struct OpenedModel {
     /// Weights, dequantised on reading where packed.
     pub weights: Arc<dyn WeightSource>,
+    /// The same, where linears are packed and may be had as codes.
+    pub packed: Option<Arc<PackedWeights>>,
     /// The architecture.
     pub config: DecoderConfig,
     /// How it is packed; absent for a float checkpoint.
@@ -52,6 +54,7 @@ pub fn open(
     if !packed {
         return Ok(OpenedModel {
             weights: Arc::new(FloatWeights::new(source)),
+            packed: None,
             config,
             quantization: None,
         });
@@ -62,8 +65,10 @@ pub fn open(
             source,
         })?
         .ok_or(OpenError::NoSettings(place))?;
+    let weights = Arc::new(PackedWeights::new(source, settings.clone()));
     Ok(OpenedModel {
-        weights: Arc::new(PackedWeights::new(source, settings.clone())),
+        weights: weights.clone(),
+        packed: Some(weights),
         config,
         quantization: Some(settings),
     })

@@ -24,6 +24,14 @@ impl PackedWeights {
         }
     }
 
+    /// Codes, scales, zeros and groups of a linear; nothing where it is stored as floats.
+    pub fn layer(&self, layer: &LayerName) -> Result<Option<SolvedLayer>, SourceError> {
+        match self.is_packed(layer) {
+            true => self.read(layer).map(Some),
+            false => Ok(None),
+        }
+    }
+
     fn is_packed(&self, layer: &LayerName) -> bool {
         self.source.info(&layer.tensor("qweight")).is_some()
     }

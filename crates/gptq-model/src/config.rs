@@ -1,5 +1,6 @@
 //! `config.json` of a decoder, read strictly: what cannot be honoured is refused by name.
 
+use gptq_kernels::Rotation;
 use gptq_types::{LayerName, Stage};
 use serde_json::Value;
 
@@ -161,6 +162,12 @@ impl DecoderConfig {
         2.0 * all * linears as f64 + 2.0 * all * (tokens as f64 + 1.0) * width
     }
 
+    /// Rotary cosines and sines for `positions` of texts that are `tokens` long.
+    pub fn rotation(&self, positions: std::ops::Range<usize>, tokens: usize) -> Rotation {
+        self.rope_scaling
+            .rotation(self.head_dim, self.rope_theta, positions, tokens)
+    }
+
     /// Names and shapes of every plain tensor: `[rows, columns]` or `[length]`.
     fn plain_tensors(&self) -> Vec<(String, Vec<usize>)> {
         let hidden = self.hidden_size;
@@ -188,7 +195,7 @@ impl DecoderConfig {
 
     /// Everything the architecture needs is there in its shape, and nothing is there that it
     /// would ignore.
-    pub(crate) fn check_tensors(&self, source: &dyn WeightSource) -> Result<(), ModelError> {
+    pub fn check_tensors(&self, source: &dyn WeightSource) -> Result<(), ModelError> {
         let mut known = std::collections::HashSet::new();
         for (name, shape) in self.plain_tensors() {
             source.check_plain(&name, &shape)?;

@@ -99,12 +99,7 @@ impl<B: DecoderBackend> Engine<B> {
     }
 
     pub fn rotation(&self, positions: std::ops::Range<usize>, tokens: usize) -> Rotation {
-        self.config.rope_scaling.rotation(
-            self.config.head_dim,
-            self.config.rope_theta,
-            positions,
-            tokens,
-        )
+        self.config.rotation(positions, tokens)
     }
 
     pub fn load(&self, index: usize) -> Result<Block<B>, ModelError> {

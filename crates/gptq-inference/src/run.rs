@@ -1,0 +1,166 @@
+//! A checkpoint with all its blocks resident, one token a step.
+
+use gptq_model::{DecoderConfig, Device, ModelError};
+use gptq_types::SourceError;
+
+use crate::OpenedModel;
+
+/// A checkpoint that cannot be run, or a call that cannot be met.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum RunError {
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    #[error("sequence {sequence} holds {held} of {capacity} tokens, {more} more do not fit")]
+    Full {
+        sequence: usize,
+        held: usize,
+        capacity: usize,
+        more: usize,
+    },
+    #[error("sequence {sequence} is not one of {batch}")]
+    NoSequence { sequence: usize, batch: usize },
+    #[error("{tokens} tokens were given to {batch} sequences, one each is needed")]
+    NotOneEach { tokens: usize, batch: usize },
+    #[error("a prompt of no tokens says nothing about the next one")]
+    EmptyPrompt,
+    #[error("{0} cannot run a checkpoint from its packed files yet")]
+    NoRunner(String),
+    #[cfg(feature = "cuda")]
+    #[error(transparent)]
+    Cuda(#[from] gptq_kernels::cuda::CudaError),
+}
+
+impl RunError {
+    /// Advice, apart from the cause.
+    pub fn hint(&self) -> Option<&'static str> {
+        match self {
+            RunError::Model(error) => error.hint(),
+            RunError::NoRunner(_) => Some("pass --device cpu"),
+            #[cfg(feature = "cuda")]
+            RunError::Cuda(error) => error.hint(),
+            _ => None,
+        }
+    }
+}
+
+/// A checkpoint with all its blocks resident and a key-value cache: one token a step.
+///
+/// The order of calls: [`reset`](Runner::reset); [`prefill`](Runner::prefill) for each sequence;
+/// then [`step`](Runner::step)s, between which further prompts may be appended. A sequence that no
+/// prompt was given to begins with its first step. After an error the cache is to be reset.
+pub trait Runner {
+    /// The architecture.
+    fn config(&self) -> &DecoderConfig;
+
+    /// Forgets everything; makes room for `batch` sequences of `capacity` tokens each.
+    fn reset(&mut self, batch: usize, capacity: usize) -> Result<(), RunError>;
+
+    /// Appends a prompt to sequence `sequence`; logits `[vocab]` after its last token.
+    fn prefill(&mut self, sequence: usize, tokens: &[u32]) -> Result<Vec<f32>, RunError>;
+
+    /// Appends one token to each sequence (they may be of different lengths); logits
+    /// `[batch, vocab]` row-major.
+    fn step(&mut self, tokens: &[u32]) -> Result<&[f32], RunError>;
+
+    /// Most bytes held at a time: GPU memory on a GPU; weights, cache and workspace on a processor.
+    fn peak_memory(&self) -> u64;
+}
+
+impl OpenedModel {
+    /// Loads all weights onto `device`, in the types that the files have them in.
+    pub fn runner(&self, device: Device) -> Result<Box<dyn Runner>, RunError> {
+        self.check()?;
+        match device {
+            Device::Cpu => Err(RunError::NoRunner("cpu".to_string())),
+            #[cfg(feature = "cuda")]
+            Device::Cuda { ordinal, .. } => Err(RunError::NoRunner(format!("cuda:{ordinal}"))),
+        }
+    }
+}
+
+/// What both runners refuse alike, before they touch the cache.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Lengths {
+    capacity: usize,
+    held: Vec<usize>, // tokens of each sequence
+}
+
+impl Lengths {
+    pub fn new(config: &DecoderConfig, batch: usize, capacity: usize) -> Result<Self, RunError> {
+        match config.sliding_window {
+            Some(window) if capacity > window => Err(RunError::Model(ModelError::SlidingWindow {
+                tokens: capacity,
+                window,
+            })),
+            _ => Ok(Lengths {
+                capacity,
+                held: vec![0; batch],
+            }),
+        }
+    }
+
+    pub fn held(&self) -> &[usize] {
+        &self.held
+    }
+
+    /// Counts a prompt in; returns its first position.
+    pub fn append(
+        &mut self,
+        config: &DecoderConfig,
+        sequence: usize,
+        tokens: &[u32],
+    ) -> Result<usize, RunError> {
+        let batch = self.held.len();
+        let Some(held) = self.held.get_mut(sequence) else {
+            return Err(RunError::NoSequence { sequence, batch });
+        };
+        if tokens.is_empty() {
+            return Err(RunError::EmptyPrompt);
+        }
+        known(config, tokens)?;
+        let first = *held;
+        if first + tokens.len() > self.capacity {
+            return Err(RunError::Full {
+                sequence,
+                held: first,
+                capacity: self.capacity,
+                more: tokens.len(),
+            });
+        }
+        *held += tokens.len();
+        Ok(first)
+    }
+
+    /// Counts a token a sequence in; `held` then counts it.
+    pub fn append_each(&mut self, config: &DecoderConfig, tokens: &[u32]) -> Result<(), RunError> {
+        let batch = self.held.len();
+        if tokens.len() != batch || batch == 0 {
+            return Err(RunError::NotOneEach {
+                tokens: tokens.len(),
+                batch,
+            });
+        }
+        known(config, tokens)?;
+        if let Some(sequence) = self.held.iter().position(|&held| held >= self.capacity) {
+            return Err(RunError::Full {
+                sequence,
+                held: self.capacity,
+                capacity: self.capacity,
+                more: 1,
+            });
+        }
+        self.held.iter_mut().for_each(|held| *held += 1);
+        Ok(())
+    }
+}
+
+fn known(config: &DecoderConfig, tokens: &[u32]) -> Result<(), RunError> {
+    let vocab_size = config.vocab_size;
+    match tokens.iter().find(|&&id| id as usize >= vocab_size) {
+        Some(&id) => Err(ModelError::TokenOutsideVocabulary { id, vocab_size }.into()),
+        None => Ok(()),
+    }
+}
