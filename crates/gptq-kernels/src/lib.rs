@@ -1,6 +1,6 @@
 //! The heavy arithmetic of quantization and inference, on plain row-major slices.
 //!
-//! Knows: matrix products, Gram matrices, the Cholesky factor of an inverse, and the fused
+//! Knows: matrix products, also from packed or sixteen-bit weights, Gram matrices, the Cholesky factor of an inverse, and the fused
 //! operations of a decoder block, each vectorised at run time for the processor it finds and
 //! spread over the rayon pool it is called from. Results do not depend on the number of threads:
 //! work is split over outputs, never over a sum.
@@ -12,12 +12,14 @@ mod attention;
 pub mod cuda;
 mod elementwise;
 mod factor;
+mod matrix;
 mod product;
 mod vector;
 
 pub use attention::{AttentionShape, CachedRows, attend_cached, causal_attention};
 pub use elementwise::{Rotation, rms_norm, swiglu};
 pub use factor::{FactorError, inverse_cholesky};
+pub use matrix::{FloatMatrix, Matrix, PackedMatrix, multiply_each};
 pub use product::{
     Gram, measure_sgemm, multiply, multiply_add, multiply_f64, multiply_transposed, transpose,
 };

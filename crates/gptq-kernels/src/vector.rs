@@ -16,6 +16,40 @@ pub fn vectorised<R>(op: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(Op(op))
 }
 
+/// Work that is compiled once for each instruction set.
+///
+/// A large closure given to [`vectorised`] may be left out of line, where it is compiled for the
+/// oldest processor (measured: a fifth of the speed). A method can say that it must not be.
+pub(crate) trait Kernel {
+    /// What it computes.
+    type Output;
+
+    /// To be `#[inline(always)]`.
+    fn run<S: pulp::Simd>(self, simd: S) -> Self::Output;
+}
+
+/// Runs `kernel` compiled for the widest vector instructions of this processor.
+pub(crate) fn run_widest<K: Kernel>(kernel: K) -> K::Output {
+    struct Op<K>(K);
+    impl<K: Kernel> pulp::WithSimd for Op<K> {
+        type Output = K::Output;
+        #[inline(always)]
+        fn with_simd<S: pulp::Simd>(self, simd: S) -> K::Output {
+            self.0.run(simd)
+        }
+    }
+    pulp::Arch::new().dispatch(Op(kernel))
+}
+
+/// `a * b + c`, rounded once where the processor does that as fast.
+#[inline(always)]
+pub(crate) fn multiply_sum<S: pulp::Simd>(a: f32, b: f32, c: f32) -> f32 {
+    match S::IS_SCALAR {
+        true => a * b + c,
+        false => a.mul_add(b, c),
+    }
+}
+
 /// `e^x` to 2 ulp for `x <= 88`, flushed to 0 below -87.
 ///
 /// Range reduction by `ln 2` in two parts and a polynomial of degree 6 (Cephes `expf`), without
