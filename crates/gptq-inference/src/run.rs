@@ -1,5 +1,7 @@
 //! A checkpoint with all its blocks resident, one token a step.
 
+mod cpu;
+
 use gptq_model::{DecoderConfig, Device, ModelError};
 use gptq_types::SourceError;
 
@@ -26,6 +28,7 @@ pub enum RunError {
     NotOneEach { tokens: usize, batch: usize },
     #[error("a prompt of no tokens says nothing about the next one")]
     EmptyPrompt,
+    #[cfg(feature = "cuda")]
     #[error("{0} cannot run a checkpoint from its packed files yet")]
     NoRunner(String),
     #[cfg(feature = "cuda")]
@@ -38,6 +41,7 @@ impl RunError {
     pub fn hint(&self) -> Option<&'static str> {
         match self {
             RunError::Model(error) => error.hint(),
+            #[cfg(feature = "cuda")]
             RunError::NoRunner(_) => Some("pass --device cpu"),
             #[cfg(feature = "cuda")]
             RunError::Cuda(error) => error.hint(),
@@ -74,7 +78,7 @@ impl OpenedModel {
     pub fn runner(&self, device: Device) -> Result<Box<dyn Runner>, RunError> {
         self.check()?;
         match device {
-            Device::Cpu => Err(RunError::NoRunner("cpu".to_string())),
+            Device::Cpu => Ok(Box::new(cpu::CpuRunner::open(self)?)),
             #[cfg(feature = "cuda")]
             Device::Cuda { ordinal, .. } => Err(RunError::NoRunner(format!("cuda:{ordinal}"))),
         }

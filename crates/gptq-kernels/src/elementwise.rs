@@ -87,9 +87,14 @@ impl Rotation {
     /// Rotates `x [windows * tokens, heads * head_dim]` in place; row `r` stands at position
     /// `r % tokens` of the table.
     pub fn apply(&self, x: &mut [f32], width: usize, tokens: usize) {
+        self.apply_at(x, width, |row| row % tokens);
+    }
+
+    /// The same with row `r` at `position(r)` of the table.
+    pub fn apply_at(&self, x: &mut [f32], width: usize, position: impl Fn(usize) -> usize + Sync) {
         let half = self.head_dim / 2;
         x.par_chunks_mut(width).enumerate().for_each(|(row, x)| {
-            let position = row % tokens * half;
+            let position = position(row) * half;
             let cos = &self.cos[position..position + half];
             let sin = &self.sin[position..position + half];
             vectorised(|| {

@@ -8,6 +8,7 @@
 //! Does not know: tensors with names, models, what a Hessian is for.
 
 mod attention;
+mod cache;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 mod elementwise;
@@ -17,6 +18,7 @@ mod product;
 mod vector;
 
 pub use attention::{AttentionShape, CachedRows, attend_cached, causal_attention};
+pub use cache::KeyValueCache;
 pub use elementwise::{Rotation, rms_norm, swiglu};
 pub use factor::{FactorError, inverse_cholesky};
 pub use matrix::{FloatMatrix, Matrix, PackedMatrix, multiply_each};

@@ -200,6 +200,11 @@ impl FloatMatrix {
         }
     }
 
+    /// `x [rows, K]` times the weight, `[rows, N]` row-major.
+    pub fn multiply(&self, x: &[f32], rows: usize) -> Vec<f32> {
+        super::View::Float(self).multiply(x, rows)
+    }
+
     /// Adds row `index` to `out`: a token of an embedding.
     pub fn copy_row(&self, index: usize, out: &mut Vec<f32>) {
         self.widen(index, 1, out);

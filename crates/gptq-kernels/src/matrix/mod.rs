@@ -92,34 +92,62 @@ impl Matrix {
 
     /// `x [rows, K]` times the weight, `[rows, N]` row-major.
     pub fn multiply(&self, x: &[f32], rows: usize) -> Vec<f32> {
-        let mut all = multiply_each(&[self], x, rows);
+        self.view().multiply(x, rows)
+    }
+
+    fn view(&self) -> View<'_> {
+        match self {
+            Matrix::Packed(matrix) => View::Packed(matrix),
+            Matrix::Float(matrix) => View::Float(matrix),
+        }
+    }
+}
+
+/// A matrix of either kind that someone else holds.
+#[derive(Clone, Copy)]
+enum View<'a> {
+    Packed(&'a PackedMatrix),
+    Float(&'a FloatMatrix),
+}
+
+impl View<'_> {
+    fn multiply(self, x: &[f32], rows: usize) -> Vec<f32> {
+        let mut all = multiply_views(&[self], x, rows);
         all.pop().expect("one matrix gives one product")
     }
 
-    /// Outputs of one task.
-    fn task(&self, rows: usize) -> usize {
-        match (self, rows >= MANY_ROWS) {
-            (_, true) => BAND,
-            (Matrix::Packed(_), false) => packed::TILE,
-            (Matrix::Float(_), false) => float::TILE,
+    /// `(K, N)`.
+    fn shape(self) -> (usize, usize) {
+        match self {
+            View::Packed(matrix) => (matrix.in_features(), matrix.out_features()),
+            View::Float(matrix) => (matrix.in_features(), matrix.out_features()),
         }
     }
 
-    fn prepare<'a>(&self, x: &'a [f32], rows: usize) -> Input<'a> {
+    /// Outputs of one task.
+    fn task(self, rows: usize) -> usize {
+        match (self, rows >= MANY_ROWS) {
+            (_, true) => BAND,
+            (View::Packed(_), false) => packed::TILE,
+            (View::Float(_), false) => float::TILE,
+        }
+    }
+
+    fn prepare<'x>(self, x: &'x [f32], rows: usize) -> Input<'x> {
         let many = rows >= MANY_ROWS;
         match self {
-            Matrix::Packed(matrix) => matrix.prepare(x, rows, many),
-            Matrix::Float(matrix) => matrix.prepare(x, many),
+            View::Packed(matrix) => matrix.prepare(x, rows, many),
+            View::Float(matrix) => matrix.prepare(x, many),
         }
     }
 
     /// Outputs `first..` into `out [outputs, rows]`.
-    fn outputs(&self, first: usize, out: &mut [f32], rows: usize, input: &Input<'_>) {
+    fn outputs(self, first: usize, out: &mut [f32], rows: usize, input: &Input<'_>) {
         match (self, rows >= MANY_ROWS) {
-            (Matrix::Packed(matrix), false) => matrix.few(first, out, rows, input),
-            (Matrix::Packed(matrix), true) => matrix.many(first, out, rows, input),
-            (Matrix::Float(matrix), false) => matrix.few(first, out, rows, input),
-            (Matrix::Float(matrix), true) => matrix.many(first, out, rows, input),
+            (View::Packed(matrix), false) => matrix.few(first, out, rows, input),
+            (View::Packed(matrix), true) => matrix.many(first, out, rows, input),
+            (View::Float(matrix), false) => matrix.few(first, out, rows, input),
+            (View::Float(matrix), true) => matrix.many(first, out, rows, input),
         }
     }
 }
@@ -128,15 +156,20 @@ impl Matrix {
 ///
 /// One parallel region for all of them: of a small model a region costs as much as its work.
 pub fn multiply_each(matrices: &[&Matrix], x: &[f32], rows: usize) -> Vec<Vec<f32>> {
+    let views: Vec<View<'_>> = matrices.iter().map(|matrix| matrix.view()).collect();
+    multiply_views(&views, x, rows)
+}
+
+fn multiply_views(matrices: &[View<'_>], x: &[f32], rows: usize) -> Vec<Vec<f32>> {
     let inputs: Vec<Input<'_>> = (matrices.iter())
         .map(|matrix| {
-            assert_eq!(x.len(), rows * matrix.in_features(), "elements of x");
+            assert_eq!(x.len(), rows * matrix.shape().0, "elements of x");
             matrix.prepare(x, rows)
         })
         .collect();
     // Output by output, so that tasks write to disjoint slices.
     let mut columns: Vec<Vec<f32>> = (matrices.iter())
-        .map(|matrix| vec![0.0; matrix.out_features() * rows])
+        .map(|matrix| vec![0.0; matrix.shape().1 * rows])
         .collect();
     let mut tasks = Vec::new();
     for ((matrix, input), out) in matrices.iter().zip(&inputs).zip(&mut columns) {
@@ -149,9 +182,21 @@ pub fn multiply_each(matrices: &[&Matrix], x: &[f32], rows: usize) -> Vec<Vec<f3
     match rows {
         1 => columns,
         _ => (columns.iter().zip(matrices))
-            .map(|(out, matrix)| transpose(out, matrix.out_features(), rows))
+            .map(|(out, matrix)| row_major(out, matrix.shape().1, rows))
             .collect(),
     }
+}
+
+/// `[outputs, rows]` to `[rows, outputs]`.
+fn row_major(out: &[f32], outputs: usize, rows: usize) -> Vec<f32> {
+    if rows >= MANY_ROWS {
+        return transpose(out, outputs, rows);
+    }
+    let mut turned = Vec::with_capacity(out.len());
+    for row in 0..rows {
+        turned.extend(out.iter().skip(row).step_by(rows));
+    }
+    turned
 }
 
 /// Calls `run` with 2 rows or 1 at a time until all are done; with more there are not enough
