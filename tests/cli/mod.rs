@@ -4,6 +4,7 @@ mod bad_input;
 mod bad_model;
 mod device;
 mod full_disk;
+mod generate;
 mod help;
 mod report;
 mod streams;

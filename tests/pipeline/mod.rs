@@ -11,5 +11,6 @@ mod published;
 mod quality;
 mod regress;
 mod resume;
+mod runners;
 mod same_bytes;
 mod synthetic;

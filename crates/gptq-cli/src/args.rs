@@ -39,6 +39,10 @@ pub enum Command {
     Import(ImportArgs),
     /// Make a model folder of random weights, for measurements of speed and memory
     Synth(SynthArgs),
+    /// Write on from a prompt
+    Generate(GenerateArgs),
+    /// Talk with a checkpoint, line by line
+    Chat(ChatArgs),
     /// Perplexity of checkpoints, and divergence from the first
     Eval(EvalArgs),
     /// Write one page on finished checkpoints, with tables and figures, from their records alone
@@ -312,6 +316,83 @@ pub struct SynthArgs {
     pub seq_len: usize,
 }
 
+/// How tokens are chosen and when a text ends.
+#[derive(Args)]
+pub struct TextArgs {
+    /// Divides the logits; 0 takes the likeliest token [default: generation_config.json's, or 0]
+    #[arg(long)]
+    pub temperature: Option<f32>,
+    /// Draw among the likeliest tokens that together have this probability [default:
+    /// generation_config.json's, or 1: all]
+    #[arg(long)]
+    pub top_p: Option<f32>,
+    /// Draw among so many likeliest tokens [default: generation_config.json's, or 0: all]
+    #[arg(long)]
+    pub top_k: Option<usize>,
+    /// Makes tokens that occurred less likely, above 1 [default: generation_config.json's, or 1]
+    #[arg(long)]
+    pub repetition_penalty: Option<f32>,
+    /// Tokens to write at most
+    #[arg(long, default_value_t = 512)]
+    pub max_new_tokens: usize,
+    /// Seed of the draw: the same seed gives the same text
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// End before this string; can be repeated. Tokens that end a text always end it
+    #[arg(long, value_name = "STRING")]
+    pub stop: Vec<String>,
+}
+
+#[derive(Args)]
+pub struct GenerateArgs {
+    /// A folder, or `owner/name[:branch]` on the hub, packed or not
+    pub model: String,
+    /// The text to write on from [default: stdin]
+    #[arg(long)]
+    pub prompt: Option<String>,
+    /// Put the prompt into the place of `{prompt}` in this text; `\n` is a line's end
+    #[arg(long, value_name = "TEMPLATE")]
+    pub prompt_template: Option<String>,
+    /// Put the prompt into the checkpoint's chat template
+    #[arg(long, conflicts_with = "prompt_template")]
+    pub chat: bool,
+    /// With --chat: what the model is told beforehand
+    #[arg(long, requires = "chat")]
+    pub system: Option<String>,
+    #[command(flatten)]
+    pub text: TextArgs,
+    #[command(flatten)]
+    pub device: DeviceArgs,
+    /// Print the text with its tokens, its end and the speed as JSON
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub hub: HubArgs,
+}
+
+#[derive(Args)]
+pub struct ChatArgs {
+    /// A folder, or `owner/name[:branch]` on the hub, packed or not
+    pub model: String,
+    /// What the model is told beforehand
+    #[arg(long, conflicts_with = "prompt_template")]
+    pub system: Option<String>,
+    /// Put each line into the place of `{prompt}` in this text, instead of the checkpoint's chat
+    /// template; `\n` is a line's end
+    #[arg(long, value_name = "TEMPLATE")]
+    pub prompt_template: Option<String>,
+    /// Tokens that the conversation may have [default: what the model was trained for, at most
+    /// 4096]
+    #[arg(long, value_name = "TOKENS")]
+    pub context: Option<usize>,
+    #[command(flatten)]
+    pub text: TextArgs,
+    #[command(flatten)]
+    pub device: DeviceArgs,
+    #[command(flatten)]
+    pub hub: HubArgs,
+}
+
 #[derive(Args)]
 pub struct EvalArgs {
     /// Checkpoints: folders or `owner/name[:branch]`, packed or not; the first is the reference
@@ -339,6 +420,9 @@ pub struct EvalArgs {
     /// memory grows with them, and so does what a kill costs; each group reads all weights once
     #[arg(long, value_name = "TOKENS")]
     pub group_tokens: Option<NonZeroUsize>,
+    /// Also measure how fast each reads a prompt and writes tokens, and the memory it takes
+    #[arg(long)]
+    pub speed: bool,
     #[command(flatten)]
     pub device: DeviceArgs,
     /// Print the records as JSON

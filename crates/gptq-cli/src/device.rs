@@ -26,7 +26,8 @@ pub fn pick(device: DeviceArg, memory: usize) -> Result<Device, Failure> {
     Ok(picked)
 }
 
-fn describe(device: Device) -> String {
+/// `cpu, 2 threads`, or the GPU with its name and the memory it may take.
+pub fn describe(device: Device) -> String {
     match device {
         Device::Cpu => format!("cpu, {} threads", rayon::current_num_threads()),
         #[cfg(feature = "cuda")]

@@ -2,7 +2,9 @@
 
 use gptq_calibration::CalibrationError;
 use gptq_hub::HubError;
-use gptq_inference::{EvaluationError, JournalError, OpenError};
+use gptq_inference::{
+    EvaluationError, GenerateError, JournalError, OpenError, RunError, SamplingError, TemplateError,
+};
 use gptq_model::{ConfigError, ModelError};
 use gptq_packer::{ReadError, SafetensorsError};
 use gptq_pipeline::{PipelineError, PlanError};
@@ -69,6 +71,8 @@ plain!(
     SafetensorsError,
     PlanError,
     CardError,
+    SamplingError,
+    TemplateError,
     serde_json::Error
 );
 hinted!(
@@ -79,7 +83,9 @@ hinted!(
     JournalError,
     ModelError,
     ReportError,
-    RepositoryError
+    RepositoryError,
+    RunError,
+    GenerateError
 );
 #[cfg(feature = "cuda")]
 hinted!(gptq_kernels::cuda::CudaError);

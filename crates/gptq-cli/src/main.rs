@@ -10,6 +10,7 @@ mod commands;
 mod datasets;
 mod device;
 mod failure;
+mod interrupt;
 mod matrix;
 mod models;
 mod output;
@@ -17,6 +18,8 @@ mod progress;
 mod regression;
 mod records;
 mod scoring;
+mod speed;
+mod voice;
 mod watch;
 
 use std::process::ExitCode;
@@ -30,6 +33,8 @@ use failure::Failure;
 pub(crate) enum Verdict {
     Yes,
     No,
+    /// The user broke it off.
+    Interrupted,
 }
 
 fn main() -> ExitCode {
@@ -37,6 +42,7 @@ fn main() -> ExitCode {
     match run(cli) {
         Ok(Verdict::Yes) => ExitCode::SUCCESS,
         Ok(Verdict::No) => ExitCode::from(1),
+        Ok(Verdict::Interrupted) => ExitCode::from(interrupt::EXIT_CODE),
         Err(failure) => {
             eprintln!("error: {}", failure.text);
             if let Some(hint) = failure.hint {
@@ -62,6 +68,8 @@ fn run(cli: Cli) -> Result<Verdict, Failure> {
         Command::Push(args) => commands::push::run(&args),
         Command::Import(args) => commands::import::run(&args),
         Command::Synth(args) => commands::synth::run(&args),
+        Command::Generate(args) => commands::generate::run(&args),
+        Command::Chat(args) => commands::chat::run(&args),
         Command::Eval(args) => commands::eval::run(&args),
         Command::Verify(args) => commands::verify::run(&args),
         Command::Regress(args) => commands::regress::run(&args),

@@ -3,7 +3,7 @@
 //! Knows: packed linears as weights of the forward pass; perplexity, divergence from another
 //! checkpoint with its tail and its place in the window, paired confidence intervals, last words
 //! guessed by greedy tokens; the journal by which an evaluation goes on after a kill; logits of
-//! given tokens; runners that keep all weights as the file has them.
+//! given tokens; runners that keep all weights as the file has them, text from them, and its speed.
 //!
 //! Does not know: how a checkpoint was made. Nothing of the solver or the pipeline is reachable
 //! from here, so a number from this crate is a number about the files.
@@ -12,22 +12,29 @@ mod confidence;
 mod evaluate;
 mod journal;
 mod last_word;
+mod generate;
 mod logits;
 mod open;
 mod packed;
 mod perplexity;
 mod summary;
 mod run;
+mod speed;
 mod stored;
 
 pub use confidence::paired_difference;
 pub use evaluate::{EvaluationError, Request, Scores, Step, evaluate, group_tokens, groups};
 pub use journal::{Journal, JournalError};
 pub use last_word::{Passage, guess_last_words};
+pub use generate::{
+    ChatTemplate, Decode, Finish, GenerateError, Limits, Message, Reply, Sampling, SamplingError,
+    Session, TemplateError, fill_prompt,
+};
 pub use logits::{LogitComparison, compare, logits};
 pub use open::{OpenError, OpenedModel, open};
 pub use packed::PackedWeights;
 pub use perplexity::{Divergence, Reference, ScoreError, WindowScore, score_windows};
 pub use summary::{Comparison, Evaluation, accuracy, summarise};
 pub use run::{RunError, Runner};
+pub use speed::measure_speed;
 pub use stored::{StoredLinear, StoredMatrix, StoredWeight};

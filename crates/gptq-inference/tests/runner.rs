@@ -107,7 +107,10 @@ fn sequences_of_different_lengths_do_not_see_each_other() {
         for (sequence, ids) in starts.iter().enumerate() {
             let ids = [ids, &then[sequence][..]].concat();
             let want = streamed(&model, &ids);
-            close(&got[sequence * VOCAB..][..VOCAB], &want[want.len() - VOCAB..]);
+            close(
+                &got[sequence * VOCAB..][..VOCAB],
+                &want[want.len() - VOCAB..],
+            );
         }
     }
 }

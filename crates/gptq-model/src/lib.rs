@@ -27,7 +27,7 @@ use gptq_types::{ActivationSink, LayerName, SourceError, Stage, Weight};
 
 pub use config::{ConfigError, DecoderConfig};
 pub use rope::RopeScaling;
-pub use sample::{SampleSpec, sample_windows};
+pub use sample::{Draw, SampleSpec, sample_windows};
 pub use score::{HeadInput, TokenScore};
 pub use weights::{FloatWeights, LinearValues, LinearWeights, WeightSource, check_finite};
 

@@ -149,11 +149,12 @@ impl<B: DecoderBackend> Sampler<B> {
     }
 }
 
-/// A random stream of one window (SplitMix64, Steele et al. 2014).
-struct Draw(u64);
+/// A random stream (SplitMix64, Steele et al. 2014).
+pub struct Draw(u64);
 
 impl Draw {
-    fn new(seed: u64, window: u64) -> Self {
+    /// One of the streams of a seed, such as that of a window.
+    pub fn new(seed: u64, window: u64) -> Self {
         let mut draw = Draw(seed ^ window.wrapping_mul(0xD1B5_4A32_D192_ED03));
         draw.next();
         draw
@@ -167,7 +168,7 @@ impl Draw {
     }
 
     /// In `[0, 1)`, 53 bits.
-    fn uniform(&mut self) -> f64 {
+    pub fn uniform(&mut self) -> f64 {
         (self.next() >> 11) as f64 / (1u64 << 53) as f64
     }
 

@@ -23,6 +23,7 @@ use crate::watch::TOOL;
 
 /// Name of the task in records and tables.
 const LAMBADA: &str = "lambada";
+use crate::speed;
 
 pub fn run(args: &EvalArgs) -> Result<Verdict, Failure> {
     let models = (args.models.iter())
@@ -52,7 +53,12 @@ pub fn run(args: &EvalArgs) -> Result<Verdict, Failure> {
     let mut shown = Shown { args, steps: None };
     let scores = evaluate(&request, &mut journal, &mut |step| shown.hear(step))?;
     shown.end();
-    let records = text.records(args, &models, &opened, &scores);
+    let mut records = text.records(args, &models, &opened, &scores);
+    if args.speed {
+        for (record, model) in records.iter_mut().zip(&models) {
+            record.speed = Some(speed::measure(model, device)?);
+        }
+    }
     match args.json {
         true => print_json(&records)?,
         false => print(&gptq_report::comparison(&records))?,

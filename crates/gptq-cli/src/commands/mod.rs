@@ -1,8 +1,10 @@
 //! One file a command.
 
 pub mod card;
+pub mod chat;
 pub mod doctor;
 pub mod eval;
+pub mod generate;
 pub mod import;
 pub mod inspect;
 pub mod matrix;

@@ -1,0 +1,101 @@
+//! `gptq generate`.
+
+use std::io::{IsTerminal, Read};
+
+use gptq_inference::{Finish, Message, Reply, Session, fill_prompt};
+use serde_json::json;
+
+use crate::Verdict;
+use crate::args::GenerateArgs;
+use crate::device;
+use crate::failure::Failure;
+use crate::models::{Model, find};
+use crate::output::print_json;
+use crate::voice::{Voice, chat_template, context, no_template, opening, reason, summary};
+
+pub fn run(args: &GenerateArgs) -> Result<Verdict, Failure> {
+    let model = find(&args.model, &args.hub)?;
+    let voice = Voice::open(&model, &args.text)?;
+    let opened = model.open()?;
+    let prompt = match &args.prompt {
+        Some(prompt) => prompt.clone(),
+        None => voice.idle(read_stdin)?,
+    };
+    let ids = tokens(args, &model, &voice, &prompt)?;
+    let context = context(&opened.config);
+    if ids.len() >= context {
+        return Err(Failure::new(format!(
+            "the prompt has {} tokens, the model takes {context}",
+            ids.len()
+        )));
+    }
+    let device = device::resolve(&args.device)?;
+    let mut runner = opened.runner(device)?;
+    let capacity = context.min(ids.len() + args.text.max_new_tokens);
+    let mut session = Session::new(runner.as_mut(), capacity, voice.sampling)?;
+    let reply = voice.reply(&mut session, &ids, !args.json)?;
+    eprintln!("{}", summary(&reply));
+    if args.json {
+        print_json(&record(&reply, runner.peak_memory()))?;
+    }
+    Ok(match reply.finish {
+        Finish::Interrupted => Verdict::Interrupted,
+        _ => Verdict::Yes,
+    })
+}
+
+fn tokens(
+    args: &GenerateArgs,
+    model: &Model,
+    voice: &Voice,
+    prompt: &str,
+) -> Result<Vec<u32>, Failure> {
+    if args.chat {
+        let template = chat_template(model.dir())?.ok_or_else(|| no_template(model.dir()))?;
+        let mut messages = opening(args.system.as_deref());
+        messages.push(Message::new("user", prompt));
+        // The template has the special tokens in it.
+        return Ok(voice.tokenizer.encode_plain(&template.render(&messages)?)?);
+    }
+    let text = match &args.prompt_template {
+        Some(template) => fill_prompt(template, prompt)?,
+        None => prompt.to_string(),
+    };
+    let ids = voice.tokenizer.encode(&text)?;
+    match (ids.is_empty(), voice.tokenizer.bos_id()) {
+        (false, _) => Ok(ids),
+        (true, Some(bos)) => Ok(vec![bos]),
+        (true, None) => Err(Failure::with_hint(
+            "the prompt is empty, and the model has no token that begins a text",
+            "pass --prompt",
+        )),
+    }
+}
+
+/// All of it, without the end of its last line.
+fn read_stdin() -> Result<String, Failure> {
+    if std::io::stdin().is_terminal() {
+        eprintln!("the prompt, ended by Ctrl-D:");
+    }
+    let mut text = String::new();
+    std::io::stdin()
+        .read_to_string(&mut text)
+        .map_err(|error| Failure::new(format!("cannot read the prompt from stdin: {error}")))?;
+    let line_end = text
+        .strip_suffix('\n')
+        .map(|text| text.trim_end_matches('\r'));
+    Ok(line_end.unwrap_or(&text).to_string())
+}
+
+fn record(reply: &Reply, peak_memory: u64) -> serde_json::Value {
+    json!({
+        "text": reply.text,
+        "tokens": reply.tokens,
+        "ended_by": reason(&reply.finish),
+        "prompt_tokens": reply.prompt_tokens,
+        "prefill_seconds": reply.prefill_seconds,
+        "steps": reply.steps,
+        "decode_seconds": reply.decode_seconds,
+        "peak_memory": peak_memory,
+    })
+}

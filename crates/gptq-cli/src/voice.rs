@@ -1,0 +1,217 @@
+//! What `generate` and `chat` share: the tokenizer, the checkpoint's settings, text as it comes.
+
+use std::fs;
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::time::SystemTime;
+
+use gptq_calibration::Tokenizer;
+use gptq_inference::{ChatTemplate, Finish, Limits, Message, Reply, Sampling, Session};
+use serde_json::Value;
+
+use crate::args::TextArgs;
+use crate::failure::Failure;
+use crate::interrupt::Interrupt;
+use crate::models::Model;
+use crate::output::print_piece;
+
+/// A tokenizer and when texts end.
+pub struct Voice {
+    pub tokenizer: Tokenizer,
+    pub limits: Limits,
+    pub sampling: Sampling,
+    interrupt: Interrupt,
+}
+
+impl Voice {
+    /// Of the checkpoint and the command line; says which settings the checkpoint made.
+    pub fn open(model: &Model, args: &TextArgs) -> Result<Self, Failure> {
+        let tokenizer = Tokenizer::open(model.dir())?;
+        let sampling = sampling(model.dir(), args)?;
+        Ok(Voice {
+            limits: Limits {
+                max_new_tokens: args.max_new_tokens,
+                end_ids: tokenizer.eos_ids().to_vec(),
+                stop: args.stop.clone(),
+            },
+            tokenizer,
+            sampling,
+            interrupt: Interrupt::listen()?,
+        })
+    }
+
+    /// Runs `wait`, in which Ctrl-C ends the program at once.
+    pub fn idle<R>(&self, wait: impl FnOnce() -> R) -> R {
+        self.interrupt.idle(wait)
+    }
+
+    /// Writes `text` on; with `aloud`, to stdout as it comes.
+    pub fn reply(
+        &self,
+        session: &mut Session<'_>,
+        text: &[u32],
+        aloud: bool,
+    ) -> Result<Reply, Failure> {
+        let decode = |ids: &[u32]| {
+            let text = self.tokenizer.decode(ids, true);
+            text.map_err(|error| error.to_string())
+        };
+        let mut failure = None;
+        let mut show = |text: &str| {
+            if self.interrupt.asked() {
+                return ControlFlow::Break(());
+            }
+            match aloud {
+                false => ControlFlow::Continue(()),
+                true => print_piece(text).unwrap_or_else(|error| {
+                    failure = Some(error);
+                    ControlFlow::Break(())
+                }),
+            }
+        };
+        let reply = session.reply(text, &self.limits, &decode, &mut show)?;
+        if let Some(failure) = failure {
+            return Err(failure);
+        }
+        if aloud && !reply.text.ends_with('\n') {
+            let _ = print_piece("\n")?;
+        }
+        Ok(reply)
+    }
+}
+
+/// Tokens and their rates, and why the text ended.
+pub fn summary(reply: &Reply) -> String {
+    let rate = |tokens: usize, seconds: f64| tokens as f64 / seconds.max(1e-9);
+    format!(
+        "prompt: {} tokens, {:.0} tokens/s; text: {} tokens, {:.1} tokens/s; ended by {}",
+        reply.prompt_tokens,
+        rate(reply.prompt_tokens, reply.prefill_seconds),
+        reply.tokens.len(),
+        rate(reply.steps, reply.decode_seconds),
+        reason(&reply.finish),
+    )
+}
+
+/// Why a text ended, in words.
+pub fn reason(finish: &Finish) -> String {
+    match finish {
+        Finish::EndToken(id) => format!("token {id}"),
+        Finish::StopString(stop) => format!("the stop string {stop:?}"),
+        Finish::Length => "--max-new-tokens".to_string(),
+        Finish::Capacity => "a full context".to_string(),
+        Finish::Interrupted => "the reader".to_string(),
+    }
+}
+
+/// The command line's settings, else those of `generation_config.json`, else the likeliest token.
+fn sampling(dir: &Path, args: &TextArgs) -> Result<Sampling, Failure> {
+    let config = read_json(&dir.join("generation_config.json"))?.unwrap_or(Value::Null);
+    let plain = Sampling::default();
+    let mut taken = Vec::new();
+    let mut stored = |name: &str, given: bool| {
+        let value = config[name].as_f64().filter(|_| !given)?;
+        taken.push(format!("{} {value}", name.replace('_', "-")));
+        Some(value)
+    };
+    // Without it the file's settings of a draw are not in force.
+    let draws = config["do_sample"].as_bool().unwrap_or(false);
+    let temperature = match draws {
+        true => stored("temperature", args.temperature.is_some()).or(Some(1.0)),
+        false => None,
+    };
+    let [top_k, top_p] = [
+        ("top_k", args.top_k.is_some()),
+        ("top_p", args.top_p.is_some()),
+    ]
+    .map(|(name, given)| draws.then(|| stored(name, given)).flatten());
+    let penalty = stored("repetition_penalty", args.repetition_penalty.is_some());
+    if !taken.is_empty() {
+        eprintln!("generation_config.json: {}", taken.join(", "));
+    }
+    let number = |given: Option<f32>, stored: Option<f64>, plain: f32| {
+        given.or(stored.map(|value| value as f32)).unwrap_or(plain)
+    };
+    let sampling = Sampling {
+        repetition_penalty: number(args.repetition_penalty, penalty, plain.repetition_penalty),
+        temperature: number(args.temperature, temperature, plain.temperature),
+        top_k: (args.top_k)
+            .or(top_k.map(|k| k as usize))
+            .unwrap_or(plain.top_k),
+        top_p: number(args.top_p, top_p, plain.top_p),
+        seed: args.seed,
+    };
+    sampling.validate()?;
+    Ok(sampling)
+}
+
+/// The chat template of a checkpoint, wherever it keeps it; nothing where it has none.
+pub fn chat_template(dir: &Path) -> Result<Option<ChatTemplate>, Failure> {
+    let config = read_json(&dir.join("tokenizer_config.json"))?.unwrap_or(Value::Null);
+    let apart = read_json(&dir.join("chat_template.json"))?.unwrap_or(Value::Null);
+    let source = read_text(&dir.join("chat_template.jinja"))?
+        .or_else(|| template_text(&config["chat_template"]))
+        .or_else(|| template_text(&apart["chat_template"]));
+    let Some(source) = source else {
+        return Ok(None);
+    };
+    let tokens = (config.as_object().into_iter().flatten())
+        .filter(|(name, _)| name.ends_with("_token"))
+        .filter_map(|(name, token)| Some((name.clone(), token_text(token)?)))
+        .collect();
+    let template = ChatTemplate::parse(&source, tokens, SystemTime::now())?;
+    Ok(Some(template))
+}
+
+/// A string, or of several named templates the one called `default`.
+fn template_text(value: &Value) -> Option<String> {
+    let default = |named: &&Value| named["name"] == "default";
+    match value {
+        Value::Array(all) => Some(all.iter().find(default)?["template"].as_str()?.to_string()),
+        one => Some(one.as_str()?.to_string()),
+    }
+}
+
+/// A token is a string or an object with its `content`.
+fn token_text(token: &Value) -> Option<String> {
+    let text = token.as_str().or_else(|| token["content"].as_str());
+    text.map(str::to_string)
+}
+
+/// The turn of the user, after what the model is told beforehand.
+pub fn opening(system: Option<&str>) -> Vec<Message> {
+    let told = system.map(|text| Message::new("system", text));
+    told.into_iter().collect()
+}
+
+/// What a checkpoint without a template says to whoever needs one.
+pub fn no_template(dir: &Path) -> Failure {
+    Failure::with_hint(
+        format!("`{}` has no chat template", dir.display()),
+        "pass one with --prompt-template, as the model's card has it",
+    )
+}
+
+/// Tokens that a model takes: what it was trained for, or less where it only looks back so far.
+pub fn context(config: &gptq_model::DecoderConfig) -> usize {
+    let window = config.sliding_window.unwrap_or(usize::MAX);
+    window.min(config.max_position_embeddings)
+}
+
+fn read_text(path: &Path) -> Result<Option<String>, Failure> {
+    match fs::read_to_string(path) {
+        Ok(text) => Ok(Some(text)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(Failure::new(format!(
+            "cannot read `{}`: {error}",
+            path.display()
+        ))),
+    }
+}
+
+fn read_json(path: &Path) -> Result<Option<Value>, Failure> {
+    let wrong = |error| Failure::new(format!("`{}` is not valid: {error}", path.display()));
+    (read_text(path)?)
+        .map(|text| serde_json::from_str(&text).map_err(wrong))
+        .transpose()
+}

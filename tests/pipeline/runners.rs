@@ -1,0 +1,134 @@
+//! Runners on every family, width of code and rotary scaling, against the pass that streams blocks.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use gptq_hub::Checkpoint;
+use gptq_inference::{OpenedModel, compare, logits, open};
+use gptq_model::Device;
+use gptq_types::Dtype;
+use serde_json::json;
+
+use crate::support::{Family, TinyModel, edit_json, gptq, quantize, run, write_text};
+
+/// Logits of two f32 passes that sum in other orders; they are around 1.
+const TOLERANCE: f32 = 1e-4;
+
+fn opened(folder: &Path) -> OpenedModel {
+    let checkpoint = Arc::new(Checkpoint::open(folder).unwrap());
+    let config = checkpoint.config_json().unwrap();
+    let settings = std::fs::read_to_string(folder.join("quantize_config.json")).ok();
+    open(checkpoint, &config, settings.as_deref()).unwrap()
+}
+
+/// A prompt of `ids` but the last five, which come one by one.
+#[track_caller]
+fn agrees(folder: &Path, ids: &[u32]) {
+    let model = opened(folder);
+    let vocab = model.config.vocab_size;
+    let want = logits(model.decoder(Device::Cpu).unwrap().as_mut(), ids).unwrap();
+    let mut runner = model.runner(Device::Cpu).unwrap();
+    runner.reset(1, ids.len()).unwrap();
+    let (prompt, steps) = ids.split_at(ids.len() - 5);
+    let mut got = runner.prefill(0, prompt).unwrap();
+    for token in steps {
+        got.extend_from_slice(runner.step(&[*token]).unwrap());
+    }
+    let found = compare(&got, &want[(prompt.len() - 1) * vocab..], vocab);
+    assert!(found.max_difference < TOLERANCE, "{folder:?}: {found:?}");
+}
+
+fn ids(count: u32) -> Vec<u32> {
+    (0..count).map(|at| at * 37 % 127).collect()
+}
+
+/// Odd numbers of channels everywhere, so that no tile, word or group is full.
+fn odd(family: Family, dtype: Dtype, tied: bool) -> TinyModel {
+    TinyModel {
+        ffn: 88,
+        dtype,
+        tied,
+        ..TinyModel::new(family)
+    }
+}
+
+#[test]
+fn every_family_packed_and_not() {
+    let folder = tempfile::tempdir().unwrap();
+    let place = |name: String| folder.path().join(name);
+    let kinds = [
+        (Family::Llama, Dtype::F16, true),
+        (Family::Mistral, Dtype::F32, false),
+        (Family::Qwen2, Dtype::BF16, false),
+        (Family::Qwen3, Dtype::BF16, true),
+    ];
+    for (family, dtype, tied) in kinds {
+        let model = place(family.model_type().to_string());
+        odd(family, dtype, tied).write(&model);
+        agrees(&model, &ids(40));
+        for (bits, symmetry) in [
+            ("2", "--asym"),
+            ("3", "--sym"),
+            ("4", "--sym"),
+            ("8", "--asym"),
+        ] {
+            let out = place(format!("{}-{bits}", family.model_type()));
+            let mut rtn = gptq("quantize");
+            rtn.arg(&model).arg("--out").arg(&out).arg(symmetry);
+            run(rtn.args(["--method", "rtn", "--group-size", "24", "--bits", bits])).done();
+            agrees(&out, &ids(40));
+        }
+    }
+}
+
+#[test]
+fn act_order_in_every_width() {
+    let folder = tempfile::tempdir().unwrap();
+    let (model, text) = (folder.path().join("model"), folder.path().join("text.txt"));
+    let shapes = odd(Family::Llama, Dtype::F16, false);
+    shapes.write(&model);
+    write_text(&text, shapes.vocab, 3_000);
+    for (bits, group) in [("2", "16"), ("3", "40"), ("4", "32"), ("8", "none")] {
+        let out = folder.path().join(bits);
+        let mut command = quantize(&model, &out, &text);
+        command.args(["--samples", "8", "--seq-len", "64", "--desc-act"]);
+        run(command.args(["--bits", bits, "--group-size", group])).done();
+        agrees(&out, &ids(40));
+    }
+}
+
+#[test]
+fn every_rotary_scaling() {
+    let folder = tempfile::tempdir().unwrap();
+    let original = json!(16);
+    let scalings = [
+        json!({"rope_type": "linear", "factor": 4.0}),
+        json!({"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": original}),
+        json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0, "original_max_position_embeddings": original}),
+        json!({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": original}),
+    ];
+    for scaling in scalings {
+        let model = folder.path().join(scaling["rope_type"].as_str().unwrap());
+        TinyModel::new(Family::Llama).write(&model);
+        edit_json(&model.join("config.json"), |config| {
+            config["rope_scaling"] = scaling;
+        });
+        agrees(&model, &ids(40));
+    }
+}
+
+/// Attention looks back over everything, so a longer text than the window is refused by both.
+#[test]
+fn a_sliding_window_is_not_overrun() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = folder.path().join("model");
+    TinyModel::new(Family::Mistral).write(&model);
+    edit_json(&model.join("config.json"), |config| {
+        config["sliding_window"] = json!(40);
+    });
+    agrees(&model, &ids(40));
+    let mut runner = opened(&model).runner(Device::Cpu).unwrap();
+    let error = runner.reset(1, 41).unwrap_err().to_string();
+    assert!(error.contains("41 tokens"), "{error}");
+}
