@@ -183,8 +183,9 @@ fn files() -> Vec<PathBuf> {
         for entry in fs::read_dir(&folder).unwrap() {
             let path = entry.unwrap().path();
             let name = path.file_name().unwrap().to_string_lossy().into_owned();
+            // In a worktree `.git` is a file that names the place of the repository.
             match path.is_dir() {
-                true if ["target", ".git", ".carry"].contains(&name.as_str()) => {}
+                _ if ["target", ".git", ".carry"].contains(&name.as_str()) => {}
                 true => open.push(path),
                 false => found.push(path),
             }

@@ -210,7 +210,7 @@ fn settings_of_the_checkpoint_are_taken_and_said() {
 }
 
 const TEMPLATE: &str = "{{ bos_token }}{% for m in messages %}{{ m.content.strip() }} \
-    {% endfor %}{{ eos_token }}";
+    {% endfor %}{{ pad_token }}";
 
 /// A conversation is its whole text at every turn, whatever the cache already holds.
 #[test]
@@ -221,7 +221,7 @@ fn a_conversation_goes_on_from_what_was_said() {
     };
     std::fs::write(
         model.join("tokenizer_config.json"),
-        json!({"bos_token": "Once", "eos_token": {"content": "then"}, "chat_template": TEMPLATE})
+        json!({"bos_token": "<s>", "pad_token": {"content": "then"}, "chat_template": TEMPLATE})
             .to_string(),
     )
     .unwrap();
@@ -237,21 +237,21 @@ fn a_conversation_goes_on_from_what_was_said() {
         command.arg(&model).args(["--max-new-tokens", "12"]);
         run(command.args(args)).done().stdout
     };
-    let first = generated(&["--chat", "--prompt", " upon a time "]);
+    let first = generated(&["--chat", "--prompt", " Once upon a time "]);
     assert_eq!(
         first,
         generated(&[
             "--prompt-template",
-            "Once{prompt} then",
+            "{prompt} then",
             "--prompt",
-            "upon a time"
+            "Once upon a time"
         ]),
     );
 
-    let two = chat("upon a time\n\nTim\n");
+    let two = chat("Once upon a time\n\nTim\n");
     let answers: Vec<&str> = two.stdout.splitn(2, '\n').collect();
     assert_eq!(format!("{}\n", answers[0]), first);
-    let said = format!("Onceupon a time {} Tim then", answers[0].trim());
+    let said = format!("Once upon a time {} Tim then", answers[0].trim());
     let template = format!("{{prompt}}{said}");
     assert_eq!(
         answers[1],
@@ -260,7 +260,7 @@ fn a_conversation_goes_on_from_what_was_said() {
     assert!(!two.stdout.contains('>'), "{two:#?}");
 
     // Forgotten, the same line gets the same answer; what follows /exit is not read.
-    let again = chat("upon a time\n/reset\nupon a time\n/exit\nTim\n");
+    let again = chat("Once upon a time\n/reset\nOnce upon a time\n/exit\nTim\n");
     assert_eq!(again.stdout, format!("{first}{first}"));
 }
 

@@ -320,17 +320,17 @@ pub struct SynthArgs {
 #[derive(Args)]
 pub struct TextArgs {
     /// Divides the logits; 0 takes the likeliest token [default: generation_config.json's, or 0]
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     pub temperature: Option<f32>,
     /// Draw among the likeliest tokens that together have this probability [default:
     /// generation_config.json's, or 1: all]
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     pub top_p: Option<f32>,
     /// Draw among so many likeliest tokens [default: generation_config.json's, or 0: all]
     #[arg(long)]
     pub top_k: Option<usize>,
     /// Makes tokens that occurred less likely, above 1 [default: generation_config.json's, or 1]
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     pub repetition_penalty: Option<f32>,
     /// Tokens to write at most
     #[arg(long, default_value_t = 512)]
