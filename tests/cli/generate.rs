@@ -1,6 +1,6 @@
 //! `generate` and `chat`: text on stdout, everything else on stderr.
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -341,6 +341,39 @@ fn a_full_context_ends_a_text_but_not_the_conversation() {
     let answers: Vec<&str> = told.stdout.lines().collect();
     assert_eq!(answers.len(), 2, "{told:#?}");
     assert_eq!(answers[0], answers[1]);
+}
+
+/// Ctrl-C ends the text, whose numbers are still told, and the program says that it was broken off.
+#[cfg(unix)]
+#[test]
+fn an_interrupted_text_ends_cleanly() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = folder.path().join("model");
+    TinyModel::new(Family::Llama).write(&model);
+    edit_json(&model.join("config.json"), |config| {
+        config["max_position_embeddings"] = json!(300_000);
+    });
+    let mut command = gptq("generate");
+    command.arg(&model).args(["--prompt", "w1 w2"]);
+    command.args(["--max-new-tokens", "200000", "--temperature", "1"]);
+    let mut child = command
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut first = [0u8; 1];
+    let mut stdout = child.stdout.take().unwrap();
+    stdout.read_exact(&mut first).unwrap();
+    let id = child.id().to_string();
+    let sent = Command::new("kill").args(["-INT", &id]).status().unwrap();
+    assert!(sent.success());
+    let mut text = String::new();
+    stdout.read_to_string(&mut text).unwrap();
+    let output = child.wait_with_output().unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(130), "{stderr}");
+    assert!(text.ends_with('\n'), "{text:?}");
+    assert!(stderr.contains("ended by Ctrl-C or a reader"), "{stderr}");
 }
 
 #[test]

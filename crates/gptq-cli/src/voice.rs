@@ -100,7 +100,7 @@ pub fn reason(finish: &Finish) -> String {
         Finish::StopString(stop) => format!("the stop string {stop:?}"),
         Finish::Length => "--max-new-tokens".to_string(),
         Finish::Capacity => "a full context".to_string(),
-        Finish::Interrupted => "the reader".to_string(),
+        Finish::Interrupted => "Ctrl-C or a reader that went away".to_string(),
     }
 }
 

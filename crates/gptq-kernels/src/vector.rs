@@ -38,7 +38,17 @@ pub(crate) fn run_widest<K: Kernel>(kernel: K) -> K::Output {
             self.0.run(simd)
         }
     }
+    #[cfg(test)]
+    if PORTABLE.get() {
+        return kernel.run(pulp::Scalar::new());
+    }
     pulp::Arch::new().dispatch(Op(kernel))
+}
+
+#[cfg(test)]
+thread_local! {
+    /// Tests run what a processor without vectors would.
+    pub(crate) static PORTABLE: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
 }
 
 /// `a * b + c`, rounded once where the processor does that as fast.

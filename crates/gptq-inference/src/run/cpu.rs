@@ -290,6 +290,7 @@ impl Runner for CpuRunner {
             KeyValueCache::new(batch, capacity, shape)
         });
         self.rotation = self.config.rotation(0..capacity, capacity);
+        self.note_peak(0);
         Ok(())
     }
 

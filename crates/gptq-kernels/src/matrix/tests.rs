@@ -5,7 +5,7 @@ use half::{bf16, f16};
 use proptest::prelude::*;
 
 use super::*;
-use crate::vector::vectorised;
+use crate::vector::{PORTABLE, vectorised};
 
 /// Largest difference over the root mean square of the outputs: f32 sums of up to 300 terms.
 const TOLERANCE: f64 = 2e-5;
@@ -165,6 +165,37 @@ fn a_row_is_the_same_alone_and_among_others() {
             assert_eq!(matrix.multiply(x, 1), all);
         }
     }
+}
+
+/// What a processor without vectors would compute, which this one does not choose by itself.
+#[test]
+fn the_portable_path_is_as_exact() {
+    let (k, n) = (83, 101);
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(1);
+    let pool = pool.build().unwrap();
+    pool.install(|| PORTABLE.set(true));
+    for bits in Bits::ALL {
+        let codes = bits.max_code() as usize + 1;
+        let layer = SolvedLayer {
+            bits,
+            in_features: k,
+            out_features: n,
+            codes: (0..k * n).map(|i| (i * 7 % codes) as u8).collect(),
+            scales: vec![f16::from_f32(0.03); 2 * n],
+            zeros: (0..2 * n).map(|i| (i % codes) as u16).collect(),
+            g_idx: (0..k).map(|i| u32::from(i % 3 == 0)).collect(),
+        };
+        for rows in [1, 2, 20] {
+            let x = wave(rows * k, 0.37);
+            let got = pool.install(|| Matrix::packed(&layer).multiply(&x, rows));
+            close(&got, &reference(&x, &layer.dequantise(), k, n));
+        }
+    }
+    let (bytes, stored) = store(&wave(k * n, 0.61), Dtype::F16);
+    let matrix = Matrix::float(Dtype::F16, &bytes, k, n).unwrap();
+    let x = wave(3 * k, 0.37);
+    let got = pool.install(|| matrix.multiply(&x, 3));
+    close(&got, &reference(&x, &transpose(&stored, n, k), k, n));
 }
 
 #[test]
