@@ -25,7 +25,8 @@ pub fn run(args: &ChatArgs) -> Result<Verdict, Failure> {
         }
         None => {
             let template = chat_template(model.dir())?;
-            Wording::Chat(template.ok_or_else(|| no_template(model.dir()))?)
+            let template = template.ok_or_else(|| no_template(model.dir()))?;
+            Wording::Chat(Box::new(template))
         }
     };
     let trained = context(&opened.config);
@@ -60,7 +61,7 @@ pub fn run(args: &ChatArgs) -> Result<Verdict, Failure> {
 /// How a conversation becomes text.
 enum Wording {
     /// The checkpoint's own.
-    Chat(ChatTemplate),
+    Chat(Box<ChatTemplate>),
     /// A card's, each turn in its own copy.
     Card(String),
 }

@@ -137,10 +137,7 @@ impl<const B: usize, const R: usize> Kernel for TileRows<'_, B, R> {
                 add_word::<S, B, R>(&mut sums, word, here);
             }
             let (grid, after) = after.split_first().expect("a grid ends each group");
-            let mut total = [0.0f32; R];
-            for row in 0..R {
-                total[row] = self.totals[row][group];
-            }
+            let total = self.totals.map(|totals| totals[group]);
             close_group(&mut out, &sums, grid, total);
             lanes = after;
         }
