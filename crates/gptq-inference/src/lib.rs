@@ -10,31 +10,31 @@
 
 mod confidence;
 mod evaluate;
+mod generate;
 mod journal;
 mod last_word;
-mod generate;
 mod logits;
 mod open;
 mod packed;
 mod perplexity;
-mod summary;
 mod run;
 mod speed;
 mod stored;
+mod summary;
 
 pub use confidence::paired_difference;
 pub use evaluate::{EvaluationError, Request, Scores, Step, evaluate, group_tokens, groups};
-pub use journal::{Journal, JournalError};
-pub use last_word::{Passage, guess_last_words};
 pub use generate::{
     ChatTemplate, Decode, Finish, GenerateError, Limits, Message, Reply, Sampling, SamplingError,
     Session, TemplateError, fill_prompt,
 };
+pub use journal::{Journal, JournalError};
+pub use last_word::{Passage, guess_last_words};
 pub use logits::{LogitComparison, compare, logits};
 pub use open::{OpenError, OpenedModel, open};
 pub use packed::PackedWeights;
 pub use perplexity::{Divergence, Reference, ScoreError, WindowScore, score_windows};
-pub use summary::{Comparison, Evaluation, accuracy, summarise};
 pub use run::{RunError, Runner};
 pub use speed::measure_speed;
 pub use stored::{StoredLinear, StoredMatrix, StoredWeight};
+pub use summary::{Comparison, Evaluation, accuracy, summarise};
