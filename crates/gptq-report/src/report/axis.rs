@@ -3,7 +3,7 @@
 /// Values further apart than this ratio are drawn on a logarithmic axis.
 const LOGARITHMIC_FROM: f64 = 50.0;
 /// Decades from which only powers of ten get a tick.
-const WIDE_DECADES: f64 = 2.5;
+const WIDE_DECADES: f64 = 2.2;
 
 /// One axis of a figure.
 #[derive(Clone, Debug, PartialEq)]

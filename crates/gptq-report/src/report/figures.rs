@@ -43,7 +43,7 @@ const SMALL: Frame = Frame {
 
 /// Size of the files against perplexity on a text.
 pub(super) fn size_and_perplexity(report: &Report, text: usize) -> Option<Figure> {
-    let (unit, name) = unit(report);
+    let (unit, name) = unit(report, text);
     let series: Vec<Series> = (report.branches())
         .filter_map(|(number, row)| {
             let score = row.score(text)?;
@@ -99,8 +99,11 @@ pub(super) fn size_and_perplexity(report: &Report, text: usize) -> Option<Figure
 }
 
 /// The decimal unit in which the largest branch is a number people can read.
-fn unit(report: &Report) -> (f64, &'static str) {
-    let bytes = report.branches().filter_map(|(_, row)| row.weight_bytes);
+fn unit(report: &Report, text: usize) -> (f64, &'static str) {
+    let scored = report
+        .branches()
+        .filter(|(_, row)| row.score(text).is_some());
+    let bytes = scored.filter_map(|(_, row)| row.weight_bytes);
     match bytes.max().unwrap_or(0) {
         bytes if bytes >= 50_000_000 => (1e9, "GB"),
         bytes if bytes >= 1_000_000 => (1e6, "MB"),

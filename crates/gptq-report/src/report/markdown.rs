@@ -15,6 +15,9 @@ impl Report {
             out += "Nothing was scored: there is no evaluation among the records.\n\n";
         }
         for (index, text) in self.texts.iter().enumerate() {
+            if self.texts.len() > 1 {
+                out += &format!("Text {}:\n\n", index + 1);
+            }
             out += &fact_list(&text_facts(self, index, text));
             out.push('\n');
         }

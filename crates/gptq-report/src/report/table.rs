@@ -287,7 +287,9 @@ pub(super) fn branches(report: &Report) -> Table {
 
 /// What the branches are worth: scores on the first text, tasks and speed.
 pub(super) fn worth(report: &Report) -> Table {
-    let mut table = Builder::new(report, |row| !row.scores.is_empty());
+    let told =
+        |row: &Row| row.score(0).is_some() || speed(row).is_some() || accuracy(row).is_some();
+    let mut table = Builder::new(report, told);
     if !report.texts.is_empty() {
         table.scores(0);
     }
