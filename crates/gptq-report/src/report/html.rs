@@ -169,6 +169,7 @@ impl Page<'_> {
         let (name, template) = TABLE;
         let values = context! {
             caption => &table.caption,
+            corner => table.corner,
             grouped => groups.iter().any(|group| !group.text.is_empty()),
             groups => groups,
             heads => table.columns.iter()

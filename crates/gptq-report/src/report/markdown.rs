@@ -3,7 +3,7 @@
 use super::command::quantize_command;
 use super::data::{Report, Row};
 use super::format::ABSENT;
-use super::table::{self, Table};
+use super::table::{self, BRANCH, Table};
 use super::words::{Fact, degradations, own_facts, parts, shared_facts, text_facts, verdict};
 
 impl Report {
@@ -74,13 +74,12 @@ fn markdown_table(table: &Table) -> String {
     let heads: Vec<String> = (table.columns.iter())
         .map(|column| match column.group.as_str() {
             // Without its group such a head says nothing.
-            "part of the window" => format!("part {}", column.head),
             group if group.starts_with("speed") => format!("{}, {}", column.head, plain(group)),
             "memory" => format!("{} memory", column.head),
             _ => plain(&column.head),
         })
         .collect();
-    let mut out = format!("| branch | {} |\n|---|", heads.join(" | "));
+    let mut out = format!("| {} | {} |\n|---|", table.corner, heads.join(" | "));
     for column in &table.columns {
         out += if column.is_number { "--:|" } else { "---|" };
     }
@@ -89,7 +88,11 @@ fn markdown_table(table: &Table) -> String {
         let cells: Vec<String> = (table.columns.iter())
             .map(|column| column.cells[row].as_deref().map_or(ABSENT.into(), plain))
             .collect();
-        out += &format!("| {} | {} |\n", code(name), cells.join(" | "));
+        let name = match table.corner == BRANCH {
+            true => code(name),
+            false => plain(name),
+        };
+        out += &format!("| {name} | {} |\n", cells.join(" | "));
     }
     out.push('\n');
     out

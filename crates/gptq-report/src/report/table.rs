@@ -8,10 +8,15 @@ use super::labels::tail;
 use super::layers::{module_against_rtn, modules};
 use crate::size;
 
+/// What the rows of most tables are.
+pub(super) const BRANCH: &str = "branch";
+
 /// Rows of text; a cell without a value is `None`.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Table {
     pub(super) caption: String,
+    /// What the rows are.
+    pub(super) corner: &'static str,
     pub(super) columns: Vec<Column>,
     /// Name of each row, and the number of its mark in figures.
     pub(super) rows: Vec<(String, Option<usize>)>,
@@ -203,6 +208,7 @@ impl<'a> Builder<'a> {
     fn finish(self, caption: String) -> Table {
         Table {
             caption,
+            corner: BRANCH,
             rows: (self.rows.iter())
                 .map(|(number, row)| (row.name.clone(), *number))
                 .collect(),
@@ -305,23 +311,34 @@ pub(super) fn scores(report: &Report, text: usize) -> Table {
     table.finish(caption)
 }
 
-/// KL divergence in equal parts of the window.
+/// KL divergence in equal parts of the window, a row a part: there are more parts than branches.
 pub(super) fn positions(report: &Report, text: usize) -> Table {
-    let by_position = |row: &Row| row.score(text).map(|r| r.kl_by_position.clone());
-    let has_parts = |row: &Row| by_position(row).is_some_and(|parts| !parts.is_empty());
-    let mut table = Builder::new(report, has_parts);
-    let parts = (table.rows.iter())
-        .filter_map(|(_, row)| Some(by_position(row)?.len()))
-        .max()
-        .unwrap_or(0);
-    for part in 0..parts {
-        let head = format!("{}/{parts}", part + 1);
-        table.number("part of the window", &head, "", |row| {
-            let values = by_position(row)?;
-            values.get(part).copied().map(nats)
-        });
+    let scored = report.branches().filter_map(|(_, row)| {
+        let parts = row.score(text)?.kl_by_position.as_slice();
+        (!parts.is_empty()).then_some((row, parts))
+    });
+    let scored: Vec<(&Row, &[f64])> = scored.collect();
+    let parts = scored.iter().map(|(_, parts)| parts.len()).max();
+    let count = parts.unwrap_or(0);
+    let end = |part: usize| (part + 1) * report.texts[text].seq_len / count;
+    Table {
+        caption: "Mean KL by position in the window, nats".to_string(),
+        corner: "to token",
+        columns: (scored.iter())
+            .map(|(row, parts)| Column {
+                group: String::new(),
+                head: row.name.clone(),
+                meaning: "",
+                is_number: true,
+                cells: (0..count)
+                    .map(|part| parts.get(part).copied().map(nats))
+                    .collect(),
+            })
+            .collect(),
+        rows: (0..count)
+            .map(|part| (end(part).to_string(), None))
+            .collect(),
     }
-    table.finish("Mean KL by position in the window, nats".to_string())
 }
 
 /// Error of each module, all blocks together, over that of rounding.

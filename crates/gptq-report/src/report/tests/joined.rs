@@ -186,4 +186,7 @@ fn a_second_text_has_a_table_of_its_own() {
         page.contains("size-0-t") && page.contains("size-1-t"),
         "{page}"
     );
+    for heading in ["<dt>Text 1</dt>", "<dt>Text 2</dt>"] {
+        assert!(page.contains(heading), "{heading}: {page}");
+    }
 }
