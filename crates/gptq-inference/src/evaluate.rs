@@ -282,7 +282,7 @@ mod tests {
         assert_eq!(groups([4; 5], 8), [0..2, 2..4, 4..5]);
         assert_eq!(groups([4; 2], 100), vec![0..2]);
         assert_eq!(groups([3, 9, 3, 4, 5], 8), [0..1, 1..2, 2..4, 4..5]);
-        assert_eq!(groups([], 8), []);
+        assert!(groups([], 8).is_empty());
         assert_eq!(groups([4; 3], 0), [0..1, 1..2, 2..3]);
     }
 }
