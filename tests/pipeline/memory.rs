@@ -11,10 +11,15 @@ use crate::support::{Family, TinyModel, gptq, quantize, write_text};
 
 /// How far the peaks of a small and a large run may lie apart.
 const TOLERANCE: f64 = 0.1;
+/// Runs of which the least peak counts.
+const RUNS: usize = 3;
 
 #[test]
 fn the_peak_does_not_grow_with_the_blocks() {
-    let (Some(shallow), Some(deep)) = (peak_kib(2), peak_kib(16)) else {
+    // Which freed pieces the allocator can use again depends on how threads are scheduled: a block's
+    // worth more or less from run to run, and never less than what is held.
+    let least = |layers| (0..RUNS).filter_map(|_| peak_kib(layers)).min();
+    let (Some(shallow), Some(deep)) = (least(2), least(16)) else {
         eprintln!("skipped: /proc/PID/status has no VmHWM here");
         return;
     };
