@@ -26,6 +26,8 @@ group_size = "none"
 desc_act = true
 "#;
 const ACT_ORDER: &str = "gptq-4bit-16g-actorder_True";
+/// Where a repository keeps branches that are being made.
+const WORK: &str = "gptq/work";
 const EIGHT: &str = "gptq-8bit--1g-actorder_True";
 
 struct Place {
@@ -262,7 +264,7 @@ fn killed_before_the_record_was_kept_it_gives_the_same_commits() {
     let place = Place::new();
     run(&mut place.matrix("whole")).done();
     run(place.matrix("killed").args(["--only", EIGHT])).done();
-    let work = place.pull("whole", "main", "killed/gptq/work/main");
+    let work = place.pull("whole", "main", &format!("killed/{WORK}/main"));
     for later in ["README.md", "gptq_branch.json", ".gitattributes"] {
         let _ = fs::remove_file(work.join(later));
     }
@@ -281,7 +283,7 @@ fn killed_before_the_record_was_kept_it_gives_the_same_commits() {
 fn a_branch_that_fails_is_absent_and_the_others_are_whole() {
     let place = Place::new();
     run(place.matrix("repo").args(["--only", "main"])).done();
-    let junk = place.path("repo").join("gptq/work").join(ACT_ORDER);
+    let junk = place.path("repo").join(WORK).join(ACT_ORDER);
     fs::create_dir(&junk).unwrap();
     fs::write(junk.join("config.json"), "{}").unwrap();
     let told = run(&mut place.matrix("repo")).ended_with(1);

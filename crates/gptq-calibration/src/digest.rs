@@ -41,7 +41,8 @@ pub(crate) fn verify_file(path: &Path, expected: &str) -> Result<(), Calibration
     })
 }
 
-fn file_sha256(path: &Path) -> std::io::Result<String> {
+/// sha256 of a file's bytes, in lower-case hexadecimal.
+pub fn file_sha256(path: &Path) -> std::io::Result<String> {
     let mut file = File::open(path)?;
     let mut hasher = Sha256::new();
     let mut piece = vec![0u8; READ_BYTES];

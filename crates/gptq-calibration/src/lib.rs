@@ -29,7 +29,7 @@ mod stored;
 mod table;
 mod tokenizer;
 
-pub use digest::token_sha256;
+pub use digest::{file_sha256, token_sha256};
 pub use error::CalibrationError;
 pub use evaluation::{EvaluationWindows, evaluation_windows};
 pub use lambada::{Passage, Passages};

@@ -1,19 +1,14 @@
 //! What a recipe reads: where it lies, and whether it is still the same.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use gptq_calibration::{Origin, Source};
+use gptq_calibration::{Origin, Source, file_sha256};
 use gptq_hub::parse_model_ref;
 use gptq_types::Inputs;
-use sha2::{Digest, Sha256};
 
 use crate::failure::Failure;
 use crate::models::Model;
-
-const READ_BYTES: usize = 1 << 20;
 
 /// The folder of a baseline file: paths in a recipe are relative to it, so that the file works from
 /// wherever the command is run.
@@ -57,19 +52,6 @@ pub fn hash_model(model: &Model) -> Result<BTreeMap<String, String>, Failure> {
         Ok((name.into_owned(), digest))
     };
     files.iter().map(hash).collect()
-}
-
-fn file_sha256(path: &Path) -> std::io::Result<String> {
-    let mut file = File::open(path)?;
-    let mut hasher = Sha256::new();
-    let mut piece = vec![0u8; READ_BYTES];
-    loop {
-        let read = file.read(&mut piece)?;
-        if read == 0 {
-            return Ok(hex(&hasher.finalize()));
-        }
-        hasher.update(&piece[..read]);
-    }
 }
 
 /// Lower-case hex of a digest.
