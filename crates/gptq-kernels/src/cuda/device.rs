@@ -35,6 +35,7 @@ pub struct Gpu {
     ordinal: usize,
     name: String,
     capability: (i32, i32),
+    multiprocessors: usize,
 }
 
 /// What [`Gpu::memory`] says, in bytes.
@@ -126,7 +127,11 @@ impl Gpu {
             .result()
             .named("setting the math mode")?;
         }
+        let multiprocessors = context
+            .attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
+            .named("counting multiprocessors")?;
         let gpu = Gpu {
+            multiprocessors: multiprocessors as usize,
             name: context.name().named("reading the name")?,
             context,
             stream,
@@ -261,6 +266,21 @@ impl Gpu {
     /// Gives the named working space back.
     pub fn drop_scratch(&self) {
         self.scratch.borrow_mut().clear();
+    }
+
+    /// Zeros that kernels count in and leave as zeros.
+    pub(super) fn counters(self: &Arc<Self>, count: usize) -> Result<Arc<Buffer>, CudaError> {
+        let before = self.scratch.borrow().get("counters").map(|all| all.bytes());
+        let counters = self.scratch("counters", count * 4)?;
+        if before != Some(counters.bytes()) {
+            counters.clear()?;
+        }
+        Ok(counters)
+    }
+
+    /// Multiprocessors of the device.
+    pub(super) fn multiprocessors(&self) -> usize {
+        self.multiprocessors
     }
 
     fn function(&self, program: Program, name: &'static str) -> Result<sys::CUfunction, CudaError> {

@@ -7,6 +7,7 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 
 use super::Gpu;
+use super::device::Arg;
 use super::error::CudaError;
 use super::memory::Buffer;
 use super::program::Program;
@@ -19,10 +20,20 @@ const STEP: usize = 128;
 /// Positions that share a scale are a multiple of it.
 const GRANULE: usize = 32;
 const LANES: usize = 32;
-const WARPS: usize = 8;
+/// Up to so many rows every warp reads x for itself.
+const FEW_ROWS: usize = 16;
 /// Up to so many rows codes go to the tensor cores as they are; from there on it is faster to widen
 /// the weight once and to leave the product to cuBLAS.
-const NARROW_ROWS: usize = 64;
+const MORE_ROWS: usize = 64;
+/// Warps of a multiprocessor that keep enough bytes on their way.
+const BUSY_WARPS: usize = 20;
+/// Outputs of a block of more rows; stages and row pitch of its x in shared memory, as in the kernel.
+const BLOCK_OUTPUTS: usize = 128;
+const STAGES: usize = 3;
+const PITCH: usize = 160;
+/// Steps of a share of the positions that are worth a block of their own, and shares at most.
+const SHARE_STEPS: usize = 4;
+const MAX_SHARES: usize = 8;
 
 /// The kernels' own struct.
 #[repr(C)]
@@ -34,7 +45,8 @@ pub(super) struct Packed {
     zero: f32,
     outputs: i32,
     steps: i32,
-    granule: i32,
+    /// Two to this power times [`GRANULE`] positions share a scale.
+    shift: i32,
 }
 
 /// A linear `[outputs, features]` of 4- or 8-bit codes on the GPU. Codes of 2 and 3 bits take the
@@ -234,7 +246,7 @@ impl PackedLinear {
             zero: self.zero,
             outputs: self.outputs as i32,
             steps: self.steps as i32,
-            granule: self.granule as i32,
+            shift: self.granule.ilog2() as i32,
         }
     }
 
@@ -251,9 +263,10 @@ impl PackedLinear {
             return Ok(());
         }
         let x = self.arranged(x)?;
-        match x.rows <= NARROW_ROWS {
-            true => self.multiply_narrow(out, x, add),
-            false => self.multiply_wide(out, x, add),
+        match x.rows {
+            rows if rows <= FEW_ROWS => self.multiply_few(out, x, add),
+            rows if rows <= MORE_ROWS => self.multiply_more(out, x, add),
+            _ => self.multiply_many(out, x, add),
         }
     }
 
@@ -271,12 +284,12 @@ impl PackedLinear {
             (self.features as i32).into(),
             (stride as i32).into(),
         ];
-        let grid = [stride.div_ceil(256), x.rows, 1];
+        let grid = [stride.div_ceil(1024), x.rows, 1];
         // SAFETY: the place holds rows x stride elements, a channel for each of stride.
         unsafe {
             let program = self.program();
             self.gpu
-                .launch(program, "arrange", grid, [256, 1, 1], 0, &args)?
+                .launch(program, "arrange", grid, [128, 1, 1], 0, &args)?
         };
         Ok(DeviceMatrix {
             address: place.address(),
@@ -285,24 +298,8 @@ impl PackedLinear {
         })
     }
 
-    fn multiply_narrow(&self, out: u64, x: DeviceMatrix, add: bool) -> Result<(), CudaError> {
-        let eights = x.rows.div_ceil(8).next_power_of_two().min(8);
-        let columns = match (eights, self.bits) {
-            (1 | 2, _) => 1,
-            (8, 4) => 4,
-            _ => 2,
-        };
-        let name = match (self.bits, eights) {
-            (4, 1) => "packed_4_1",
-            (4, 2) => "packed_4_2",
-            (4, 4) => "packed_4_4",
-            (4, _) => "packed_4_8",
-            (_, 1) => "packed_8_1",
-            (_, 2) => "packed_8_2",
-            (_, 4) => "packed_8_4",
-            (_, _) => "packed_8_8",
-        };
-        let args = [
+    fn arguments(&self, out: u64, x: DeviceMatrix, add: bool) -> Vec<Arg> {
+        vec![
             out.into(),
             x.address.into(),
             self.bias.as_ref().map_or(0, Buffer::address).into(),
@@ -310,27 +307,60 @@ impl PackedLinear {
             (x.rows as i32).into(),
             (x.columns as i32).into(),
             i32::from(add).into(),
-        ];
-        let grid = [
-            self.outputs.div_ceil(TILE * columns),
-            x.rows.div_ceil(8 * eights),
-            1,
-        ];
-        let shared = WARPS / 2 * columns * eights * 4 * LANES * 4;
+        ]
+    }
+
+    fn multiply_few(&self, out: u64, x: DeviceMatrix, add: bool) -> Result<(), CudaError> {
+        let eights = x.rows.div_ceil(8);
+        let name = match (self.bits, eights) {
+            (4, 1) => "few_rows_4_1",
+            (4, _) => "few_rows_4_2",
+            (_, 1) => "few_rows_8_1",
+            (_, _) => "few_rows_8_2",
+        };
+        let tiles = self.outputs.div_ceil(TILE);
+        let wanted = self.gpu.multiprocessors() * BUSY_WARPS / tiles;
+        let most = self.steps.clamp(1, 16);
+        let warps = 1 << wanted.clamp(2.min(most), most).ilog2();
+        let shared = warps / 2 * eights * 4 * LANES * 4;
+        let args = self.arguments(out, x, add);
+        let block = [LANES * warps, 1, 1];
         // SAFETY: out has rows x N elements, the caller vouches; x as many columns as positions.
+        unsafe { (self.gpu).launch(self.program(), name, [tiles, 1, 1], block, shared, &args) }
+    }
+
+    fn multiply_more(&self, out: u64, x: DeviceMatrix, add: bool) -> Result<(), CudaError> {
+        let eights = if x.rows <= 32 { 4 } else { 8 };
+        let name = match (self.bits, eights) {
+            (4, 4) => "more_rows_4_4",
+            (4, _) => "more_rows_4_8",
+            (_, 4) => "more_rows_8_4",
+            (_, _) => "more_rows_8_8",
+        };
+        let blocks = self.outputs.div_ceil(BLOCK_OUTPUTS);
+        let room = 2 * self.gpu.multiprocessors() / blocks;
+        let shares = room.clamp(1, (self.steps / SHARE_STEPS).clamp(1, MAX_SHARES));
+        let parts = self
+            .gpu
+            .scratch("shares", shares * blocks * eights * 4 * 256 * 4)?;
+        let arrived = self.gpu.counters(blocks)?;
+        let mut args = self.arguments(out, x, add);
+        args.extend([Arg::from(parts.address()), Arg::from(arrived.address())]);
+        let shared = STAGES * 8 * eights * PITCH * 2;
+        // SAFETY: as above; parts and counters for every block.
         unsafe {
             self.gpu.launch(
                 self.program(),
                 name,
-                grid,
-                [LANES * WARPS, 1, 1],
+                [blocks, 1, shares],
+                [256, 1, 1],
                 shared,
                 &args,
             )
         }
     }
 
-    fn multiply_wide(&self, out: u64, x: DeviceMatrix, add: bool) -> Result<(), CudaError> {
+    fn multiply_many(&self, out: u64, x: DeviceMatrix, add: bool) -> Result<(), CudaError> {
         let stride = self.steps * STEP;
         let place = self.gpu.scratch("widened", self.outputs * stride * 2)?;
         let args = [place.address().into(), self.raw().into(), self.bits.into()];
