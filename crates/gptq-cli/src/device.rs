@@ -113,6 +113,35 @@ fn gpu(ordinal: usize, memory: usize) -> Result<Device, Failure> {
     Ok(Device::Cuda { ordinal, memory })
 }
 
+/// Opens all GPUs among `devices` at once; they stay open with what this returns. A context takes
+/// about a second, and several one after the other as many.
+#[cfg(feature = "cuda")]
+pub fn open_all(devices: &[Device]) -> Result<Vec<gptq_kernels::cuda::KeptOpen>, Failure> {
+    let ordinals: std::collections::BTreeSet<usize> = (devices.iter())
+        .filter_map(|device| match device {
+            Device::Cuda { ordinal, .. } => Some(*ordinal),
+            Device::Cpu => None,
+        })
+        .collect();
+    std::thread::scope(|scope| {
+        let opening: Vec<_> = (ordinals.into_iter())
+            .map(|ordinal| scope.spawn(move || gptq_kernels::cuda::KeptOpen::new(ordinal)))
+            .collect();
+        (opening.into_iter())
+            .map(|opened| {
+                let panicked = |_| Failure::new("opening a GPU ended in a panic");
+                Ok(opened.join().map_err(panicked)??)
+            })
+            .collect()
+    })
+}
+
+/// There are none.
+#[cfg(not(feature = "cuda"))]
+pub fn open_all(_: &[Device]) -> Result<(), Failure> {
+    Ok(())
+}
+
 #[cfg(not(feature = "cuda"))]
 fn first_gpu(_: usize) -> Option<Device> {
     None

@@ -74,12 +74,14 @@ pub fn run(args: &MatrixArgs) -> Result<Verdict, Failure> {
         true => 0,
         false => {
             // Reading all weights once takes seconds; so does what else must be there first.
-            let (checked, prepared) = thread::scope(|scope| {
+            let devices = devices(args)?;
+            let (checked, _open, prepared) = thread::scope(|scope| {
                 let check = scope.spawn(|| check_finite(source));
-                let prepared = prepare(args, &missing, &model, &config);
-                (check.join(), prepared)
+                let open = scope.spawn(|| device::open_all(&devices));
+                let prepared = prepare(args, &missing, &model, &config, devices[0]);
+                (check.join(), open.join(), prepared)
             });
-            let (devices, text, windows) = prepared?;
+            let (text, windows) = prepared?;
             checked.map_err(|_| Failure::new("the check of the weights ended in a panic"))??;
             let shared = Shared {
                 windows,
@@ -110,19 +112,18 @@ pub fn run(args: &MatrixArgs) -> Result<Verdict, Failure> {
 }
 
 type Prepared = (
-    Vec<Device>,
     Option<EvaluationWindows>,
     HashMap<String, Windows>,
 );
 
-/// Devices, the text to score on, and the calibration windows.
+/// The text to score on, and the calibration windows.
 fn prepare(
     args: &MatrixArgs,
     missing: &[&PlannedBranch],
     model: &Model,
     config: &DecoderConfig,
+    device: Device,
 ) -> Result<Prepared, Failure> {
-    let devices = devices(args)?;
     let text = evaluation(args).map(|text| ScoringText {
         dataset: text.dataset,
         seq_len: text.seq_len,
@@ -134,8 +135,8 @@ fn prepare(
             .protocol
             .replace(&args.evaluate, &public_name(&args.evaluate));
     }
-    let windows = windows(args, missing, model, config, devices[0])?;
-    Ok((devices, text, windows))
+    let windows = windows(args, missing, model, config, device)?;
+    Ok((text, windows))
 }
 
 fn verdict(failed: usize) -> Verdict {

@@ -98,6 +98,21 @@ impl From<&Buffer> for Arg {
     }
 }
 
+/// A device that is kept open, so that opening a [`Gpu`] on it takes no second more.
+pub struct KeptOpen(#[allow(dead_code)] Arc<CudaContext>);
+
+impl KeptOpen {
+    /// Opens the device and lets cuBLAS load what it needs there; on any thread.
+    pub fn new(ordinal: usize) -> Result<Self, CudaError> {
+        super::probe::check(ordinal)?;
+        let context = CudaContext::new(ordinal).named("opening the device")?;
+        let handle = cudarc::cublas::result::create_handle().named("creating a handle")?;
+        // SAFETY: created just now, used nowhere else.
+        unsafe { cudarc::cublas::result::destroy_handle(handle) }.named("closing a handle")?;
+        Ok(KeptOpen(context))
+    }
+}
+
 impl Gpu {
     /// Opens device `ordinal` with cuBLAS, cuSOLVER and NVRTC. Fails with the name of what is not
     /// there.

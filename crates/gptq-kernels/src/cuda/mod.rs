@@ -24,7 +24,7 @@ mod score;
 mod sweep;
 
 pub use decoder::{DeviceCache, Turn};
-pub use device::{Gpu, Mark, MemoryUse};
+pub use device::{Gpu, KeptOpen, Mark, MemoryUse};
 pub use error::CudaError;
 pub use hessian::{DeviceFactor, DeviceHessian};
 pub use memory::{Buffer, Pinned, Shelf};
