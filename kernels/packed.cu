@@ -15,6 +15,9 @@
 #define RUN 64   // positions that a lane loads at once: 16 bytes of 4-bit codes
 #define PART 32  // positions of which a lane has 16 bytes of x
 
+__device__ __forceinline__ unsigned minus(unsigned a, unsigned b);
+__device__ __forceinline__ unsigned masked(unsigned word, unsigned mask);
+
 // Two whole numbers 0..15 from the fields at bits 4p and 16 + 4p, exactly, plus an offset that the
 // mantissa carries: 1024 in f16, 128 in bf16.
 #if BF16
@@ -24,8 +27,11 @@ __device__ __forceinline__ unsigned pair_of(float low, float high) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
     return y;
 }
-__device__ __forceinline__ unsigned four_bits(unsigned word, int p) {
-    return ((word >> (4 * p)) & 0x000f000fu) | 0x43004300u;
+#define MAGIC 0x43004300u
+// Of an odd field p the offset is the same here; f16 has a smaller one.
+#define ODD_OFFSET 128.0f
+__device__ __forceinline__ unsigned code_less_zero(unsigned word, int p, unsigned zero) {
+    return minus(masked(word >> (4 * p), 0x000f000fu), zero);
 }
 __device__ __forceinline__ unsigned times(unsigned a, unsigned b) {
     unsigned y;
@@ -50,8 +56,15 @@ __device__ __forceinline__ unsigned pair_of(float low, float high) {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
     return y;
 }
-__device__ __forceinline__ unsigned four_bits(unsigned word, int p) {
-    return ((word >> (4 * p)) & 0x000f000fu) | 0x64006400u;
+#define MAGIC 0x64006400u
+// Fields at bits 4 and 12 stay where they are: 1024 + 16 code, divided by 16.
+#define ODD_OFFSET 64.0f
+__device__ __forceinline__ unsigned code_less_zero(unsigned word, int p, unsigned zero) {
+    unsigned moved = p < 2 ? word : word >> 8;
+    if (!(p & 1)) return minus(masked(moved, 0x000f000fu), zero);
+    unsigned y, sixteen_fold = masked(moved, 0x00f000f0u);
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(sixteen_fold), "r"(0x2c002c00u), "r"(zero ^ 0x80008000u));
+    return y;
 }
 __device__ __forceinline__ unsigned times(unsigned a, unsigned b) {
     unsigned y;
@@ -69,6 +82,13 @@ __device__ __forceinline__ unsigned two_bytes(unsigned word, int p) {
 #define BYTE_OFFSET 1024.0f
 #define MMA "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
 #endif
+
+// (word & mask) | MAGIC as one instruction: the compiler makes two of it.
+__device__ __forceinline__ unsigned masked(unsigned word, unsigned mask) {
+    unsigned y;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(y) : "r"(word), "r"(mask), "n"(MAGIC));
+    return y;
+}
 
 __device__ __forceinline__ void multiply(float* c, const unsigned* a, unsigned b0, unsigned b1) {
     asm volatile(MMA " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -101,7 +121,8 @@ __device__ __forceinline__ void codes_of(unsigned* a, const uint4* run, int tile
     }
 #pragma unroll
     for (int p = 0; p < 4; p++)
-        a[p] = minus(BITS == 4 ? four_bits(words[0], p) : two_bytes(words[p / 2], p & 1), zero[p & 1]);
+        a[p] = BITS == 4 ? code_less_zero(words[0], p, zero[p & 1])
+                         : minus(two_bytes(words[p / 2], p & 1), zero[p & 1]);
 }
 
 struct Packed {
@@ -113,122 +134,34 @@ struct Packed {
     int shift;    // 2^shift times 32 positions share a scale
 };
 
-// Four sums of an mma tile: outputs `output` and `output` + 8 of rows `row` and `row` + 1.
-__device__ __forceinline__ void put(half16* out, const float* sum, const float* bias, int n, int output,
-                                    int row, int rows, int add) {
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        int o = output + (i >> 1) * 8, r = row + (i & 1);
-        if (o >= n || r >= rows) continue;
-        half16* to = out + (long long)r * n + o;
-        float value = bias ? sum[i] + bias[o] : sum[i];
-        *to = narrow(add ? value + widen(*to) : value);
-    }
+__device__ __forceinline__ void put(half16* out, float value, const float* bias, int n, int output,
+                                    int row, int add) {
+    half16* to = out + (long long)row * n + output;
+    if (bias) value += bias[output];
+    *to = narrow(add ? value + widen(*to) : value);
 }
 
 // Zeros of outputs g and g + 8, as they stand in the codes: with the offset.
 template <int BITS>
 __device__ __forceinline__ void zeros_of(unsigned* zero, const unsigned* pairs, float common) {
-    float offset = BITS == 4 ? OFFSET : BYTE_OFFSET;
-    unsigned pair = pairs ? minus(*pairs, pair_of(-offset, -offset)) : pair_of(offset + common, offset + common);
-    zero[0] = both(pair, 0);
-    zero[1] = both(pair, 1);
+    float even = BITS == 4 ? OFFSET : BYTE_OFFSET, odd = BITS == 4 ? ODD_OFFSET : BYTE_OFFSET;
+    unsigned of_g = pairs ? both(*pairs, 0) : pair_of(common, common);
+    unsigned of_g8 = pairs ? both(*pairs, 1) : of_g;
+    zero[0] = minus(of_g, pair_of(-even, -even));
+    zero[1] = minus(of_g8, pair_of(-odd, -odd));
 }
 
-// Few rows: a block takes 16 outputs and EIGHTS times eight rows; its warps share the positions and
-// add up at the end, always in the same order. A warp loads RUNS runs of codes ahead of those at
-// work. Sums of a granule are of whole numbers times x; its scale comes last. Grid: (n / 16,
-// rows / (8 EIGHTS)); threads: 32 times a power of two.
-template <int BITS, int EIGHTS, int RUNS>
-__device__ __forceinline__ void few_rows(half16* out, const half16* x, const float* bias, Packed w,
-                                         int rows, int stride, int add) {
-    constexpr int WORDS = BITS == 4 ? 1 : 2; // times 16 bytes of a lane and a run
-    constexpr int LOADS = RUNS * WORDS;
-    extern __shared__ float partial[]; // [warps / 2][EIGHTS * 4][32]
-    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
-    int g = lane >> 2, t = lane & 3, row0 = blockIdx.y * 8 * EIGHTS;
-    int first = w.steps * warp / warps * 2, last = w.steps * (warp + 1) / warps * 2; // runs
-    long long tile = blockIdx.x;
-    const uint4* codes = w.codes + (tile * 2 * w.steps + first) * WORDS * 32 + lane;
-    long long granules = (4 * w.steps) >> w.shift;
-    const unsigned* scales = w.scales + tile * granules * 8 + g;
-    const unsigned* zeros = w.zeros ? w.zeros + tile * granules * 8 + g : 0;
-    const half16* own = x + (long long)(row0 + g) * stride + 8 * t;
-    int mask = (1 << w.shift) - 1;
-
-    float sum[EIGHTS][4], part_sum[EIGHTS][4];
-#pragma unroll
-    for (int e = 0; e < EIGHTS; e++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) sum[e][i] = part_sum[e][i] = 0;
-    uint4 next[LOADS];
-#pragma unroll
-    for (int i = 0; i < LOADS; i++) {
-        next[i] = make_uint4(0, 0, 0, 0);
-        if (first + i / WORDS < last) next[i] = stream(codes + i * 32);
-    }
-    unsigned zero[2], scale = 0;
-    zeros_of<BITS>(zero, 0, w.zero);
-
-    for (int run0 = first; run0 < last; run0 += RUNS) {
-        uint4 now[LOADS];
-        codes += LOADS * 32;
-#pragma unroll
-        for (int i = 0; i < LOADS; i++) {
-            now[i] = next[i];
-            if (run0 + RUNS + i / WORDS < last) next[i] = stream(codes + i * 32);
-        }
-#pragma unroll
-        for (int part = 0; part < 2 * RUNS; part++) {
-            int place = run0 * 2 + part;
-            if (place >= 2 * last) break;
-            if ((place & mask) == 0) {
-                int at = (place >> w.shift) * 8;
-                scale = scales[at];
-                if (zeros) zeros_of<BITS>(zero, zeros + at, 0);
-            }
-            uint4 b[EIGHTS];
-#pragma unroll
-            for (int e = 0; e < EIGHTS; e++) {
-                b[e] = make_uint4(0, 0, 0, 0);
-                if (row0 + 8 * e + g < rows)
-                    b[e] = *(const uint4*)(own + (long long)8 * e * stride + place * PART);
-            }
-#pragma unroll
-            for (int upper = 0; upper < 2; upper++) {
-                unsigned a[4];
-                codes_of<BITS>(a, now + (part >> 1) * WORDS, 2 * (part & 1) + upper, zero);
-#pragma unroll
-                for (int e = 0; e < EIGHTS; e++)
-                    multiply(part_sum[e], a, upper ? b[e].z : b[e].x, upper ? b[e].w : b[e].y);
-            }
-            if (((place + 1) & mask) == 0) {
-                float of_g = widen((half16)(scale & 0xffff)), of_g8 = widen((half16)(scale >> 16));
-#pragma unroll
-                for (int e = 0; e < EIGHTS; e++)
-#pragma unroll
-                    for (int i = 0; i < 4; i++) {
-                        sum[e][i] += (i < 2 ? of_g : of_g8) * part_sum[e][i];
-                        part_sum[e][i] = 0;
-                    }
-            }
-        }
-    }
-    // Half the warps hand over to the other half until one is left.
-    for (int half_warps = warps / 2; half_warps; half_warps >>= 1) {
-        __syncthreads();
-        float* mine = partial + (warp % half_warps) * EIGHTS * 4 * 32 + lane;
-        if (warp >= half_warps && warp < 2 * half_warps)
-#pragma unroll
-            for (int i = 0; i < 4 * EIGHTS; i++) mine[i * 32] = sum[i / 4][i % 4];
-        __syncthreads();
-        if (warp < half_warps)
-#pragma unroll
-            for (int i = 0; i < 4 * EIGHTS; i++) sum[i / 4][i % 4] += mine[i * 32];
-    }
-    if (warp) return;
-#pragma unroll
-    for (int e = 0; e < EIGHTS; e++) put(out, sum[e], bias, w.n, tile * 16 + g, row0 + 8 * e + 2 * t, rows, add);
+// The kernel before has written what this one reads only when `wait_for_it` returns; what is asked
+// for earlier (weights) comes meanwhile. `let_next_start`: the next one may be put beside this one.
+__device__ __forceinline__ void wait_for_it() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
 }
 
 __device__ __forceinline__ void copy_ahead(void* to, const void* from, bool there) {
@@ -237,96 +170,272 @@ __device__ __forceinline__ void copy_ahead(void* to, const void* from, bool ther
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(place), "l"(from), "r"(bytes));
 }
 
-#define STAGES 3
-#define PITCH 160 // elements between rows of x in shared memory: eight lanes meet no bank twice
+// What a lane reads of a step: codes and scales of 128 positions.
+template <int BITS, int TILES, int GRANULES>
+struct Step {
+    static constexpr int WORDS = BITS == 4 ? 2 : 4; // times 16 bytes
+    uint4 codes[TILES][WORDS];
+    unsigned scale[TILES][GRANULES], zero[TILES][GRANULES];
 
-// More rows: a block takes 128 outputs, 16 a warp, and EIGHTS times eight rows, whose x goes through
-// shared memory STAGES steps ahead. Blocks along z share the positions; the last one of them adds up
-// what all have left in `parts`, in their order. Grid: (n / 128, rows / (8 EIGHTS), shares).
+    __device__ __forceinline__ void read(const Packed& w, const long long* at, int step, int lane) {
+        int a_step = GRANULES == 1 ? 1 : 4 >> w.shift;
+#pragma unroll
+        for (int j = 0; j < TILES; j++) {
+            const uint4* from = w.codes + (at[j] + step) * WORDS * 32 + lane;
+#pragma unroll
+            for (int i = 0; i < WORDS; i++) codes[j][i] = stream(from + i * 32);
+            long long place = (at[j] + step) * a_step * 8 + (lane >> 2);
+#pragma unroll
+            for (int i = 0; i < GRANULES; i++)
+                if (i < a_step) {
+                    scale[j][i] = w.scales[place + i * 8];
+                    if (w.zeros) zero[j][i] = w.zeros[place + i * 8];
+                }
+        }
+    }
+};
+
+// Few rows: a block takes TILES times 16 outputs and EIGHTS times eight rows; its warps take `share`
+// steps each and add up at the end, in their order. What comes from memory is read two steps ahead.
+// Sums of a granule are of whole numbers times x; its scale comes last. With GRANULES 1 a granule is a
+// step. Grid: (n / (16 TILES), rows / (8 EIGHTS)); threads: 32 times the warps.
+template <int BITS, int EIGHTS, int TILES, int GRANULES>
+__device__ __forceinline__ void few_rows(half16* out, const half16* x, const float* bias, Packed w,
+                                         int rows, int stride, int add, int share) {
+    constexpr int CHAINS = EIGHTS * TILES > 2 ? 1 : 2, WORDS = BITS == 4 ? 1 : 2;
+    extern __shared__ float partial[]; // [warps][SUMS]
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
+    int g = lane >> 2, t = lane & 3, row0 = blockIdx.y * 8 * EIGHTS, tile0 = blockIdx.x * TILES;
+    int first = min(warp * share, w.steps), steps = min(share, w.steps - first);
+    int mask = GRANULES == 1 ? 3 : (1 << w.shift) - 1;
+    long long at[TILES];
+#pragma unroll
+    for (int j = 0; j < TILES; j++) at[j] = (long long)min(tile0 + j, (w.n + 15) / 16 - 1) * w.steps + first;
+    Step<BITS, TILES, GRANULES> ahead[2];
+    if (steps > 0) ahead[0].read(w, at, 0, lane);
+    if (steps > 1) ahead[1].read(w, at, 1, lane);
+    wait_for_it();
+    let_next_start();
+
+    const uint4* own[EIGHTS]; // rows beyond the last one repeat it
+    uint4 b[EIGHTS][2];
+#pragma unroll
+    for (int e = 0; e < EIGHTS; e++) {
+        own[e] = (const uint4*)(x + (long long)min(row0 + 8 * e + g, rows - 1) * stride + first * STEP) + t;
+        if (steps > 0) b[e][0] = own[e][0], b[e][1] = own[e][4];
+    }
+    float sum[TILES][EIGHTS][4], part_sum[TILES][EIGHTS][CHAINS][4];
+#pragma unroll
+    for (int i = 0; i < TILES * EIGHTS * 4; i++) sum[0][0][i] = 0;
+#pragma unroll
+    for (int i = 0; i < TILES * EIGHTS * CHAINS * 4; i++) part_sum[0][0][0][i] = 0;
+    unsigned zero[TILES][2];
+#pragma unroll
+    for (int j = 0; j < TILES; j++) zeros_of<BITS>(zero[j], 0, w.zero);
+
+    for (int step0 = 0; step0 < steps; step0 += 2)
+#pragma unroll
+        for (int u = 0; u < 2; u++) {
+            int step = step0 + u;
+            if (step >= steps) break;
+            Step<BITS, TILES, GRANULES> now = ahead[u];
+            if (step + 2 < steps) ahead[u].read(w, at, step + 2, lane);
+#pragma unroll
+            for (int part = 0; part < 4; part++) {
+                uint4 v[EIGHTS];
+#pragma unroll
+                for (int e = 0; e < EIGHTS; e++) {
+                    v[e] = b[e][part & 1];
+                    int next = part < 2 || step + 1 < steps ? RUN / 8 : 0; // 16 bytes to the next run
+                    if (part & 1) own[e] += next;
+                    b[e][part & 1] = own[e][part & 1 ? 4 : next];
+                }
+                int granule = GRANULES == 1 ? 0 : part >> w.shift;
+                if (w.zeros && (part & mask) == 0)
+#pragma unroll
+                    for (int j = 0; j < TILES; j++) {
+                        unsigned pair = now.zero[j][0];
+#pragma unroll
+                        for (int i = 1; i < GRANULES; i++) pair = granule == i ? now.zero[j][i] : pair;
+                        zeros_of<BITS>(zero[j], &pair, 0);
+                    }
+#pragma unroll
+                for (int j = 0; j < TILES; j++)
+#pragma unroll
+                    for (int upper = 0; upper < 2; upper++) {
+                        unsigned a[4];
+                        codes_of<BITS>(a, now.codes[j] + (part >> 1) * WORDS, 2 * (part & 1) + upper, zero[j]);
+#pragma unroll
+                        for (int e = 0; e < EIGHTS; e++)
+                            multiply(part_sum[j][e][upper % CHAINS], a, upper ? v[e].z : v[e].x,
+                                     upper ? v[e].w : v[e].y);
+                    }
+                if (((part + 1) & mask) == 0)
+#pragma unroll
+                    for (int j = 0; j < TILES; j++) {
+                        unsigned scale = now.scale[j][0];
+#pragma unroll
+                        for (int i = 1; i < GRANULES; i++) scale = granule == i ? now.scale[j][i] : scale;
+                        float of_g = widen((half16)(scale & 0xffff)), of_g8 = widen((half16)(scale >> 16));
+#pragma unroll
+                        for (int e = 0; e < EIGHTS; e++)
+#pragma unroll
+                            for (int c = 0; c < CHAINS; c++)
+#pragma unroll
+                                for (int i = 0; i < 4; i++) {
+                                    sum[j][e][i] += (i < 2 ? of_g : of_g8) * part_sum[j][e][c][i];
+                                    part_sum[j][e][c][i] = 0;
+                                }
+                    }
+            }
+        }
+    constexpr int SUMS = TILES * EIGHTS * 128; // of a warp
+#pragma unroll
+    for (int i = 0; i < SUMS / 32; i++)
+        partial[warp * SUMS + i * 32 + lane] = sum[i / (4 * EIGHTS)][i / 4 % EIGHTS][i % 4];
+    __syncthreads();
+#pragma unroll 1
+    for (int i = threadIdx.x; i < SUMS; i += blockDim.x) {
+        float total = 0;
+        for (int other = 0; other < warps; other++) total += partial[other * SUMS + i];
+        int from = i & 31, at = i >> 5 & 3, e = i / 128 % EIGHTS, j = i / (128 * EIGHTS);
+        int output = (tile0 + j) * 16 + (from >> 2) + (at >> 1) * 8;
+        int row = row0 + 8 * e + 2 * (from & 3) + (at & 1);
+        if (output < w.n && row < rows) put(out, total, bias, w.n, output, row, add);
+    }
+}
+
+#define PITCH 160   // elements between rows of x in shared memory: eight lanes meet no bank twice
+#define GROUPS 2    // of warps, that share the positions of a step
+#define OUTPUTS 256 // of a block, 32 a warp
+
+// More rows: a block takes 256 outputs and EIGHTS times eight rows. Steps of x, codes and scales come
+// through shared memory STAGES ahead; the second half of the warps takes the second half of each step.
+// Blocks along z share the positions; the last one of them adds up what all have left in `parts`, in
+// their order. Grid: (n / 256, rows / (8 EIGHTS), shares); 512 threads.
 template <int BITS, int EIGHTS>
 __device__ __forceinline__ void more_rows(half16* out, const half16* x, const float* bias, Packed w,
                                           int rows, int stride, int add, float* parts,
                                           unsigned* arrived) {
-    constexpr int WORDS = BITS == 4 ? 1 : 2;
-    constexpr int LOADS = 2 * WORDS;
-    constexpr int ROWS = 8 * EIGHTS;
-    extern __shared__ half16 staged[]; // [STAGES][ROWS][PITCH]
+    constexpr int WORDS = BITS == 4 ? 1 : 2, STAGES = BITS == 4 ? 4 : 3, ROWS = 8 * EIGHTS;
+    constexpr int X = ROWS * PITCH / 8, CODES = 16 * 2 * WORDS * 32, SCALES = 16 * 2 * 8; // times 16 bytes
+    constexpr int STAGE = X + CODES + 2 * SCALES;
+    extern __shared__ uint4 shared[]; // [STAGES]: x, codes [warp][tile][WORDS][32], scales [warp][tile][8], zeros
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-    int row0 = blockIdx.y * ROWS, share = blockIdx.z, shares = gridDim.z;
-    int first = w.steps * share / shares, last = w.steps * (share + 1) / shares;
-    int tile0 = blockIdx.x * 8 + warp;
-    long long tile = min(tile0, (w.n + 15) / 16 - 1);
-    const uint4* codes = w.codes + (tile * w.steps + first) * LOADS * 32 + lane;
-    long long granules = (4 * w.steps) >> w.shift;
-    const unsigned* scales = w.scales + tile * granules * 8 + g;
-    const unsigned* zeros = w.zeros ? w.zeros + tile * granules * 8 + g : 0;
-    int mask = (1 << w.shift) - 1;
+    int group = warp >> 3, row0 = blockIdx.y * ROWS, shares = gridDim.z;
+    int first = w.steps * blockIdx.z / shares, last = w.steps * (blockIdx.z + 1) / shares;
+    int tile0 = blockIdx.x * 16 + (warp & 7) * 2, tiles = (w.n + 15) / 16, a_step = 8 >> w.shift;
+    long long begin[2]; // of the tile, in steps
+#pragma unroll
+    for (int j = 0; j < 2; j++) begin[j] = (long long)min(tile0 + j, tiles - 1) * w.steps;
 
-    auto load = [&](int step) {
-        if (step < last)
-            for (int i = threadIdx.x; i < ROWS * 16; i += 256) {
-                int row = i >> 4, column = (i & 15) * 8;
-                half16* to = staged + ((step - first) % STAGES * ROWS + row) * PITCH + column;
-                bool there = row0 + row < rows;
-                const half16* from = x + (long long)(there ? row0 + row : 0) * stride + step * STEP + column;
-                copy_ahead(to, from, there);
-            }
-        asm volatile("cp.async.commit_group;");
+    auto load_weight = [&](int step) {
+        if (step >= last) return;
+        uint4* stage = shared + (step - first) % STAGES * STAGE;
+        uint4* codes = stage + X + warp * 2 * WORDS * 32 + lane;
+        uint4* scales = stage + X + CODES + warp * 16;
+#pragma unroll
+        for (int j = 0; j < 2; j++)
+#pragma unroll
+            for (int i = 0; i < WORDS; i++)
+                copy_ahead(codes + (j * WORDS + i) * 32,
+                           w.codes + (((begin[j] + step) * 2 + group) * WORDS + i) * 32 + lane, true);
+        int j = lane >> 3, i = lane & 7; // eight lanes a tile
+        if (lane < 16 && i < a_step) {
+            long long at = ((j ? begin[1] : begin[0]) + step) * a_step + i;
+            copy_ahead(scales + j * 8 + i, (const uint4*)w.scales + at, true);
+            if (w.zeros) copy_ahead(scales + SCALES + j * 8 + i, (const uint4*)w.zeros + at, true);
+        }
     };
-    float sum[EIGHTS][4];
+    auto load_x = [&](int step) {
+        if (step >= last) return;
+        uint4* stage = shared + (step - first) % STAGES * STAGE;
 #pragma unroll
-    for (int e = 0; e < EIGHTS; e++) sum[e][0] = sum[e][1] = sum[e][2] = sum[e][3] = 0;
-    for (int s = 0; s < STAGES - 1; s++) load(first + s);
-    uint4 next[LOADS];
+        for (int i = threadIdx.x; i < ROWS * 16; i += 512) {
+            int row = i >> 4, column = i & 15;
+            const half16* from = x + (long long)min(row0 + row, rows - 1) * stride + step * STEP;
+            copy_ahead(stage + row * (PITCH / 8) + column, (const uint4*)from + column, true);
+        }
+    };
+    // Weights first: they may come before the kernel ahead of this one is done.
+    for (int s = 0; s < STAGES - 1; s++) load_weight(first + s);
+    wait_for_it();
+    let_next_start();
+    for (int s = 0; s < STAGES - 1; s++) {
+        load_x(first + s);
+        asm volatile("cp.async.commit_group;");
+    }
+    float sum[2][EIGHTS][4];
 #pragma unroll
-    for (int i = 0; i < LOADS; i++)
-        if (first < last) next[i] = stream(codes + i * 32);
-    unsigned zero[2], scale[2];
-    zeros_of<BITS>(zero, 0, w.zero);
+    for (int i = 0; i < 2 * EIGHTS * 4; i++) sum[0][0][i] = 0;
+    unsigned zero[2][2], scale[2][2];
+    zeros_of<BITS>(zero[0], 0, w.zero);
+    zeros_of<BITS>(zero[1], 0, w.zero);
 
     for (int step = first; step < last; step++) {
-        uint4 now[LOADS];
-        codes += LOADS * 32;
-#pragma unroll
-        for (int i = 0; i < LOADS; i++) {
-            now[i] = next[i];
-            if (step + 1 < last) next[i] = stream(codes + i * 32);
-        }
-        asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2));
+        asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
         __syncthreads(); // all copies of this step are there, and all have left the step before
-        load(step + STAGES - 1);
-        const half16* here = staged + (step - first) % STAGES * ROWS * PITCH + g * PITCH + 8 * t;
+        load_weight(step + STAGES - 1);
+        load_x(step + STAGES - 1);
+        asm volatile("cp.async.commit_group;");
+        const uint4* stage = shared + (step - first) % STAGES * STAGE;
+        const uint4* here = stage + g * (PITCH / 8) + group * 8 + t;
+        const uint4* codes = stage + X + warp * 2 * WORDS * 32 + lane;
+        const unsigned* scales = (const unsigned*)(stage + X + CODES + warp * 16) + g;
+        uint4 now[2][WORDS];
 #pragma unroll
-        for (int part = 0; part < 4; part++) {
-            int place = step * 4 + part;
-            if ((place & mask) == 0) {
-                int at = (place >> w.shift) * 8;
-                unsigned pair = scales[at];
-                scale[0] = both(pair, 0);
-                scale[1] = both(pair, 1);
-                if (zeros) zeros_of<BITS>(zero, zeros + at, 0);
-            }
-            unsigned a[2][4];
+        for (int i = 0; i < 2 * WORDS; i++) now[i / WORDS][i % WORDS] = codes[i * 32];
 #pragma unroll
-            for (int upper = 0; upper < 2; upper++) {
-                codes_of<BITS>(a[upper], now + (part >> 1) * WORDS, 2 * (part & 1) + upper, zero);
+        for (int part = 0; part < 2; part++) {
+            int granule = (2 * group + part) >> w.shift;
+            unsigned a[2][2][4];
 #pragma unroll
-                for (int p = 0; p < 4; p++) a[upper][p] = times(a[upper][p], scale[p & 1]);
+            for (int j = 0; j < 2; j++) {
+                unsigned pair = scales[j * 32 + granule * 8];
+                scale[j][0] = both(pair, 0);
+                scale[j][1] = both(pair, 1);
+                if (w.zeros) zeros_of<BITS>(zero[j], scales + SCALES * 4 + j * 32 + granule * 8, 0);
+#pragma unroll
+                for (int upper = 0; upper < 2; upper++) {
+                    codes_of<BITS>(a[j][upper], now[j], 2 * part + upper, zero[j]);
+#pragma unroll
+                    for (int p = 0; p < 4; p++) a[j][upper][p] = times(a[j][upper][p], scale[j][p & 1]);
+                }
             }
 #pragma unroll
             for (int e = 0; e < EIGHTS; e++) {
-                uint4 b = *(const uint4*)(here + 8 * e * PITCH + part * PART);
-                multiply(sum[e], a[0], b.x, b.y);
-                multiply(sum[e], a[1], b.z, b.w);
+                uint4 b = here[e * PITCH + part * 4];
+#pragma unroll
+                for (int j = 0; j < 2; j++) {
+                    multiply(sum[j][e], a[j][0], b.x, b.y);
+                    multiply(sum[j][e], a[j][1], b.z, b.w);
+                }
             }
         }
+    }
+    // The second group hands half of its sums over and takes the other half of the first one's.
+    constexpr int HALF = EIGHTS * 4;
+    float* handed = (float*)shared; // [group][HALF][256]
+    int place = threadIdx.x & 255;
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < HALF; i++)
+        handed[(group * HALF + i) * 256 + place] = group ? sum[0][i / 4][i % 4] : sum[1][i / 4][i % 4];
+    __syncthreads();
+    float total[HALF]; // of tile `group`
+#pragma unroll
+    for (int i = 0; i < HALF; i++) {
+        float own = group ? sum[1][i / 4][i % 4] : sum[0][i / 4][i % 4];
+        float other = handed[((1 - group) * HALF + i) * 256 + place];
+        total[i] = group ? other + own : own + other;
     }
     if (shares > 1) {
         __shared__ unsigned before;
         long long block = (long long)blockIdx.y * gridDim.x + blockIdx.x, blocks = (long long)gridDim.x * gridDim.y;
-        float* mine = parts + (share * blocks + block) * EIGHTS * 4 * 256 + threadIdx.x;
+        float* all = parts + block * HALF * 512 + threadIdx.x;
+        long long apart = blocks * HALF * 512;
 #pragma unroll
-        for (int i = 0; i < 4 * EIGHTS; i++) mine[i * 256] = sum[i / 4][i % 4];
+        for (int i = 0; i < HALF; i++) all[blockIdx.z * apart + i * 512] = total[i];
         __threadfence();
         __syncthreads();
         if (threadIdx.x == 0) before = atomicAdd(arrived + block, 1);
@@ -335,24 +444,26 @@ __device__ __forceinline__ void more_rows(half16* out, const half16* x, const fl
         __threadfence();
         if (threadIdx.x == 0) arrived[block] = 0; // for the next launch
 #pragma unroll
-        for (int i = 0; i < 4 * EIGHTS; i++) {
-            float total = 0;
-            for (int s = 0; s < shares; s++)
-                total += __ldcg(parts + (s * blocks + block) * EIGHTS * 4 * 256 + i * 256 + threadIdx.x);
-            sum[i / 4][i % 4] = total;
-        }
+        for (int i = 0; i < HALF; i++) total[i] = 0;
+        for (int s = 0; s < shares; s++)
+#pragma unroll
+            for (int i = 0; i < HALF; i++) total[i] += __ldcg(all + s * apart + i * 512);
     }
 #pragma unroll
-    for (int e = 0; e < EIGHTS; e++) put(out, sum[e], bias, w.n, tile0 * 16 + g, row0 + 8 * e + 2 * t, rows, add);
+    for (int i = 0; i < HALF; i++) {
+        int output = (tile0 + group) * 16 + g + (i >> 1 & 1) * 8, row = row0 + 8 * (i >> 2) + 2 * t + (i & 1);
+        if (output < w.n && row < rows) put(out, total[i], bias, w.n, output, row, add);
+    }
 }
 
-#define FEW_ROWS(BITS, EIGHTS, RUNS)                                                                  \
-    __global__ void few_rows_##BITS##_##EIGHTS(half16* out, const half16* x, const float* bias,       \
-                                               Packed w, int rows, int stride, int add) {             \
-        few_rows<BITS, EIGHTS, RUNS>(out, x, bias, w, rows, stride, add);                             \
+#define FEW_ROWS(BITS, EIGHTS, TILES, GRANULES)                                                       \
+    __global__ void few_rows_##BITS##_##EIGHTS##_##TILES##_##GRANULES(                                \
+        half16* out, const half16* x, const float* bias, Packed w, int rows, int stride, int add,     \
+        int share) {                                                                                  \
+        few_rows<BITS, EIGHTS, TILES, GRANULES>(out, x, bias, w, rows, stride, add, share);           \
     }
 #define MORE_ROWS(BITS, EIGHTS)                                                                       \
-    __global__ void __launch_bounds__(256, 2)                                                         \
+    __global__ void __launch_bounds__(512, 1)                                                         \
         more_rows_##BITS##_##EIGHTS(half16* out, const half16* x, const float* bias, Packed w,        \
                                     int rows, int stride, int add, float* parts, unsigned* arrived) { \
         more_rows<BITS, EIGHTS>(out, x, bias, w, rows, stride, add, parts, arrived);                  \
@@ -360,10 +471,14 @@ __device__ __forceinline__ void more_rows(half16* out, const half16* x, const fl
 
 extern "C" {
 
-FEW_ROWS(4, 1, 4)
-FEW_ROWS(4, 2, 4)
-FEW_ROWS(8, 1, 2)
-FEW_ROWS(8, 2, 2)
+FEW_ROWS(4, 1, 1, 1)
+FEW_ROWS(4, 1, 1, 4)
+FEW_ROWS(4, 2, 2, 1)
+FEW_ROWS(4, 2, 2, 4)
+FEW_ROWS(8, 1, 1, 1)
+FEW_ROWS(8, 1, 1, 4)
+FEW_ROWS(8, 2, 2, 1)
+FEW_ROWS(8, 2, 2, 4)
 MORE_ROWS(4, 4)
 MORE_ROWS(4, 8)
 MORE_ROWS(8, 4)
@@ -416,6 +531,8 @@ __global__ void widen_packed(half16* out, Packed w, int bits) {
 // columns a thread. Grid: (stride / 1024, rows), block 128.
 __global__ void arrange(uint4* out, const half16* x, const int4* channels, int k, int stride) {
     int i = blockIdx.x * 128 + threadIdx.x;
+    wait_for_it();
+    let_next_start();
     if (8 * i >= stride) return;
     const half16* row = x + (long long)blockIdx.y * k;
     int4 low = channels[2 * i], high = channels[2 * i + 1];

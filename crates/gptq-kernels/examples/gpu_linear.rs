@@ -1,6 +1,8 @@
 //! How long a packed product takes on the GPU, beside cuBLAS on sixteen-bit weights:
-//! `gpu_linear [ROUNDS]`, needs `--features cuda`. Medians of single launches; a buffer larger than
-//! the second-level cache is cleared before each.
+//! `gpu_linear [ROUNDS]`, needs `--features cuda`. Medians of single launches, before each of which
+//! the second-level cache is filled with something else: "written" as triton's do_bench does it, so
+//! that what is read must also wait for that to be written back; "read" as in a decoder, where other
+//! weights were read before.
 #![allow(clippy::print_stdout)]
 
 #[cfg(feature = "cuda")]
@@ -13,10 +15,23 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let rounds = std::env::args().nth(1).map_or(Ok(21), |arg| arg.parse())?;
     let gpu = Gpu::open(0)?;
     let flush = Buffer::zeros(&gpu, CACHE)?;
-    let time = |work: &dyn Fn() -> Result<(), gptq_kernels::cuda::CudaError>| {
+    let line = Buffer::zeros(&gpu, 1 << 16)?;
+    let matrix = |address, rows, columns| DeviceMatrix {
+        address,
+        rows,
+        columns,
+        dtype: Dtype::F16,
+    };
+    let time = |written: bool, work: &dyn Fn() -> Result<(), gptq_kernels::cuda::CudaError>| {
         let mut all = Vec::new();
         for _ in 0..rounds {
-            flush.clear()?;
+            match written {
+                true => flush.clear()?,
+                false => {
+                    let other = matrix(flush.address(), CACHE / 2 / 8192, 8192);
+                    gpu.project(line.address(), true, matrix(line.address(), 1, 8192), other)?;
+                }
+            }
             let before = gpu.mark()?;
             work()?;
             all.push(before.seconds_to(&gpu.mark()?)? * 1e6);
@@ -24,6 +39,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         all.sort_by(f64::total_cmp);
         Ok::<f64, gptq_kernels::cuda::CudaError>(all[all.len() / 2])
     };
+    println!(
+        "nothing between two marks: {:.1} us",
+        time(true, &|| Ok(()))?
+    );
     for (k, n) in [(4096usize, 4096usize), (4096, 11008), (11008, 4096)] {
         for (bits, act_order) in [
             (Bits::Four, false),
@@ -46,44 +65,35 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 g_idx,
             };
             let linear = PackedLinear::new(&gpu, &layer, None, Dtype::F16)?;
-            print!(
-                "{bits}-bit {k} x {n}{}:",
-                if act_order { " act-order" } else { "" }
-            );
+            let order = if act_order { " act-order" } else { "" };
+            print!("{bits}-bit {k} x {n}{order}:");
             for rows in [1, 4, 8, 16, 32, 64, 128, 256, 1024, 4096] {
                 let x = Buffer::zeros(&gpu, rows * k * 2)?;
                 let out = Buffer::zeros(&gpu, rows * n * 2)?;
-                let x = DeviceMatrix {
-                    address: x.address(),
-                    rows,
-                    columns: k,
-                    dtype: Dtype::F16,
-                };
-                let us = time(&|| linear.multiply(out.address(), x, false))?;
-                print!(" {rows}: {us:.1}");
+                let x = matrix(x.address(), rows, k);
+                let work = || linear.multiply(out.address(), x, false);
+                print!(
+                    " {rows}: {:.1} / {:.1}",
+                    time(true, &work)?,
+                    time(false, &work)?
+                );
             }
             let floor = linear.bytes() as f64 / 4.3e12 * 1e6;
-            println!(" us; codes and scales at 4.3 TB/s {floor:.1} us");
+            println!(" us after written / read; codes and scales at 4.3 TB/s {floor:.1} us");
         }
         let weight = Buffer::zeros(&gpu, n * k * 2)?;
-        let weight = DeviceMatrix {
-            address: weight.address(),
-            rows: n,
-            columns: k,
-            dtype: Dtype::F16,
-        };
+        let weight = matrix(weight.address(), n, k);
         print!("f16 {k} x {n}, cuBLAS:");
         for rows in [1, 16, 64, 128, 256, 1024, 4096] {
             let x = Buffer::zeros(&gpu, rows * k * 2)?;
             let out = Buffer::zeros(&gpu, rows * n * 2)?;
-            let x = DeviceMatrix {
-                address: x.address(),
-                rows,
-                columns: k,
-                dtype: Dtype::F16,
-            };
-            let us = time(&|| gpu.project(out.address(), false, x, weight))?;
-            print!(" {rows}: {us:.1}");
+            let x = matrix(x.address(), rows, k);
+            let work = || gpu.project(out.address(), false, x, weight);
+            print!(
+                " {rows}: {:.1} / {:.1}",
+                time(true, &work)?,
+                time(false, &work)?
+            );
         }
         println!(" us");
     }

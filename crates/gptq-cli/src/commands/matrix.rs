@@ -111,10 +111,7 @@ pub fn run(args: &MatrixArgs) -> Result<Verdict, Failure> {
     Ok(verdict(absent))
 }
 
-type Prepared = (
-    Option<EvaluationWindows>,
-    HashMap<String, Windows>,
-);
+type Prepared = (Option<EvaluationWindows>, HashMap<String, Windows>);
 
 /// The text to score on, and the calibration windows.
 fn prepare(

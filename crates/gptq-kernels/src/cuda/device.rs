@@ -339,6 +339,51 @@ impl Gpu {
         shared: usize,
         args: &[Arg],
     ) -> Result<(), CudaError> {
+        // SAFETY: as the caller says.
+        unsafe { self.launch_with(program, name, grid, block, shared, args, &mut []) }
+    }
+
+    /// The same for a kernel that waits itself for the one before it (`wait_for_it` in the
+    /// sources): on a GPU that can, it may be put beside that one's end.
+    ///
+    /// # Safety
+    /// As [`Gpu::launch`]; the kernel reads and writes nothing that others write before it waits.
+    pub(super) unsafe fn launch_behind(
+        &self,
+        program: Program,
+        name: &'static str,
+        grid: [usize; 3],
+        block: [usize; 3],
+        shared: usize,
+        args: &[Arg],
+    ) -> Result<(), CudaError> {
+        let mut early = [sys::CUlaunchAttribute_st {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue_union {
+                programmaticStreamSerializationAllowed: 1,
+            },
+        }];
+        let attributes = if self.capability.0 >= 9 {
+            &mut early[..]
+        } else {
+            &mut []
+        };
+        // SAFETY: as the caller says.
+        unsafe { self.launch_with(program, name, grid, block, shared, args, attributes) }
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    unsafe fn launch_with(
+        &self,
+        program: Program,
+        name: &'static str,
+        grid: [usize; 3],
+        block: [usize; 3],
+        shared: usize,
+        args: &[Arg],
+        attributes: &mut [sys::CUlaunchAttribute_st],
+    ) -> Result<(), CudaError> {
         if grid.contains(&0) {
             return Ok(());
         }
@@ -359,18 +404,29 @@ impl Gpu {
             .iter_mut()
             .map(|arg| arg.0.as_mut_ptr().cast())
             .collect();
-        let size = |d: [usize; 3]| (d[0] as u32, d[1] as u32, d[2] as u32);
+        let [grid, block] = [grid, block].map(|size| size.map(|size| size as u32));
+        let config = sys::CUlaunchConfig_st {
+            gridDimX: grid[0],
+            gridDimY: grid[1],
+            gridDimZ: grid[2],
+            blockDimX: block[0],
+            blockDimY: block[1],
+            blockDimZ: block[2],
+            sharedMemBytes: shared as u32,
+            hStream: self.raw_stream(),
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: attributes.len() as u32,
+        };
         // SAFETY: as the caller says; the driver copies the arguments before it returns.
         unsafe {
-            result::launch_kernel(
+            sys::cuLaunchKernelEx(
+                &config,
                 function,
-                size(grid),
-                size(block),
-                shared as u32,
-                self.raw_stream(),
-                &mut pointers,
+                pointers.as_mut_ptr(),
+                std::ptr::null_mut(),
             )
         }
+        .result()
         .named(name)
     }
 }

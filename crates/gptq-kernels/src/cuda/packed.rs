@@ -25,11 +25,8 @@ const FEW_ROWS: usize = 16;
 /// Up to so many rows codes go to the tensor cores as they are; from there on it is faster to widen
 /// the weight once and to leave the product to cuBLAS.
 const MORE_ROWS: usize = 64;
-/// Warps of a multiprocessor that keep enough bytes on their way.
-const BUSY_WARPS: usize = 20;
 /// Outputs of a block of more rows; stages and row pitch of its x in shared memory, as in the kernel.
-const BLOCK_OUTPUTS: usize = 128;
-const STAGES: usize = 3;
+const BLOCK_OUTPUTS: usize = 256;
 const PITCH: usize = 160;
 /// Steps of a share of the positions that are worth a block of their own, and shares at most.
 const SHARE_STEPS: usize = 4;
@@ -289,7 +286,7 @@ impl PackedLinear {
         unsafe {
             let program = self.program();
             self.gpu
-                .launch(program, "arrange", grid, [128, 1, 1], 0, &args)?
+                .launch_behind(program, "arrange", grid, [128, 1, 1], 0, &args)?
         };
         Ok(DeviceMatrix {
             address: place.address(),
@@ -312,21 +309,28 @@ impl PackedLinear {
 
     fn multiply_few(&self, out: u64, x: DeviceMatrix, add: bool) -> Result<(), CudaError> {
         let eights = x.rows.div_ceil(8);
-        let name = match (self.bits, eights) {
-            (4, 1) => "few_rows_4_1",
-            (4, _) => "few_rows_4_2",
-            (_, 1) => "few_rows_8_1",
-            (_, _) => "few_rows_8_2",
+        let name = match (self.bits, eights, self.granule * GRANULE == STEP) {
+            (4, 1, true) => "few_rows_4_1_1_1",
+            (4, 1, false) => "few_rows_4_1_1_4",
+            (4, _, true) => "few_rows_4_2_2_1",
+            (4, _, false) => "few_rows_4_2_2_4",
+            (_, 1, true) => "few_rows_8_1_1_1",
+            (_, 1, false) => "few_rows_8_1_1_4",
+            (_, _, true) => "few_rows_8_2_2_1",
+            (_, _, false) => "few_rows_8_2_2_4",
         };
-        let tiles = self.outputs.div_ceil(TILE);
-        let wanted = self.gpu.multiprocessors() * BUSY_WARPS / tiles;
-        let most = self.steps.clamp(1, 16);
-        let warps = 1 << wanted.clamp(2.min(most), most).ilog2();
-        let shared = warps / 2 * eights * 4 * LANES * 4;
-        let args = self.arguments(out, x, add);
-        let block = [LANES * warps, 1, 1];
+        // Two tiles a warp halve what is read of x.
+        let (tiles, busy, most) = if eights == 1 { (1, 20, 16) } else { (2, 12, 8) };
+        let blocks = self.outputs.div_ceil(TILE * tiles);
+        let wanted = (self.gpu.multiprocessors() * busy / blocks).clamp(2, most);
+        let share = self.steps.div_ceil(wanted).max(1);
+        let warps = self.steps.div_ceil(share).max(1);
+        let shared = warps * tiles * eights * 128 * 4;
+        let mut args = self.arguments(out, x, add);
+        args.push((share as i32).into());
+        let (grid, block) = ([blocks, 1, 1], [LANES * warps, 1, 1]);
         // SAFETY: out has rows x N elements, the caller vouches; x as many columns as positions.
-        unsafe { (self.gpu).launch(self.program(), name, [tiles, 1, 1], block, shared, &args) }
+        unsafe { (self.gpu).launch_behind(self.program(), name, grid, block, shared, &args) }
     }
 
     fn multiply_more(&self, out: u64, x: DeviceMatrix, add: bool) -> Result<(), CudaError> {
@@ -337,27 +341,21 @@ impl PackedLinear {
             (_, 4) => "more_rows_8_4",
             (_, _) => "more_rows_8_8",
         };
+        let stages = if self.bits == 4 { 4 } else { 3 };
         let blocks = self.outputs.div_ceil(BLOCK_OUTPUTS);
-        let room = 2 * self.gpu.multiprocessors() / blocks;
+        let over = x.rows.div_ceil(8 * eights);
+        let room = self.gpu.multiprocessors() / (blocks * over);
         let shares = room.clamp(1, (self.steps / SHARE_STEPS).clamp(1, MAX_SHARES));
-        let parts = self
-            .gpu
-            .scratch("shares", shares * blocks * eights * 4 * 256 * 4)?;
-        let arrived = self.gpu.counters(blocks)?;
+        let parts = (self.gpu).scratch("shares", shares * blocks * over * eights * 4 * 512 * 4)?;
+        let arrived = self.gpu.counters(blocks * over)?;
         let mut args = self.arguments(out, x, add);
         args.extend([Arg::from(parts.address()), Arg::from(arrived.address())]);
-        let shared = STAGES * 8 * eights * PITCH * 2;
+        let words = if self.bits == 4 { 1 } else { 2 };
+        let stage = 8 * eights * PITCH * 2 + 16 * (16 * 2 * words * LANES + 2 * 16 * 2 * 8);
+        let shared = (stages * stage).max(eights * 4 * 512 * 4);
+        let (grid, block) = ([blocks, over, shares], [512, 1, 1]);
         // SAFETY: as above; parts and counters for every block.
-        unsafe {
-            self.gpu.launch(
-                self.program(),
-                name,
-                [blocks, 1, shares],
-                [256, 1, 1],
-                shared,
-                &args,
-            )
-        }
+        unsafe { (self.gpu).launch_behind(self.program(), name, grid, block, shared, &args) }
     }
 
     fn multiply_many(&self, out: u64, x: DeviceMatrix, add: bool) -> Result<(), CudaError> {
