@@ -48,3 +48,16 @@ __device__ __forceinline__ float block_max(float x, float* scratch) {
     for (int w = 1; w < warps; w++) max = fmaxf(max, scratch[w]);
     return max;
 }
+
+// The kernel before has written what this one reads only when `wait_for_it` returns; what is asked
+// for earlier (weights) comes meanwhile. `let_next_start`: the next one may be put beside this one.
+__device__ __forceinline__ void wait_for_it() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}

@@ -151,19 +151,6 @@ __device__ __forceinline__ void zeros_of(unsigned* zero, const unsigned* pairs, 
     zero[1] = minus(of_g8, pair_of(-odd, -odd));
 }
 
-// The kernel before has written what this one reads only when `wait_for_it` returns; what is asked
-// for earlier (weights) comes meanwhile. `let_next_start`: the next one may be put beside this one.
-__device__ __forceinline__ void wait_for_it() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void let_next_start() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-
 __device__ __forceinline__ void copy_ahead(void* to, const void* from, bool there) {
     unsigned place = (unsigned)__cvta_generic_to_shared(to);
     int bytes = there ? 16 : 0; // the rest becomes zero

@@ -420,9 +420,8 @@ pub struct EvalArgs {
     /// memory grows with them, and so does what a kill costs; each group reads all weights once
     #[arg(long, value_name = "TOKENS")]
     pub group_tokens: Option<NonZeroUsize>,
-    /// Also measure how fast each reads a prompt and writes tokens, and the memory it takes
-    #[arg(long)]
-    pub speed: bool,
+    #[command(flatten)]
+    pub speed: SpeedArgs,
     #[command(flatten)]
     pub device: DeviceArgs,
     /// Print the records as JSON
@@ -430,6 +429,22 @@ pub struct EvalArgs {
     pub json: bool,
     #[command(flatten)]
     pub hub: HubArgs,
+}
+
+#[derive(Args)]
+pub struct SpeedArgs {
+    /// Also measure how fast each reads a prompt and writes tokens, and the memory it takes
+    #[arg(long)]
+    pub speed: bool,
+    /// With --speed: tokens of the prompt, at most what the model was trained on
+    #[arg(long, value_name = "TOKENS", requires = "speed", default_value = "512")]
+    pub speed_prompt: NonZeroUsize,
+    /// With --speed: tokens that are written after it, to each sequence
+    #[arg(long, value_name = "TOKENS", requires = "speed", default_value = "64")]
+    pub speed_tokens: NonZeroUsize,
+    /// With --speed: sequences side by side
+    #[arg(long, value_name = "N", requires = "speed", default_value = "1")]
+    pub speed_batch: NonZeroUsize,
 }
 
 #[derive(Args)]

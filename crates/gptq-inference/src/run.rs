@@ -1,6 +1,10 @@
 //! A checkpoint with all its blocks resident, one token a step.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
+#[cfg(feature = "cuda")]
+mod projection;
 
 use gptq_model::{DecoderConfig, Device, ModelError};
 use gptq_types::SourceError;
@@ -29,9 +33,6 @@ pub enum RunError {
     #[error("a prompt of no tokens says nothing about the next one")]
     EmptyPrompt,
     #[cfg(feature = "cuda")]
-    #[error("{0} cannot run a checkpoint from its packed files yet")]
-    NoRunner(String),
-    #[cfg(feature = "cuda")]
     #[error(transparent)]
     Cuda(#[from] gptq_kernels::cuda::CudaError),
 }
@@ -41,8 +42,6 @@ impl RunError {
     pub fn hint(&self) -> Option<&'static str> {
         match self {
             RunError::Model(error) => error.hint(),
-            #[cfg(feature = "cuda")]
-            RunError::NoRunner(_) => Some("pass --device cpu"),
             #[cfg(feature = "cuda")]
             RunError::Cuda(error) => error.hint(),
             _ => None,
@@ -80,7 +79,7 @@ impl OpenedModel {
         match device {
             Device::Cpu => Ok(Box::new(cpu::CpuRunner::open(self)?)),
             #[cfg(feature = "cuda")]
-            Device::Cuda { ordinal, .. } => Err(RunError::NoRunner(format!("cuda:{ordinal}"))),
+            Device::Cuda { ordinal, .. } => Ok(Box::new(cuda::GpuRunner::open(self, ordinal)?)),
         }
     }
 }

@@ -54,9 +54,9 @@ pub fn run(args: &EvalArgs) -> Result<Verdict, Failure> {
     let scores = evaluate(&request, &mut journal, &mut |step| shown.hear(step))?;
     shown.end();
     let mut records = text.records(args, &models, &opened, &scores);
-    if args.speed {
+    if args.speed.speed {
         for (record, model) in records.iter_mut().zip(&models) {
-            record.speed = Some(speed::measure(model, device)?);
+            record.speed = Some(speed::measure(model, device, &args.speed)?);
         }
     }
     match args.json {

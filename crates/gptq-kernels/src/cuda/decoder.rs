@@ -38,6 +38,11 @@ impl Turn {
             head_dim: rotation.head_dim(),
         })
     }
+
+    /// Of the cosines and of the sines.
+    pub(super) fn addresses(&self) -> (u64, u64) {
+        (self.cosine.address(), self.sine.address())
+    }
 }
 
 fn program(dtype: Dtype) -> Program {
@@ -56,11 +61,22 @@ impl Gpu {
         table: DeviceMatrix,
         ids: &[u32],
     ) -> Result<(), CudaError> {
-        let ids_there = Buffer::from_host(self, ids)?;
+        let there = Buffer::from_host(self, ids)?;
+        self.look_up(out, table, &there, ids.len())
+    }
+
+    /// The same with `count` ids (u32) on the GPU, each of them inside the table.
+    pub fn look_up(
+        &self,
+        out: u64,
+        table: DeviceMatrix,
+        ids: &Buffer,
+        count: usize,
+    ) -> Result<(), CudaError> {
         let args = [
             out.into(),
             table.address.into(),
-            (&ids_there).into(),
+            ids.into(),
             (table.columns as i32).into(),
         ];
         // SAFETY: ids were checked against the table by the caller; out has a row for each.
@@ -68,7 +84,7 @@ impl Gpu {
             self.launch(
                 program(table.dtype),
                 "embed",
-                [ids.len(), 1, 1],
+                [count, 1, 1],
                 [LINE, 1, 1],
                 0,
                 &args,
@@ -216,21 +232,55 @@ impl Gpu {
         tokens: usize,
         shape: AttentionShape,
     ) -> Result<(), CudaError> {
-        let rows = (SCORE_BYTES / (4 * shape.heads * tokens))
-            .clamp(16, QUERY_ROWS)
-            .min(tokens);
-        let scores = self.scratch("scores", shape.heads * rows * tokens * 4)?;
-        let p = self.scratch("probabilities", shape.heads * rows * tokens * 2)?;
         for window in 0..q.rows / tokens {
-            for first in (0..tokens).step_by(rows) {
-                let part = Part {
-                    window: window * tokens,
-                    first,
-                    rows: rows.min(tokens - first),
-                    shape,
-                };
-                self.attend_part(out, q, k, v, &part, scores.address(), p.address())?;
-            }
+            self.attend_window(out, q, k, v, [window * tokens; 2], 0, tokens, shape)?;
+        }
+        Ok(())
+    }
+
+    /// The same from rows `q` that stand at positions from `first` on of the one sequence whose
+    /// keys and values are `k` and `v`.
+    pub(super) fn attend_behind(
+        self: &Arc<Self>,
+        out: u64,
+        q: DeviceMatrix,
+        k: DeviceMatrix,
+        v: DeviceMatrix,
+        first: usize,
+        shape: AttentionShape,
+    ) -> Result<(), CudaError> {
+        self.attend_window(out, q, k, v, [0, 0], first, q.rows, shape)
+    }
+
+    /// `count` queries from row `from[0]` on, at positions from `first` on, against keys from row
+    /// `from[1]` on.
+    #[allow(clippy::too_many_arguments)]
+    fn attend_window(
+        self: &Arc<Self>,
+        out: u64,
+        q: DeviceMatrix,
+        k: DeviceMatrix,
+        v: DeviceMatrix,
+        from: [usize; 2],
+        first: usize,
+        count: usize,
+        shape: AttentionShape,
+    ) -> Result<(), CudaError> {
+        let keys = first + count;
+        let rows = (SCORE_BYTES / (4 * shape.heads * keys))
+            .clamp(16, QUERY_ROWS)
+            .min(count);
+        let scores = self.scratch("scores", shape.heads * rows * keys * 4)?;
+        let p = self.scratch("probabilities", shape.heads * rows * keys * 2)?;
+        for done in (0..count).step_by(rows) {
+            let part = Part {
+                window: from[1],
+                query: from[0] + done,
+                first: first + done,
+                rows: rows.min(count - done),
+                shape,
+            };
+            self.attend_part(out, q, k, v, &part, scores.address(), p.address())?;
         }
         Ok(())
     }
@@ -248,6 +298,7 @@ impl Gpu {
     ) -> Result<(), CudaError> {
         let Part {
             window,
+            query,
             first,
             rows,
             shape,
@@ -289,7 +340,7 @@ impl Gpu {
                         d,
                     ),
                     b: half(
-                        at(q.address, window + first, q.columns, r),
+                        at(q.address, query, q.columns, r),
                         Op::CUBLAS_OP_N,
                         q.columns,
                         repeat * d,
@@ -340,7 +391,7 @@ impl Gpu {
                     ),
                     beta: 0.0,
                     c: half(
-                        at(out, window + first, q.columns, r),
+                        at(out, query, q.columns, r),
                         Op::CUBLAS_OP_N,
                         q.columns,
                         repeat * d,
@@ -354,10 +405,12 @@ impl Gpu {
     }
 }
 
-/// Query rows `first..first + rows` of the window that begins at row `window`.
+/// `rows` queries from row `query` on, at positions from `first` on of the sequence whose keys begin
+/// at row `window`.
 #[derive(Clone, Copy)]
 struct Part {
     window: usize,
+    query: usize,
     first: usize,
     rows: usize,
     shape: AttentionShape,

@@ -38,6 +38,9 @@ pub struct Gpu {
     multiprocessors: usize,
 }
 
+/// What cuBLAS is advised to have on Hopper.
+const LIBRARY_SPACE: usize = 32 << 20;
+
 /// What [`Gpu::memory`] says, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemoryUse {
@@ -89,7 +92,8 @@ argument!(
     i64,
     f32,
     super::packed::Packed,
-    super::sweep::Rule
+    super::sweep::Rule,
+    super::text::RawRows
 );
 
 impl From<&Buffer> for Arg {
@@ -261,6 +265,30 @@ impl Gpu {
         })
     }
 
+    /// Most bytes allocated at a time are counted from here on.
+    pub fn forget_peak(&self) -> Result<(), CudaError> {
+        let mut zero = 0u64;
+        // SAFETY: the attribute is a u64, and zero is what it may be set to.
+        unsafe {
+            sys::cuMemPoolSetAttribute(
+                self.pool()?,
+                sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH,
+                (&raw mut zero).cast(),
+            )
+        }
+        .result()
+        .named("setting the memory pool")
+    }
+
+    /// Gives cuBLAS working space of its own, so that recorded products need not allocate any.
+    pub fn keep_library_space(self: &Arc<Self>) -> Result<(), CudaError> {
+        let space = self.scratch("cublas", LIBRARY_SPACE)?;
+        // SAFETY: the space lives as long as the handle uses it: scratch is cleared with the GPU.
+        unsafe { blas::cublasSetWorkspace_v2(self.blas, space.address() as *mut _, space.bytes()) }
+            .result()
+            .named("giving cuBLAS working space")
+    }
+
     /// Working space that lives on under a name, grown where it is too small.
     pub(super) fn scratch(
         self: &Arc<Self>,
@@ -276,6 +304,11 @@ impl Gpu {
         let buffer = Arc::new(Buffer::new(self, bytes)?);
         all.insert(name, buffer.clone());
         Ok(buffer)
+    }
+
+    /// All of it, so that it outlives being replaced by more.
+    pub(super) fn working_space(&self) -> Vec<Arc<Buffer>> {
+        self.scratch.borrow().values().cloned().collect()
     }
 
     /// Gives the named working space back.

@@ -110,6 +110,11 @@ impl Pinned {
         unsafe { std::slice::from_raw_parts(self.pointer.cast(), self.bytes) }
     }
 
+    /// The same as f32.
+    pub fn as_floats(&self) -> &[f32] {
+        bytemuck::cast_slice(self.as_slice())
+    }
+
     /// For writing.
     pub fn as_mut_slice(&mut self) -> &mut [u8] {
         // SAFETY: allocated with this length, and borrowed mutably.
@@ -240,6 +245,16 @@ impl Gpu {
             copy_side_by_side(part, &slot.pinned.as_slice()[..part.len()]);
         }
         Ok(())
+    }
+
+    /// Copies `bytes` from the device to the start of `to`; waits for all work queued so far.
+    pub fn to_pinned(&self, to: &mut Pinned, address: u64, bytes: usize) -> Result<(), CudaError> {
+        // SAFETY: the caller vouches for the address; the slice outlives the copy, waited for.
+        unsafe {
+            result::memcpy_dtoh_async(&mut to.as_mut_slice()[..bytes], address, self.raw_stream())
+        }
+        .named("copying from the GPU")?;
+        self.synchronize()
     }
 
     /// Copies inside the device.

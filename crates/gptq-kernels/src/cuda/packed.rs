@@ -11,6 +11,7 @@ use super::device::Arg;
 use super::error::CudaError;
 use super::memory::Buffer;
 use super::program::Program;
+use super::text::RowOrder;
 
 /// Outputs of a tile, and positions of a run, as in the kernels.
 const TILE: usize = 16;
@@ -62,6 +63,8 @@ pub struct PackedLinear {
     granule: usize,
     /// Channel at each position, -1 for padding; absent where x can be read as it is.
     channels: Option<Buffer>,
+    /// Position of each channel.
+    places: Option<Buffer>,
     bias: Option<Buffer>,
 }
 
@@ -97,6 +100,16 @@ impl Positions {
             channels,
             groups: of_granule,
         }
+    }
+
+    fn places(&self, features: usize) -> Vec<i32> {
+        let mut places = vec![0; features];
+        for (place, &channel) in self.channels.iter().enumerate() {
+            if channel >= 0 {
+                places[channel as usize] = place as i32;
+            }
+        }
+        places
     }
 
     fn are_channels(&self, features: usize) -> bool {
@@ -163,6 +176,44 @@ fn sixteen(dtype: Dtype, value: f32) -> u16 {
     }
 }
 
+/// One layer as the kernels read it.
+struct Laid {
+    codes: Vec<u32>,
+    scales: Vec<u32>,
+    /// Empty where all zeros are alike.
+    zeros: Vec<u32>,
+}
+
+impl Laid {
+    fn new(layer: &SolvedLayer, positions: &Positions, one_zero: bool, dtype: Dtype) -> Self {
+        let n = layer.out_features;
+        let (steps, tiles) = (positions.channels.len() / STEP, n.div_ceil(TILE));
+        let code = |position: usize, output: usize| match positions.channels[position] {
+            _ if output >= n => 0,
+            channel @ 0.. => u32::from(layer.codes[channel as usize * n + output]),
+            _ => 0, // x is zero there
+        };
+        let granules = positions.groups.len() / positions.granule;
+        let each = |value: &(dyn Fn(usize) -> f32 + Sync)| {
+            pairs(tiles, granules, |granule, output| match output < n {
+                true => {
+                    let group = positions.groups[granule * positions.granule];
+                    sixteen(dtype, value(group * n + output))
+                }
+                false => 0,
+            })
+        };
+        Laid {
+            codes: lay_out(layer.bits == Bits::Eight, tiles, 2 * steps, code),
+            scales: each(&|at| layer.scales[at].to_f32()),
+            zeros: match one_zero {
+                true => Vec::new(),
+                false => each(&|at| f32::from(layer.zeros[at])),
+            },
+        }
+    }
+}
+
 impl PackedLinear {
     /// Lays codes out anew and uploads them, for activations of `dtype` (f16 or bf16).
     pub fn new(
@@ -171,50 +222,76 @@ impl PackedLinear {
         bias: Option<&[f32]>,
         dtype: Dtype,
     ) -> Result<Self, CudaError> {
-        let (k, n) = (layer.in_features, layer.out_features);
+        Self::beside(gpu, &[layer], bias, dtype)
+    }
+
+    /// Whether these can be one linear whose outputs stand side by side: the same width of codes
+    /// and the same `g_idx`, and no tile of outputs is shared.
+    pub fn fit_beside(layers: &[&SolvedLayer]) -> bool {
+        let Some((last, before)) = layers.split_last() else {
+            return false;
+        };
+        before.iter().all(|layer| {
+            layer.bits == last.bits
+                && layer.g_idx == last.g_idx
+                && layer.groups() == last.groups()
+                && layer.out_features.is_multiple_of(TILE)
+        })
+    }
+
+    /// The same for several that [fit](Self::fit_beside); `bias` has all their outputs.
+    pub fn beside(
+        gpu: &Arc<Gpu>,
+        layers: &[&SolvedLayer],
+        bias: Option<&[f32]>,
+        dtype: Dtype,
+    ) -> Result<Self, CudaError> {
+        assert!(
+            Self::fit_beside(layers),
+            "linears that share their input's order"
+        );
+        let layer = layers[0];
+        let k = layer.in_features;
+        let n = layers.iter().map(|layer| layer.out_features).sum();
         let positions = Positions::new(&layer.g_idx, layer.groups());
-        let (steps, tiles) = (positions.channels.len() / STEP, n.div_ceil(TILE));
-        let wide = layer.bits == Bits::Eight;
-        let zero_of = |group: usize, output: usize| layer.zeros[group * n + output];
-        let code = |position: usize, output: usize| match positions.channels[position] {
-            _ if output >= n => 0,
-            channel @ 0.. => u32::from(layer.codes[channel as usize * n + output]),
-            _ => 0, // x is zero there
-        };
-        let codes = lay_out(wide, tiles, 2 * steps, code);
-        let granules = positions.groups.len() / positions.granule;
-        let group = |granule: usize| positions.groups[granule * positions.granule];
-        let scales = pairs(tiles, granules, |granule, output| match output < n {
-            true => sixteen(dtype, layer.scales[group(granule) * n + output].to_f32()),
-            false => 0,
-        });
         let common = layer.zeros.first().copied().unwrap_or(0);
-        let zeros = match layer.zeros.iter().all(|&zero| zero == common) {
-            true => None,
-            false => Some(pairs(tiles, granules, |granule, output| match output < n {
-                true => sixteen(dtype, f32::from(zero_of(group(granule), output))),
-                false => 0,
-            })),
+        let one_zero = (layers.iter()).all(|layer| layer.zeros.iter().all(|&zero| zero == common));
+        let laid: Vec<Laid> = (layers.iter())
+            .map(|layer| Laid::new(layer, &positions, one_zero, dtype))
+            .collect();
+        let join = |of: fn(&Laid) -> &[u32]| -> Result<Buffer, CudaError> {
+            let buffer = Buffer::new(gpu, laid.iter().map(|laid| of(laid).len() * 4).sum())?;
+            let mut at = buffer.address();
+            for laid in &laid {
+                gpu.to_device(at, of(laid))?;
+                at += (of(laid).len() * 4) as u64;
+            }
+            Ok(buffer)
         };
-        let channels = match positions.are_channels(k) {
-            true => None,
-            false => Some(Buffer::from_host(gpu, &positions.channels)?),
+        let (channels, places) = match positions.are_channels(k) {
+            true => (None, None),
+            false => (
+                Some(Buffer::from_host(gpu, &positions.channels)?),
+                Some(Buffer::from_host(gpu, &positions.places(k))?),
+            ),
         };
         Ok(PackedLinear {
             gpu: gpu.clone(),
             features: k,
             outputs: n,
             dtype,
-            bits: if wide { 8 } else { 4 },
-            codes: Buffer::from_host(gpu, &codes)?,
-            scales: Buffer::from_host(gpu, &scales)?,
-            zeros: zeros
-                .map(|zeros| Buffer::from_host(gpu, &zeros))
-                .transpose()?,
+            bits: if layer.bits == Bits::Eight { 8 } else { 4 },
+            codes: join(|laid| &laid.codes)?,
+            scales: join(|laid| &laid.scales)?,
+            zeros: match one_zero {
+                true => None,
+                false => Some(join(|laid| &laid.zeros)?),
+            },
             zero: f32::from(common),
-            steps,
+            steps: positions.channels.len() / STEP,
             granule: positions.granule,
             channels,
+            places,
             bias: bias.map(|bias| Buffer::from_host(gpu, bias)).transpose()?,
         })
     }
@@ -253,14 +330,27 @@ impl PackedLinear {
         }
     }
 
+    /// The order in which [`PackedLinear::multiply_ordered`] reads rows.
+    pub fn order(&self) -> RowOrder<'_> {
+        RowOrder {
+            channels: self.channels.as_ref(),
+            places: self.places.as_ref(),
+            width: self.steps * STEP,
+        }
+    }
+
     /// `out [rows, N] = x [rows, K] W^T + bias`, or `out +=` that; sixteen-bit, summed in f32.
     pub fn multiply(&self, out: u64, x: DeviceMatrix, add: bool) -> Result<(), CudaError> {
         assert_eq!(x.columns, self.features, "in_features");
-        if x.rows == 0 {
-            return Ok(());
-        }
         let x = self.arranged(x)?;
+        self.multiply_ordered(out, x, add)
+    }
+
+    /// The same with rows of x in the linear's own [order](PackedLinear::order), zero at padding.
+    pub fn multiply_ordered(&self, out: u64, x: DeviceMatrix, add: bool) -> Result<(), CudaError> {
+        assert_eq!(x.columns, self.steps * STEP, "places of the order");
         match x.rows {
+            0 => Ok(()),
             rows if rows <= FEW_ROWS => self.multiply_few(out, x, add),
             rows if rows <= MORE_ROWS => self.multiply_more(out, x, add),
             _ => self.multiply_many(out, x, add),

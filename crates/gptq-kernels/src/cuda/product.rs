@@ -137,7 +137,7 @@ impl Gpu {
     }
 
     /// The same in sixteen bits, or with `add` onto what is in `out`.
-    pub(super) fn project_onto(
+    pub fn project_onto(
         &self,
         out: u64,
         x: DeviceMatrix,

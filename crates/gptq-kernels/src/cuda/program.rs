@@ -15,12 +15,13 @@ pub(super) enum Program {
     Hessian,
     Packed { bf16: bool },
     Sweep { bf16: bool },
+    Text { bf16: bool },
 }
 
 const PREAMBLE: &str = include_str!("../../../../kernels/half.cuh");
 
 impl Program {
-    pub const ALL: [Program; 7] = [
+    pub const ALL: [Program; 9] = [
         Program::Decoder { bf16: false },
         Program::Decoder { bf16: true },
         Program::Hessian,
@@ -28,6 +29,8 @@ impl Program {
         Program::Packed { bf16: true },
         Program::Sweep { bf16: false },
         Program::Sweep { bf16: true },
+        Program::Text { bf16: false },
+        Program::Text { bf16: true },
     ];
 
     fn file(self) -> &'static str {
@@ -36,6 +39,7 @@ impl Program {
             Program::Hessian => "hessian.cu",
             Program::Packed { .. } => "packed.cu",
             Program::Sweep { .. } => "sweep.cu",
+            Program::Text { .. } => "text.cu",
         }
     }
 
@@ -45,13 +49,17 @@ impl Program {
             Program::Hessian => include_str!("../../../../kernels/hessian.cu"),
             Program::Packed { .. } => include_str!("../../../../kernels/packed.cu"),
             Program::Sweep { .. } => include_str!("../../../../kernels/sweep.cu"),
+            Program::Text { .. } => include_str!("../../../../kernels/text.cu"),
         };
         format!("{PREAMBLE}{own}")
     }
 
     fn bf16(self) -> bool {
         match self {
-            Program::Decoder { bf16 } | Program::Packed { bf16 } | Program::Sweep { bf16 } => bf16,
+            Program::Decoder { bf16 }
+            | Program::Packed { bf16 }
+            | Program::Sweep { bf16 }
+            | Program::Text { bf16 } => bf16,
             Program::Hessian => false,
         }
     }

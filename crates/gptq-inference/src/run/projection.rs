@@ -1,0 +1,296 @@
+//! The linears of a stage on a GPU: one product wherever they can stand side by side.
+
+use std::sync::Arc;
+
+use gptq_kernels::cuda::{Buffer, CudaError, Gpu, Output, PackedLinear, RowOrder};
+use gptq_types::{DeviceMatrix, Dtype, SolvedLayer, SourceError, Stage};
+use half::{bf16, f16};
+
+use super::RunError;
+use crate::{OpenedModel, StoredLinear, StoredMatrix, StoredWeight};
+
+/// A sixteen-bit matrix on the GPU.
+pub(super) struct Dense {
+    weight: Buffer,
+    rows: usize,
+    columns: usize,
+    dtype: Dtype,
+}
+
+impl Dense {
+    /// The rows of all `parts`, in the type of activations.
+    pub fn new(
+        gpu: &Arc<Gpu>,
+        name: &str,
+        parts: &[&StoredMatrix],
+        rows: usize,
+        columns: usize,
+        dtype: Dtype,
+    ) -> Result<Self, RunError> {
+        let weight = Buffer::new(gpu, rows * columns * 2)?;
+        let mut at = weight.address();
+        for part in parts {
+            let values = sixteen_bits(name, part, dtype)?;
+            gpu.to_device(at, &values)?;
+            at += (values.len() * 2) as u64;
+        }
+        if at != weight.address() + weight.bytes() as u64 {
+            return Err(RunError::Source(SourceError::Invalid {
+                name: name.to_string(),
+                reason: format!("has not {rows} x {columns} elements"),
+            }));
+        }
+        Ok(Dense {
+            weight,
+            rows,
+            columns,
+            dtype,
+        })
+    }
+
+    pub fn matrix(&self) -> DeviceMatrix {
+        DeviceMatrix {
+            address: self.weight.address(),
+            rows: self.rows,
+            columns: self.columns,
+            dtype: self.dtype,
+        }
+    }
+}
+
+/// Bits of values rounded to `dtype`; one that it cannot hold is an error.
+fn sixteen_bits(name: &str, stored: &StoredMatrix, dtype: Dtype) -> Result<Vec<u16>, SourceError> {
+    let pairs =
+        || (stored.bytes.chunks_exact(2)).map(|pair| u16::from_le_bytes([pair[0], pair[1]]));
+    let narrow = |value: f32| match dtype {
+        Dtype::BF16 => (
+            bf16::from_f32(value).to_bits(),
+            bf16::from_f32(value).is_finite(),
+        ),
+        _ => (
+            f16::from_f32(value).to_bits(),
+            f16::from_f32(value).is_finite(),
+        ),
+    };
+    let rounded = |values: &mut dyn Iterator<Item = f32>| {
+        values
+            .map(|value| match narrow(value) {
+                (bits, true) => Ok(bits),
+                _ => Err(SourceError::Invalid {
+                    name: name.to_string(),
+                    reason: format!("holds {value}, which {dtype} cannot"),
+                }),
+            })
+            .collect()
+    };
+    match stored.dtype {
+        same if same == dtype => Ok(pairs().collect()),
+        Dtype::F16 => rounded(&mut pairs().map(|bits| f16::from_bits(bits).to_f32())),
+        Dtype::BF16 => rounded(&mut pairs().map(|bits| bf16::from_bits(bits).to_f32())),
+        Dtype::F32 => rounded(
+            &mut (stored.bytes.chunks_exact(4))
+                .map(|four| f32::from_le_bytes([four[0], four[1], four[2], four[3]])),
+        ),
+        other => Err(SourceError::Invalid {
+            name: name.to_string(),
+            reason: format!("is {other}, expected floats"),
+        }),
+    }
+}
+
+enum Linear {
+    Packed(PackedLinear),
+    Float { weight: Dense, bias: Option<Buffer> },
+}
+
+impl Linear {
+    fn order(&self) -> RowOrder<'_> {
+        match self {
+            Linear::Packed(linear) => linear.order(),
+            Linear::Float { weight, .. } => RowOrder::natural(weight.columns),
+        }
+    }
+
+    fn outputs(&self) -> usize {
+        match self {
+            Linear::Packed(linear) => linear.outputs(),
+            Linear::Float { weight, .. } => weight.rows,
+        }
+    }
+
+    fn multiply(
+        &self,
+        gpu: &Gpu,
+        out: u64,
+        x: DeviceMatrix,
+        ordered: bool,
+        add: bool,
+    ) -> Result<(), CudaError> {
+        match self {
+            Linear::Packed(linear) if ordered => linear.multiply_ordered(out, x, add),
+            Linear::Packed(linear) => linear.multiply(out, x, add),
+            Linear::Float { weight, bias } => {
+                gpu.project_onto(out, x, weight.matrix(), add)?;
+                match bias {
+                    None => Ok(()),
+                    Some(bias) => {
+                        let out = DeviceMatrix {
+                            address: out,
+                            columns: weight.rows,
+                            ..x
+                        };
+                        gpu.add_bias(out, bias)
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// See the module.
+pub(super) struct Projection {
+    /// One, or as many as there are names where they cannot stand side by side.
+    linears: Vec<Linear>,
+    /// Outputs of each name.
+    outputs: Vec<usize>,
+}
+
+impl Projection {
+    pub fn load(
+        gpu: &Arc<Gpu>,
+        model: &OpenedModel,
+        index: usize,
+        stage: Stage,
+        dtype: Dtype,
+    ) -> Result<Self, RunError> {
+        let names = model.config.linears(index, stage);
+        let stored = (names.iter())
+            .map(|(layer, ..)| model.linear(layer, stage))
+            .collect::<Result<Vec<StoredLinear>, _>>()?;
+        let columns = names[0].1;
+        let packed: Vec<&SolvedLayer> = (stored.iter())
+            .filter_map(|linear| match &linear.weight {
+                StoredWeight::Packed(solved) => Some(solved),
+                StoredWeight::Float(_) => None,
+            })
+            .collect();
+        let float: Vec<&StoredMatrix> = (stored.iter())
+            .filter_map(|linear| match &linear.weight {
+                StoredWeight::Packed(_) => None,
+                StoredWeight::Float(matrix) => Some(matrix),
+            })
+            .collect();
+        let outputs: Vec<usize> = names.iter().map(|&(_, _, n)| n).collect();
+        let biases: Vec<f32> = (stored.iter())
+            .flat_map(|linear| linear.bias.iter().flatten().copied())
+            .collect();
+        let bias = (!biases.is_empty()).then_some(&biases[..]);
+        let name = names[0].0.to_string();
+        let dense = |name: &str, parts: &[&StoredMatrix], rows, bias: Option<&[f32]>| {
+            Ok::<_, RunError>(Linear::Float {
+                weight: Dense::new(gpu, name, parts, rows, columns, dtype)?,
+                bias: bias.map(|bias| Buffer::from_host(gpu, bias)).transpose()?,
+            })
+        };
+        let linears = if packed.len() == stored.len() && PackedLinear::fit_beside(&packed) {
+            vec![Linear::Packed(PackedLinear::beside(
+                gpu, &packed, bias, dtype,
+            )?)]
+        } else if float.len() == stored.len() {
+            vec![dense(&name, &float, outputs.iter().sum(), bias)?]
+        } else {
+            (stored.iter().zip(&names))
+                .map(|(linear, (layer, _, n))| match &linear.weight {
+                    StoredWeight::Packed(solved) => Ok(Linear::Packed(PackedLinear::new(
+                        gpu,
+                        solved,
+                        linear.bias.as_deref(),
+                        dtype,
+                    )?)),
+                    StoredWeight::Float(matrix) => {
+                        dense(&layer.0, &[matrix], *n, linear.bias.as_deref())
+                    }
+                })
+                .collect::<Result<_, RunError>>()?
+        };
+        Ok(Projection { linears, outputs })
+    }
+
+    /// The order in which rows are to be written for it.
+    pub fn order(&self) -> RowOrder<'_> {
+        match &self.linears[..] {
+            [one] => one.order(),
+            // Each arranges for itself what it reads.
+            several => match &several[0] {
+                Linear::Packed(linear) => RowOrder::natural(linear.features()),
+                Linear::Float { weight, .. } => RowOrder::natural(weight.columns),
+            },
+        }
+    }
+
+    /// Outputs of all names.
+    pub fn outputs_width(&self) -> usize {
+        self.outputs.iter().sum()
+    }
+
+    /// All products with rows of x in the [order](Self::order) of this stage.
+    pub fn multiply(
+        &self,
+        gpu: &Gpu,
+        out: u64,
+        x: DeviceMatrix,
+        add: bool,
+    ) -> Result<(), CudaError> {
+        let ordered = self.linears.len() == 1;
+        self.each(out, x.rows, |linear, out| {
+            linear.multiply(gpu, out, x, ordered, add)
+        })
+    }
+
+    /// The same with rows of x in their natural order.
+    pub fn multiply_natural(
+        &self,
+        gpu: &Gpu,
+        out: u64,
+        x: DeviceMatrix,
+        add: bool,
+    ) -> Result<(), CudaError> {
+        self.each(out, x.rows, |linear, out| {
+            linear.multiply(gpu, out, x, false, add)
+        })
+    }
+
+    fn each(
+        &self,
+        out: u64,
+        rows: usize,
+        multiply: impl Fn(&Linear, u64) -> Result<(), CudaError>,
+    ) -> Result<(), CudaError> {
+        let mut out = out;
+        for linear in &self.linears {
+            multiply(linear, out)?;
+            out += 2 * (rows * linear.outputs()) as u64;
+        }
+        Ok(())
+    }
+
+    /// Where the outputs of each name are, after [`Projection::multiply`] of so many rows.
+    pub fn outputs<const N: usize>(&self, out: u64, rows: usize) -> [Output; N] {
+        let together = self.linears.len() == 1;
+        let mut before = 0;
+        let all: Vec<Output> = (self.outputs.iter())
+            .map(|&n| {
+                let (elements, pitch) = match together {
+                    true => (before, self.outputs_width()),
+                    false => (rows * before, n),
+                };
+                before += n;
+                Output {
+                    address: out + 2 * elements as u64,
+                    pitch,
+                }
+            })
+            .collect();
+        (all.try_into().ok()).expect("the config names the linears of a stage")
+    }
+}

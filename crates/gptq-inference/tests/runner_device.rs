@@ -1,0 +1,153 @@
+//! The runner on a GPU against the pass in f32 on the processor, on a true tiny model. Skipped by
+//! name where there is no GPU.
+#![cfg(feature = "cuda")]
+#![allow(clippy::print_stderr)]
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use gptq_inference::{OpenedModel, Runner, compare, logits, open};
+use gptq_kernels::cuda::devices;
+use gptq_model::Device;
+use gptq_packer::SafetensorsFile;
+
+/// Largest difference of a logit from sixteen-bit activations; logits spread over some 20.
+const DIFFERENCE: f32 = 0.1;
+const VOCAB: usize = 512;
+const IDS: [u32; 24] = [
+    1, 403, 407, 261, 378, 286, 410, 352, 270, 290, 31, 77, 500, 402, 261, 13, 9, 280, 345, 260,
+    267, 337, 335, 429,
+];
+
+fn shared(path: &str) -> Option<PathBuf> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../../../shared")
+        .join(path);
+    if path.exists() {
+        return Some(path);
+    }
+    eprintln!("skipped: {} is absent", path.display());
+    None
+}
+
+fn model(path: &str) -> Option<OpenedModel> {
+    let dir = shared(path)?;
+    let source = Arc::new(SafetensorsFile::open(&dir.join("model.safetensors")).unwrap());
+    let text = |name: &str| std::fs::read_to_string(dir.join(name)).ok();
+    let quantize_config = text("quantize_config.json");
+    let config = text("config.json").unwrap();
+    Some(open(source, &config, quantize_config.as_deref()).unwrap())
+}
+
+/// stories260k as floats, packed with natural groups, and packed with act-order.
+fn models() -> impl Iterator<Item = OpenedModel> {
+    let found = match devices().is_empty() {
+        false => &[
+            "data/stories260k",
+            "golden/gptq-4bit-32g-act0-sym1",
+            "golden/gptq_v2-4bit-64g-act1-sym0",
+        ][..],
+        true => {
+            eprintln!("skipped: no GPU");
+            &[]
+        }
+    };
+    found.iter().filter_map(|path| model(path))
+}
+
+#[track_caller]
+fn close(got: &[f32], want: &[f32]) {
+    let found = compare(got, want, VOCAB);
+    assert!(found.max_difference < DIFFERENCE, "{found:?}");
+}
+
+fn wanted(model: &OpenedModel, ids: &[u32]) -> Vec<f32> {
+    logits(model.decoder(Device::Cpu).unwrap().as_mut(), ids).unwrap()
+}
+
+fn runner(model: &OpenedModel, batch: usize, capacity: usize) -> Box<dyn Runner> {
+    let device = Device::Cuda {
+        ordinal: 0,
+        memory: 0,
+    };
+    let mut runner = model.runner(device).unwrap();
+    runner.reset(batch, capacity).unwrap();
+    runner
+}
+
+#[test]
+fn prompts_and_steps_give_the_logits_of_the_processor() {
+    for model in models() {
+        let want = wanted(&model, &IDS);
+        let row = |at: usize| &want[at * VOCAB..][..VOCAB];
+        let last = IDS.len() - 1;
+
+        let mut whole = runner(&model, 1, IDS.len());
+        close(&whole.prefill(0, &IDS).unwrap(), row(last));
+
+        // Two prompts, so that the second looks back, then tokens one by one: the first step is
+        // queued, those behind it run as recorded.
+        let mut steps = runner(&model, 1, IDS.len());
+        steps.prefill(0, &IDS[..3]).unwrap();
+        close(&steps.prefill(0, &IDS[3..8]).unwrap(), row(7));
+        for at in 8..IDS.len() {
+            close(steps.step(&IDS[at..=at]).unwrap(), row(at));
+        }
+        assert!(steps.peak_memory() > 0);
+
+        // A longer cache, of which several shares are empty.
+        steps.reset(1, 700).unwrap();
+        for at in 0..4 {
+            close(steps.step(&IDS[at..=at]).unwrap(), row(at));
+        }
+    }
+}
+
+#[test]
+fn sequences_of_different_lengths_do_not_see_each_other() {
+    for model in models() {
+        let starts = [&IDS[..9], &IDS[5..6], &IDS[2..20]];
+        let then = [[7u32, 300, 12, 8], [301, 8, 9, 9], [9, 10, 11, 12]];
+        let mut together = runner(&model, 3, 24);
+        for (sequence, ids) in starts.iter().enumerate() {
+            together.prefill(sequence, ids).unwrap();
+        }
+        let mut got = Vec::new();
+        for step in 0..4 {
+            let tokens: Vec<u32> = then.iter().map(|tokens| tokens[step]).collect();
+            got = together.step(&tokens).unwrap().to_vec();
+        }
+        for (sequence, ids) in starts.iter().enumerate() {
+            let ids = [ids, &then[sequence][..]].concat();
+            let want = wanted(&model, &ids);
+            let got = &got[sequence * VOCAB..][..VOCAB];
+            close(got, &want[want.len() - VOCAB..]);
+        }
+    }
+}
+
+#[test]
+fn two_runs_give_the_same_bits() {
+    for model in models() {
+        let run = || {
+            let mut runner = runner(&model, 2, 300);
+            runner.prefill(0, &IDS).unwrap();
+            runner.prefill(1, &IDS[..7]).unwrap();
+            (0..9)
+                .map(|step| runner.step(&[step, 7]).unwrap().to_vec())
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(run(), run());
+    }
+}
+
+#[test]
+fn a_prompt_longer_than_a_piece_is_read_in_pieces() {
+    for model in models() {
+        let ids: Vec<u32> = (0..1100).map(|at| IDS[at % 24]).collect();
+        let want = wanted(&model, &ids);
+        let mut runner = runner(&model, 1, ids.len() + 1);
+        let got = runner.prefill(0, &ids).unwrap();
+        close(&got, &want[want.len() - VOCAB..]);
+    }
+}

@@ -1,0 +1,73 @@
+//! Work that is queued once and run many times.
+
+use std::sync::Arc;
+
+use cudarc::driver::sys;
+
+use super::Gpu;
+use super::error::{CudaError, Named};
+use super::memory::Buffer;
+
+/// Kernels and products as one CUDA graph: the same addresses every time, so what they hold may
+/// change and where it lies may not.
+pub struct Recorded {
+    gpu: Arc<Gpu>,
+    graph: sys::CUgraph,
+    executable: sys::CUgraphExec,
+    /// Working space that the graph knows the addresses of.
+    _kept: Vec<Arc<Buffer>>,
+}
+
+impl Gpu {
+    /// Records what `work` queues, without running it. `work` must have run before, so that
+    /// kernels are loaded and working space is there: nothing may be allocated or waited for.
+    pub fn record(
+        self: &Arc<Self>,
+        work: impl FnOnce() -> Result<(), CudaError>,
+    ) -> Result<Recorded, CudaError> {
+        let stream = self.raw_stream();
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the stream is this GPU's; what is captured is instantiated below or dropped.
+        unsafe { sys::cuStreamBeginCapture_v2(stream, mode) }
+            .result()
+            .named("recording")?;
+        let queued = work();
+        let mut graph = std::ptr::null_mut();
+        // SAFETY: an out parameter; ends the capture whatever `work` said.
+        let ended = unsafe { sys::cuStreamEndCapture(stream, &mut graph) }.result();
+        queued?;
+        ended.named("recording")?;
+        let mut executable = std::ptr::null_mut();
+        // SAFETY: the graph was captured just now.
+        unsafe { sys::cuGraphInstantiateWithFlags(&mut executable, graph, 0) }
+            .result()
+            .named("preparing recorded work")?;
+        Ok(Recorded {
+            gpu: self.clone(),
+            graph,
+            executable,
+            _kept: self.working_space(),
+        })
+    }
+}
+
+impl Recorded {
+    /// Queues all of it.
+    pub fn run(&self) -> Result<(), CudaError> {
+        // SAFETY: instantiated on this device and not destroyed.
+        unsafe { sys::cuGraphLaunch(self.executable, self.gpu.raw_stream()) }
+            .result()
+            .named("running recorded work")
+    }
+}
+
+impl Drop for Recorded {
+    fn drop(&mut self) {
+        // SAFETY: both were created in `record` and are destroyed once, after all work on them.
+        unsafe {
+            let _ = self.gpu.stream.synchronize();
+            let _ = sys::cuGraphExecDestroy(self.executable);
+            let _ = sys::cuGraphDestroy(self.graph);
+        }
+    }
+}

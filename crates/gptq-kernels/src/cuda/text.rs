@@ -1,0 +1,321 @@
+//! What stands between the packed products of a pass that reads or writes text; the kernels are
+//! described in `kernels/text.cu`. Addresses are of sixteen-bit row-major matrices.
+
+use std::sync::Arc;
+
+use gptq_types::{DeviceMatrix, Dtype};
+
+use super::Gpu;
+use super::decoder::Turn;
+use super::device::Arg;
+use super::error::CudaError;
+use super::memory::Buffer;
+use super::program::Program;
+use crate::AttentionShape;
+
+/// Keys of a sequence that a block attends to.
+const SHARE: usize = 256;
+const TEAMS: usize = 16;
+
+fn program(dtype: Dtype) -> Program {
+    Program::Text {
+        bf16: dtype == Dtype::BF16,
+    }
+}
+
+/// The order in which a linear reads its input: rows of `width`, `channels[i]` at place `i`,
+/// negative for zero; as it is where there are none.
+#[derive(Clone, Copy)]
+pub struct RowOrder<'a> {
+    pub(super) channels: Option<&'a Buffer>,
+    /// The inverse: where a channel stands.
+    pub(super) places: Option<&'a Buffer>,
+    /// Elements of a row.
+    pub width: usize,
+}
+
+impl RowOrder<'_> {
+    /// Rows of `width` in their natural order.
+    pub fn natural(width: usize) -> Self {
+        RowOrder {
+            channels: None,
+            places: None,
+            width,
+        }
+    }
+}
+
+fn address(buffer: Option<&Buffer>) -> Arg {
+    buffer.map_or(0, Buffer::address).into()
+}
+
+/// The kernels' own struct.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(super) struct RawRows {
+    held: u64,
+    sequence: i32,
+    first: i32,
+}
+
+/// Which tokens the rows of a pass are.
+#[derive(Clone, Copy)]
+pub enum TextRows<'a> {
+    /// Tokens of one sequence from position `first` on.
+    Prompt {
+        /// Of the cache.
+        sequence: usize,
+        /// Tokens before the first row.
+        first: usize,
+    },
+    /// The newest token of each sequence; i32 `[sequences]`, how many tokens it has, that one
+    /// included.
+    Newest(&'a Buffer),
+}
+
+impl TextRows<'_> {
+    fn raw(&self) -> RawRows {
+        match *self {
+            TextRows::Prompt { sequence, first } => RawRows {
+                held: 0,
+                sequence: sequence as i32,
+                first: first as i32,
+            },
+            TextRows::Newest(held) => RawRows {
+                held: held.address(),
+                sequence: 0,
+                first: 0,
+            },
+        }
+    }
+}
+
+/// Rows of one linear among those of others: `pitch` elements from row to row.
+#[derive(Clone, Copy)]
+pub struct Output {
+    /// Of the first row.
+    pub address: u64,
+    /// Elements between rows.
+    pub pitch: usize,
+}
+
+/// Keys and values of a block, `[sequences, capacity, kv_heads * head_dim]` each.
+pub struct DeviceKeyValues {
+    gpu: Arc<Gpu>,
+    keys: Buffer,
+    values: Buffer,
+    sequences: usize,
+    capacity: usize,
+    shape: AttentionShape,
+    dtype: Dtype,
+}
+
+impl DeviceKeyValues {
+    /// Room for `capacity` tokens of each sequence.
+    pub fn new(
+        gpu: &Arc<Gpu>,
+        sequences: usize,
+        capacity: usize,
+        shape: AttentionShape,
+        dtype: Dtype,
+    ) -> Result<Self, CudaError> {
+        let bytes = sequences * capacity * shape.kv_heads * shape.head_dim * 2;
+        Ok(DeviceKeyValues {
+            gpu: gpu.clone(),
+            keys: Buffer::new(gpu, bytes)?,
+            values: Buffer::new(gpu, bytes)?,
+            sequences,
+            capacity,
+            shape,
+            dtype,
+        })
+    }
+
+    /// Norms heads where `norms` says so, turns queries and keys, stores keys and values, and
+    /// leaves the queries in `out [rows, heads * head_dim]`.
+    #[allow(clippy::too_many_arguments)]
+    pub fn store(
+        &self,
+        out: u64,
+        [q, k, v]: [Output; 3],
+        count: usize,
+        rows: TextRows,
+        norms: Option<&[Buffer; 2]>,
+        eps: f32,
+        turn: &Turn,
+    ) -> Result<(), CudaError> {
+        assert_eq!(k.pitch, v.pitch, "rows of keys and of values");
+        let AttentionShape {
+            heads,
+            kv_heads,
+            head_dim,
+        } = self.shape;
+        let (cosine, sine) = turn.addresses();
+        let args = [
+            out.into(),
+            (&self.keys).into(),
+            (&self.values).into(),
+            q.address.into(),
+            k.address.into(),
+            v.address.into(),
+            address(norms.map(|[of_q, _]| of_q)),
+            address(norms.map(|[_, of_k]| of_k)),
+            cosine.into(),
+            sine.into(),
+            rows.raw().into(),
+            (heads as i32).into(),
+            (kv_heads as i32).into(),
+            (head_dim as i32).into(),
+            (q.pitch as i32).into(),
+            (k.pitch as i32).into(),
+            (self.capacity as i32).into(),
+            eps.into(),
+        ];
+        let grid = [heads + 2 * kv_heads, count, 1];
+        let block = [(head_dim / 2).next_multiple_of(32), 1, 1];
+        // SAFETY: the caller vouches for the rows; the cache has the positions that it counted.
+        unsafe {
+            (self.gpu).launch_behind(program(self.dtype), "place_heads", grid, block, 0, &args)
+        }
+    }
+
+    /// Attends from the newest token of each sequence; `out` has rows in `order`. `held` as in
+    /// [`TextRows::Newest`].
+    pub fn attend_newest(
+        &self,
+        out: u64,
+        order: RowOrder,
+        q: u64,
+        held: &Buffer,
+    ) -> Result<(), CudaError> {
+        let AttentionShape {
+            heads,
+            kv_heads,
+            head_dim: d,
+        } = self.shape;
+        let shares = self.capacity.div_ceil(SHARE);
+        let parts = (self.gpu).scratch(
+            "attention shares",
+            self.sequences * heads * shares * (d + 2) * 4,
+        )?;
+        let name = match d {
+            64 => "attend_share_8_1",
+            128 => "attend_share_8_2",
+            256 => "attend_share_8_4",
+            ..=128 => "attend_share_2_8",
+            _ => "attend_share_2_16",
+        };
+        if d > 256 {
+            return Err(CudaError::Invalid(format!(
+                "attention heads of {d} are wider than 256"
+            )));
+        }
+        let args = [
+            (&*parts).into(),
+            q.into(),
+            (&self.keys).into(),
+            (&self.values).into(),
+            held.into(),
+            (self.capacity as i32).into(),
+            (kv_heads as i32).into(),
+            (d as i32).into(),
+            (SHARE as i32).into(),
+            (1.0 / (d as f32).sqrt()).into(),
+        ];
+        let grid = [shares, heads, self.sequences];
+        let shared = TEAMS * (d + 2) * 4;
+        let dtype = program(self.dtype);
+        // SAFETY: the caches hold what `held` counts; a part for every share.
+        unsafe { (self.gpu).launch_behind(dtype, name, grid, [128, 1, 1], shared, &args)? };
+        let args = [
+            out.into(),
+            (&*parts).into(),
+            held.into(),
+            address(order.places),
+            (shares as i32).into(),
+            (SHARE as i32).into(),
+            (d as i32).into(),
+            (order.width as i32).into(),
+        ];
+        let (grid, block) = ([heads, self.sequences, 1], [d.next_multiple_of(32), 1, 1]);
+        // SAFETY: out has a row of the order's width a sequence.
+        unsafe { (self.gpu).launch_behind(dtype, "merge_shares", grid, block, 0, &args) }
+    }
+
+    /// Attends from rows `q [count, heads * head_dim]` of `sequence`, the first at position
+    /// `first`, whose keys and values are stored.
+    pub fn attend_prompt(
+        &self,
+        out: u64,
+        q: DeviceMatrix,
+        sequence: usize,
+        first: usize,
+    ) -> Result<(), CudaError> {
+        let columns = self.shape.kv_heads * self.shape.head_dim;
+        let matrix = |buffer: &Buffer| DeviceMatrix {
+            address: buffer.address() + 2 * (sequence * self.capacity * columns) as u64,
+            rows: first + q.rows,
+            columns,
+            dtype: self.dtype,
+        };
+        (self.gpu).attend_behind(
+            out,
+            q,
+            matrix(&self.keys),
+            matrix(&self.values),
+            first,
+            self.shape,
+        )
+    }
+}
+
+impl Gpu {
+    /// Root-mean-square norm of rows `x`, written in `order`.
+    pub fn norm_rows(
+        &self,
+        out: u64,
+        order: RowOrder,
+        x: DeviceMatrix,
+        weight: &Buffer,
+        eps: f32,
+    ) -> Result<(), CudaError> {
+        let args = [
+            out.into(),
+            x.address.into(),
+            weight.into(),
+            address(order.channels),
+            (x.columns as i32).into(),
+            (order.width as i32).into(),
+            eps.into(),
+        ];
+        let (grid, block) = ([x.rows, 1, 1], [x.columns.div_ceil(32).min(16) * 32, 1, 1]);
+        // SAFETY: out has rows of the order's width.
+        unsafe {
+            let shared = x.columns * 2;
+            self.launch_behind(program(x.dtype), "norm_rows", grid, block, shared, &args)
+        }
+    }
+
+    /// `silu(gate) * up` of `count` rows, written in `order`.
+    pub fn gate_rows(
+        &self,
+        out: u64,
+        order: RowOrder,
+        [gate, up]: [Output; 2],
+        count: usize,
+        dtype: Dtype,
+    ) -> Result<(), CudaError> {
+        assert_eq!(gate.pitch, up.pitch, "rows of both");
+        let args = [
+            out.into(),
+            gate.address.into(),
+            up.address.into(),
+            address(order.channels),
+            (gate.pitch as i32).into(),
+            (order.width as i32).into(),
+        ];
+        let grid = [order.width.div_ceil(1024), count, 1];
+        // SAFETY: out has rows of the order's width; the caller vouches for both inputs.
+        unsafe { self.launch_behind(program(dtype), "gate_rows", grid, [128, 1, 1], 0, &args) }
+    }
+}
