@@ -123,6 +123,30 @@ __global__ void widen_all(float* out, const half16* x, long long count) {
     if (i < count) out[i] = widen(x[i]);
 }
 
+// out [n, k] = scale * (code - zero); codes [k, n], scales (always f16) and zeros [groups, n], g_idx
+// [k]. A block takes 64 channels of 64 outputs and turns them round. Grid: (n / 64, k / 64), block 256.
+__global__ void dequantise(half16* out, const unsigned char* codes, const half16* scales,
+                           const half16* zeros, const unsigned* g_idx, int k, int n) {
+    __shared__ half16 tile[64][66];
+    int column = threadIdx.x & 63, row = threadIdx.x >> 6;
+    int output = blockIdx.x * 64 + column;
+    for (int i = row; i < 64; i += 4) {
+        int channel = blockIdx.y * 64 + i;
+        if (channel >= k || output >= n) continue;
+        long long at = (long long)g_idx[channel] * n + output;
+        float scale;
+        asm("cvt.f32.f16 %0, %1;" : "=f"(scale) : "h"(scales[at]));
+        float code = codes[(long long)channel * n + output];
+        tile[column][i] = narrow(scale * (code - (float)zeros[at]));
+    }
+    __syncthreads();
+    int channel = blockIdx.y * 64 + column;
+    for (int i = row; i < 64; i += 4) {
+        int to = blockIdx.x * 64 + i;
+        if (channel < k && to < n) out[(long long)to * k + channel] = tile[i][column];
+    }
+}
+
 // What a model says about next tokens, from logits q f32 [rows, vocab] and, if `p` is not null,
 // those of a reference. Per row: [log-likelihood of target, KL(p || q), both argmax equal].
 // Grid: rows.

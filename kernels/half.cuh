@@ -61,3 +61,31 @@ __device__ __forceinline__ void let_next_start() {
     asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
+
+#if BF16
+#define MMA "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
+#define PAIR "cvt.rn.bf16x2.f32"
+#else
+#define MMA "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+#define PAIR "cvt.rn.f16x2.f32"
+#endif
+
+__device__ __forceinline__ unsigned pair_of(float low, float high) {
+    unsigned y;
+    asm(PAIR " %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+    return y;
+}
+
+// c [16, 8] += a [16, 16] b [16, 8] by a warp, in the layout of mma.m16n8k16.
+__device__ __forceinline__ void multiply(float* c, const unsigned* a, unsigned b0, unsigned b1) {
+    asm volatile(MMA " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Sixteen bytes to shared memory, not waited for; zero where there is nothing.
+__device__ __forceinline__ void copy_ahead(void* to, const void* from, bool there) {
+    unsigned place = (unsigned)__cvta_generic_to_shared(to);
+    int bytes = there ? 16 : 0; // the rest becomes zero
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(place), "l"(from), "r"(bytes));
+}

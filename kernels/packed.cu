@@ -22,11 +22,6 @@ __device__ __forceinline__ unsigned masked(unsigned word, unsigned mask);
 // mantissa carries: 1024 in f16, 128 in bf16.
 #if BF16
 #define OFFSET 128.0f
-__device__ __forceinline__ unsigned pair_of(float low, float high) {
-    unsigned y;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
-    return y;
-}
 #define MAGIC 0x43004300u
 // Of an odd field p the offset is the same here; f16 has a smaller one.
 #define ODD_OFFSET 128.0f
@@ -48,14 +43,8 @@ __device__ __forceinline__ unsigned two_bytes(unsigned word, int p) {
     return pair_of((float)((word >> (16 * p)) & 255), (float)((word >> (16 * p + 8)) & 255));
 }
 #define BYTE_OFFSET 0.0f
-#define MMA "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
 #else
 #define OFFSET 1024.0f
-__device__ __forceinline__ unsigned pair_of(float low, float high) {
-    unsigned y;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
-    return y;
-}
 #define MAGIC 0x64006400u
 // Fields at bits 4 and 12 stay where they are: 1024 + 16 code, divided by 16.
 #define ODD_OFFSET 64.0f
@@ -80,7 +69,6 @@ __device__ __forceinline__ unsigned two_bytes(unsigned word, int p) {
     return __byte_perm(word, 0x64646464u, p ? 0x4342 : 0x4140);
 }
 #define BYTE_OFFSET 1024.0f
-#define MMA "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
 #endif
 
 // (word & mask) | MAGIC as one instruction: the compiler makes two of it.
@@ -88,12 +76,6 @@ __device__ __forceinline__ unsigned masked(unsigned word, unsigned mask) {
     unsigned y;
     asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(y) : "r"(word), "r"(mask), "n"(MAGIC));
     return y;
-}
-
-__device__ __forceinline__ void multiply(float* c, const unsigned* a, unsigned b0, unsigned b1) {
-    asm volatile(MMA " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // Read once: past the first-level cache, which x needs.
@@ -149,12 +131,6 @@ __device__ __forceinline__ void zeros_of(unsigned* zero, const unsigned* pairs, 
     unsigned of_g8 = pairs ? both(*pairs, 1) : of_g;
     zero[0] = minus(of_g, pair_of(-even, -even));
     zero[1] = minus(of_g8, pair_of(-odd, -odd));
-}
-
-__device__ __forceinline__ void copy_ahead(void* to, const void* from, bool there) {
-    unsigned place = (unsigned)__cvta_generic_to_shared(to);
-    int bytes = there ? 16 : 0; // the rest becomes zero
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(place), "l"(from), "r"(bytes));
 }
 
 // What a lane reads of a step: codes and scales of 128 positions.

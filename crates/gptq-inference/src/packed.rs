@@ -74,10 +74,13 @@ impl WeightSource for PackedWeights {
         layer: &LayerName,
         bias: bool,
     ) -> Result<LinearWeights, SourceError> {
-        match self.is_packed(layer) {
-            true => self.linear(layer, bias),
-            false => self.float.linear_as_stored(layer, bias),
+        if !self.is_packed(layer) {
+            return self.float.linear_as_stored(layer, bias);
         }
+        Ok(LinearWeights {
+            weight: LinearValues::Packed(self.read(layer)?),
+            bias: self.bias(layer, bias)?,
+        })
     }
 
     fn plain_as_stored(&self, name: &str) -> Result<(Dtype, Vec<u8>), SourceError> {

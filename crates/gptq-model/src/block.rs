@@ -3,6 +3,7 @@
 use burn::tensor::Tensor;
 use gptq_kernels::AttentionShape;
 use gptq_types::{LayerName, SourceError, Stage, Weight};
+use rayon::prelude::*;
 
 use crate::backend::DecoderBackend;
 use crate::config::{DecoderConfig, prefix};
@@ -51,13 +52,18 @@ impl HostBlock {
     ) -> Result<Self, SourceError> {
         let at = prefix(index);
         let norm = |name: &str| source.plain(&format!("{at}{name}.weight"));
-        let mut linears = Vec::new();
-        for stage in Stage::ALL {
-            for (name, k, n) in config.linears(index, stage) {
-                let stored = B::read(source, &name, config.has_bias(stage))?;
-                linears.push((name, k, n, stored));
-            }
-        }
+        let names: Vec<_> = (Stage::ALL.into_iter())
+            .flat_map(|stage| {
+                let bias = config.has_bias(stage);
+                (config.linears(index, stage).into_iter()).map(move |linear| (linear, bias))
+            })
+            .collect();
+        let linears = (names.into_par_iter())
+            .map(|((name, k, n), bias)| {
+                let stored = B::read(source, &name, bias)?;
+                Ok((name, k, n, stored))
+            })
+            .collect::<Result<_, SourceError>>()?;
         Ok(HostBlock {
             input_norm: norm("input_layernorm")?,
             post_attention_norm: norm("post_attention_layernorm")?,

@@ -164,6 +164,9 @@ impl<E: Half> DecoderBackend for Cuda<E> {
             LinearValues::InputMajor(values) => {
                 note(gpu().upload(to, &transpose(&values, in_features, out_features)));
             }
+            LinearValues::Packed(layer) => {
+                note(gpu().dequantise(to, &layer));
+            }
         }
         out
     }

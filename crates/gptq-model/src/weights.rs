@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use gptq_kernels::transpose;
-use gptq_types::{Dtype, LayerName, SourceError, TensorInfo, TensorSource};
+use gptq_types::{Dtype, LayerName, SolvedLayer, SourceError, TensorInfo, TensorSource};
 use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 
@@ -26,6 +26,8 @@ pub enum LinearValues {
         /// All of them.
         bytes: Vec<u8>,
     },
+    /// Codes, to be dequantised where they are used.
+    Packed(SolvedLayer),
 }
 
 impl LinearValues {
@@ -37,6 +39,7 @@ impl LinearValues {
                 let values = to_f32(dtype, &bytes).expect("stored weights are floats");
                 transpose(&values, out_features, in_features)
             }
+            LinearValues::Packed(layer) => layer.dequantise(),
         }
     }
 }

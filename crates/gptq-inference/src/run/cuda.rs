@@ -16,7 +16,7 @@ use crate::OpenedModel;
 
 /// Tokens of a prompt that go through the blocks together: enough for cuBLAS's full rate; what they
 /// need beside the weights grows with them.
-const PROMPT_TOKENS: usize = 1024;
+const PROMPT_TOKENS: usize = 2048;
 
 /// See the module.
 pub(super) struct GpuRunner {

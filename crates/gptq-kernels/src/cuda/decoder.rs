@@ -6,7 +6,7 @@ use std::sync::Arc;
 use cudarc::cublas::sys::{
     cublasComputeType_t as Compute, cublasOperation_t as Op, cudaDataType_t as Type,
 };
-use gptq_types::{DeviceMatrix, Dtype};
+use gptq_types::{DeviceMatrix, Dtype, SolvedLayer};
 
 use super::Gpu;
 use super::error::CudaError;
@@ -195,6 +195,41 @@ impl Gpu {
             (count as i64).into(),
         ];
         self.flat("add_bias", x.dtype, count, &args)
+    }
+
+    /// `out [N, K] = scale * (code - zero)` of a packed layer, computed in f32 and rounded once.
+    pub fn dequantise(
+        self: &Arc<Self>,
+        out: DeviceMatrix,
+        layer: &SolvedLayer,
+    ) -> Result<(), CudaError> {
+        let (k, n) = (layer.in_features, layer.out_features);
+        assert_eq!((out.rows, out.columns), (n, k), "rows are outputs");
+        let codes = Buffer::from_host(self, &layer.codes)?;
+        let scales = Buffer::from_host(self, &layer.scales)?;
+        let zeros = Buffer::from_host(self, &layer.zeros)?;
+        let g_idx = Buffer::from_host(self, &layer.g_idx)?;
+        let args = [
+            out.address.into(),
+            (&codes).into(),
+            (&scales).into(),
+            (&zeros).into(),
+            (&g_idx).into(),
+            (k as i32).into(),
+            (n as i32).into(),
+        ];
+        let grid = [n.div_ceil(64), k.div_ceil(64), 1];
+        // SAFETY: the buffers have what a solved layer of K x N has; out was checked above.
+        unsafe {
+            self.launch(
+                program(out.dtype),
+                "dequantise",
+                grid,
+                [256, 1, 1],
+                0,
+                &args,
+            )
+        }
     }
 
     /// f32 values of a sixteen-bit matrix, on the host.

@@ -26,6 +26,8 @@ const FEW_ROWS: usize = 16;
 /// Up to so many rows codes go to the tensor cores as they are; from there on it is faster to widen
 /// the weight once and to leave the product to cuBLAS.
 const MORE_ROWS: usize = 64;
+/// Outputs that are widened at a time: what they take is held beside the packed weights.
+const WIDENED_OUTPUTS: usize = 12288;
 /// Outputs of a block of more rows; stages and row pitch of its x in shared memory, as in the kernel.
 const BLOCK_OUTPUTS: usize = 256;
 const PITCH: usize = 160;
@@ -324,6 +326,24 @@ impl PackedLinear {
         }
     }
 
+    /// Outputs `first..first + rows` alone; `first` is a multiple of [`TILE`].
+    fn raw_from(&self, first: usize, rows: usize) -> Packed {
+        let tiles = (first / TILE) as u64;
+        let codes = (2 * self.steps * self.bits as usize * LANES * 4) as u64; // bytes of a tile
+        let granules = (self.steps * 4 / self.granule * 8 * 4) as u64;
+        let raw = self.raw();
+        Packed {
+            codes: raw.codes + tiles * codes,
+            scales: raw.scales + tiles * granules,
+            zeros: match raw.zeros {
+                0 => 0,
+                zeros => zeros + tiles * granules,
+            },
+            outputs: rows as i32,
+            ..raw
+        }
+    }
+
     fn program(&self) -> Program {
         Program::Packed {
             bf16: self.dtype == Dtype::BF16,
@@ -450,22 +470,31 @@ impl PackedLinear {
 
     fn multiply_many(&self, out: u64, x: DeviceMatrix, add: bool) -> Result<(), CudaError> {
         let stride = self.steps * STEP;
-        let place = self.gpu.scratch("widened", self.outputs * stride * 2)?;
-        let args = [place.address().into(), self.raw().into(), self.bits.into()];
-        let grid = [(2 * self.steps).div_ceil(8), self.outputs.div_ceil(TILE), 1];
-        // SAFETY: the place holds N x stride elements.
-        unsafe {
-            let program = self.program();
-            self.gpu
-                .launch(program, "widen_packed", grid, [256, 1, 1], 0, &args)?
-        };
-        let weight = DeviceMatrix {
-            address: place.address(),
-            rows: self.outputs,
-            columns: stride,
-            dtype: self.dtype,
-        };
-        self.gpu.project_onto(out, x, weight, add)?;
+        let most = WIDENED_OUTPUTS.min(self.outputs.next_multiple_of(TILE));
+        let place = self.gpu.scratch("widened", most * stride * 2)?;
+        for first in (0..self.outputs).step_by(WIDENED_OUTPUTS) {
+            let rows = WIDENED_OUTPUTS.min(self.outputs - first);
+            let args = [
+                place.address().into(),
+                self.raw_from(first, rows).into(),
+                self.bits.into(),
+            ];
+            let grid = [(2 * self.steps).div_ceil(8), rows.div_ceil(TILE), 1];
+            // SAFETY: the place holds rows x stride elements.
+            unsafe {
+                let program = self.program();
+                self.gpu
+                    .launch(program, "widen_packed", grid, [256, 1, 1], 0, &args)?
+            };
+            let weight = DeviceMatrix {
+                address: place.address(),
+                rows,
+                columns: stride,
+                dtype: self.dtype,
+            };
+            let out = out + 2 * first as u64;
+            self.gpu.project_beside(out, self.outputs, x, weight, add)?;
+        }
         match &self.bias {
             None => Ok(()),
             Some(bias) => {

@@ -133,7 +133,7 @@ impl Gpu {
         x: DeviceMatrix,
         weight: DeviceMatrix,
     ) -> Result<(), CudaError> {
-        self.project_into(out, wide, 0.0, x, weight)
+        self.project_into(out, weight.rows, wide, 0.0, x, weight)
     }
 
     /// The same in sixteen bits, or with `add` onto what is in `out`.
@@ -144,12 +144,27 @@ impl Gpu {
         weight: DeviceMatrix,
         add: bool,
     ) -> Result<(), CudaError> {
-        self.project_into(out, false, if add { 1.0 } else { 0.0 }, x, weight)
+        let beta = if add { 1.0 } else { 0.0 };
+        self.project_into(out, weight.rows, false, beta, x, weight)
+    }
+
+    /// The same into columns of a wider matrix, whose rows lie `pitch` elements apart.
+    pub(super) fn project_beside(
+        &self,
+        out: u64,
+        pitch: usize,
+        x: DeviceMatrix,
+        weight: DeviceMatrix,
+        add: bool,
+    ) -> Result<(), CudaError> {
+        let beta = if add { 1.0 } else { 0.0 };
+        self.project_into(out, pitch, false, beta, x, weight)
     }
 
     fn project_into(
         &self,
         out: u64,
+        pitch: usize,
         wide: bool,
         beta: f32,
         x: DeviceMatrix,
@@ -174,7 +189,7 @@ impl Gpu {
                 a: side(weight.address, Op::CUBLAS_OP_T, kind, k),
                 b: side(x.address, Op::CUBLAS_OP_N, kind, k),
                 beta,
-                c: side(out, Op::CUBLAS_OP_N, out_kind, n),
+                c: side(out, Op::CUBLAS_OP_N, out_kind, pitch),
                 batch: 1,
                 compute: Compute::CUBLAS_COMPUTE_32F,
             })

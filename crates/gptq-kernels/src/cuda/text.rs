@@ -251,21 +251,38 @@ impl DeviceKeyValues {
         sequence: usize,
         first: usize,
     ) -> Result<(), CudaError> {
-        let columns = self.shape.kv_heads * self.shape.head_dim;
+        let AttentionShape {
+            heads,
+            kv_heads,
+            head_dim: d,
+        } = self.shape;
+        let columns = kv_heads * d;
         let matrix = |buffer: &Buffer| DeviceMatrix {
             address: buffer.address() + 2 * (sequence * self.capacity * columns) as u64,
             rows: first + q.rows,
             columns,
             dtype: self.dtype,
         };
-        (self.gpu).attend_behind(
-            out,
-            q,
-            matrix(&self.keys),
-            matrix(&self.values),
-            first,
-            self.shape,
-        )
+        let (keys, values) = (matrix(&self.keys), matrix(&self.values));
+        let name = match d {
+            64 => "attend_prompt_64",
+            128 => "attend_prompt_128",
+            _ => return (self.gpu).attend_behind(out, q, keys, values, first, self.shape),
+        };
+        let args = [
+            out.into(),
+            q.address.into(),
+            keys.address.into(),
+            values.address.into(),
+            (q.rows as i32).into(),
+            (first as i32).into(),
+            (kv_heads as i32).into(),
+            (1.0 / (d as f32).sqrt()).into(),
+        ];
+        let (grid, block) = ([q.rows.div_ceil(64), heads, 1], [128, 1, 1]);
+        let shared = 4 * 64 * (d + 8) * 2;
+        // SAFETY: the cache holds first + rows keys of the sequence; out is as large as q.
+        unsafe { (self.gpu).launch_behind(program(self.dtype), name, grid, block, shared, &args) }
     }
 }
 
