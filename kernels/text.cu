@@ -12,6 +12,12 @@ struct Rows {
     int sequence, first;
 };
 
+// Asks for what no kernel writes before the kernel ahead of this one is done: other weights have
+// driven it out of the cache since the last token. Eight four-byte elements a thread.
+__device__ __forceinline__ void ask_for(const void* from, int place, int count) {
+    if (from && place < count) asm volatile("prefetch.global.L2 [%0];" ::"l"((const char*)from + 4ll * place));
+}
+
 extern "C" {
 
 // Root-mean-square norm of rows of `width`. Grid: rows; shared: width half16.
@@ -19,6 +25,10 @@ __global__ void norm_rows(half16* out, const half16* x, const float* weight, con
                           int width, int stride, float eps) {
     extern __shared__ half16 normed[];
     __shared__ float scratch[32];
+    for (int i = threadIdx.x * 8; i < max(width, stride); i += blockDim.x * 8) {
+        ask_for(weight, i, width);
+        ask_for(channels, i, stride);
+    }
     wait_for_it();
     let_next_start();
     const half16* row = x + (long long)blockIdx.x * width;
@@ -44,6 +54,7 @@ __global__ void norm_rows(half16* out, const half16* x, const float* weight, con
 // block 128.
 __global__ void gate_rows(half16* out, const half16* gate, const half16* up, const int* channels,
                           int pitch, int stride) {
+    ask_for(channels, blockIdx.x * 1024 + threadIdx.x * 8, stride);
     wait_for_it();
     let_next_start();
     long long row = (long long)blockIdx.y * pitch;
@@ -196,9 +207,10 @@ ATTEND(2, 16)
 // the next linear; null where they are natural. Grid: (heads, rows); threads: d, up to a multiple of 32.
 __global__ void merge_shares(half16* out, const float* parts, const int* held, const int* places,
                              int shares, int share, int d, int stride) {
+    int row = blockIdx.y, head = blockIdx.x, i = threadIdx.x;
+    if (i % 8 == 0 && i < d) ask_for(places, head * d + i, gridDim.x * d);
     wait_for_it();
     let_next_start();
-    int row = blockIdx.y, head = blockIdx.x, i = threadIdx.x;
     int count = (held[row] + share - 1) / share;
     const float* part = parts + ((long long)row * gridDim.x + head) * shares * (d + 2);
     float largest = -INFINITY, weights = 0, sum = 0;

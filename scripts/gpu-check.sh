@@ -7,8 +7,9 @@
 # run does more where more is there: MODEL (a float model folder) with WINDOWS (safetensors, input_ids) and TEST (text) for
 # the perplexity rows; GPTQModel importable by python3 for its own reading of our files (of those rows, and of files/* on the
 # token ids of ids.txt, a sequence a line); compute-sanitizer on the PATH; PLAN (of a matrix of MODEL), git with git-lfs.
+# SHARED (stories260k and the goldens as the tests want them) for the runner's tests; LAMBADA (a file of its passages).
 # MATRIX picks among the ways of the matrix step: one exact abreast shared two four (default: all).
-# STEPS picks among: tests sanitizer linears seven variants long bytes matrix six rows loads formats (default: all).
+# STEPS picks among: tests sanitizer linears text theirs seven variants long bytes matrix six rows loads formats (default: all).
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 
@@ -26,16 +27,18 @@ pack() {
   whole=$(executable -p gptq-cli --features cuda --test integration)
   cp "$target/release/gptq" "$target"/release/examples/gpu_{speed,linear} "$folder/"
   cp "$(executable -p gptq-kernels --features cuda --test packed_device)" "$folder/packed_tests"
+  cp "$(executable -p gptq-kernels --features cuda --test text_device)" "$folder/text_tests"
+  cp "$(executable -p gptq-inference --features cuda --test runner_device)" "$folder/runner_tests"
   cp "$tests" "$folder/device_tests"
   cp "$whole" "$folder/whole_tests"
-  strip "$folder"/{gptq,gpu_speed,gpu_linear,device_tests,packed_tests,whole_tests}
+  strip "$folder"/{gptq,gpu_speed,gpu_linear,{device,packed,text,runner,whole}_tests}
   cp "$0" "$here"/scripts/peer_*.py "$folder/"
   echo "packed $(du -sh "$folder" | cut -f1) into $folder"
 }
 
 section() { printf '\n== %s (%d s)\n' "$1" "$SECONDS"; }
 last() { tr '\r' '\n' | grep -vE '^(blocks|bytes): |^/.*: [0-9]+/[0-9]+ after' | tail -"$1"; }
-wanted() { [[ " ${STEPS:-tests sanitizer linears seven variants long bytes matrix six rows loads formats} " == *" $1 "* ]]; }
+wanted() { [[ " ${STEPS:-tests sanitizer linears text theirs seven variants long bytes matrix six rows loads formats} " == *" $1 "* ]]; }
 
 quantize() { # NAME MODEL ARGS...: one line of figures
   local name=$1 model=$2
@@ -89,7 +92,7 @@ run() {
   mkdir -p "$work/out" "$work/log"
   cp -r "$1"/. "$work/"
   cd "$work"
-  chmod +x gptq gpu_speed gpu_linear device_tests packed_tests whole_tests
+  chmod +x gptq gpu_* ./*_tests
   section "machine"
   nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
   ./gptq doctor
@@ -97,6 +100,8 @@ run() {
     section "GPU against the processor"
     timeout 120 ./device_tests --test-threads=1 2>&1 | tail -7
     timeout 120 ./packed_tests --test-threads=1 2>&1 | tail -7
+    timeout 120 ./text_tests --test-threads=1 2>&1 | tail -7
+    GPTQ_SHARED=${SHARED:-} timeout 120 ./runner_tests --test-threads=1 --nocapture 2>&1 | grep -E '^test|mean|skipped|panicked|result'
     GPTQ_COMMAND=$PWD/gptq timeout 200 ./whole_tests pipeline::gpu --test-threads=1 2>&1 | tail -20
   fi
   if wanted sanitizer && command -v compute-sanitizer >/dev/null; then
@@ -114,6 +119,36 @@ run() {
     timeout 120 ./gpu_linear
   fi
   local ids="--dataset ids.safetensors --samples 128 --seq-len 2048"
+  if wanted text; then
+    section "text of a Llama-2-7B shape, 4-bit g128"
+    ./gptq synth --shape llama-2-7b -o seven --calibration text.safetensors --samples 166 --seq-len 2048 2>&1 | last 1
+    for order in "" --desc-act; do
+      # shellcheck disable=SC2086
+      quantize "text$order" seven --dataset text.safetensors --samples 128 --seq-len 2048 $order
+      for setting in "2048 1" "512 16" "512 64"; do
+        set -- $setting
+        timeout 100 ./gptq eval "out/text$order" --dataset text.safetensors --max-windows 1 --device cuda:0 --speed \
+          --speed-prompt "$1" --speed-batch "$2" --speed-tokens 128 2>&1 | grep tokens/s
+      done
+    done
+    local begin=$EPOCHREALTIME
+    timeout 100 ./gptq eval out/text --dataset text.safetensors --device cuda:0 2>/dev/null | last 1
+    echo "166 windows of 2048 tokens scored in $(awk "BEGIN { print $EPOCHREALTIME - $begin }") s"
+    if python3 -c 'import gptqmodel' 2>/dev/null; then
+      timeout 300 python3 peer_speed.py out/text 2>log/peer_speed | grep RESULT || tail -3 log/peer_speed
+    fi
+    rm -rf seven out/text*
+  fi
+  if wanted theirs && [ -n "${MODEL:-}" ] && python3 -c 'import gptqmodel' 2>/dev/null; then
+    section "checkpoints that GPTQModel writes, in its runtime and in ours"
+    timeout 400 python3 peer_quantize.py "$MODEL" "$WINDOWS" out/theirs \
+      '4-64-act={"bits":4,"group_size":64,"desc_act":true,"sym":true}' \
+      '4-64-asym-v2={"bits":4,"group_size":64,"desc_act":true,"sym":false,"format":"gptq_v2"}' \
+      '8-64={"bits":8,"group_size":64,"desc_act":false,"sym":true}' \
+      '3-64={"bits":3,"group_size":64,"desc_act":false,"sym":true}' 2>log/theirs | grep RESULT || tail -3 log/theirs
+    timeout 200 python3 peer_perplexity.py "$TEST" out/theirs/* 2>/dev/null | grep RESULT || true
+    timeout 200 ./gptq eval "$MODEL" out/theirs/* --dataset "$TEST" --device cuda:0 ${LAMBADA:+--lambada "$LAMBADA"} --speed 2>&1 | last 16
+  fi
   if wanted seven; then
     section "Llama-2-7B shape, 32 blocks, 128 x 2048 tokens, 4-bit g128"
     ./gptq synth --shape llama-2-7b -o seven --calibration ids.safetensors --samples 128 --seq-len 2048 2>&1 | last 1

@@ -22,7 +22,7 @@ const GROUP_TOKENS: usize = 32_768;
 /// The same on a GPU: 64 windows, half of what a default calibration keeps. A GPU is so much
 /// faster than the way from the disk that fewer would wait for blocks.
 #[cfg(feature = "cuda")]
-const GPU_GROUP_TOKENS: usize = 131_072;
+const GPU_GROUP_TOKENS: usize = 196_608;
 
 /// Tokens that go through a model together where nobody says how many.
 pub fn group_tokens(device: Device) -> usize {

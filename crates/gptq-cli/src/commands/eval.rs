@@ -50,14 +50,19 @@ pub fn run(args: &EvalArgs) -> Result<Verdict, Failure> {
         passages: &text.passages(),
         group_tokens: tokens,
     };
+    // Before anything else takes memory, which would count.
+    let speeds = match args.speed.speed {
+        true => (models.iter())
+            .map(|model| speed::measure(model, device, &args.speed))
+            .collect::<Result<Vec<_>, _>>()?,
+        false => Vec::new(),
+    };
     let mut shown = Shown { args, steps: None };
     let scores = evaluate(&request, &mut journal, &mut |step| shown.hear(step))?;
     shown.end();
     let mut records = text.records(args, &models, &opened, &scores);
-    if args.speed.speed {
-        for (record, model) in records.iter_mut().zip(&models) {
-            record.speed = Some(speed::measure(model, device, &args.speed)?);
-        }
+    for (record, speed) in records.iter_mut().zip(speeds) {
+        record.speed = Some(speed);
     }
     match args.json {
         true => print_json(&records)?,

@@ -430,7 +430,11 @@ impl PackedLinear {
             (_, _, false) => "few_rows_8_2_2_4",
         };
         // Two tiles a warp halve what is read of x.
-        let (tiles, busy, most) = if eights == 1 { (1, 20, 16) } else { (2, 12, 8) };
+        let (tiles, busy, most) = match (eights, self.bits, self.granule * GRANULE == STEP) {
+            (1, ..) => (1, 20, 16),
+            (_, 4, true) => (2, 12, 12),
+            _ => (2, 12, 8), // more would need more registers than there are
+        };
         let blocks = self.outputs.div_ceil(TILE * tiles);
         let wanted = (self.gpu.multiprocessors() * busy / blocks).clamp(2, most);
         let share = self.steps.div_ceil(wanted).max(1);
