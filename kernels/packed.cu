@@ -282,72 +282,87 @@ __device__ __forceinline__ void more_rows(half16* out, const half16* x, const fl
                                           unsigned* arrived) {
     constexpr int WORDS = BITS == 4 ? 1 : 2, STAGES = BITS == 4 ? 4 : 3, ROWS = 8 * EIGHTS;
     constexpr int X = ROWS * PITCH / 8, CODES = 16 * 2 * WORDS * 32, SCALES = 16 * 2 * 8; // times 16 bytes
-    constexpr int STAGE = X + CODES + 2 * SCALES;
+    constexpr int STAGE = X + CODES + 2 * SCALES, X_PIECES = ROWS / 32;
     extern __shared__ uint4 shared[]; // [STAGES]: x, codes [warp][tile][WORDS][32], scales [warp][tile][8], zeros
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
     int group = warp >> 3, row0 = blockIdx.y * ROWS, shares = gridDim.z;
-    int first = w.steps * blockIdx.z / shares, last = w.steps * (blockIdx.z + 1) / shares;
-    int tile0 = blockIdx.x * 16 + (warp & 7) * 2, tiles = (w.n + 15) / 16, a_step = 8 >> w.shift;
+    int first = w.steps * blockIdx.z / shares, steps = w.steps * (blockIdx.z + 1) / shares - first;
+    int tile0 = blockIdx.x * 16 + (warp & 7) * 2, a_step = 8 >> w.shift;
+
+    // What a thread copies of every step: codes of two tiles, a piece of their scales (eight lanes a
+    // tile), pieces of x. The pointers move on with each step that is loaded.
+    const uint4 *codes_from[2], *x_from[X_PIECES];
     long long begin[2]; // of the tile, in steps
 #pragma unroll
-    for (int j = 0; j < 2; j++) begin[j] = (long long)min(tile0 + j, tiles - 1) * w.steps;
-
-    auto load_weight = [&](int step) {
-        if (step >= last) return;
-        uint4* stage = shared + (step - first) % STAGES * STAGE;
-        uint4* codes = stage + X + warp * 2 * WORDS * 32 + lane;
-        uint4* scales = stage + X + CODES + warp * 16;
+    for (int j = 0; j < 2; j++) {
+        begin[j] = (long long)min(tile0 + j, (w.n + 15) / 16 - 1) * w.steps + first;
+        codes_from[j] = w.codes + (begin[j] * 2 + group) * WORDS * 32 + lane;
+    }
+    int piece = lane & 7;
+    bool has_scales = lane < 16 && piece < a_step;
+    long long scales_from = (lane < 8 ? begin[0] : begin[1]) * a_step + piece;
 #pragma unroll
-        for (int j = 0; j < 2; j++)
+    for (int i = 0; i < X_PIECES; i++) {
+        int row = min(row0 + ((int)threadIdx.x >> 4) + 32 * i, rows - 1);
+        x_from[i] = (const uint4*)(x + (long long)row * stride + first * STEP) + (threadIdx.x & 15);
+    }
+    int x_place = (threadIdx.x >> 4) * (PITCH / 8) + (threadIdx.x & 15);
+    int code_place = X + warp * 2 * WORDS * 32 + lane, scale_place = X + CODES + warp * 16;
+    auto load_weight = [&](uint4* stage) {
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
 #pragma unroll
             for (int i = 0; i < WORDS; i++)
-                copy_ahead(codes + (j * WORDS + i) * 32,
-                           w.codes + (((begin[j] + step) * 2 + group) * WORDS + i) * 32 + lane, true);
-        int j = lane >> 3, i = lane & 7; // eight lanes a tile
-        if (lane < 16 && i < a_step) {
-            long long at = ((j ? begin[1] : begin[0]) + step) * a_step + i;
-            copy_ahead(scales + j * 8 + i, (const uint4*)w.scales + at, true);
-            if (w.zeros) copy_ahead(scales + SCALES + j * 8 + i, (const uint4*)w.zeros + at, true);
+                copy_ahead(stage + code_place + (j * WORDS + i) * 32, codes_from[j] + i * 32, true);
+            codes_from[j] += 2 * WORDS * 32;
+        }
+        if (has_scales) {
+            uint4* to = stage + scale_place + (lane >> 3) * 8 + piece;
+            copy_ahead(to, (const uint4*)w.scales + scales_from, true);
+            if (w.zeros) copy_ahead(to + SCALES, (const uint4*)w.zeros + scales_from, true);
+            scales_from += a_step;
         }
     };
-    auto load_x = [&](int step) {
-        if (step >= last) return;
-        uint4* stage = shared + (step - first) % STAGES * STAGE;
+    auto load_x = [&](uint4* stage) {
 #pragma unroll
-        for (int i = threadIdx.x; i < ROWS * 16; i += 512) {
-            int row = i >> 4, column = i & 15;
-            const half16* from = x + (long long)min(row0 + row, rows - 1) * stride + step * STEP;
-            copy_ahead(stage + row * (PITCH / 8) + column, (const uint4*)from + column, true);
+        for (int i = 0; i < X_PIECES; i++) {
+            copy_ahead(stage + x_place + i * 32 * (PITCH / 8), x_from[i], true);
+            x_from[i] += STEP / 8;
         }
     };
     // Weights first: they may come before the kernel ahead of this one is done.
-    for (int s = 0; s < STAGES - 1; s++) load_weight(first + s);
+#pragma unroll
+    for (int s = 0; s < STAGES - 1; s++)
+        if (s < steps) load_weight(shared + s * STAGE);
     wait_for_it();
     let_next_start();
+#pragma unroll
     for (int s = 0; s < STAGES - 1; s++) {
-        load_x(first + s);
+        if (s < steps) load_x(shared + s * STAGE);
         asm volatile("cp.async.commit_group;");
     }
     float sum[2][EIGHTS][4];
 #pragma unroll
     for (int i = 0; i < 2 * EIGHTS * 4; i++) sum[0][0][i] = 0;
-    unsigned zero[2][2], scale[2][2];
+    unsigned zero[2][2];
     zeros_of<BITS>(zero[0], 0, w.zero);
     zeros_of<BITS>(zero[1], 0, w.zero);
 
-    for (int step = first; step < last; step++) {
+    uint4 *stage = shared, *free_stage = shared + (STAGES - 1) * STAGE, *end = shared + STAGES * STAGE;
+#pragma unroll 1
+    for (int step = 0; step < steps; step++) {
         asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
         __syncthreads(); // all copies of this step are there, and all have left the step before
-        load_weight(step + STAGES - 1);
-        load_x(step + STAGES - 1);
+        if (step + STAGES - 1 < steps) {
+            load_weight(free_stage);
+            load_x(free_stage);
+        }
         asm volatile("cp.async.commit_group;");
-        const uint4* stage = shared + (step - first) % STAGES * STAGE;
         const uint4* here = stage + g * (PITCH / 8) + group * 8 + t;
-        const uint4* codes = stage + X + warp * 2 * WORDS * 32 + lane;
-        const unsigned* scales = (const unsigned*)(stage + X + CODES + warp * 16) + g;
+        const unsigned* scales = (const unsigned*)(stage + scale_place) + g;
         uint4 now[2][WORDS];
 #pragma unroll
-        for (int i = 0; i < 2 * WORDS; i++) now[i / WORDS][i % WORDS] = codes[i * 32];
+        for (int i = 0; i < 2 * WORDS; i++) now[i / WORDS][i % WORDS] = stage[code_place + i * 32];
 #pragma unroll
         for (int part = 0; part < 2; part++) {
             int granule = (2 * group + part) >> w.shift;
@@ -355,26 +370,25 @@ __device__ __forceinline__ void more_rows(half16* out, const half16* x, const fl
 #pragma unroll
             for (int j = 0; j < 2; j++) {
                 unsigned pair = scales[j * 32 + granule * 8];
-                scale[j][0] = both(pair, 0);
-                scale[j][1] = both(pair, 1);
                 if (w.zeros) zeros_of<BITS>(zero[j], scales + SCALES * 4 + j * 32 + granule * 8, 0);
 #pragma unroll
                 for (int upper = 0; upper < 2; upper++) {
                     codes_of<BITS>(a[j][upper], now[j], 2 * part + upper, zero[j]);
 #pragma unroll
-                    for (int p = 0; p < 4; p++) a[j][upper][p] = times(a[j][upper][p], scale[j][p & 1]);
+                    for (int p = 0; p < 4; p++) a[j][upper][p] = times(a[j][upper][p], both(pair, p & 1));
                 }
             }
 #pragma unroll
             for (int e = 0; e < EIGHTS; e++) {
                 uint4 b = here[e * PITCH + part * 4];
-#pragma unroll
-                for (int j = 0; j < 2; j++) {
-                    multiply(sum[j][e], a[j][0], b.x, b.y);
-                    multiply(sum[j][e], a[j][1], b.z, b.w);
-                }
+                multiply(sum[0][e], a[0][0], b.x, b.y);
+                multiply(sum[1][e], a[1][0], b.x, b.y);
+                multiply(sum[0][e], a[0][1], b.z, b.w);
+                multiply(sum[1][e], a[1][1], b.z, b.w);
             }
         }
+        free_stage = stage;
+        stage = stage + STAGE == end ? shared : stage + STAGE;
     }
     // The second group hands half of its sums over and takes the other half of the first one's.
     constexpr int HALF = EIGHTS * 4;
