@@ -135,6 +135,10 @@ fn branches_hold_what_quantize_writes_and_a_card() {
     }
 
     let card = fs::read_to_string(pulled.join("README.md")).unwrap();
+    // 64 and 172 are no widths for the kernel that optimum takes on Hopper.
+    assert!(card.contains("AutoTokenizer, GPTQConfig\n"), "{card}");
+    assert!(card.contains("backend=\"torch\")"), "{card}");
+    assert!(card.contains("quantization_config=plain)"), "{card}");
     for text in [
         "license: \"apache-2.0\"",
         "# tiny - GPTQ",

@@ -97,8 +97,9 @@ impl Windows {
 /// Calibration windows of `source` under its rule.
 ///
 /// A named dataset keeps the rule of its manifest. A file without a name is tokenised as one
-/// string (rows joined with a blank line) and windows start anywhere in it. Stored windows are
-/// taken all and as they are: `spec` draws nothing then, and the record shows what there was.
+/// string (rows joined with a blank line) and windows start anywhere in it. Of stored windows the
+/// first `samples` are taken as they are, all where there are fewer: nothing is drawn then, and the
+/// record shows what there was.
 ///
 /// Fails when the source is `self`, cannot be fetched or read, or is too short; a text needs
 /// `seq_len + 1` tokens, because the original's draw never reaches the last start.
@@ -111,7 +112,7 @@ pub fn windows(
     spec.check()?;
     let material = Material::read(source, Purpose::Calibration, files)?;
     let (ids, rule) = match (&material.content, material.rule) {
-        (Content::Windows(ids), _) => (ids.clone(), "windows as stored".to_string()),
+        (Content::Windows(ids), _) => first_stored(ids, spec.samples),
         (Content::Rows(rows), Rule::Documents) => {
             let ids = draw_documents(rows, spec, &material.place(), |text| tokenizer.encode(text))?;
             (ids, material.words.clone().unwrap_or_default())
@@ -123,6 +124,14 @@ pub fn windows(
         (Content::Whole(text), _) => draw_joined(text, WHOLE_WORDS, spec, &material, tokenizer)?,
     };
     Ok(Windows::from_ids(ids, source.given(), &rule, spec.seed))
+}
+
+fn first_stored(ids: &[Vec<u32>], samples: usize) -> (Vec<Vec<u32>>, String) {
+    let rule = match ids.len() {
+        all if all > samples => format!("windows as stored, the first {samples} of {all}"),
+        _ => "windows as stored".to_string(),
+    };
+    (ids.iter().take(samples).cloned().collect(), rule)
 }
 
 fn draw_joined(

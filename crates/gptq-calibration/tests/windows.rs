@@ -165,6 +165,10 @@ fn stored_windows_are_taken_as_they_are() {
     let made = windows(&source, &spec(128, 2048), &tokenizer, &NoFiles).unwrap();
     assert_eq!(made.ids, [[1, 2], [3, 4], [5, 6]]);
     assert_eq!((made.record.samples, made.record.seq_len), (3, 2));
+    assert_eq!(made.record.rule, "windows as stored");
+    let fewer = windows(&source, &spec(2, 2048), &tokenizer, &NoFiles).unwrap();
+    assert_eq!(fewer.ids, [[1, 2], [3, 4]]);
+    assert_eq!(fewer.record.rule, "windows as stored, the first 2 of 3");
     let first = evaluation_windows(&source, 2048, Some(2), &tokenizer, &NoFiles).unwrap();
     assert_eq!(first.ids, [[1, 2], [3, 4]]);
     assert_eq!(

@@ -77,6 +77,11 @@ struct Row {
     made: String,
 }
 
+/// What widths are a multiple of for Machete, the kernel that optimum chooses on Hopper whatever a model's shapes
+/// are: it refuses others (GPTQModel 7.7, `machete.py`).
+const MACHETE_OUTPUTS: usize = 128;
+const MACHETE_INPUTS: usize = 64;
+
 /// Renders the card of `branches`; `template` in place of the built-in one. Every number comes
 /// from records.
 pub fn card(
@@ -112,6 +117,10 @@ pub fn card(
             example => &last.record.permutation.branch,
             folder => folder(info),
             python_prompt => python_prompt(info),
+            plain_kernel => (last.run.layers.iter())
+                .any(|layer| !layer.out_features.is_multiple_of(MACHETE_OUTPUTS)
+                    || !layer.in_features.is_multiple_of(MACHETE_INPUTS)),
+            example_bits => u32::from(u8::from(last.record.permutation.spec.bits)),
         },
     );
     rendered.map_err(|error| CardError::Template {
