@@ -2,17 +2,16 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
-use std::ffi::c_void;
 use std::sync::{Arc, Mutex};
 
 use cudarc::cublas::sys as blas;
 use cudarc::cusolver::sys as solver;
-use cudarc::driver::{CudaContext, CudaEvent, CudaStream, result, sys};
+use cudarc::driver::{CudaContext, CudaEvent, CudaStream, sys};
 
 use super::arrival::Pool;
 use super::error::{CudaError, Named};
 use super::memory::{Buffer, Staging};
-use super::program::{Program, compiled};
+use super::program::Program;
 
 /// A GPU with everything that is queued on it. All work goes to one stream, in the order of the
 /// calls; nothing waits but [`Gpu::synchronize`] and copies to the host. Only codes leave on a
@@ -25,8 +24,8 @@ pub struct Gpu {
     pub(super) blas: blas::cublasHandle_t,
     pub(super) solver: solver::cusolverDnHandle_t,
     pub(super) solver_params: solver::cusolverDnParams_t,
-    functions: RefCell<HashMap<(Program, &'static str), sys::CUfunction>>,
-    modules: RefCell<HashMap<Program, sys::CUmodule>>,
+    pub(super) functions: RefCell<HashMap<(Program, &'static str), sys::CUfunction>>,
+    pub(super) modules: RefCell<HashMap<Program, sys::CUmodule>>,
     scratch: RefCell<HashMap<&'static str, Arc<Buffer>>>,
     pub(super) staging: RefCell<Staging>,
     /// Results go to the host beside the work of `stream`.
@@ -34,7 +33,7 @@ pub struct Gpu {
     pub(super) pool_of_pinned: Arc<Mutex<Pool>>,
     ordinal: usize,
     name: String,
-    capability: (i32, i32),
+    pub(super) capability: (i32, i32),
     multiprocessors: usize,
 }
 
@@ -66,39 +65,6 @@ impl Mark {
     /// Seconds to a later mark; waits for it.
     pub fn seconds_to(&self, later: &Mark) -> Result<f64, CudaError> {
         Ok(f64::from(self.0.elapsed_ms(&later.0).named("reading the time")?) / 1e3)
-    }
-}
-
-/// A kernel argument.
-#[derive(Clone, Copy)]
-pub(super) struct Arg([u64; 5]);
-
-macro_rules! argument {
-    ($($type:ty),*) => {$(
-        impl From<$type> for Arg {
-            fn from(value: $type) -> Arg {
-                const { assert!(size_of::<$type>() <= 40 && align_of::<$type>() <= 8) };
-                let mut slot = [0u64; 5];
-                // SAFETY: the slot is as long and as aligned as the value, asserted above.
-                unsafe { slot.as_mut_ptr().cast::<$type>().write(value) };
-                Arg(slot)
-            }
-        }
-    )*};
-}
-argument!(
-    u64,
-    i32,
-    i64,
-    f32,
-    super::packed::Packed,
-    super::sweep::Rule,
-    super::text::RawRows
-);
-
-impl From<&Buffer> for Arg {
-    fn from(buffer: &Buffer) -> Arg {
-        buffer.address().into()
     }
 }
 
@@ -329,138 +295,6 @@ impl Gpu {
     /// Multiprocessors of the device.
     pub(super) fn multiprocessors(&self) -> usize {
         self.multiprocessors
-    }
-
-    fn function(&self, program: Program, name: &'static str) -> Result<sys::CUfunction, CudaError> {
-        if let Some(found) = self.functions.borrow().get(&(program, name)) {
-            return Ok(*found);
-        }
-        let module = self.module(program)?;
-        let c_name = std::ffi::CString::new(name).expect("kernel names hold no zero byte");
-        // SAFETY: the module is loaded and never unloaded.
-        let function =
-            unsafe { result::module::get_function(module, c_name) }.named("finding a kernel")?;
-        self.functions
-            .borrow_mut()
-            .insert((program, name), function);
-        Ok(function)
-    }
-
-    fn module(&self, program: Program) -> Result<sys::CUmodule, CudaError> {
-        if let Some(found) = self.modules.borrow().get(&program) {
-            return Ok(*found);
-        }
-        let cubin = compiled(program, &self.architecture())?;
-        // SAFETY: the image was compiled by NVRTC for this device, or verified to be such.
-        let module = unsafe { result::module::load_data(cubin.as_ptr().cast::<c_void>()) }
-            .named("loading kernels")?;
-        self.modules.borrow_mut().insert(program, module);
-        Ok(module)
-    }
-
-    /// Queues a kernel. `shared` bytes of dynamic shared memory are allowed for where they exceed
-    /// what every kernel may have.
-    ///
-    /// # Safety
-    /// The arguments are those of the kernel, and every address in them is valid for it.
-    pub(super) unsafe fn launch(
-        &self,
-        program: Program,
-        name: &'static str,
-        grid: [usize; 3],
-        block: [usize; 3],
-        shared: usize,
-        args: &[Arg],
-    ) -> Result<(), CudaError> {
-        // SAFETY: as the caller says.
-        unsafe { self.launch_with(program, name, grid, block, shared, args, &mut []) }
-    }
-
-    /// The same for a kernel that waits itself for the one before it (`wait_for_it` in the
-    /// sources): on a GPU that can, it may be put beside that one's end.
-    ///
-    /// # Safety
-    /// As [`Gpu::launch`]; the kernel reads and writes nothing that others write before it waits.
-    pub(super) unsafe fn launch_behind(
-        &self,
-        program: Program,
-        name: &'static str,
-        grid: [usize; 3],
-        block: [usize; 3],
-        shared: usize,
-        args: &[Arg],
-    ) -> Result<(), CudaError> {
-        let mut early = [sys::CUlaunchAttribute_st {
-            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-            pad: [0; 4],
-            value: sys::CUlaunchAttributeValue_union {
-                programmaticStreamSerializationAllowed: 1,
-            },
-        }];
-        let attributes = if self.capability.0 >= 9 {
-            &mut early[..]
-        } else {
-            &mut []
-        };
-        // SAFETY: as the caller says.
-        unsafe { self.launch_with(program, name, grid, block, shared, args, attributes) }
-    }
-
-    #[allow(clippy::too_many_arguments)]
-    unsafe fn launch_with(
-        &self,
-        program: Program,
-        name: &'static str,
-        grid: [usize; 3],
-        block: [usize; 3],
-        shared: usize,
-        args: &[Arg],
-        attributes: &mut [sys::CUlaunchAttribute_st],
-    ) -> Result<(), CudaError> {
-        if grid.contains(&0) {
-            return Ok(());
-        }
-        let function = self.function(program, name)?;
-        if shared > 48 << 10 {
-            // SAFETY: the function is loaded.
-            unsafe {
-                result::function::set_function_attribute(
-                    function,
-                    sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-                    shared as i32,
-                )
-            }
-            .named("asking for shared memory")?;
-        }
-        let mut args = args.to_vec();
-        let mut pointers: Vec<*mut c_void> = args
-            .iter_mut()
-            .map(|arg| arg.0.as_mut_ptr().cast())
-            .collect();
-        let [grid, block] = [grid, block].map(|size| size.map(|size| size as u32));
-        let config = sys::CUlaunchConfig_st {
-            gridDimX: grid[0],
-            gridDimY: grid[1],
-            gridDimZ: grid[2],
-            blockDimX: block[0],
-            blockDimY: block[1],
-            blockDimZ: block[2],
-            sharedMemBytes: shared as u32,
-            hStream: self.raw_stream(),
-            attrs: attributes.as_mut_ptr(),
-            numAttrs: attributes.len() as u32,
-        };
-        // SAFETY: as the caller says; the driver copies the arguments before it returns.
-        unsafe {
-            sys::cuLaunchKernelEx(
-                &config,
-                function,
-                pointers.as_mut_ptr(),
-                std::ptr::null_mut(),
-            )
-        }
-        .result()
-        .named(name)
     }
 }
 

@@ -10,12 +10,15 @@
 #![allow(unsafe_code)]
 
 mod arrival;
+mod attention;
 mod decoder;
 mod device;
 mod error;
 mod graph;
 mod hessian;
 mod inverse;
+mod launch;
+mod layout;
 mod memory;
 mod packed;
 mod probe;
@@ -25,7 +28,8 @@ mod score;
 mod sweep;
 mod text;
 
-pub use decoder::{DeviceCache, Turn};
+pub use attention::DeviceCache;
+pub use decoder::Turn;
 pub use device::{Gpu, KeptOpen, Mark, MemoryUse};
 pub use error::CudaError;
 pub use graph::Recorded;

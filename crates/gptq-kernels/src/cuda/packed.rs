@@ -3,24 +3,15 @@
 use std::sync::Arc;
 
 use gptq_types::{Bits, DeviceMatrix, Dtype, SolvedLayer};
-use half::{bf16, f16};
-use rayon::prelude::*;
 
 use super::Gpu;
-use super::device::Arg;
 use super::error::CudaError;
+use super::launch::Arg;
+use super::layout::{GRANULE, LANES, Laid, Positions, STEP, TILE};
 use super::memory::Buffer;
 use super::program::Program;
 use super::text::RowOrder;
 
-/// Outputs of a tile, and positions of a run, as in the kernels.
-const TILE: usize = 16;
-const RUN: usize = 64;
-/// What the positions are padded to.
-const STEP: usize = 128;
-/// Positions that share a scale are a multiple of it.
-const GRANULE: usize = 32;
-const LANES: usize = 32;
 /// Up to so many rows every warp reads x for itself.
 const FEW_ROWS: usize = 16;
 /// Up to so many rows codes go to the tensor cores as they are; from there on it is faster to widen
@@ -68,152 +59,6 @@ pub struct PackedLinear {
     /// Position of each channel.
     places: Option<Buffer>,
     bias: Option<Buffer>,
-}
-
-/// Where channels stand: sorted by group, each group filled up to whole granules.
-struct Positions {
-    channels: Vec<i32>,
-    /// Group of each granule of [`GRANULE`] positions.
-    groups: Vec<usize>,
-    /// [`GRANULE`]s that always share a group.
-    granule: usize,
-}
-
-impl Positions {
-    fn new(g_idx: &[u32], groups: usize) -> Self {
-        let mut members: Vec<Vec<i32>> = vec![Vec::new(); groups];
-        for (channel, &group) in g_idx.iter().enumerate() {
-            members[group as usize].push(channel as i32);
-        }
-        let (mut channels, mut of_granule) = (Vec::new(), Vec::new());
-        for (group, own) in members.iter().enumerate() {
-            channels.extend(own);
-            channels.resize(channels.len().next_multiple_of(GRANULE), -1);
-            of_granule.resize(channels.len() / GRANULE, group);
-        }
-        let padded = channels.len().next_multiple_of(STEP);
-        channels.resize(padded, -1);
-        of_granule.resize(padded / GRANULE, *of_granule.last().unwrap_or(&0));
-        let alike = |size: usize| {
-            (of_granule.chunks(size)).all(|run| run.iter().all(|group| *group == run[0]))
-        };
-        Positions {
-            granule: [4, 2].into_iter().find(|&size| alike(size)).unwrap_or(1),
-            channels,
-            groups: of_granule,
-        }
-    }
-
-    fn places(&self, features: usize) -> Vec<i32> {
-        let mut places = vec![0; features];
-        for (place, &channel) in self.channels.iter().enumerate() {
-            if channel >= 0 {
-                places[channel as usize] = place as i32;
-            }
-        }
-        places
-    }
-
-    fn are_channels(&self, features: usize) -> bool {
-        let in_place = |(at, &channel): (usize, &i32)| channel == at as i32;
-        self.channels.len() == features && self.channels.iter().enumerate().all(in_place)
-    }
-}
-
-/// Words of all tiles. `code(position, output)` may be asked for any position and output.
-fn lay_out(
-    wide: bool,
-    tiles: usize,
-    runs: usize,
-    code: impl Fn(usize, usize) -> u32 + Sync,
-) -> Vec<u32> {
-    let words = if wide { 8 } else { 4 }; // of a lane and a run
-    let mut out = vec![0u32; tiles * runs * words * LANES];
-    (out.par_chunks_mut(runs * words * LANES).enumerate()).for_each(|(tile, out)| {
-        for (run, out) in out.chunks_mut(words * LANES).enumerate() {
-            for (lane, word) in (0..LANES).flat_map(|lane| (0..words).map(move |word| (lane, word)))
-            {
-                let (g, t) = (lane / 4, lane % 4);
-                let tile_of_run = if wide { word / 2 } else { word };
-                let first = run * RUN + tile_of_run / 2 * 32 + 8 * t + 4 * (tile_of_run % 2);
-                let mut packed = 0;
-                let registers = match (wide, word % 2) {
-                    (false, _) => 0..4,
-                    (true, 0) => 0..2,
-                    (true, _) => 2..4,
-                };
-                for p in registers {
-                    let output = tile * TILE + g + 8 * (p % 2);
-                    let position = first + p / 2 * 2;
-                    let (low, high) = (code(position, output), code(position + 1, output));
-                    packed |= match wide {
-                        false => low << (4 * p) | high << (16 + 4 * p),
-                        true => (low | high << 8) << (16 * (p % 2)),
-                    };
-                }
-                // Sixteen bytes of each lane stand together.
-                out[word / 4 * 4 * LANES + lane * 4 + word % 4] = packed;
-            }
-        }
-    });
-    out
-}
-
-/// Pairs of outputs `g`, `g + 8` for each granule of each tile.
-fn pairs(tiles: usize, granules: usize, value: impl Fn(usize, usize) -> u16 + Sync) -> Vec<u32> {
-    (0..tiles * granules * 8)
-        .into_par_iter()
-        .map(|at| {
-            let (tile, granule, g) = (at / 8 / granules, at / 8 % granules, at % 8);
-            let output = tile * TILE + g;
-            u32::from(value(granule, output)) | u32::from(value(granule, output + 8)) << 16
-        })
-        .collect()
-}
-
-fn sixteen(dtype: Dtype, value: f32) -> u16 {
-    match dtype {
-        Dtype::BF16 => bf16::from_f32(value).to_bits(),
-        _ => f16::from_f32(value).to_bits(),
-    }
-}
-
-/// One layer as the kernels read it.
-struct Laid {
-    codes: Vec<u32>,
-    scales: Vec<u32>,
-    /// Empty where all zeros are alike.
-    zeros: Vec<u32>,
-}
-
-impl Laid {
-    fn new(layer: &SolvedLayer, positions: &Positions, one_zero: bool, dtype: Dtype) -> Self {
-        let n = layer.out_features;
-        let (steps, tiles) = (positions.channels.len() / STEP, n.div_ceil(TILE));
-        let code = |position: usize, output: usize| match positions.channels[position] {
-            _ if output >= n => 0,
-            channel @ 0.. => u32::from(layer.codes[channel as usize * n + output]),
-            _ => 0, // x is zero there
-        };
-        let granules = positions.groups.len() / positions.granule;
-        let each = |value: &(dyn Fn(usize) -> f32 + Sync)| {
-            pairs(tiles, granules, |granule, output| match output < n {
-                true => {
-                    let group = positions.groups[granule * positions.granule];
-                    sixteen(dtype, value(group * n + output))
-                }
-                false => 0,
-            })
-        };
-        Laid {
-            codes: lay_out(layer.bits == Bits::Eight, tiles, 2 * steps, code),
-            scales: each(&|at| layer.scales[at].to_f32()),
-            zeros: match one_zero {
-                true => Vec::new(),
-                false => each(&|at| f32::from(layer.zeros[at])),
-            },
-        }
-    }
 }
 
 impl PackedLinear {

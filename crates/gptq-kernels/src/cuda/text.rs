@@ -7,8 +7,8 @@ use gptq_types::{DeviceMatrix, Dtype};
 
 use super::Gpu;
 use super::decoder::Turn;
-use super::device::Arg;
 use super::error::CudaError;
+use super::launch::Arg;
 use super::memory::Buffer;
 use super::program::Program;
 use crate::AttentionShape;

@@ -1,0 +1,298 @@
+//! Attention inside windows as two batched products and a softmax over runs of query rows, and of new
+//! tokens to a cache. Addresses are of sixteen-bit row-major matrices that the caller keeps alive until
+//! the stream has passed them.
+
+use std::sync::Arc;
+
+use cudarc::cublas::sys::{
+    cublasComputeType_t as Compute, cublasOperation_t as Op, cudaDataType_t as Type,
+};
+use gptq_types::DeviceMatrix;
+
+use super::Gpu;
+use super::decoder::{LINE, program};
+use super::error::CudaError;
+use super::memory::Buffer;
+use super::product::{Product, Side, half_type};
+use crate::AttentionShape;
+
+/// Scores that exist at a time: long windows are cut into query rows that keep to it, so that
+/// memory is linear in the window.
+const SCORE_BYTES: usize = 256 << 20;
+/// Most query rows at a time; shorter runs leave more of the unneeded upper triangle out.
+const QUERY_ROWS: usize = 512;
+
+impl Gpu {
+    /// Causal attention inside windows of `tokens` rows, as [`crate::causal_attention`].
+    pub fn attend(
+        self: &Arc<Self>,
+        out: u64,
+        q: DeviceMatrix,
+        k: DeviceMatrix,
+        v: DeviceMatrix,
+        tokens: usize,
+        shape: AttentionShape,
+    ) -> Result<(), CudaError> {
+        for window in 0..q.rows / tokens {
+            self.attend_window(out, q, k, v, [window * tokens; 2], 0, tokens, shape)?;
+        }
+        Ok(())
+    }
+
+    /// The same from rows `q` that stand at positions from `first` on of the one sequence whose
+    /// keys and values are `k` and `v`.
+    pub(super) fn attend_behind(
+        self: &Arc<Self>,
+        out: u64,
+        q: DeviceMatrix,
+        k: DeviceMatrix,
+        v: DeviceMatrix,
+        first: usize,
+        shape: AttentionShape,
+    ) -> Result<(), CudaError> {
+        self.attend_window(out, q, k, v, [0, 0], first, q.rows, shape)
+    }
+
+    /// `count` queries from row `from[0]` on, at positions from `first` on, against keys from row
+    /// `from[1]` on.
+    #[allow(clippy::too_many_arguments)]
+    fn attend_window(
+        self: &Arc<Self>,
+        out: u64,
+        q: DeviceMatrix,
+        k: DeviceMatrix,
+        v: DeviceMatrix,
+        from: [usize; 2],
+        first: usize,
+        count: usize,
+        shape: AttentionShape,
+    ) -> Result<(), CudaError> {
+        let keys = first + count;
+        let rows = (SCORE_BYTES / (4 * shape.heads * keys))
+            .clamp(16, QUERY_ROWS)
+            .min(count);
+        let scores = self.scratch("scores", shape.heads * rows * keys * 4)?;
+        let p = self.scratch("probabilities", shape.heads * rows * keys * 2)?;
+        for done in (0..count).step_by(rows) {
+            let part = Part {
+                window: from[1],
+                query: from[0] + done,
+                first: first + done,
+                rows: rows.min(count - done),
+                shape,
+            };
+            self.attend_part(out, q, k, v, &part, scores.address(), p.address())?;
+        }
+        Ok(())
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn attend_part(
+        &self,
+        out: u64,
+        q: DeviceMatrix,
+        k: DeviceMatrix,
+        v: DeviceMatrix,
+        part: &Part,
+        scores: u64,
+        p: u64,
+    ) -> Result<(), CudaError> {
+        let Part {
+            window,
+            query,
+            first,
+            rows,
+            shape,
+        } = *part;
+        let (d, kv_heads) = (shape.head_dim, shape.kv_heads);
+        let repeat = shape.heads / kv_heads;
+        let keys = first + rows;
+        let kind = half_type(q.dtype);
+        let at = |base: u64, row: usize, width: usize, head: usize| {
+            base + 2 * (row * width + head * d) as u64
+        };
+        let half = |address, op, ld, stride| Side {
+            address,
+            op,
+            kind,
+            ld,
+            stride,
+        };
+        let matrix = kv_heads * rows * keys;
+        for r in 0..repeat {
+            let to = Side {
+                kind: Type::CUDA_R_32F,
+                ..half(
+                    scores + 4 * (r * matrix) as u64,
+                    Op::CUBLAS_OP_N,
+                    keys,
+                    rows * keys,
+                )
+            };
+            // SAFETY: heads, rows and keys stay inside the windows of q and k, and inside scores.
+            unsafe {
+                self.product(&Product {
+                    size: [keys, rows, d],
+                    alpha: 1.0,
+                    a: half(
+                        at(k.address, window, k.columns, 0),
+                        Op::CUBLAS_OP_T,
+                        k.columns,
+                        d,
+                    ),
+                    b: half(
+                        at(q.address, query, q.columns, r),
+                        Op::CUBLAS_OP_N,
+                        q.columns,
+                        repeat * d,
+                    ),
+                    beta: 0.0,
+                    c: to,
+                    batch: kv_heads,
+                    compute: Compute::CUBLAS_COMPUTE_32F,
+                })?;
+            }
+        }
+        let scale = 1.0 / (d as f32).sqrt();
+        let args = [
+            p.into(),
+            scores.into(),
+            (keys as i32).into(),
+            (first as i32).into(),
+            scale.into(),
+        ];
+        // SAFETY: one block a row of each of the `heads` matrices.
+        unsafe {
+            self.launch(
+                program(q.dtype),
+                "causal_softmax",
+                [rows, shape.heads, 1],
+                [LINE, 1, 1],
+                0,
+                &args,
+            )?
+        };
+        for r in 0..repeat {
+            // SAFETY: as above, for v and out.
+            unsafe {
+                self.product(&Product {
+                    size: [d, rows, keys],
+                    alpha: 1.0,
+                    a: half(
+                        at(v.address, window, v.columns, 0),
+                        Op::CUBLAS_OP_N,
+                        v.columns,
+                        d,
+                    ),
+                    b: half(
+                        p + 2 * (r * matrix) as u64,
+                        Op::CUBLAS_OP_N,
+                        keys,
+                        rows * keys,
+                    ),
+                    beta: 0.0,
+                    c: half(
+                        at(out, query, q.columns, r),
+                        Op::CUBLAS_OP_N,
+                        q.columns,
+                        repeat * d,
+                    ),
+                    batch: kv_heads,
+                    compute: Compute::CUBLAS_COMPUTE_32F,
+                })?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// `rows` queries from row `query` on, at positions from `first` on of the sequence whose keys begin
+/// at row `window`.
+#[derive(Clone, Copy)]
+struct Part {
+    window: usize,
+    query: usize,
+    first: usize,
+    rows: usize,
+    shape: AttentionShape,
+}
+
+/// Keys and values of earlier tokens, `[sequences, capacity, kv_heads * head_dim]` each.
+pub struct DeviceCache {
+    gpu: Arc<Gpu>,
+    keys: Buffer,
+    values: Buffer,
+    sequences: usize,
+    capacity: usize,
+    seen: usize,
+}
+
+impl DeviceCache {
+    /// Empty, for `capacity` tokens of each sequence.
+    pub fn new(
+        gpu: &Arc<Gpu>,
+        sequences: usize,
+        capacity: usize,
+        shape: AttentionShape,
+    ) -> Result<Self, CudaError> {
+        let bytes = sequences * capacity * shape.kv_heads * shape.head_dim * 2;
+        Ok(DeviceCache {
+            gpu: gpu.clone(),
+            keys: Buffer::new(gpu, bytes)?,
+            values: Buffer::new(gpu, bytes)?,
+            sequences,
+            capacity,
+            seen: 0,
+        })
+    }
+
+    /// Appends a row of `k` and `v` a sequence and attends from `q`, as [`crate::attend_cached`].
+    pub fn attend(
+        &mut self,
+        out: u64,
+        q: DeviceMatrix,
+        k: DeviceMatrix,
+        v: DeviceMatrix,
+        shape: AttentionShape,
+    ) -> Result<(), CudaError> {
+        assert!(self.seen < self.capacity, "tokens in the cache");
+        let row = (shape.kv_heads * shape.head_dim * 2) as u64;
+        for sequence in 0..self.sequences as u64 {
+            let at = (sequence * self.capacity as u64 + self.seen as u64) * row;
+            self.gpu.copy(
+                self.keys.address() + at,
+                k.address + sequence * row,
+                row as usize,
+            )?;
+            self.gpu.copy(
+                self.values.address() + at,
+                v.address + sequence * row,
+                row as usize,
+            )?;
+        }
+        self.seen += 1;
+        let args = [
+            out.into(),
+            q.address.into(),
+            (&self.keys).into(),
+            (&self.values).into(),
+            (self.capacity as i32).into(),
+            (self.seen as i32).into(),
+            (shape.kv_heads as i32).into(),
+            (shape.head_dim as i32).into(),
+            (1.0 / (shape.head_dim as f32).sqrt()).into(),
+        ];
+        let grid = [shape.heads, self.sequences, 1];
+        // SAFETY: the caches hold `seen` rows a sequence; q and out a row.
+        unsafe {
+            self.gpu.launch(
+                program(q.dtype),
+                "attend_cached",
+                grid,
+                [128, 1, 1],
+                self.seen * 4,
+                &args,
+            )
+        }
+    }
+}

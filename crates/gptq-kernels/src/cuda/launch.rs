@@ -1,0 +1,177 @@
+//! Kernels: found in their program, given arguments, queued.
+
+use std::ffi::c_void;
+
+use cudarc::driver::{result, sys};
+
+use super::Gpu;
+use super::error::{CudaError, Named};
+use super::memory::Buffer;
+use super::program::{Program, compiled};
+
+/// A kernel argument.
+#[derive(Clone, Copy)]
+pub(super) struct Arg([u64; 5]);
+
+macro_rules! argument {
+    ($($type:ty),*) => {$(
+        impl From<$type> for Arg {
+            fn from(value: $type) -> Arg {
+                const { assert!(size_of::<$type>() <= 40 && align_of::<$type>() <= 8) };
+                let mut slot = [0u64; 5];
+                // SAFETY: the slot is as long and as aligned as the value, asserted above.
+                unsafe { slot.as_mut_ptr().cast::<$type>().write(value) };
+                Arg(slot)
+            }
+        }
+    )*};
+}
+argument!(
+    u64,
+    i32,
+    i64,
+    f32,
+    super::packed::Packed,
+    super::sweep::Rule,
+    super::text::RawRows
+);
+
+impl From<&Buffer> for Arg {
+    fn from(buffer: &Buffer) -> Arg {
+        buffer.address().into()
+    }
+}
+
+impl Gpu {
+    fn function(&self, program: Program, name: &'static str) -> Result<sys::CUfunction, CudaError> {
+        if let Some(found) = self.functions.borrow().get(&(program, name)) {
+            return Ok(*found);
+        }
+        let module = self.module(program)?;
+        let c_name = std::ffi::CString::new(name).expect("kernel names hold no zero byte");
+        // SAFETY: the module is loaded and never unloaded.
+        let function =
+            unsafe { result::module::get_function(module, c_name) }.named("finding a kernel")?;
+        self.functions
+            .borrow_mut()
+            .insert((program, name), function);
+        Ok(function)
+    }
+
+    pub(super) fn module(&self, program: Program) -> Result<sys::CUmodule, CudaError> {
+        if let Some(found) = self.modules.borrow().get(&program) {
+            return Ok(*found);
+        }
+        let cubin = compiled(program, &self.architecture())?;
+        // SAFETY: the image was compiled by NVRTC for this device, or verified to be such.
+        let module = unsafe { result::module::load_data(cubin.as_ptr().cast::<c_void>()) }
+            .named("loading kernels")?;
+        self.modules.borrow_mut().insert(program, module);
+        Ok(module)
+    }
+
+    /// Queues a kernel. `shared` bytes of dynamic shared memory are allowed for where they exceed
+    /// what every kernel may have.
+    ///
+    /// # Safety
+    /// The arguments are those of the kernel, and every address in them is valid for it.
+    pub(super) unsafe fn launch(
+        &self,
+        program: Program,
+        name: &'static str,
+        grid: [usize; 3],
+        block: [usize; 3],
+        shared: usize,
+        args: &[Arg],
+    ) -> Result<(), CudaError> {
+        // SAFETY: as the caller says.
+        unsafe { self.launch_with(program, name, grid, block, shared, args, &mut []) }
+    }
+
+    /// The same for a kernel that waits itself for the one before it (`wait_for_it` in the
+    /// sources): on a GPU that can, it may be put beside that one's end.
+    ///
+    /// # Safety
+    /// As [`Gpu::launch`]; the kernel reads and writes nothing that others write before it waits.
+    pub(super) unsafe fn launch_behind(
+        &self,
+        program: Program,
+        name: &'static str,
+        grid: [usize; 3],
+        block: [usize; 3],
+        shared: usize,
+        args: &[Arg],
+    ) -> Result<(), CudaError> {
+        let mut early = [sys::CUlaunchAttribute_st {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue_union {
+                programmaticStreamSerializationAllowed: 1,
+            },
+        }];
+        let attributes = if self.capability.0 >= 9 {
+            &mut early[..]
+        } else {
+            &mut []
+        };
+        // SAFETY: as the caller says.
+        unsafe { self.launch_with(program, name, grid, block, shared, args, attributes) }
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    unsafe fn launch_with(
+        &self,
+        program: Program,
+        name: &'static str,
+        grid: [usize; 3],
+        block: [usize; 3],
+        shared: usize,
+        args: &[Arg],
+        attributes: &mut [sys::CUlaunchAttribute_st],
+    ) -> Result<(), CudaError> {
+        if grid.contains(&0) {
+            return Ok(());
+        }
+        let function = self.function(program, name)?;
+        if shared > 48 << 10 {
+            // SAFETY: the function is loaded.
+            unsafe {
+                result::function::set_function_attribute(
+                    function,
+                    sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                    shared as i32,
+                )
+            }
+            .named("asking for shared memory")?;
+        }
+        let mut args = args.to_vec();
+        let mut pointers: Vec<*mut c_void> = args
+            .iter_mut()
+            .map(|arg| arg.0.as_mut_ptr().cast())
+            .collect();
+        let [grid, block] = [grid, block].map(|size| size.map(|size| size as u32));
+        let config = sys::CUlaunchConfig_st {
+            gridDimX: grid[0],
+            gridDimY: grid[1],
+            gridDimZ: grid[2],
+            blockDimX: block[0],
+            blockDimY: block[1],
+            blockDimZ: block[2],
+            sharedMemBytes: shared as u32,
+            hStream: self.raw_stream(),
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: attributes.len() as u32,
+        };
+        // SAFETY: as the caller says; the driver copies the arguments before it returns.
+        unsafe {
+            sys::cuLaunchKernelEx(
+                &config,
+                function,
+                pointers.as_mut_ptr(),
+                std::ptr::null_mut(),
+            )
+        }
+        .result()
+        .named(name)
+    }
+}
