@@ -416,7 +416,7 @@ pub struct EvalArgs {
     /// Keep scores in FILE as they come; the same command goes on with it after a kill
     #[arg(long, value_name = "FILE")]
     pub state: Option<PathBuf>,
-    /// Tokens that go through a checkpoint together, 32768 on a processor and 131072 on a GPU:
+    /// Tokens that go through a checkpoint together, 32768 on a processor and 196608 on a GPU:
     /// memory grows with them, and so does what a kill costs; each group reads all weights once
     #[arg(long, value_name = "TOKENS")]
     pub group_tokens: Option<NonZeroUsize>,

@@ -1,6 +1,6 @@
 //! Checkpoints side by side.
 
-use gptq_types::{Accuracy, EvalRecord, PairedDifference};
+use gptq_types::{Accuracy, EvalRecord, PairedDifference, Speed};
 
 use crate::size;
 
@@ -46,7 +46,30 @@ pub fn comparison(records: &[EvalRecord]) -> String {
             (record.accuracy.as_ref()).map_or(String::new(), share)
         }));
     }
+    let speeds: Vec<&Speed> = records.iter().filter_map(|r| r.speed.as_ref()).collect();
+    let of = |cell: fn(&Speed) -> String| {
+        move |record: &EvalRecord| record.speed.as_ref().map_or(String::new(), cell)
+    };
+    columns.extend([
+        column(
+            "prompt, tokens/s",
+            &of(|speed| format!("{:.0}", speed.prefill_tokens_per_second)),
+        ),
+        column(
+            "new tokens/s",
+            &of(|speed| format!("{:.1}", speed.decode_tokens_per_second)),
+        ),
+        column("peak memory", &of(|speed| size(speed.peak_memory))),
+    ]);
     out += &table(columns);
+    if let Some(speed) = speeds.first() {
+        out += &format!(
+            "\nSpeed on {}: a prompt of {} tokens, then new ones to {}.\n",
+            speed.device,
+            speed.prompt_tokens,
+            sequences(speed.batch)
+        );
+    }
     let compared: Vec<&EvalRecord> = (records.iter())
         .filter(|record| !record.kl_by_position.is_empty())
         .collect();
@@ -57,6 +80,13 @@ pub fn comparison(records: &[EvalRecord]) -> String {
         );
     }
     out
+}
+
+fn sequences(batch: usize) -> String {
+    match batch {
+        1 => "one sequence".to_string(),
+        _ => format!("{batch} sequences"),
+    }
 }
 
 struct Column {
@@ -220,6 +250,30 @@ mod tests {
             | to 2048 |\n\
             |---|---|---|---|---|---|---|---|---|\n\
             | b | 0.0000 | 0.1000 | 0.2000 | 0.3000 | 0.4000 | 0.5000 | 0.6000 | 0.7000 |\n";
+        assert_eq!(table, want);
+    }
+
+    #[test]
+    fn speed_has_columns_and_says_of_what() {
+        let fast = EvalRecord {
+            speed: Some(Speed {
+                device: "cpu, 2 threads".into(),
+                prompt_tokens: 512,
+                prefill_tokens_per_second: 812.4,
+                batch: 16,
+                decode_tokens_per_second: 75.94,
+                peak_memory: 210_000_000,
+            }),
+            ..record("a", 20.0, None)
+        };
+        let table = comparison(&[fast, record("b", 20.0, None)]);
+        let want = "text, 2 windows of 8\n\n\
+            | checkpoint | kind | size | perplexity | vs first | prompt, tokens/s | new tokens/s \
+            | peak memory |\n\
+            |---|---|---|---|---|---|---|---|\n\
+            | a | k | 123 MB | 20.000 ± 0.200 |  | 812 | 75.9 | 210 MB |\n\
+            | b | k | 123 MB | 20.000 ± 0.200 | +0.00 % |  |  |  |\n\n\
+            Speed on cpu, 2 threads: a prompt of 512 tokens, then new ones to 16 sequences.\n";
         assert_eq!(table, want);
     }
 
