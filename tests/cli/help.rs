@@ -147,6 +147,9 @@ const FLAGS: &[(&str, &[&str])] = &[
             "--gpu-memory",
             "--json",
             "--offline",
+            "--speed-prompt",
+            "--speed-tokens",
+            "--speed-batch",
         ],
     ),
     (

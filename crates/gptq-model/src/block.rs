@@ -58,12 +58,15 @@ impl HostBlock {
                 (config.linears(index, stage).into_iter()).map(move |linear| (linear, bias))
             })
             .collect();
-        let linears = (names.into_par_iter())
-            .map(|((name, k, n), bias)| {
-                let stored = B::read(source, &name, bias)?;
-                Ok((name, k, n, stored))
-            })
-            .collect::<Result<_, SourceError>>()?;
+        let read = |((name, k, n), bias): ((LayerName, usize, usize), bool)| {
+            let stored = B::read(source, &name, bias)?;
+            Ok::<_, SourceError>((name, k, n, stored))
+        };
+        // Side by side where somebody waits; one after another needs less memory on the way.
+        let linears = match B::PREFETCH {
+            true => names.into_par_iter().map(read).collect::<Result<_, _>>()?,
+            false => names.into_iter().map(read).collect::<Result<_, _>>()?,
+        };
         Ok(HostBlock {
             input_norm: norm("input_layernorm")?,
             post_attention_norm: norm("post_attention_layernorm")?,

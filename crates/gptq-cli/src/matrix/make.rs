@@ -17,17 +17,14 @@ use crate::failure::Failure;
 const PUBLISHERS: usize = 6;
 const WAITING: usize = 1;
 
-/// Each device takes the next branch, the largest first so that little is left to publish at the
-/// end; threads beside them hash and commit what they finish. A branch that fails is named and left
+/// Each device takes the next branch; threads beside them hash and commit what they finish. A branch that fails is named and left
 /// out; how many did.
 pub fn make_all(
     missing: &[&PlannedBranch],
     shared: &Shared<'_>,
     devices: &[Device],
 ) -> Result<usize, Failure> {
-    let mut largest_first = missing.to_vec();
-    largest_first.sort_by_key(|branch| Reverse(branch.weight_bytes));
-    let queue = Mutex::new(largest_first.into_iter());
+    let queue = Mutex::new(large_and_small(missing, |branch| branch.weight_bytes).into_iter());
     let next = || queue.lock().ok().and_then(|mut queue| queue.next());
     thread::scope(|scope| {
         let (sender, receiver) = sync_channel(WAITING);
@@ -55,6 +52,21 @@ pub fn make_all(
         }
         Ok(failed)
     })
+}
+
+/// Large and small ones by turns, so that devices side by side do not write their largest files at
+/// the same time (two of 7 GB took 33 s together and 29 alone, two of 4 GB 30 and 29), and from
+/// larger to smaller within each kind, so that little is left to publish at the end.
+fn large_and_small<T: Copy>(items: &[T], bytes: impl Fn(T) -> u64) -> Vec<T> {
+    let mut sorted = items.to_vec();
+    sorted.sort_by_key(|&item| Reverse(bytes(item)));
+    let (large, small) = sorted.split_at(sorted.len().div_ceil(2));
+    let small = small.iter().map(Some).chain([None]);
+    (large.iter().zip(small))
+        .flat_map(|(large, small)| [Some(large), small])
+        .flatten()
+        .copied()
+        .collect()
 }
 
 fn work<'a>(
@@ -127,4 +139,18 @@ pub fn make_together(
         maker.quantize_together(branches)?;
     }
     make_all(missing, shared, devices)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn large_and_small_take_turns() {
+        let order = |sizes: &[u64]| large_and_small(sizes, |size| size);
+        assert_eq!(order(&[4, 7, 3, 8, 5, 6]), [8, 5, 7, 4, 6, 3]);
+        assert_eq!(order(&[1, 2, 3]), [3, 1, 2]);
+        assert_eq!(order(&[1]), [1]);
+        assert!(order(&[]).is_empty());
+    }
 }
