@@ -76,6 +76,14 @@ pub struct DeviceArgs {
     pub gpu_memory: usize,
 }
 
+/// Where to keep all weights.
+#[derive(Args, Clone)]
+pub struct WholeDeviceArgs {
+    /// `auto` takes the first GPU if there is one and says what it took; `cpu`; `cuda:N`
+    #[arg(long, default_value = "auto", value_name = "DEVICE")]
+    pub device: DeviceArg,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeviceArg {
     Auto,
@@ -362,7 +370,7 @@ pub struct GenerateArgs {
     #[command(flatten)]
     pub text: TextArgs,
     #[command(flatten)]
-    pub device: DeviceArgs,
+    pub device: WholeDeviceArgs,
     /// Print the text with its tokens, its end and the speed as JSON
     #[arg(long)]
     pub json: bool,
@@ -388,7 +396,7 @@ pub struct ChatArgs {
     #[command(flatten)]
     pub text: TextArgs,
     #[command(flatten)]
-    pub device: DeviceArgs,
+    pub device: WholeDeviceArgs,
     #[command(flatten)]
     pub hub: HubArgs,
 }
@@ -433,7 +441,8 @@ pub struct EvalArgs {
 
 #[derive(Args)]
 pub struct SpeedArgs {
-    /// Also measure how fast each reads a prompt and writes tokens, and the memory it takes
+    /// Also measure how fast each reads a prompt and writes tokens with all its weights on the device,
+    /// and the memory that takes
     #[arg(long)]
     pub speed: bool,
     /// With --speed: tokens of the prompt, at most what the model was trained on

@@ -4,7 +4,7 @@ use gptq_kernels::measure_sgemm;
 use gptq_model::Device;
 use gptq_report::Rates;
 
-use crate::args::{DeviceArg, DeviceArgs};
+use crate::args::{DeviceArg, DeviceArgs, WholeDeviceArgs};
 use crate::failure::Failure;
 
 /// Size of the products that the processor's rate is measured with.
@@ -13,6 +13,23 @@ const SGEMM_SIZE: usize = 2048;
 /// The device of a command line; says which one it is.
 pub fn resolve(args: &DeviceArgs) -> Result<Device, Failure> {
     pick(args.device, args.gpu_memory)
+}
+
+/// The device of a command that keeps all weights on it, whatever they take.
+pub fn resolve_whole(args: &WholeDeviceArgs) -> Result<Device, Failure> {
+    pick(args.device, usize::MAX)
+}
+
+/// The same device without a budget.
+pub fn whole(device: Device) -> Device {
+    match device {
+        Device::Cpu => Device::Cpu,
+        #[cfg(feature = "cuda")]
+        Device::Cuda { ordinal, .. } => Device::Cuda {
+            ordinal,
+            memory: usize::MAX,
+        },
+    }
 }
 
 /// The device, with `memory` bytes where it is a GPU.
@@ -30,6 +47,11 @@ pub fn pick(device: DeviceArg, memory: usize) -> Result<Device, Failure> {
 pub fn describe(device: Device) -> String {
     match device {
         Device::Cpu => format!("cpu, {} threads", rayon::current_num_threads()),
+        #[cfg(feature = "cuda")]
+        Device::Cuda {
+            ordinal,
+            memory: usize::MAX,
+        } => format!("cuda:{ordinal}, {}", name(device)),
         #[cfg(feature = "cuda")]
         Device::Cuda { ordinal, memory } => {
             format!(

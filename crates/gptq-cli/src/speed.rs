@@ -5,7 +5,7 @@ use gptq_model::Device;
 use gptq_types::Speed;
 
 use crate::args::SpeedArgs;
-use crate::device::describe;
+use crate::device::{describe, whole};
 use crate::failure::Failure;
 use crate::models::Model;
 
@@ -20,7 +20,7 @@ pub fn measure(model: &Model, device: Device, args: &SpeedArgs) -> Result<Speed,
     let prompt_tokens = prompt_tokens.min(context.saturating_sub(new_tokens)).max(1);
     let batch = args.speed_batch.get();
     let mut runner = opened.runner(device)?;
-    let device = describe(device);
+    let device = describe(whole(device));
     let speed = measure_speed(runner.as_mut(), &device, prompt_tokens, new_tokens, batch)?;
     eprintln!(
         "{}: {:.0} tokens/s of a prompt of {prompt_tokens}, {:.1} new tokens/s of {batch} side by side, {:.2} GB",

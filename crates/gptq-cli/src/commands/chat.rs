@@ -36,7 +36,7 @@ pub fn run(args: &ChatArgs) -> Result<Verdict, Failure> {
             "--context {context} is not between 1 and the {trained} tokens that the model takes"
         )));
     }
-    let device = device::resolve(&args.device)?;
+    let device = device::resolve_whole(&args.device)?;
     let mut runner = opened.runner(device)?;
     let mut conversation = Conversation {
         session: Session::new(runner.as_mut(), context, voice.sampling)?,

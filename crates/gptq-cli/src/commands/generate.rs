@@ -29,7 +29,7 @@ pub fn run(args: &GenerateArgs) -> Result<Verdict, Failure> {
             ids.len()
         )));
     }
-    let device = device::resolve(&args.device)?;
+    let device = device::resolve_whole(&args.device)?;
     let mut runner = opened.runner(device)?;
     let capacity = context.min(ids.len() + args.text.max_new_tokens);
     let mut session = Session::new(runner.as_mut(), capacity, voice.sampling)?;
