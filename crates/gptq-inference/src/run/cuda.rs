@@ -274,6 +274,25 @@ impl GpuRunner {
         self.gpu.project(out, true, normed, head.matrix())
     }
 
+    fn run_step(&self, newest: &mut Newest, tokens: &[u32]) -> Result<(), CudaError> {
+        let gpu = &self.gpu;
+        let held: Vec<i32> = (self.lengths.held().iter())
+            .map(|&held| held as i32)
+            .collect();
+        gpu.to_device(newest.held.address(), &held)?;
+        gpu.to_device(newest.spaces.ids.address(), tokens)?;
+        if newest.ran && newest.recorded.is_none() {
+            newest.recorded = Some(gpu.record(|| self.queue_step(newest))?);
+        }
+        match &newest.recorded {
+            Some(recorded) => recorded.run()?,
+            None => self.queue_step(newest)?,
+        }
+        newest.ran = true;
+        let bytes = newest.logits.bytes();
+        gpu.to_pinned(&mut newest.home, newest.logits.address(), bytes)
+    }
+
     fn queue_step(&self, newest: &Newest) -> Result<(), CudaError> {
         let batch = newest.spaces.rows;
         self.pass(&newest.spaces, batch, TextRows::Newest(&newest.held))?;
@@ -341,29 +360,10 @@ impl Runner for GpuRunner {
 
     fn step(&mut self, tokens: &[u32]) -> Result<&[f32], RunError> {
         self.lengths.append_each(&self.config, tokens)?;
-        let mut newest = self
-            .newest
-            .take()
-            .expect("lengths exist after a reset only");
-        let held: Vec<i32> = self
-            .lengths
-            .held()
-            .iter()
-            .map(|&held| held as i32)
-            .collect();
-        self.gpu.to_device(newest.held.address(), &held)?;
-        self.gpu.to_device(newest.spaces.ids.address(), tokens)?;
-        if newest.ran && newest.recorded.is_none() {
-            newest.recorded = Some(self.gpu.record(|| self.queue_step(&newest))?);
-        }
-        match &newest.recorded {
-            Some(recorded) => recorded.run()?,
-            None => self.queue_step(&newest)?,
-        }
-        newest.ran = true;
-        let bytes = newest.logits.bytes();
-        (self.gpu).to_pinned(&mut newest.home, newest.logits.address(), bytes)?;
+        let mut newest = (self.newest.take()).expect("lengths exist after a reset only");
+        let ran = self.run_step(&mut newest, tokens);
         let newest = self.newest.insert(newest);
+        ran?;
         Ok(newest.home.as_floats())
     }
 
