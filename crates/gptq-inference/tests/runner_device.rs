@@ -10,7 +10,7 @@ use gptq_inference::{OpenedModel, Runner, compare, logits, open};
 use gptq_kernels::cuda::devices;
 use gptq_model::Device;
 use gptq_packer::SafetensorsFile;
-use gptq_types::Dtype;
+use gptq_types::{Dtype, SourceError, TensorInfo, TensorSource};
 
 /// Of sixteen-bit activations: largest difference of a logit (they spread over some 20), and mean
 /// divergence in f16 and in bf16, which has an eighth of the precision. The pass that streams blocks
@@ -37,9 +37,40 @@ fn shared(path: &str) -> Option<PathBuf> {
     None
 }
 
+/// A file in which the channels of some linears belong to other groups: other weights, but good ones.
+struct Regrouped(SafetensorsFile);
+
+impl TensorSource for Regrouped {
+    fn place(&self) -> String {
+        self.0.place()
+    }
+
+    fn names(&self) -> Vec<String> {
+        self.0.names()
+    }
+
+    fn info(&self, name: &str) -> Option<TensorInfo> {
+        self.0.info(name)
+    }
+
+    fn bytes(&self, name: &str) -> Result<Vec<u8>, SourceError> {
+        let bytes = self.0.bytes(name)?;
+        let other = ["k_proj.g_idx", "up_proj.g_idx"];
+        if !other.iter().any(|suffix| name.ends_with(suffix)) {
+            return Ok(bytes);
+        }
+        let (groups, _) = bytes.as_chunks::<4>();
+        Ok(groups.iter().rev().flatten().copied().collect())
+    }
+}
+
 fn model(path: &str) -> Option<OpenedModel> {
+    let file = SafetensorsFile::open(&shared(path)?.join("model.safetensors")).unwrap();
+    opened(path, Arc::new(file))
+}
+
+fn opened(path: &str, source: Arc<dyn TensorSource>) -> Option<OpenedModel> {
     let dir = shared(path)?;
-    let source = Arc::new(SafetensorsFile::open(&dir.join("model.safetensors")).unwrap());
     let text = |name: &str| std::fs::read_to_string(dir.join(name)).ok();
     let quantize_config = text("quantize_config.json");
     let config = text("config.json").unwrap();
@@ -186,6 +217,31 @@ fn sequences_of_different_lengths_do_not_see_each_other() {
             let want = wanted(&model, &ids);
             let got = &got[sequence * VOCAB..][..VOCAB];
             seen.close(got, &want[want.len() - VOCAB..]);
+        }
+    }
+}
+
+/// q, k, v and gate, up that do not share an order are products of their own.
+#[test]
+fn linears_of_a_stage_with_other_groups_are_read_as_they_are() {
+    for path in [
+        "golden/gptq-4bit-32g-act0-sym1",
+        "golden/gptq_v2-4bit-64g-act1-sym0",
+    ] {
+        let (Some(file), false) = (shared(path), devices().is_empty()) else {
+            continue;
+        };
+        let file = SafetensorsFile::open(&file.join("model.safetensors")).unwrap();
+        let Some(model) = opened(path, Arc::new(Regrouped(file))) else {
+            continue;
+        };
+        let mut seen = Seen::of(&model);
+        let want = wanted(&model, &IDS);
+        let row = |at: usize| &want[at * VOCAB..][..VOCAB];
+        let mut runner = runner(&model, 1, IDS.len());
+        seen.close(&runner.prefill(0, &IDS[..9]).unwrap(), row(8));
+        for at in 9..IDS.len() {
+            seen.close(runner.step(&IDS[at..=at]).unwrap(), row(at));
         }
     }
 }
