@@ -1,4 +1,5 @@
-// Sixteen-bit floats without headers, so that NVRTC needs no include path.
+// What all kernels begin with, without headers, so that NVRTC needs no include path: sixteen-bit floats,
+// sums over a block, kernels that begin beside the one before, tensor cores, copies to shared memory.
 // BF16 = 1 compiles a file for bfloat16, 0 for IEEE half.
 
 #define INFINITY __int_as_float(0x7f800000)

@@ -3,7 +3,8 @@
 // each of `stride` places, negative where there is none; null where the order is natural. What makes
 // such rows writes them in that order at once.
 //
-// Each value is rounded to sixteen bits where Hugging Face rounds it.
+// Norms, turned heads and gates are rounded to sixteen bits where Hugging Face rounds them; weights of
+// attention stay in f32 for new tokens and are rounded once for prompts.
 
 // The sequence that a row belongs to, and its position there. `held` counts the tokens of each
 // sequence, the newest one included; null where all rows belong to `sequence`, from `first` on.

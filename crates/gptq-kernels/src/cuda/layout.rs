@@ -13,6 +13,7 @@ pub(super) const STEP: usize = 128;
 /// Positions that share a scale are a multiple of it.
 pub(super) const GRANULE: usize = 32;
 pub(super) const LANES: usize = 32;
+
 /// Where channels stand: sorted by group, each group filled up to whole granules.
 pub(super) struct Positions {
     pub channels: Vec<i32>,

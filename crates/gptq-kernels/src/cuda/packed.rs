@@ -19,7 +19,8 @@ const FEW_ROWS: usize = 16;
 const MORE_ROWS: usize = 64;
 /// Outputs that are widened at a time: what they take is held beside the packed weights.
 const WIDENED_OUTPUTS: usize = 12288;
-/// Outputs of a block of more rows; stages and row pitch of its x in shared memory, as in the kernel.
+/// Outputs of a block of more rows, and elements between rows of its x in shared memory, as in the
+/// kernel.
 const BLOCK_OUTPUTS: usize = 256;
 const PITCH: usize = 160;
 /// Steps of a share of the positions that are worth a block of their own, and shares at most.
