@@ -1,5 +1,6 @@
 // The operations of a decoder block beside its matrix products. Tensors are row-major sixteen-bit
 // floats, rows are tokens; every value is computed in f32 and rounded once.
+#include "half.cuh"
 
 extern "C" {
 

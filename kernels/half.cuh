@@ -1,6 +1,8 @@
-// What all kernels begin with, without headers, so that NVRTC needs no include path: sixteen-bit floats,
+// What all kernels include, without headers of CUDA, so that NVRTC needs no path to them: sixteen-bit floats,
 // sums over a block, kernels that begin beside the one before, tensor cores, copies to shared memory.
 // BF16 = 1 compiles a file for bfloat16, 0 for IEEE half.
+
+#pragma once
 
 #define INFINITY __int_as_float(0x7f800000)
 
@@ -84,9 +86,20 @@ __device__ __forceinline__ void multiply(float* c, const unsigned* a, unsigned b
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// The same from nothing: c = a b.
+__device__ __forceinline__ void multiply_anew(float* c, const unsigned* a, unsigned b0, unsigned b1) {
+    asm volatile(MMA " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
+                 : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
+}
+
 // Sixteen bytes to shared memory, not waited for; zero where there is nothing.
 __device__ __forceinline__ void copy_ahead(void* to, const void* from, bool there) {
     unsigned place = (unsigned)__cvta_generic_to_shared(to);
     int bytes = there ? 16 : 0; // the rest becomes zero
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(place), "l"(from), "r"(bytes));
+}
+
+__device__ __forceinline__ void copy_to(unsigned place, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(place), "l"(from));
 }

@@ -1,5 +1,6 @@
 // From the sum of x^T x to the damped matrix that is factored, and back to the factor in f32.
 // H is symmetric; only tiles on and below the diagonal of the sum are filled.
+#include "half.cuh"
 
 extern "C" {
 

@@ -7,6 +7,7 @@
 //
 // A block of threads serves 32 outputs; its 8 lanes share the rows of each output. All lanes of an
 // output compute its codes alike, so one barrier a channel is enough.
+#include "half.cuh"
 
 #define OUTPUTS 32
 #define LANES 8

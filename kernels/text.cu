@@ -5,6 +5,7 @@
 //
 // Norms, turned heads and gates are rounded to sixteen bits where Hugging Face rounds them; weights of
 // attention stay in f32 for new tokens and are rounded once for prompts.
+#include "half.cuh"
 
 // The sequence that a row belongs to, and its position there. `held` counts the tokens of each
 // sequence, the newest one included; null where all rows belong to `sequence`, from `first` on.

@@ -4,8 +4,7 @@
 usage: compile_kernels.py WHEEL_FOLDER [ARCH...]        (default sm_80 sm_89 sm_90a)
 
 WHEEL_FOLDER: where the PyPI wheel nvidia-cuda-nvrtc is unpacked or installed (holds nvidia/cu13/lib or nvidia/cuda_nvrtc/lib).
-Each kernels/*.cu is compiled behind kernels/half.cuh for half and bfloat16, as the program does when it runs. Exit 1 with
-NVRTC's log if one fails.
+Each kernels/*.cu is compiled for half and bfloat16, as the program does when it runs. Exit 1 with NVRTC's log if one fails.
 """
 import ctypes
 import glob
@@ -42,13 +41,12 @@ def compile_one(nvrtc, source, name, options):
 def main():
     nvrtc = load(sys.argv[1])
     failures = 0
-    preamble = open(f"{KERNELS}/half.cuh").read()
     for path in sorted(glob.glob(f"{KERNELS}/*.cu")):
-        source = preamble + open(path).read()
+        source = open(path).read()
         for arch in sys.argv[2:] or ["sm_80", "sm_89", "sm_90a"]:
             for bf16 in (0, 1):
                 name = os.path.basename(path)
-                options = [f"--gpu-architecture={arch}", f"-DBF16={bf16}", "--std=c++17"]
+                options = [f"--gpu-architecture={arch}", f"-DBF16={bf16}", "--std=c++17", f"--include-path={KERNELS}"]
                 failed, log, size = compile_one(nvrtc, source, name, options)
                 print(f"{name} {arch} BF16={bf16}: {'FAILED' if failed else f'{size} bytes'}")
                 if log.strip():

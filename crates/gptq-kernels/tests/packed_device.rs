@@ -138,7 +138,7 @@ fn check(gpu: &Arc<Gpu>, case: Case, rows: usize, dtype: Dtype) {
     );
 }
 
-const ROWS: [usize; 9] = [1, 2, 8, 9, 16, 31, 64, 65, 130];
+const ROWS: [usize; 11] = [1, 2, 5, 8, 9, 16, 31, 64, 65, 130, 300];
 
 #[test]
 fn products_agree_with_sums_in_f64_for_every_format() {
@@ -174,6 +174,31 @@ fn products_agree_with_sums_in_f64_for_every_format() {
     }
 }
 
+/// On a GPU with kernels of its own, those of the others.
+#[test]
+fn portable_kernels_agree_as_well() {
+    if gpu().is_none() {
+        return;
+    }
+    let gpu = Gpu::open_portable(0).unwrap();
+    for bits in [Bits::Three, Bits::Four, Bits::Eight] {
+        for (k, n, group, sym) in [(1024, 200, 128, true), (576, 192, 64, false)] {
+            let case = Case {
+                bits,
+                k,
+                n,
+                group,
+                act_order: !sym,
+                sym,
+            };
+            for rows in ROWS {
+                check(&gpu, case, rows, Dtype::F16);
+                check(&gpu, case, rows, Dtype::BF16);
+            }
+        }
+    }
+}
+
 #[test]
 fn the_shapes_of_a_7b_model_and_odd_ones_agree() {
     let Some(gpu) = gpu() else { return };
@@ -192,7 +217,7 @@ fn the_shapes_of_a_7b_model_and_odd_ones_agree() {
                 act_order,
                 sym: true,
             };
-            for rows in [1, 5, 16, 64, 100] {
+            for rows in [1, 5, 8, 16, 64, 100, 260] {
                 check(&gpu, case, rows, Dtype::F16);
             }
         }

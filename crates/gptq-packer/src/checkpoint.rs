@@ -3,6 +3,7 @@
 use bytemuck::Pod;
 use gptq_types::{Bits, Dtype, LayerName, SolvedLayer, SourceError, TensorInfo, TensorSource};
 use half::{bf16, f16};
+use rayon::prelude::*;
 
 use crate::config::QuantizeConfig;
 use crate::pack::{PackError, PackedLayer};
@@ -221,17 +222,23 @@ fn dimensions<const D: usize>(name: &str, info: TensorInfo) -> Result<[usize; D]
     })
 }
 
-/// Copies rather than casts: a byte buffer need not be aligned.
-fn numbers<T: Pod>(source: &dyn TensorSource, name: &str) -> Result<Vec<T>, SourceError> {
-    let bytes = source.bytes(name)?;
-    if bytes.len() % size_of::<T>() != 0 {
+/// Bytes that one task reads.
+const PIECE: usize = 4 << 20;
+
+/// Read side by side, each piece to its place.
+fn numbers<T: Pod + Send>(source: &dyn TensorSource, name: &str) -> Result<Vec<T>, SourceError> {
+    let bytes = source.require(name)?.bytes();
+    if bytes % size_of::<T>() != 0 {
         return Err(SourceError::Invalid {
             name: name.to_string(),
-            reason: format!("{} bytes are no whole number of elements", bytes.len()),
+            reason: format!("{bytes} bytes are no whole number of elements"),
         });
     }
-    let mut numbers = vec![T::zeroed(); bytes.len() / size_of::<T>()];
-    bytemuck::cast_slice_mut(&mut numbers).copy_from_slice(&bytes);
+    let mut numbers = vec![T::zeroed(); bytes / size_of::<T>()];
+    bytemuck::cast_slice_mut(&mut numbers)
+        .par_chunks_mut(PIECE)
+        .enumerate()
+        .try_for_each(|(index, piece)| source.read_at(name, index * PIECE, piece))?;
     Ok(numbers)
 }
 

@@ -338,27 +338,36 @@ impl TensorSource for StagedCheckpoint {
     }
 
     fn bytes(&self, name: &str) -> Result<Vec<u8>, SourceError> {
+        let mut bytes = vec![0; self.require(name)?.bytes()];
+        self.read_at(name, 0, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    fn read_at(&self, name: &str, offset: usize, out: &mut [u8]) -> Result<(), SourceError> {
         let Some(placement) = self.layout.placement(name) else {
             return Err(SourceError::Missing {
                 name: name.to_string(),
                 place: self.place(),
             });
         };
+        let invalid = |reason| SourceError::Invalid {
+            name: name.to_string(),
+            reason,
+        };
         if !self.is_written(name) {
-            return Err(SourceError::Invalid {
-                name: name.to_string(),
-                reason: format!("not yet written to {}", self.place()),
-            });
+            return Err(invalid(format!("not yet written to {}", self.place())));
         }
-        let mut bytes = vec![0; placement.bytes as usize];
-        match self.files[placement.shard].read_exact_at(&mut bytes, placement.offset) {
-            Ok(()) => Ok(bytes),
-            Err(source) => Err(SourceError::Read {
+        let end = offset + out.len();
+        if end as u64 > placement.bytes {
+            return Err(invalid(format!("has no bytes {offset}..{end}")));
+        }
+        self.files[placement.shard]
+            .read_exact_at(out, placement.offset + offset as u64)
+            .map_err(|source| SourceError::Read {
                 name: name.to_string(),
                 path: self.shard_path(placement).display().to_string(),
                 source,
-            }),
-        }
+            })
     }
 }
 

@@ -80,6 +80,9 @@ pub fn verify_layer(
     verifier.same_weights(solved, &stored)
 }
 
+/// Elements that one task compares.
+const PIECE: usize = 1 << 20;
+
 fn bits_of(layer: &SolvedLayer) -> Vec<u16> {
     layer.scales.iter().map(|scale| scale.to_bits()).collect()
 }
@@ -108,7 +111,7 @@ impl Verifier<'_> {
         })
     }
 
-    fn same<T: Copy + PartialEq>(
+    fn same<T: Copy + PartialEq + Sync>(
         &self,
         what: &'static str,
         columns: usize,
@@ -117,7 +120,8 @@ impl Verifier<'_> {
         show: impl Fn(T) -> f32,
     ) -> Result<(), VerifyError> {
         self.same_size(what, expected.len(), found.len())?;
-        if expected == found {
+        let pieces = expected.par_chunks(PIECE).zip(found.par_chunks(PIECE));
+        if pieces.all(|(expected, found)| expected == found) {
             return Ok(());
         }
         match expected.iter().zip(found).position(|(e, f)| e != f) {

@@ -34,6 +34,15 @@ impl Gpu {
         shape: AttentionShape,
     ) -> Result<(), CudaError> {
         for window in 0..q.rows / tokens {
+            let rows = |x: DeviceMatrix| DeviceMatrix {
+                address: x.address + 2 * (window * tokens * x.columns) as u64,
+                rows: tokens,
+                ..x
+            };
+            let there = rows(DeviceMatrix { address: out, ..q }).address;
+            if self.attend_tiled(there, rows(q), rows(k), rows(v), 0, shape)? {
+                continue;
+            }
             self.attend_window(out, q, k, v, [window * tokens; 2], 0, tokens, shape)?;
         }
         Ok(())

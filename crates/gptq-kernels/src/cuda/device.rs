@@ -35,6 +35,8 @@ pub struct Gpu {
     name: String,
     pub(super) capability: (i32, i32),
     multiprocessors: usize,
+    pub(super) shared_memory: usize,
+    pub(super) portable: bool,
 }
 
 /// What cuBLAS is advised to have on Hopper.
@@ -87,6 +89,16 @@ impl Gpu {
     /// Opens device `ordinal` with cuBLAS, cuSOLVER and NVRTC. Fails with the name of what is not
     /// there.
     pub fn open(ordinal: usize) -> Result<Arc<Gpu>, CudaError> {
+        Self::open_with(ordinal, false)
+    }
+
+    /// The same with kernels as GPUs other than Hopper have them, without what Hopper alone can do;
+    /// for their tests.
+    pub fn open_portable(ordinal: usize) -> Result<Arc<Gpu>, CudaError> {
+        Self::open_with(ordinal, true)
+    }
+
+    fn open_with(ordinal: usize, portable: bool) -> Result<Arc<Gpu>, CudaError> {
         super::probe::check(ordinal)?;
         let context = CudaContext::new(ordinal).named("opening the device")?;
         let stream = context.new_stream().named("creating a stream")?;
@@ -115,8 +127,15 @@ impl Gpu {
         let multiprocessors = context
             .attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
             .named("counting multiprocessors")?;
+        let shared_memory = context
+            .attribute(
+                sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
+            )
+            .named("asking for shared memory")?;
         let gpu = Gpu {
             multiprocessors: multiprocessors as usize,
+            shared_memory: shared_memory as usize,
+            portable,
             name: context.name().named("reading the name")?,
             context,
             stream,
@@ -178,7 +197,11 @@ impl Gpu {
     /// What NVRTC compiles for: the features of Hopper need the `a`.
     pub(super) fn architecture(&self) -> String {
         let (major, minor) = self.capability;
-        let own = if major == 9 { "a" } else { "" };
+        let own = if major == 9 && !self.portable {
+            "a"
+        } else {
+            ""
+        };
         format!("sm_{major}{minor}{own}")
     }
 

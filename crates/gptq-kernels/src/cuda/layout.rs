@@ -1,5 +1,5 @@
 //! Codes, scales and zeros as the kernels for packed weights read them; the layout is described in
-//! `kernels/packed.cu`.
+//! `kernels/packed.cuh`.
 
 use gptq_types::{Bits, Dtype, SolvedLayer};
 use half::{bf16, f16};
@@ -79,7 +79,7 @@ fn lay_out(
             {
                 let (g, t) = (lane / 4, lane % 4);
                 let tile_of_run = if wide { word / 2 } else { word };
-                let first = run * RUN + tile_of_run / 2 * 32 + 8 * t + 4 * (tile_of_run % 2);
+                let first = run * RUN + tile_of_run * TILE + 2 * t;
                 let mut packed = 0;
                 let registers = match (wide, word % 2) {
                     (false, _) => 0..4,
@@ -88,7 +88,7 @@ fn lay_out(
                 };
                 for p in registers {
                     let output = tile * TILE + g + 8 * (p % 2);
-                    let position = first + p / 2 * 2;
+                    let position = first + p / 2 * 8;
                     let (low, high) = (code(position, output), code(position + 1, output));
                     packed |= match wide {
                         false => low << (4 * p) | high << (16 + 4 * p),

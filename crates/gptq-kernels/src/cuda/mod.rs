@@ -20,6 +20,7 @@ mod inverse;
 mod launch;
 mod layout;
 mod memory;
+mod multiply;
 mod packed;
 mod probe;
 mod product;

@@ -18,7 +18,19 @@ pub(super) enum Program {
     Text { bf16: bool },
 }
 
-const PREAMBLE: &str = include_str!("../../../../kernels/half.cuh");
+macro_rules! source {
+    ($file:literal) => {
+        include_str!(concat!("../../../../kernels/", $file))
+    };
+}
+
+/// What the files of `kernels/` include, by name.
+const HEADERS: [(&str, &str); 4] = [
+    ("half.cuh", source!("half.cuh")),
+    ("packed.cuh", source!("packed.cuh")),
+    ("few_rows.cuh", source!("few_rows.cuh")),
+    ("more_rows.cuh", source!("more_rows.cuh")),
+];
 
 impl Program {
     pub const ALL: [Program; 9] = [
@@ -43,15 +55,14 @@ impl Program {
         }
     }
 
-    fn source(self) -> String {
-        let own = match self {
-            Program::Decoder { .. } => include_str!("../../../../kernels/decoder.cu"),
-            Program::Hessian => include_str!("../../../../kernels/hessian.cu"),
-            Program::Packed { .. } => include_str!("../../../../kernels/packed.cu"),
-            Program::Sweep { .. } => include_str!("../../../../kernels/sweep.cu"),
-            Program::Text { .. } => include_str!("../../../../kernels/text.cu"),
-        };
-        format!("{PREAMBLE}{own}")
+    fn source(self) -> &'static str {
+        match self {
+            Program::Decoder { .. } => source!("decoder.cu"),
+            Program::Hessian => source!("hessian.cu"),
+            Program::Packed { .. } => source!("packed.cu"),
+            Program::Sweep { .. } => source!("sweep.cu"),
+            Program::Text { .. } => source!("text.cu"),
+        }
     }
 
     fn bf16(self) -> bool {
@@ -78,7 +89,7 @@ pub(super) fn compiled(program: Program, architecture: &str) -> Result<Vec<u8>, 
     // SAFETY: two out parameters.
     unsafe { sys::nvrtcVersion(&mut major, &mut minor) };
     let mut hasher = DefaultHasher::new();
-    (&source, &options, major, minor).hash(&mut hasher);
+    (source, HEADERS, &options, major, minor).hash(&mut hasher);
     let cached = cache_folder().map(|folder| {
         let stem = program.file().trim_end_matches(".cu");
         folder.join(format!(
@@ -91,7 +102,7 @@ pub(super) fn compiled(program: Program, architecture: &str) -> Result<Vec<u8>, 
     {
         return Ok(image);
     }
-    let image = compile(program.file(), &source, &options, architecture)?;
+    let image = compile(program.file(), source, &options, architecture)?;
     if let Some(path) = cached {
         keep(&path, &image);
     }
@@ -134,6 +145,12 @@ fn compile(
         architecture: architecture.to_string(),
         log,
     };
+    let [names, headers] = [
+        HEADERS.map(|(name, _)| text(name)),
+        HEADERS.map(|(_, body)| text(body)),
+    ];
+    let [names_at, headers_at] =
+        [&names, &headers].map(|all| all.each_ref().map(|one| one.as_ptr()));
     let mut program = std::ptr::null_mut();
     // SAFETY: all pointers live until the program is destroyed; sizes are NVRTC's own.
     unsafe {
@@ -141,9 +158,9 @@ fn compile(
             &mut program,
             source.as_ptr(),
             name.as_ptr(),
-            0,
-            std::ptr::null_mut(),
-            std::ptr::null_mut(),
+            HEADERS.len() as i32,
+            headers_at.as_ptr(),
+            names_at.as_ptr(),
         );
         if created != sys::nvrtcResult::NVRTC_SUCCESS {
             return Err(failed(format!("{created:?}")));

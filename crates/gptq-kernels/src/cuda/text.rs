@@ -251,12 +251,7 @@ impl DeviceKeyValues {
         sequence: usize,
         first: usize,
     ) -> Result<(), CudaError> {
-        let AttentionShape {
-            heads,
-            kv_heads,
-            head_dim: d,
-        } = self.shape;
-        let columns = kv_heads * d;
+        let columns = self.shape.kv_heads * self.shape.head_dim;
         let matrix = |buffer: &Buffer| DeviceMatrix {
             address: buffer.address() + 2 * (sequence * self.capacity * columns) as u64,
             rows: first + q.rows,
@@ -264,10 +259,30 @@ impl DeviceKeyValues {
             dtype: self.dtype,
         };
         let (keys, values) = (matrix(&self.keys), matrix(&self.values));
+        match (self.gpu).attend_tiled(out, q, keys, values, first, self.shape)? {
+            true => Ok(()),
+            false => (self.gpu).attend_behind(out, q, keys, values, first, self.shape),
+        }
+    }
+}
+
+impl Gpu {
+    /// Attention of rows `q` at positions from `first` on that never writes scores; whether there
+    /// is a kernel for heads of this width.
+    pub(super) fn attend_tiled(
+        &self,
+        out: u64,
+        q: DeviceMatrix,
+        keys: DeviceMatrix,
+        values: DeviceMatrix,
+        first: usize,
+        shape: AttentionShape,
+    ) -> Result<bool, CudaError> {
+        let d = shape.head_dim;
         let name = match d {
             64 => "attend_prompt_64",
             128 => "attend_prompt_128",
-            _ => return (self.gpu).attend_behind(out, q, keys, values, first, self.shape),
+            _ => return Ok(false),
         };
         let args = [
             out.into(),
@@ -276,17 +291,16 @@ impl DeviceKeyValues {
             values.address.into(),
             (q.rows as i32).into(),
             (first as i32).into(),
-            (kv_heads as i32).into(),
+            (shape.kv_heads as i32).into(),
             (1.0 / (d as f32).sqrt()).into(),
         ];
-        let (grid, block) = ([q.rows.div_ceil(64), heads, 1], [128, 1, 1]);
+        let (grid, block) = ([q.rows.div_ceil(64), shape.heads, 1], [128, 1, 1]);
         let shared = 4 * 64 * (d + 8) * 2;
-        // SAFETY: the cache holds first + rows keys of the sequence; out is as large as q.
-        unsafe { (self.gpu).launch_behind(program(self.dtype), name, grid, block, shared, &args) }
+        // SAFETY: keys and values have first + rows rows; out is as large as q.
+        unsafe { self.launch_behind(program(q.dtype), name, grid, block, shared, &args)? };
+        Ok(true)
     }
-}
 
-impl Gpu {
     /// Root-mean-square norm of rows `x`, written in `order`.
     pub fn norm_rows(
         &self,

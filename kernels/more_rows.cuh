@@ -1,0 +1,242 @@
+// Products of 9 to 64 rows and multiples of that: a warpgroup takes 64 outputs, its weights go from
+// registers to the tensor cores, x through shared memory. On Hopper by wgmma, which reads x for four
+// warps at once and does not wait; elsewhere by mma.
+#pragma once
+#include "packed.cuh"
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define WGMMA 1
+#else
+#define WGMMA 0
+#endif
+
+#define STAGES 4     // steps of x, codes and scales in shared memory
+#define PREFETCH (STAGES - 1)
+
+// Two runs of 64 positions, each [rows][128 bytes], sixteen bytes c of row r at c ^ (r & 7): what
+// wgmma calls K-major with a swizzle of 128 bytes. Times 16 bytes.
+__device__ __forceinline__ int place_of_x(int rows, int row, int sixteen) {
+    return (sixteen >> 3) * rows * 8 + row * 8 + ((sixteen & 7) ^ (row & 7));
+}
+
+#if WGMMA
+
+#if BF16
+#define TYPES ".f32.bf16.bf16"
+#else
+#define TYPES ".f32.f16.f16"
+#endif
+
+// x as wgmma finds it: eight rows are 1024 bytes.
+__device__ __forceinline__ unsigned long long described(unsigned x) {
+    return (unsigned long long)((x & 0x3ffff) >> 4 | 1 << 16) | (1024ull >> 4) << 32 | 1ull << 62;
+}
+
+// c [64, 8 EIGHTS] += a [64, 16] b [16, 8 EIGHTS] by a warpgroup, not waited for.
+template <int EIGHTS>
+__device__ __forceinline__ void multiply_group(float* c, const unsigned* a, unsigned long long b);
+#define C4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
+#define C8(i) C4(i), C4(i + 4)
+#define A4 "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
+template <>
+__device__ __forceinline__ void multiply_group<2>(float* c, const unsigned* a, unsigned long long b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n16k16" TYPES " {%0,%1,%2,%3,%4,%5,%6,%7}, "
+                 "{%8,%9,%10,%11}, %12, 1, 1, 1, 0;"
+                 : C8(0)
+                 : A4, "l"(b));
+}
+template <>
+__device__ __forceinline__ void multiply_group<4>(float* c, const unsigned* a, unsigned long long b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n32k16" TYPES " {%0,%1,%2,%3,%4,%5,%6,%7,"
+                 "%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20, 1, 1, 1, 0;"
+                 : C8(0), C8(8)
+                 : A4, "l"(b));
+}
+template <>
+__device__ __forceinline__ void multiply_group<8>(float* c, const unsigned* a, unsigned long long b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16" TYPES " {%0,%1,%2,%3,%4,%5,%6,%7,"
+                 "%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,"
+                 "%24,%25,%26,%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, 1, 1, 1, 0;"
+                 : C8(0), C8(8), C8(16), C8(24)
+                 : A4, "l"(b));
+}
+#undef A4
+#undef C8
+#undef C4
+#endif
+
+// c += the products of a run of 64 positions; `a` holds its four tiles and stays as it is until the
+// next but one call of `other_run_is_done`.
+template <int EIGHTS>
+__device__ __forceinline__ void multiply_run(float* c, const unsigned (*a)[4], unsigned x) {
+#if WGMMA
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+    unsigned long long b = described(x);
+#pragma unroll
+    for (int tile = 0; tile < 4; tile++) multiply_group<EIGHTS>(c, a[tile], b + 2 * tile);
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#else
+    int lane = threadIdx.x & 31, row = (lane >> 4) * 8 + (lane & 7), high = lane >> 3 & 1;
+#pragma unroll
+    for (int e = 0; e < EIGHTS; e += 2)
+#pragma unroll
+        for (int tile = 0; tile < 4; tile++) {
+            unsigned b[4];
+            asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                         : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
+                         : "r"(x + 16 * place_of_x(0, 8 * e + row, 2 * tile + high))
+                         : "memory");
+            multiply(c + 4 * e, a[tile], b[0], b[1]);
+            multiply(c + 4 * e + 4, a[tile], b[2], b[3]);
+        }
+#endif
+}
+
+__device__ __forceinline__ void runs_are_done_but(int latest) {
+#if WGMMA
+    if (latest) asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+    else asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#endif
+}
+
+// What this thread has copied to shared memory may be read by wgmma once others have passed a barrier.
+__device__ __forceinline__ void show_copies() {
+#if WGMMA
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+// A block takes 64 WIDE outputs and EIGHTS times eight rows; the blocks along z share the positions.
+// Steps of x, codes and scales come through shared memory PREFETCH ahead. At the end the last of the
+// blocks along z adds up what all have left in `parts`, in their order.
+// Grid: (n / (64 WIDE), rows / (8 EIGHTS), shares); 128 WIDE threads.
+template <int BITS, int EIGHTS, int WIDE, Kind KIND>
+__device__ __forceinline__ void more_rows(half16* out, const half16* x, const float* bias, Packed w,
+                                          int rows, int stride, int add, float* parts,
+                                          unsigned* arrived) {
+    constexpr int WORDS = BITS == 4 ? 1 : 2, ROWS = 8 * EIGHTS, THREADS = 128 * WIDE, SUMS = 4 * EIGHTS;
+    constexpr int X = ROWS * STEP / 8, CODES = 2 * WORDS * 32, SCALES = 8; // times 16 bytes; two of a warp
+    constexpr int OWN = CODES + 2 * SCALES, PIECES = X / THREADS;          // of a warp; of a thread
+    extern __shared__ __align__(1024) uint4 shared[]; // [STAGES][X], then [warp][STAGES][OWN]
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
+    int row0 = blockIdx.y * ROWS, shares = gridDim.z, place = threadIdx.x;
+    int first = w.steps * blockIdx.z / shares, steps = w.steps * (blockIdx.z + 1) / shares - first;
+    int tile = blockIdx.x * 4 * WIDE + warp, granules = KIND == PLAIN ? 1 : 4 >> w.shift;
+    uint4* own = shared + STAGES * X + warp * STAGES * OWN;
+    unsigned of_x = (unsigned)__cvta_generic_to_shared(shared);
+
+    long long begin = (long long)min(tile, (w.n + 15) / 16 - 1) * w.steps + first; // in steps
+    const uint4* codes_from = w.codes + begin * CODES + lane;
+    bool has_scales = lane < 2 * granules;
+    const uint4* scales_from = (const uint4*)w.scales + begin * 2 * granules + lane;
+    long long to_zeros = (const uint4*)w.zeros - (const uint4*)w.scales;
+    unsigned weight_to = (unsigned)__cvta_generic_to_shared(own + lane), x_to[PIECES];
+    const uint4* x_from[PIECES];
+#pragma unroll
+    for (int i = 0; i < PIECES; i++) {
+        int row = (place + i * THREADS) >> 4, sixteen = place & 15;
+        x_from[i] = (const uint4*)(x + (long long)min(row0 + row, rows - 1) * stride + first * STEP) + sixteen;
+        x_to[i] = of_x + 16 * place_of_x(ROWS, row, sixteen);
+    }
+    auto load_weight = [&](int slot) {
+        unsigned to = weight_to + slot * OWN * 16;
+#pragma unroll
+        for (int i = 0; i < 2 * WORDS; i++) copy_to(to + i * 512, codes_from + i * 32);
+        codes_from += CODES;
+        if (has_scales) copy_to(to + CODES * 16, scales_from);
+        if (KIND == ANY && w.zeros && has_scales) copy_to(to + (CODES + SCALES) * 16, scales_from + to_zeros);
+        scales_from += 2 * granules;
+    };
+    auto load_x = [&](int slot) {
+#pragma unroll
+        for (int i = 0; i < PIECES; i++) {
+            copy_to(x_to[i] + slot * X * 16, x_from[i]);
+            x_from[i] += STEP / 8;
+        }
+    };
+    // Weights first: they may come before the kernel ahead of this one is done.
+#pragma unroll
+    for (int s = 0; s < PREFETCH; s++)
+        if (s < steps) load_weight(s);
+    wait_for_it();
+    let_next_start();
+#pragma unroll
+    for (int s = 0; s < PREFETCH; s++) {
+        if (s < steps) load_x(s);
+        asm volatile("cp.async.commit_group;");
+    }
+    float sum[SUMS];
+#pragma unroll
+    for (int i = 0; i < SUMS; i++) sum[i] = 0;
+    unsigned less[2], a[2][4][4];
+    zeros_of<BITS>(less, 0, w.zero);
+    auto weights = [&](int slot, int run) { // of a run, as numbers, to a[run]
+        const uint4* from = own + slot * OWN;
+        const unsigned* scales = (const unsigned*)(from + CODES) + g;
+        uint4 codes[WORDS];
+#pragma unroll
+        for (int i = 0; i < WORDS; i++) codes[i] = from[(run * WORDS + i) * 32 + lane];
+#pragma unroll
+        for (int part = 0; part < 2; part++) {
+            int granule = KIND == PLAIN ? 0 : (2 * run + part) >> w.shift;
+            unsigned pair = scales[granule * 8];
+            if (KIND == ANY && w.zeros) zeros_of<BITS>(less, scales + SCALES * 4 + granule * 8, 0);
+#pragma unroll
+            for (int i = 2 * part; i < 2 * part + 2; i++) {
+                codes_of<BITS>(a[run][i], codes, i, less);
+#pragma unroll
+                for (int p = 0; p < 4; p++) a[run][i][p] = times(a[run][i][p], both(pair, p & 1));
+            }
+        }
+    };
+    asm volatile("cp.async.wait_group %0;" ::"n"(PREFETCH - 1) : "memory");
+    show_copies();
+    __syncthreads();
+    int slot = 0;
+#pragma unroll 1
+    for (int step = 0; step < steps; step++) {
+        weights(slot, 0);
+        multiply_run<EIGHTS>(sum, a[0], of_x + slot * X * 16);
+        runs_are_done_but(1); // the step before is done: its place is free once all are here
+        asm volatile("cp.async.wait_group %0;" ::"n"(PREFETCH - 2) : "memory");
+        show_copies();
+        __syncthreads(); // and the copies of the next step are there
+        if (step + PREFETCH < steps) {
+            int free = (slot + PREFETCH) & (STAGES - 1);
+            load_weight(free);
+            load_x(free);
+        }
+        asm volatile("cp.async.commit_group;");
+        weights(slot, 1);
+        multiply_run<EIGHTS>(sum, a[1], of_x + slot * X * 16 + X * 8);
+        runs_are_done_but(1);
+        slot = (slot + 1) & (STAGES - 1);
+    }
+    runs_are_done_but(0);
+
+    if (shares > 1) {
+        unsigned* before = (unsigned*)shared; // nobody reads x any more behind the next barrier
+        long long block = (long long)blockIdx.y * gridDim.x + blockIdx.x;
+        long long apart = (long long)gridDim.x * gridDim.y * SUMS * THREADS;
+        float* all = parts + block * SUMS * THREADS + place;
+#pragma unroll
+        for (int i = 0; i < SUMS; i++) all[blockIdx.z * apart + i * THREADS] = sum[i];
+        __threadfence();
+        __syncthreads();
+        if (place == 0) *before = atomicAdd(arrived + block, 1);
+        __syncthreads();
+        if (*before != shares - 1) return;
+        __threadfence();
+        if (place == 0) arrived[block] = 0; // for the next launch
+#pragma unroll
+        for (int i = 0; i < SUMS; i++) sum[i] = 0;
+        for (int s = 0; s < shares; s++)
+#pragma unroll
+            for (int i = 0; i < SUMS; i++) sum[i] += __ldcg(all + s * apart + i * THREADS);
+    }
+#pragma unroll
+    for (int i = 0; i < SUMS; i++) {
+        int output = tile * 16 + g + (i >> 1 & 1) * 8, row = row0 + 8 * (i >> 2) + 2 * t + (i & 1);
+        if (output < w.n && row < rows) put(out, sum[i], bias, w.n, output, row, add);
+    }
+}
