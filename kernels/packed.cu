@@ -38,54 +38,56 @@ MORE_ROWS(8, 8, 2, PLAIN)
 MORE_ROWS(8, 8, 2, ANY)
 
 // The weight in sixteen bits, [n, 128 steps] row-major, positions as in the layout: for products of
-// many rows. A warp takes a run of 64 positions of 16 outputs. Grid: (2 steps / 8, n / 16).
+// many rows. A warp takes a run of 64 positions of 16 outputs; four lanes write half a tile each, so
+// that what a warp writes at once fills sectors. Grid: (2 steps / 8, n / 16).
 __global__ void widen_packed(half16* out, Packed w, int bits) {
-    int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-    int run = blockIdx.x * 8 + (threadIdx.x >> 5), tile = blockIdx.y;
+    int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, upper = t & 1;
+    int run = blockIdx.x * 8 + (threadIdx.x >> 5);
     if (run >= 2 * w.steps) return;
     int words = bits == 4 ? 1 : 2; // of 16 bytes
-    const uint4* from = w.codes + ((long long)tile * 2 * w.steps + run) * words * 32 + lane;
-    uint4 loaded[2];
-    for (int i = 0; i < words; i++) loaded[i] = stream(from + i * 32);
-    const unsigned* code = (const unsigned*)loaded;
-    int stride = w.steps * STEP;
-    for (int part = 0; part < 2; part++) { // 32 positions
-        int granule = (run * 2 + part) >> w.shift;
-        long long at = ((long long)tile * (4 * w.steps >> w.shift) + granule) * 8 + g;
-        unsigned pair = w.scales[at], zeros = w.zeros ? w.zeros[at] : pair_of(w.zero, w.zero);
+    const unsigned* codes = (const unsigned*)(w.codes + ((long long)blockIdx.y * 2 * w.steps + run) * words * 32);
+    int stride = w.steps * STEP, granules = 4 * w.steps >> w.shift;
+    for (int pair = 0; pair < 2; pair++) {
+        int tile = 2 * pair + (t >> 1), word = bits == 4 ? tile : 2 * tile + upper;
+        const unsigned* from = codes + (word >> 2) * 128 + g * 16 + (word & 3);
+        unsigned of_lane[4];
+        for (int i = 0; i < 4; i++) of_lane[i] = from[4 * i];
+        long long at = ((long long)blockIdx.y * granules + ((run * 2 + pair) >> w.shift)) * 8 + g;
+        unsigned scales = w.scales[at], zeros = w.zeros ? w.zeros[at] : pair_of(w.zero, w.zero);
         for (int high = 0; high < 2; high++) {
-            int output = tile * 16 + g + 8 * high;
-            float scale = widen((half16)(high ? pair >> 16 : pair & 0xffff));
+            int output = blockIdx.y * 16 + g + 8 * high, shift = bits == 4 ? 8 * upper + 4 * high : 16 * high;
+            int apart = bits == 4 ? 16 : 8, mask = (1 << bits) - 1;
+            float scale = widen((half16)(high ? scales >> 16 : scales & 0xffff));
             float zero = widen((half16)(high ? zeros >> 16 : zeros & 0xffff));
-            unsigned* to = (unsigned*)(out + (long long)output * stride + run * RUN + part * 32) + t;
-            for (int j = 0; j < 2; j++)       // tiles of the part
-                for (int p = 0; p < 2; p++) { // pairs of the tile for this output
-                    int which = 2 * p + high, tile_of_run = 2 * part + j;
-                    float low, up;
-                    if (bits == 4) {
-                        unsigned word = code[tile_of_run];
-                        low = (word >> (4 * which)) & 15;
-                        up = (word >> (16 + 4 * which)) & 15;
-                    } else {
-                        unsigned word = code[2 * tile_of_run + p];
-                        low = (word >> (16 * high)) & 255;
-                        up = (word >> (16 * high + 8)) & 255;
-                    }
-                    if (output < w.n) to[8 * j + 4 * p] = pair_of((low - zero) * scale, (up - zero) * scale);
-                }
+            unsigned both[4];
+            for (int i = 0; i < 4; i++) {
+                float low = (of_lane[i] >> shift) & mask, next = (of_lane[i] >> (shift + apart)) & mask;
+                both[i] = pair_of((low - zero) * scale, (next - zero) * scale);
+            }
+            if (output < w.n)
+                *(uint4*)(out + (long long)output * stride + run * RUN + tile * 16 + upper * 8) =
+                    make_uint4(both[0], both[1], both[2], both[3]);
         }
     }
 }
 
-// out [rows, stride]: column i of x at the places of `channels`, zero where that is negative. Eight
-// columns a thread. Grid: (stride / 1024, rows), block 128.
+// out [rows, stride]: column i of x at the places of `channels`, zero where that is negative. The row
+// goes through shared memory, so that it and the channels come at the same time. Eight columns a
+// thread. Grid: (stride / 2048, rows), block 256; shared: 2 k bytes.
 __global__ void arrange(uint4* out, const half16* x, const int4* channels, int k, int stride) {
-    int i = blockIdx.x * 128 + threadIdx.x;
+    extern __shared__ half16 row[];
+    int i = blockIdx.x * 256 + threadIdx.x;
+    int4 low = make_int4(-1, -1, -1, -1), high = low;
+    if (8 * i < stride) low = channels[2 * i], high = channels[2 * i + 1];
     wait_for_it();
-    let_next_start();
+    const half16* from = x + (long long)blockIdx.y * k;
+    if (k % 8 == 0)
+        for (int c = threadIdx.x; c < k / 8; c += 256) ((uint4*)row)[c] = ((const uint4*)from)[c];
+    else
+        for (int c = threadIdx.x; c < k; c += 256) row[c] = from[c];
+    __syncthreads();
+    let_next_start(); // not earlier: what it asks for would come before the row
     if (8 * i >= stride) return;
-    const half16* row = x + (long long)blockIdx.y * k;
-    int4 low = channels[2 * i], high = channels[2 * i + 1];
     auto at = [&](int channel) { return channel < 0 ? 0u : (unsigned)row[channel]; };
     out[(long long)blockIdx.y * (stride / 8) + i] =
         make_uint4(at(low.x) | at(low.y) << 16, at(low.z) | at(low.w) << 16,

@@ -128,7 +128,7 @@ run() {
       for setting in "2048 1" "512 16" "512 64"; do
         set -- $setting
         timeout 100 ./gptq eval "out/text$order" --dataset text.safetensors --max-windows 1 --device cuda:0 --speed \
-          --speed-prompt "$1" --speed-batch "$2" --speed-tokens 128 2>&1 | grep tokens/s
+          --speed-prompt "$1" --speed-batch "$2" --speed-tokens 128 2>&1 | grep '^out.*tokens/s'
       done
     done
     local begin=$EPOCHREALTIME
@@ -246,7 +246,7 @@ run() {
     row 3-64-act --bits 3 --group-size 64 --desc-act
     row 2-64-act --bits 2 --group-size 64 --desc-act
     # shellcheck disable=SC2086
-    timeout 200 ./gptq eval "$MODEL" ${EVAL:-out/[2-8]-*} --dataset "$TEST" --device cuda:0 2>/dev/null | tail -12
+    timeout 200 ./gptq eval "$MODEL" ${EVAL:-out/[2-8]-*} --dataset "$TEST" --device cuda:0 2>/dev/null | sed -n '/| kind |/,/^$/p'
   fi
   if wanted loads && python3 -c 'import gptqmodel' 2>/dev/null; then
     section "the same files read by GPTQModel"

@@ -3,7 +3,8 @@
 
 usage: peer_speed.py FOLDER      (needs CUDA, torch and GPTQModel; FOLDER: a 4-bit g128 checkpoint of a Llama-2-7B shape)
 
-Kernels: medians of triton's do_bench, which clears the second-level cache before each launch. Then generate of transformers
+Kernels: medians of triton's do_bench, which clears the second-level cache before each launch; then in a row, one CUDA graph
+over eight weights that together do not fit into that cache. Then generate of transformers
 with Marlin's linears: tokens a second at batch 1 and 16 behind a prompt of 16, and a prompt of 2048. The first run compiles Marlin.
 """
 import sys
@@ -29,6 +30,29 @@ def shown(name, layer, columns):
         x = torch.randn(rows, columns, dtype=torch.float16, device="cuda")
         times.append(f"{rows}: {microseconds(lambda: layer(x)):.1f}")
     print(f"RESULT {name}:", " ".join(times), "us", flush=True)
+
+
+def in_a_row(name, layers, columns, runs=8):
+    times = []
+    for rows in [1, 4, 8, 16, 32, 64]:
+        x = torch.randn(rows, columns, dtype=torch.float16, device="cuda")
+        for layer in layers:
+            layer(x)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(runs):
+                for layer in layers:
+                    layer(x)
+        graph.replay()
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        for _ in range(runs):
+            graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(f"{rows}: {1e3 * begin.elapsed_time(end) / (runs * runs * len(layers)):.1f}")
+    print(f"RESULT in a row, {name}:", " ".join(times), "us", flush=True)
 
 
 def tokenizer(folder):
@@ -64,6 +88,10 @@ def main():
             shown(f"{type(layer).__name__} {k} x {n}", layer, k)
             weight = torch.randn(n, k, dtype=torch.float16, device="cuda")
             shown(f"torch f16 {k} x {n}", lambda x: torch.nn.functional.linear(x, weight), k)
+            try:
+                in_a_row(f"{type(layer).__name__} {k} x {n}", [modules[f"model.layers.{i}.{name}"] for i in range(8)], k)
+            except RuntimeError as error:
+                print(f"RESULT in a row, {type(layer).__name__} {k} x {n}: not in a CUDA graph ({error})"[:200], flush=True)
         for batch in (1, 16):
             print(f"RESULT generate, batch {batch}: {rate(loaded.model, batch):.1f} tokens/s", flush=True)
         x = torch.randint(3, 30000, (1, 2048), device="cuda")

@@ -1,8 +1,9 @@
 //! How long a packed product takes on the GPU, beside cuBLAS on sixteen-bit weights:
 //! `gpu_linear [ROUNDS]`, needs `--features cuda`. Medians of single launches, before each of which
 //! the second-level cache is filled with something else: "written" as triton's do_bench does it, so
-//! that what is read must also wait for that to be written back; "read" as in a decoder, where other
-//! weights were read before.
+//! that what is read must also wait for that to be written back; "read" where other weights were read
+//! before. Then products in a row, as a decoder's step has them: one CUDA graph over weights that
+//! together do not fit into that cache, seconds divided by their number.
 #![allow(clippy::print_stdout)]
 
 #[cfg(feature = "cuda")]
@@ -12,6 +13,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     use half::f16;
 
     const CACHE: usize = 256 << 20;
+    const COPIES: usize = 8;
+    const RUNS: usize = 8;
     let rounds = std::env::args().nth(1).map_or(Ok(21), |arg| arg.parse())?;
     let gpu = Gpu::open(0)?;
     let flush = Buffer::zeros(&gpu, CACHE)?;
@@ -64,7 +67,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 zeros: vec![bits.max_code().div_ceil(2) as u16; k / 128 * n],
                 g_idx,
             };
-            let linear = PackedLinear::new(&gpu, &layer, None, Dtype::F16)?;
+            let copies = if bits == Bits::Four { COPIES } else { 1 };
+            let linears = (0..copies)
+                .map(|_| PackedLinear::new(&gpu, &layer, None, Dtype::F16))
+                .collect::<Result<Vec<_>, _>>()?;
+            let linear = &linears[0];
             let order = if act_order { " act-order" } else { "" };
             print!("{bits}-bit {k} x {n}{order}:");
             for rows in [1, 4, 8, 16, 32, 64, 128, 256, 1024, 4096] {
@@ -80,6 +87,28 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             }
             let floor = linear.bytes() as f64 / 4.3e12 * 1e6;
             println!(" us after written / read; codes and scales at 4.3 TB/s {floor:.1} us");
+            if linears.len() < COPIES {
+                continue;
+            }
+            print!("  in a row:");
+            for rows in [1, 4, 8, 16, 32, 64] {
+                let x = Buffer::zeros(&gpu, rows * k * 2)?;
+                let out = Buffer::zeros(&gpu, rows * n * 2)?;
+                let x = matrix(x.address(), rows, k);
+                let each =
+                    || (linears.iter()).try_for_each(|one| one.multiply(out.address(), x, false));
+                each()?;
+                let graph = gpu.record(|| (0..RUNS).try_for_each(|_| each()))?;
+                graph.run()?;
+                let before = gpu.mark()?;
+                (0..RUNS).try_for_each(|_| graph.run())?;
+                let seconds = before.seconds_to(&gpu.mark()?)?;
+                print!(
+                    " {rows}: {:.1}",
+                    seconds * 1e6 / (COPIES * RUNS * RUNS) as f64
+                );
+            }
+            println!(" us");
         }
         let weight = Buffer::zeros(&gpu, n * k * 2)?;
         let weight = matrix(weight.address(), n, k);

@@ -114,7 +114,9 @@ impl PackedLinear {
         };
         let blocks = self.outputs.div_ceil(4 * wide * TILE);
         let over = x.rows.div_ceil(8 * eights);
-        let room = self.gpu.multiprocessors() * 4 / wide / (blocks * over);
+        // Not as many as there is room for: the kernel behind finds some, and begins to read.
+        let abreast = if eights == 8 { 2 } else { 3 };
+        let room = self.gpu.multiprocessors() * abreast / (blocks * over);
         let shares = room.clamp(1, (self.steps / SHARE_STEPS).clamp(1, MAX_SHARES));
         let sums = 4 * eights * 128 * wide; // of a block
         let parts = (self.gpu).scratch("shares", shares * blocks * over * sums * 4)?;

@@ -211,12 +211,18 @@ impl PackedLinear {
             (self.features as i32).into(),
             (stride as i32).into(),
         ];
-        let grid = [stride.div_ceil(1024), x.rows, 1];
+        let grid = [stride.div_ceil(2048), x.rows, 1];
         // SAFETY: the place holds rows x stride elements, a channel for each of stride.
         unsafe {
             let program = self.program();
-            self.gpu
-                .launch_behind(program, "arrange", grid, [128, 1, 1], 0, &args)?
+            self.gpu.launch_behind(
+                program,
+                "arrange",
+                grid,
+                [256, 1, 1],
+                2 * self.features,
+                &args,
+            )?
         };
         Ok(DeviceMatrix {
             address: place.address(),
