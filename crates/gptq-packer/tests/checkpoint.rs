@@ -33,22 +33,26 @@ fn config(spec: &QuantSpec) -> QuantizeConfig {
 }
 
 fn solved(bits: Bits) -> SolvedLayer {
+    sized(bits, INPUTS, OUTPUTS)
+}
+
+fn sized(bits: Bits, inputs: usize, outputs: usize) -> SolvedLayer {
     let max = bits.max_code() as usize;
-    let groups = INPUTS.div_ceil(GROUP);
+    let groups = inputs.div_ceil(GROUP);
     SolvedLayer {
         bits,
-        in_features: INPUTS,
-        out_features: OUTPUTS,
-        codes: (0..INPUTS * OUTPUTS)
+        in_features: inputs,
+        out_features: outputs,
+        codes: (0..inputs * outputs)
             .map(|i| (i * 7 % (max + 1)) as u8)
             .collect(),
-        scales: (0..groups * OUTPUTS)
-            .map(|i| f16::from_f32(0.25 * (i + 1) as f32))
+        scales: (0..groups * outputs)
+            .map(|i| f16::from_f32(0.25 * (i % 1000 + 1) as f32))
             .collect(),
-        zeros: (0..groups * OUTPUTS)
+        zeros: (0..groups * outputs)
             .map(|i| (i % (max + 1)) as u16 + 1)
             .collect(),
-        g_idx: (0..INPUTS).map(|k| (k / GROUP) as u32).collect(),
+        g_idx: (0..inputs).map(|k| (k / GROUP) as u32).collect(),
     }
 }
 
@@ -115,6 +119,37 @@ fn a_staged_layer_is_verified_before_and_after_publishing() {
             }
         }
     }
+}
+
+/// Tensors of more than one piece are read and compared by several tasks: each byte must come from
+/// its own place, staged and published.
+#[test]
+fn layers_of_several_pieces_are_read_whole() {
+    let (inputs, outputs) = (2048, 4801); // 4.9 MB of codes, 9.8 M elements
+    let spec = spec(Bits::Four);
+    let mut layer = sized(Bits::Four, inputs, outputs);
+    for (i, code) in layer.codes.iter_mut().enumerate() {
+        *code = (i.wrapping_mul(2_654_435_761) >> 20) as u8 & 15;
+    }
+    let packed = pack(&layer, spec.format).unwrap();
+    let planned = packed_tensors(&name(), inputs, outputs, &spec, false);
+    let layout = CheckpointLayout::plan(planned, u64::MAX).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let staged = StagedCheckpoint::create(&folder.path().join("out"), &layout).unwrap();
+    for (tensor, bytes) in packed.tensors(&name()) {
+        staged.write(&tensor, bytes).unwrap();
+    }
+    verify_layer(&staged, &name(), &layer, spec.format).unwrap();
+    let last = layer.codes.len() - 1;
+    layer.codes[last] ^= 1;
+    assert!(matches!(
+        verify_layer(&staged, &name(), &layer, spec.format),
+        Err(VerifyError::Mismatch { what: "code", row, column, .. })
+            if (row, column) == (inputs - 1, outputs - 1)
+    ));
+    layer.codes[last] ^= 1;
+    let file = SafetensorsFile::open(&staged.publish().unwrap().join("model.safetensors")).unwrap();
+    assert_eq!(read_layer(&file, &name(), &config(&spec)).unwrap(), layer);
 }
 
 #[test]
