@@ -46,7 +46,8 @@ def main():
         for arch in sys.argv[2:] or ["sm_80", "sm_89", "sm_90a"]:
             for bf16 in (0, 1):
                 name = os.path.basename(path)
-                options = [f"--gpu-architecture={arch}", f"-DBF16={bf16}", "--std=c++17", f"--include-path={KERNELS}"]
+                options = [f"--gpu-architecture={arch}", f"-DBF16={bf16}", f"--include-path={KERNELS}"]
+                options += ["--std=c++17", "--split-compile=0"]
                 failed, log, size = compile_one(nvrtc, source, name, options)
                 print(f"{name} {arch} BF16={bf16}: {'FAILED' if failed else f'{size} bytes'}")
                 if log.strip():

@@ -84,6 +84,7 @@ pub(super) fn compiled(program: Program, architecture: &str) -> Result<Vec<u8>, 
         format!("--gpu-architecture={architecture}"),
         format!("-DBF16={}", u8::from(program.bf16())),
         "--std=c++17".to_string(),
+        "--split-compile=0".to_string(), // kernels side by side on all threads
     ];
     let (mut major, mut minor) = (0, 0);
     // SAFETY: two out parameters.
