@@ -1,4 +1,5 @@
-// Products of 9 to 64 rows and multiples of that: a warpgroup takes 64 outputs, its weights go from
+// Products of 9 to 256 rows (of fewer where x is too long for few_rows.cuh), by blocks of 16, 32 or 64:
+// a warpgroup takes 64 outputs, its weights go from
 // registers to the tensor cores, x through shared memory. On Hopper by wgmma, which reads x for four
 // warps at once and does not wait; elsewhere by mma.
 #pragma once
@@ -66,7 +67,7 @@ __device__ __forceinline__ void multiply_group<8>(float* c, const unsigned* a, u
 #endif
 
 // c += the products of a run of 64 positions; `a` holds its four tiles and stays as it is until the
-// next but one call of `other_run_is_done`.
+// next but one `runs_are_done_but(1)`.
 template <int EIGHTS>
 __device__ __forceinline__ void multiply_run(float* c, const unsigned (*a)[4], unsigned x) {
 #if WGMMA

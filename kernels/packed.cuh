@@ -91,7 +91,7 @@ __device__ __forceinline__ unsigned two_bytes(unsigned word, int p) {
 }
 #define BYTE_OFFSET (BF16 ? 0.0f : 1024.0f)
 
-// Read once: past the first-level cache, which x needs.
+// Read once: past the first-level cache.
 __device__ __forceinline__ uint4 stream(const uint4* from) {
     uint4 y;
     asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"

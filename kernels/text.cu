@@ -242,7 +242,8 @@ __device__ __forceinline__ void load_turned(unsigned* y, const half16* from) {
                  : "r"(place));
 }
 
-// A prompt against the cache of its sequence, the scores never written (Dao et al. 2022): q [count,
+// A prompt against the cache of its sequence, or a window against itself, the scores never written
+// (Dao et al. 2022): q [count,
 // heads * D] at positions from `first` on. A block takes 64 queries of a head, 16 a warp, and goes
 // through the keys 64 at a time, the next ones on their way. Grid: (count / 64, heads); block 128;
 // shared: 4 * 64 * (D + 8) half16.

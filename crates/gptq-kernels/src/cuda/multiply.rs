@@ -8,7 +8,7 @@ use super::layout::{GRANULE, LANES, STEP, TILE};
 use super::memory::Buffer;
 use super::packed::PackedLinear;
 
-/// Up to so many rows a warp works alone; x of all of them must fit into shared memory.
+/// Up to so many rows a warp takes all of them; their x must fit into shared memory.
 const FEW_ROWS: usize = 8;
 /// Up to so many rows a second tile of outputs, which halves what is read of x, costs more than it
 /// saves: it takes registers, and with them warps.
@@ -17,10 +17,11 @@ const ONE_TILE_ROWS: usize = 4;
 const WIDENED_OUTPUTS: usize = 12288;
 /// Steps of x, codes and scales in shared memory, as in the kernel.
 const STAGES: usize = 4;
-/// Steps of a share of the positions that are worth a block of their own, and shares at most.
-const SHARE_STEPS: usize = 8;
 /// Warps of a block of few rows.
 const MAX_WARPS: usize = 16;
+/// Steps of a share of the positions that are worth a block of their own.
+const SHARE_STEPS: usize = 8;
+/// Shares at most: each leaves its sums in memory, and the last one reads them all.
 const MAX_SHARES: usize = 8;
 
 impl PackedLinear {
@@ -47,8 +48,8 @@ impl PackedLinear {
         ]
     }
 
-    /// Up to so many rows codes go to the tensor cores as they are; from there on it is faster to
-    /// widen the weight once and to leave the product to cuBLAS.
+    /// Up to so many rows blocks take codes apart for themselves; from there on the weight is widened
+    /// once and cuBLAS does the product. On Hopper the two cross beyond 256; elsewhere not timed.
     fn more_rows(&self) -> usize {
         match self.gpu.capability {
             (9, 0) if !self.gpu.portable => 256,
@@ -114,7 +115,7 @@ impl PackedLinear {
         };
         let blocks = self.outputs.div_ceil(4 * wide * TILE);
         let over = x.rows.div_ceil(8 * eights);
-        // Not as many as there is room for: the kernel behind finds some, and begins to read.
+        // Blocks of a multiprocessor: with more, products in a row took longer.
         let abreast = if eights == 8 { 2 } else { 3 };
         let room = self.gpu.multiprocessors() * abreast / (blocks * over);
         let shares = room.clamp(1, (self.steps / SHARE_STEPS).clamp(1, MAX_SHARES));

@@ -139,7 +139,7 @@ impl PackedLinear {
         self.outputs
     }
 
-    /// Bytes on the GPU.
+    /// Bytes of codes, scales and zeros on the GPU.
     pub fn bytes(&self) -> usize {
         let zeros = self.zeros.as_ref().map_or(0, Buffer::bytes);
         self.codes.bytes() + self.scales.bytes() + zeros
