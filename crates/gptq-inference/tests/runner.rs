@@ -1,6 +1,8 @@
 //! Runners against the pass that streams blocks, on a true tiny model.
 #![allow(clippy::print_stderr)]
 
+mod mixed;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -34,6 +36,19 @@ fn model(path: &str) -> Option<OpenedModel> {
     let quantize_config = text("quantize_config.json");
     let config = text("config.json").unwrap();
     Some(open(source, &config, quantize_config.as_deref()).unwrap())
+}
+
+/// The golden `path` with some linears as stories260k has them.
+fn mixed(path: &str) -> Option<OpenedModel> {
+    let open_file = |dir: PathBuf| SafetensorsFile::open(&dir.join("model.safetensors")).unwrap();
+    let source = mixed::Mixed {
+        packed: open_file(shared(path)?),
+        float: open_file(shared("data/stories260k")?),
+    };
+    let text = |name: &str| std::fs::read_to_string(shared(path)?.join(name)).ok();
+    let quantize_config = text("quantize_config.json");
+    let config = text("config.json").unwrap();
+    Some(open(Arc::new(source), &config, quantize_config.as_deref()).unwrap())
 }
 
 /// stories260k as floats, packed with natural groups, and packed with act-order.
@@ -171,4 +186,24 @@ fn calls_that_cannot_be_met_are_refused_with_their_numbers() {
         runner.step(&[1, 1]).map(|_| ()),
         "sequence 1 holds 4 of 4 tokens, 1 more do not fit",
     );
+}
+
+#[test]
+fn packed_beside_float_linears_are_read_as_they_are() {
+    for path in [
+        "golden/gptq-4bit-32g-act0-sym1",
+        "golden/gptq_v2-4bit-64g-act1-sym0",
+    ] {
+        let (Some(model), Some(packed)) = (mixed(path), model(path)) else {
+            continue;
+        };
+        let want = streamed(&model, &IDS);
+        assert_ne!(want, streamed(&packed, &IDS), "the floats are read");
+        let row = |at: usize| &want[at * VOCAB..][..VOCAB];
+        let mut runner = runner(&model, 1, IDS.len());
+        close(&runner.prefill(0, &IDS[..9]).unwrap(), row(8));
+        for at in 9..IDS.len() {
+            close(runner.step(&IDS[at..=at]).unwrap(), row(at));
+        }
+    }
 }

@@ -3,6 +3,8 @@
 #![cfg(feature = "cuda")]
 #![allow(clippy::print_stderr)]
 
+mod mixed;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -242,6 +244,45 @@ fn linears_of_a_stage_with_other_groups_are_read_as_they_are() {
         seen.close(&runner.prefill(0, &IDS[..9]).unwrap(), row(8));
         for at in 9..IDS.len() {
             seen.close(runner.step(&IDS[at..=at]).unwrap(), row(at));
+        }
+    }
+}
+
+/// What a float `o_proj` reads ends where rows of a packed one have padding, which is zero again when
+/// that one's turn comes: a second sequence would notice.
+#[test]
+fn packed_beside_float_linears_are_read_as_they_are() {
+    for path in [
+        "golden/gptq-4bit-32g-act0-sym1",
+        "golden/gptq_v2-4bit-64g-act1-sym0",
+    ] {
+        let (Some(packed), Some(float), false) = (
+            shared(path),
+            shared("data/stories260k"),
+            devices().is_empty(),
+        ) else {
+            continue;
+        };
+        let open_file =
+            |dir: PathBuf| SafetensorsFile::open(&dir.join("model.safetensors")).unwrap();
+        let mixed = mixed::Mixed {
+            packed: open_file(packed),
+            float: open_file(float),
+        };
+        let Some(model) = opened(path, Arc::new(mixed)) else {
+            continue;
+        };
+        let mut seen = Seen::of(&model);
+        let want = wanted(&model, &IDS);
+        let row = |at: usize| &want[at * VOCAB..][..VOCAB];
+        let mut runner = runner(&model, 2, IDS.len());
+        for sequence in 0..2 {
+            seen.close(&runner.prefill(sequence, &IDS[..9]).unwrap(), row(8));
+        }
+        for at in 9..IDS.len() {
+            let got = runner.step(&[IDS[at], IDS[at]]).unwrap();
+            seen.close(&got[..VOCAB], row(at));
+            seen.close(&got[VOCAB..], row(at));
         }
     }
 }

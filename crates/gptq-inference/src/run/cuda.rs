@@ -27,6 +27,9 @@ pub(super) struct GpuRunner {
     own_head: Option<Dense>, // absent where the embedding is the head
     final_norm: Buffer,
     blocks: Vec<Block>,
+    /// Some blocks' `o_proj` reads padded rows and others' does not (packed beside float ones): what
+    /// one block leaves in the place of attention would be padding of the next.
+    padded_by_turns: bool,
     caches: Vec<DeviceKeyValues>, // of each block
     turn: Option<Turn>,
     lengths: Lengths,
@@ -124,9 +127,13 @@ impl GpuRunner {
             )?),
             None => None,
         };
-        let blocks = (0..config.num_hidden_layers)
+        let blocks: Vec<Block> = (0..config.num_hidden_layers)
             .map(|index| Block::load(&gpu, model, index, dtype))
             .collect::<Result<_, _>>()?;
+        let width = |block: &Block| block.attention_out.order().width;
+        let padded_by_turns = blocks
+            .windows(2)
+            .any(|two| width(&two[0]) != width(&two[1]));
         Ok(GpuRunner {
             final_norm: Buffer::from_host(&gpu, &model.vector("model.norm.weight")?)?,
             gpu,
@@ -135,6 +142,7 @@ impl GpuRunner {
             embedding,
             own_head,
             blocks,
+            padded_by_turns,
             caches: Vec::new(),
             turn: None,
             lengths: Lengths::default(),
@@ -249,6 +257,9 @@ impl GpuRunner {
         match rows {
             TextRows::Newest(held) => {
                 let order = block.attention_out.order();
+                if self.padded_by_turns && order.width > queries.columns {
+                    spaces.attended.clear()?;
+                }
                 cache.attend_newest(attended, order, queries.address, held)?;
                 let attended = self.matrix(&spaces.attended, count, order.width);
                 (block.attention_out).multiply(gpu, hidden.address, attended, true)
