@@ -279,8 +279,8 @@ fn packed_beside_float_linears_are_read_as_they_are() {
         for sequence in 0..2 {
             seen.close(&runner.prefill(sequence, &IDS[..9]).unwrap(), row(8));
         }
-        for at in 9..IDS.len() {
-            let got = runner.step(&[IDS[at], IDS[at]]).unwrap();
+        for (at, &id) in IDS.iter().enumerate().skip(9) {
+            let got = runner.step(&[id, id]).unwrap();
             seen.close(&got[..VOCAB], row(at));
             seen.close(&got[VOCAB..], row(at));
         }
