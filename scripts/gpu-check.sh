@@ -88,6 +88,7 @@ matrix() { # NAME DEVICES ARGS...: seconds, and a hash of all branches; the repo
 }
 
 run() {
+  local failed=""
   local work=${WORK:-/tmp/gpu-check}
   mkdir -p "$work/out" "$work/log"
   cp -r "$1"/. "$work/"
@@ -98,11 +99,13 @@ run() {
   ./gptq doctor
   if wanted tests; then
     section "GPU against the processor"
-    timeout 120 ./device_tests --test-threads=1 2>&1 | tail -7
-    timeout 120 ./packed_tests --test-threads=1 2>&1 | tail -7
-    timeout 120 ./text_tests --test-threads=1 2>&1 | tail -7
-    GPTQ_SHARED=${SHARED:-} timeout 120 ./runner_tests --test-threads=1 --nocapture 2>&1 | grep -E '^test|mean|skipped|panicked|result'
-    GPTQ_COMMAND=$PWD/gptq timeout 200 ./whole_tests pipeline::gpu --test-threads=1 2>&1 | tail -20
+    # What fails is said at the end: the rest is worth its time all the same.
+    timeout 120 ./device_tests --test-threads=1 2>&1 | tail -7 || failed="$failed device_tests"
+    timeout 120 ./packed_tests --test-threads=1 2>&1 | tail -7 || failed="$failed packed_tests"
+    timeout 120 ./text_tests --test-threads=1 2>&1 | tail -7 || failed="$failed text_tests"
+    GPTQ_SHARED=${SHARED:-} timeout 120 ./runner_tests --test-threads=1 --nocapture 2>&1 |
+      grep -E '^test|mean|skipped|panicked|result' || failed="$failed runner_tests"
+    GPTQ_COMMAND=$PWD/gptq timeout 200 ./whole_tests pipeline::gpu --test-threads=1 2>&1 | tail -20 || failed="$failed whole_tests"
   fi
   if wanted sanitizer && command -v compute-sanitizer >/dev/null; then
     section "compute-sanitizer"
@@ -259,6 +262,7 @@ run() {
     find files -mindepth 1 -maxdepth 1 | sort | timeout 200 xargs -n 6 -P 6 python3 peer_loads.py TORCH 2>/dev/null | grep RESULT || true
   fi
   section "end"
+  [ -z "$failed" ] || { echo "failed:$failed"; exit 1; }
 }
 
 case "${1:-}" in

@@ -21,6 +21,8 @@ const PROMPT_TOKENS: usize = 2048;
 /// See the module.
 pub(super) struct GpuRunner {
     gpu: Arc<Gpu>,
+    /// Bytes that others of this process held on the device before.
+    held_before: usize,
     config: DecoderConfig,
     dtype: Dtype,
     embedding: Dense,        // [vocab_size, hidden_size]
@@ -100,6 +102,7 @@ impl GpuRunner {
     pub fn open(model: &OpenedModel, ordinal: usize) -> Result<Self, RunError> {
         let gpu = Gpu::open(ordinal)?;
         gpu.forget_peak()?;
+        let held_before = gpu.memory()?.used;
         gpu.keep_library_space()?;
         let config = model.config.clone();
         let embedding = model.embedding()?;
@@ -137,6 +140,7 @@ impl GpuRunner {
         Ok(GpuRunner {
             final_norm: Buffer::from_host(&gpu, &model.vector("model.norm.weight")?)?,
             gpu,
+            held_before,
             config,
             dtype,
             embedding,
@@ -379,6 +383,7 @@ impl Runner for GpuRunner {
     }
 
     fn peak_memory(&self) -> u64 {
-        self.gpu.memory().map_or(0, |memory| memory.peak as u64)
+        let peak = self.gpu.memory().map_or(0, |memory| memory.peak);
+        peak.saturating_sub(self.held_before) as u64
     }
 }
