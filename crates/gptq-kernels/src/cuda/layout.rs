@@ -159,3 +159,86 @@ impl Laid {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Row and column of element `i` of a lane's share of the 16 x 16 factor of mma.m16n8k16 (PTX
+    /// ISA, matrix fragments for m16n8k16).
+    fn place(lane: usize, i: usize) -> (usize, usize) {
+        let (group, thread) = (lane / 4, lane % 4);
+        let row = if matches!(i, 0 | 1 | 4 | 5) {
+            group
+        } else {
+            group + 8
+        };
+        let column = thread * 2 + (i & 1) + if i < 4 { 0 } else { 8 };
+        (row, column)
+    }
+
+    #[test]
+    fn lanes_hold_what_the_tensor_cores_multiply() {
+        const TILES: usize = 3;
+        const RUNS: usize = 4;
+        for wide in [false, true] {
+            let max = if wide { 255 } else { 15 };
+            let code = |position: usize, output: usize| {
+                ((position * 31 + output * 7919) as u32).wrapping_mul(2_654_435_761) >> 20 & max
+            };
+            let words = lay_out(wide, TILES, RUNS, code);
+            let of_lane = if wide { 8 } else { 4 };
+            // Word `word` of a lane, as sixteen bytes of each lane stand together.
+            let word = |tile: usize, run: usize, lane: usize, word: usize| {
+                let run = &words[(tile * RUNS + run) * of_lane * LANES..];
+                run[word / 4 * 4 * LANES + lane * 4 + word % 4]
+            };
+            for (tile, run) in (0..TILES).flat_map(|tile| (0..RUNS).map(move |run| (tile, run))) {
+                for (lane, part) in (0..LANES).flat_map(|lane| (0..4).map(move |part| (lane, part)))
+                {
+                    for i in 0..8 {
+                        let (register, high) = (i / 2, i % 2);
+                        let found = match wide {
+                            false => word(tile, run, lane, part) >> (4 * register + 16 * high) & 15,
+                            true => {
+                                let two = word(tile, run, lane, 2 * part + register / 2);
+                                two >> (16 * (register % 2) + 8 * high) & 255
+                            }
+                        };
+                        let (row, column) = place(lane, i);
+                        let position = run * RUN + part * TILE + column;
+                        assert_eq!(
+                            found,
+                            code(position, tile * TILE + row),
+                            "{wide} {lane} {i}"
+                        );
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn groups_begin_at_granules_and_channels_find_their_places() {
+        // Three groups of 40, 8 and 24 channels in an order of their own.
+        let g_idx: Vec<u32> = (0..72)
+            .map(|c| [1, 0, 0, 2, 0, 0, 2, 0, 2][c % 9])
+            .collect();
+        let positions = Positions::new(&g_idx, 3);
+        assert_eq!(positions.channels.len(), 128);
+        assert_eq!(positions.groups, [0, 0, 1, 2]);
+        assert_eq!(positions.granule, 1);
+        for (place, &channel) in positions.channels.iter().enumerate() {
+            if channel >= 0 {
+                let group = positions.groups[place / GRANULE];
+                assert_eq!(g_idx[channel as usize] as usize, group);
+            }
+        }
+        for (channel, &place) in positions.places(72).iter().enumerate() {
+            assert_eq!(positions.channels[place as usize], channel as i32);
+        }
+        assert!(!positions.are_channels(72));
+        let natural = Positions::new(&(0..256).map(|c| c / 128).collect::<Vec<u32>>(), 2);
+        assert!(natural.are_channels(256) && natural.granule == 4);
+    }
+}
