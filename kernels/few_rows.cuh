@@ -12,7 +12,8 @@ struct Step {
     uint4 codes[TILES][WORDS];
     unsigned scale[TILES][GRANULES], zero[TILES][GRANULES];
 
-    __device__ __forceinline__ void read(const Packed& w, const uint4* const* codes_at, const long long* scales_at, int step) {
+    __device__ __forceinline__ void read(const Packed& w, const uint4* const* codes_at,
+                                         const long long* scales_at, int step) {
         int a_step = KIND == PLAIN ? 1 : 4 >> w.shift;
 #pragma unroll
         for (int j = 0; j < TILES; j++) {
@@ -28,14 +29,6 @@ struct Step {
         }
     }
 };
-
-// Of eight rows in shared memory: positions of two tiles, as the other factor of mma.
-__device__ __forceinline__ void load_two(unsigned* b, unsigned from) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
-                 : "r"(from)
-                 : "memory");
-}
 
 // A block takes TILES times 16 outputs; its warps share the steps and add up at the end, in their
 // order. Codes are read AHEAD steps ahead, past shared memory; all of x that a warp needs is copied
@@ -96,7 +89,7 @@ __device__ __forceinline__ void few_rows(half16* out, const half16* x, const flo
                 int granule = KIND == PLAIN ? 0 : part >> w.shift, within = KIND == PLAIN ? 3 : (1 << w.shift) - 1;
                 bool begins = (part & within) == 0, ends = ((part + 1) & within) == 0;
                 unsigned b[4];
-                load_two(b, here[part & 1] + (part >> 1) * 128);
+                load_four(b, here[part & 1] + (part >> 1) * 128);
                 if (KIND == ANY && begins) {
 #pragma unroll
                     for (int j = 0; j < TILES; j++) {

@@ -93,6 +93,14 @@ __device__ __forceinline__ void multiply_anew(float* c, const unsigned* a, unsig
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
 }
 
+// Four 8 x 8 matrices from shared memory as mma takes them: lane 8m + r says where row r of matrix m is.
+__device__ __forceinline__ void load_four(unsigned* y, unsigned place) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(y[0]), "=r"(y[1]), "=r"(y[2]), "=r"(y[3])
+                 : "r"(place)
+                 : "memory");
+}
+
 // Sixteen bytes to shared memory, not waited for; zero where there is nothing.
 __device__ __forceinline__ void copy_ahead(void* to, const void* from, bool there) {
     unsigned place = (unsigned)__cvta_generic_to_shared(to);
@@ -100,6 +108,7 @@ __device__ __forceinline__ void copy_ahead(void* to, const void* from, bool ther
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(place), "l"(from), "r"(bytes));
 }
 
+// The same to an address of shared memory, always.
 __device__ __forceinline__ void copy_to(unsigned place, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(place), "l"(from));
 }

@@ -1,7 +1,6 @@
 // Products of 9 to 256 rows (of fewer where x is too long for few_rows.cuh), by blocks of 16, 32 or 64:
-// a warpgroup takes 64 outputs, its weights go from
-// registers to the tensor cores, x through shared memory. On Hopper by wgmma, which reads x for four
-// warps at once and does not wait; elsewhere by mma.
+// a warpgroup takes 64 outputs, its weights go from registers to the tensor cores, x through shared
+// memory. On Hopper by wgmma, which reads x for four warps at once and does not wait; elsewhere by mma.
 #pragma once
 #include "packed.cuh"
 
@@ -11,7 +10,7 @@
 #define WGMMA 0
 #endif
 
-#define STAGES 4     // steps of x, codes and scales in shared memory
+#define STAGES 4 // steps of x, codes and scales in shared memory
 #define PREFETCH (STAGES - 1)
 
 // Two runs of 64 positions, each [rows][128 bytes], sixteen bytes c of row r at c ^ (r & 7): what
@@ -83,10 +82,7 @@ __device__ __forceinline__ void multiply_run(float* c, const unsigned (*a)[4], u
 #pragma unroll
         for (int tile = 0; tile < 4; tile++) {
             unsigned b[4];
-            asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                         : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
-                         : "r"(x + 16 * place_of_x(0, 8 * e + row, 2 * tile + high))
-                         : "memory");
+            load_four(b, x + 16 * place_of_x(0, 8 * e + row, 2 * tile + high));
             multiply(c + 4 * e, a[tile], b[0], b[1]);
             multiply(c + 4 * e + 4, a[tile], b[2], b[3]);
         }

@@ -229,12 +229,7 @@ __global__ void merge_shares(half16* out, const float* parts, const int* held, c
 
 }
 
-__device__ __forceinline__ void load_tiles(unsigned* y, const half16* from) {
-    unsigned place = (unsigned)__cvta_generic_to_shared(from);
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(y[0]), "=r"(y[1]), "=r"(y[2]), "=r"(y[3])
-                 : "r"(place));
-}
+// As `load_four`, each matrix transposed.
 __device__ __forceinline__ void load_turned(unsigned* y, const half16* from) {
     unsigned place = (unsigned)__cvta_generic_to_shared(from);
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -243,10 +238,9 @@ __device__ __forceinline__ void load_turned(unsigned* y, const half16* from) {
 }
 
 // A prompt against the cache of its sequence, or a window against itself, the scores never written
-// (Dao et al. 2022): q [count,
-// heads * D] at positions from `first` on. A block takes 64 queries of a head, 16 a warp, and goes
-// through the keys 64 at a time, the next ones on their way. Grid: (count / 64, heads); block 128;
-// shared: 4 * 64 * (D + 8) half16.
+// (Dao et al. 2022): q [count, heads * D] at positions from `first` on. A block takes 64 queries of a
+// head, 16 a warp, and goes through the keys 64 at a time, the next ones on their way.
+// Grid: (count / 64, heads); block 128; shared: 4 * 64 * (D + 8) half16.
 template <int D>
 __device__ __forceinline__ void attend_prompt(half16* out, const half16* q, const half16* keys,
                                               const half16* values, int count, int first, int kv_heads,
@@ -306,7 +300,8 @@ __device__ __forceinline__ void attend_prompt(half16* out, const half16* q, cons
             for (int p = 0; p < 4; p++) {
                 unsigned b[4];
                 int row = (2 * p + (lane >> 4)) * 8 + (lane & 7);
-                load_tiles(b, k_tile + row * LINE + k * 16 + (lane >> 3 & 1) * 8);
+                load_four(b, (unsigned)__cvta_generic_to_shared(
+                                 k_tile + row * LINE + k * 16 + (lane >> 3 & 1) * 8));
                 multiply(score[2 * p], a[k], b[0], b[1]);
                 multiply(score[2 * p + 1], a[k], b[2], b[3]);
             }

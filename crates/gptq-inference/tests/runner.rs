@@ -9,6 +9,7 @@ use std::sync::Arc;
 use gptq_inference::{OpenedModel, RunError, Runner, compare, logits, open};
 use gptq_model::Device;
 use gptq_packer::SafetensorsFile;
+use gptq_types::TensorSource;
 
 /// Logits of two f32 passes that sum in other orders.
 const TOLERANCE: f32 = 2e-4;
@@ -30,25 +31,22 @@ fn shared(path: &str) -> Option<PathBuf> {
 }
 
 fn model(path: &str) -> Option<OpenedModel> {
-    let dir = shared(path)?;
-    let source = Arc::new(SafetensorsFile::open(&dir.join("model.safetensors")).unwrap());
-    let text = |name: &str| std::fs::read_to_string(dir.join(name)).ok();
-    let quantize_config = text("quantize_config.json");
-    let config = text("config.json").unwrap();
-    Some(open(source, &config, quantize_config.as_deref()).unwrap())
+    let file = SafetensorsFile::open(&shared(path)?.join("model.safetensors")).unwrap();
+    opened(path, Arc::new(file))
 }
 
 /// The golden `path` with some linears as stories260k has them.
 fn mixed(path: &str) -> Option<OpenedModel> {
-    let open_file = |dir: PathBuf| SafetensorsFile::open(&dir.join("model.safetensors")).unwrap();
-    let source = mixed::Mixed {
-        packed: open_file(shared(path)?),
-        float: open_file(shared("data/stories260k")?),
-    };
-    let text = |name: &str| std::fs::read_to_string(shared(path)?.join(name)).ok();
+    let source = mixed::Mixed::open(&shared(path)?, &shared("data/stories260k")?);
+    opened(path, Arc::new(source))
+}
+
+fn opened(path: &str, source: Arc<dyn TensorSource>) -> Option<OpenedModel> {
+    let dir = shared(path)?;
+    let text = |name: &str| std::fs::read_to_string(dir.join(name)).ok();
     let quantize_config = text("quantize_config.json");
     let config = text("config.json").unwrap();
-    Some(open(Arc::new(source), &config, quantize_config.as_deref()).unwrap())
+    Some(open(source, &config, quantize_config.as_deref()).unwrap())
 }
 
 /// stories260k as floats, packed with natural groups, and packed with act-order.

@@ -263,12 +263,7 @@ fn packed_beside_float_linears_are_read_as_they_are() {
         ) else {
             continue;
         };
-        let open_file =
-            |dir: PathBuf| SafetensorsFile::open(&dir.join("model.safetensors")).unwrap();
-        let mixed = mixed::Mixed {
-            packed: open_file(packed),
-            float: open_file(float),
-        };
+        let mixed = mixed::Mixed::open(&packed, &float);
         let Some(model) = opened(path, Arc::new(mixed)) else {
             continue;
         };

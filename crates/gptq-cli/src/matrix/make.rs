@@ -55,8 +55,9 @@ pub fn make_all(
 }
 
 /// Large and small ones by turns, so that devices side by side do not write their largest files at
-/// the same time (two of 7 GB took 33 s together and 29 alone, two of 4 GB 30 and 29), and from
-/// larger to smaller within each kind, so that little is left to publish at the end.
+/// the same time (two of 7 GB took 33 s together and 29 alone while verification was slower; what
+/// turns are worth since was not measured apart), and from larger to smaller within each kind, so
+/// that little is left to publish at the end.
 fn large_and_small<T: Copy>(items: &[T], bytes: impl Fn(T) -> u64) -> Vec<T> {
     let mut sorted = items.to_vec();
     sorted.sort_by_key(|&item| Reverse(bytes(item)));

@@ -1,12 +1,14 @@
 //! A checkpoint in which some linears are packed and some are floats, as exclusion rules of other
 //! tools leave them.
 
+use std::path::Path;
+
 use gptq_packer::SafetensorsFile;
 use gptq_types::{SourceError, TensorInfo, TensorSource};
 
 pub struct Mixed {
-    pub packed: SafetensorsFile,
-    pub float: SafetensorsFile,
+    packed: SafetensorsFile,
+    float: SafetensorsFile,
 }
 
 impl Mixed {
@@ -16,6 +18,15 @@ impl Mixed {
         "model.layers.1.self_attn.k_proj.",
         "model.layers.2.mlp.down_proj.",
     ];
+
+    /// Of two folders that hold the same model.
+    pub fn open(packed: &Path, float: &Path) -> Self {
+        let file = |dir: &Path| SafetensorsFile::open(&dir.join("model.safetensors")).unwrap();
+        Mixed {
+            packed: file(packed),
+            float: file(float),
+        }
+    }
 
     fn holder(&self, name: &str) -> &SafetensorsFile {
         match Self::FLOAT.iter().any(|linear| name.starts_with(linear)) {
