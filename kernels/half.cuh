@@ -112,3 +112,9 @@ __device__ __forceinline__ void copy_ahead(void* to, const void* from, bool ther
 __device__ __forceinline__ void copy_to(unsigned place, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(place), "l"(from));
 }
+
+// The same of what is read once: it leaves the second-level cache before what others come back to.
+__device__ __forceinline__ void copy_once(unsigned place, const void* from) {
+    const unsigned long long policy = 0x12f0000000000000; // what createpolicy.fractional.L2::evict_first gives
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(place), "l"(from), "l"(policy));
+}

@@ -1,6 +1,5 @@
-// Products of 9 to 256 rows (of fewer where x is too long for few_rows.cuh), by blocks of 16, 32 or 64:
-// a warpgroup takes 64 outputs, its weights go from registers to the tensor cores, x through shared
-// memory. On Hopper by wgmma, which reads x for four warps at once and does not wait; elsewhere by mma.
+// Products of 33 to 256 rows, by blocks of 64 (of 32 where there is less shared memory): a warpgroup
+// takes 64 outputs, its weights go from registers to the tensor cores, x through shared memory. On Hopper by wgmma, which reads x for four warps at once and does not wait; elsewhere by mma.
 #pragma once
 #include "packed.cuh"
 
@@ -38,13 +37,6 @@ __device__ __forceinline__ void multiply_group(float* c, const unsigned* a, unsi
 #define C4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
 #define C8(i) C4(i), C4(i + 4)
 #define A4 "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
-template <>
-__device__ __forceinline__ void multiply_group<2>(float* c, const unsigned* a, unsigned long long b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n16k16" TYPES " {%0,%1,%2,%3,%4,%5,%6,%7}, "
-                 "{%8,%9,%10,%11}, %12, 1, 1, 1, 0;"
-                 : C8(0)
-                 : A4, "l"(b));
-}
 template <>
 __device__ __forceinline__ void multiply_group<4>(float* c, const unsigned* a, unsigned long long b) {
     asm volatile("wgmma.mma_async.sync.aligned.m64n32k16" TYPES " {%0,%1,%2,%3,%4,%5,%6,%7,"
@@ -212,19 +204,12 @@ __device__ __forceinline__ void more_rows(half16* out, const half16* x, const fl
     runs_are_done_but(0);
 
     if (shares > 1) {
-        unsigned* before = (unsigned*)shared; // nobody reads x any more behind the next barrier
         long long block = (long long)blockIdx.y * gridDim.x + blockIdx.x;
         long long apart = (long long)gridDim.x * gridDim.y * SUMS * THREADS;
         float* all = parts + block * SUMS * THREADS + place;
 #pragma unroll
         for (int i = 0; i < SUMS; i++) all[blockIdx.z * apart + i * THREADS] = sum[i];
-        __threadfence();
-        __syncthreads();
-        if (place == 0) *before = atomicAdd(arrived + block, 1);
-        __syncthreads();
-        if (*before != shares - 1) return;
-        __threadfence();
-        if (place == 0) arrived[block] = 0; // for the next launch
+        if (!is_last(arrived + block, shares, (unsigned*)shared)) return; // x is read no more
 #pragma unroll
         for (int i = 0; i < SUMS; i++) sum[i] = 0;
         for (int s = 0; s < shares; s++)

@@ -1,62 +1,54 @@
-// Products with packed weights; packed.cuh has their layout.
+// Products with packed weights of WIDTH = 4 or 8 bits (2 and 3 take the place of 4); packed.cuh has their
+// layout.
 #include "few_rows.cuh"
 #include "more_rows.cuh"
 
-#define FEW_ROWS(BITS, TILES, KIND)                                                                   \
-    __global__ void few_rows_##BITS##_##TILES##_##KIND(half16* out, const half16* x,                  \
-                                                       const float* bias, Packed w, int rows,         \
-                                                       int stride, int add) {                         \
-        few_rows<BITS, TILES, KIND>(out, x, bias, w, rows, stride, add);                              \
+#define FEW_ROWS(EIGHTS, WARPS, KIND)                                                                 \
+    __global__ void __launch_bounds__(Few<WIDTH, EIGHTS, WARPS>::TEAMS * 32 * WARPS)                  \
+        few_rows_##EIGHTS##_##WARPS##_##KIND(half16* out, const half16* x, const float* bias,         \
+                                             Packed w, int rows, int stride, int add) {               \
+        few_rows<WIDTH, EIGHTS, WARPS, KIND>(out, x, bias, w, rows, stride, add);                     \
     }
-#define MORE_ROWS(BITS, EIGHTS, WIDE, KIND)                                                           \
+#define FEW_KINDS(EIGHTS, WARPS) FEW_ROWS(EIGHTS, WARPS, PLAIN) FEW_ROWS(EIGHTS, WARPS, ANY)
+#define FEW_WIDTHS(EIGHTS) FEW_KINDS(EIGHTS, 1) FEW_KINDS(EIGHTS, 2) FEW_KINDS(EIGHTS, 3) FEW_KINDS(EIGHTS, 6)
+#define MORE_ROWS(EIGHTS, WIDE, KIND)                                                                 \
     __global__ void __launch_bounds__(128 * WIDE, 4 / WIDE)                                           \
-        more_rows_##BITS##_##EIGHTS##_##KIND(half16* out, const half16* x, const float* bias,         \
-                                             Packed w, int rows, int stride, int add, float* parts,   \
-                                             unsigned* arrived) {                                     \
-        more_rows<BITS, EIGHTS, WIDE, KIND>(out, x, bias, w, rows, stride, add, parts, arrived);      \
+        more_rows_##EIGHTS##_##KIND(half16* out, const half16* x, const float* bias, Packed w,        \
+                                    int rows, int stride, int add, float* parts,                      \
+                                    unsigned* arrived) {                                              \
+        more_rows<WIDTH, EIGHTS, WIDE, KIND>(out, x, bias, w, rows, stride, add, parts, arrived);     \
     }
 
 extern "C" {
 
-FEW_ROWS(4, 1, PLAIN)
-FEW_ROWS(4, 1, ANY)
-FEW_ROWS(4, 2, PLAIN)
-FEW_ROWS(4, 2, ANY)
-FEW_ROWS(8, 1, PLAIN)
-FEW_ROWS(8, 1, ANY)
-MORE_ROWS(4, 2, 1, PLAIN)
-MORE_ROWS(4, 2, 1, ANY)
-MORE_ROWS(4, 4, 2, PLAIN)
-MORE_ROWS(4, 4, 2, ANY)
-MORE_ROWS(4, 8, 2, PLAIN)
-MORE_ROWS(4, 8, 2, ANY)
-MORE_ROWS(8, 2, 1, PLAIN)
-MORE_ROWS(8, 2, 1, ANY)
-MORE_ROWS(8, 4, 2, PLAIN)
-MORE_ROWS(8, 4, 2, ANY)
-MORE_ROWS(8, 8, 2, PLAIN)
-MORE_ROWS(8, 8, 2, ANY)
+FEW_WIDTHS(1)
+FEW_WIDTHS(2)
+FEW_WIDTHS(4)
+MORE_ROWS(4, 1, PLAIN)
+MORE_ROWS(4, 1, ANY)
+MORE_ROWS(8, 2, PLAIN)
+MORE_ROWS(8, 2, ANY)
 
 // The weight in sixteen bits, [n, 128 steps] row-major, positions as in the layout: for products of
 // many rows. A warp takes a run of 64 positions of 16 outputs; four lanes write half a tile each, so
 // that what a warp writes at once fills sectors. Grid: (2 steps / 8, n / 16).
-__global__ void widen_packed(half16* out, Packed w, int bits) {
+__global__ void widen_packed(half16* out, Packed w) {
     int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, upper = t & 1;
     int run = blockIdx.x * 8 + (threadIdx.x >> 5);
     if (run >= 2 * w.steps) return;
-    int words = bits == 4 ? 1 : 2; // of 16 bytes
+    constexpr int words = WIDTH == 4 ? 1 : 2; // of 16 bytes
     const unsigned* codes = (const unsigned*)(w.codes + ((long long)blockIdx.y * 2 * w.steps + run) * words * 32);
     int stride = w.steps * STEP, granules = 4 * w.steps >> w.shift;
     for (int pair = 0; pair < 2; pair++) {
-        int tile = 2 * pair + (t >> 1), word = bits == 4 ? tile : 2 * tile + upper;
+        int tile = 2 * pair + (t >> 1), word = WIDTH == 4 ? tile : 2 * tile + upper;
         const unsigned* from = codes + (word >> 2) * 128 + g * 16 + (word & 3);
         unsigned of_lane[4];
         for (int i = 0; i < 4; i++) of_lane[i] = from[4 * i];
         long long at = ((long long)blockIdx.y * granules + ((run * 2 + pair) >> w.shift)) * 8 + g;
         unsigned scales = w.scales[at], zeros = w.zeros ? w.zeros[at] : pair_of(w.zero, w.zero);
         for (int high = 0; high < 2; high++) {
-            int output = blockIdx.y * 16 + g + 8 * high, shift = bits == 4 ? 8 * upper + 4 * high : 16 * high;
-            int apart = bits == 4 ? 16 : 8, mask = (1 << bits) - 1;
+            int output = blockIdx.y * 16 + g + 8 * high, shift = WIDTH == 4 ? 8 * upper + 4 * high : 16 * high;
+            int apart = WIDTH == 4 ? 16 : 8, mask = (1 << WIDTH) - 1;
             float scale = widen((half16)(high ? scales >> 16 : scales & 0xffff));
             float zero = widen((half16)(high ? zeros >> 16 : zeros & 0xffff));
             unsigned both[4];
@@ -73,12 +65,12 @@ __global__ void widen_packed(half16* out, Packed w, int bits) {
 
 // out [rows, stride]: column i of x at the places of `channels`, zero where that is negative. The row
 // goes through shared memory, so that it and the channels come at the same time. Eight columns a
-// thread. Grid: (stride / 2048, rows), block 256; shared: 2 k bytes.
+// thread at a time. Grid: (up to stride / 2048, rows), block 256; shared: 2 k bytes.
 __global__ void arrange(uint4* out, const half16* x, const int4* channels, int k, int stride) {
     extern __shared__ half16 row[];
-    int i = blockIdx.x * 256 + threadIdx.x;
-    int4 low = make_int4(-1, -1, -1, -1), high = low;
-    if (8 * i < stride) low = channels[2 * i], high = channels[2 * i + 1];
+    int first = blockIdx.x * 256 + threadIdx.x, pieces = stride / 8;
+    int4 low, high;
+    if (first < pieces) low = channels[2 * first], high = channels[2 * first + 1];
     wait_for_it();
     const half16* from = x + (long long)blockIdx.y * k;
     if (k % 8 == 0)
@@ -87,11 +79,13 @@ __global__ void arrange(uint4* out, const half16* x, const int4* channels, int k
         for (int c = threadIdx.x; c < k; c += 256) row[c] = from[c];
     __syncthreads();
     let_next_start(); // not earlier: what it asks for would come before the row
-    if (8 * i >= stride) return;
     auto at = [&](int channel) { return channel < 0 ? 0u : (unsigned)row[channel]; };
-    out[(long long)blockIdx.y * (stride / 8) + i] =
-        make_uint4(at(low.x) | at(low.y) << 16, at(low.z) | at(low.w) << 16,
-                   at(high.x) | at(high.y) << 16, at(high.z) | at(high.w) << 16);
+    for (int i = first; i < pieces; i += 256 * gridDim.x) {
+        if (i > first) low = channels[2 * i], high = channels[2 * i + 1];
+        out[(long long)blockIdx.y * pieces + i] =
+            make_uint4(at(low.x) | at(low.y) << 16, at(low.z) | at(low.w) << 16,
+                       at(high.x) | at(high.y) << 16, at(high.z) | at(high.w) << 16);
+    }
 }
 
 }

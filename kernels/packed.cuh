@@ -91,15 +91,6 @@ __device__ __forceinline__ unsigned two_bytes(unsigned word, int p) {
 }
 #define BYTE_OFFSET (BF16 ? 0.0f : 1024.0f)
 
-// Read once: past the first-level cache.
-__device__ __forceinline__ uint4 stream(const uint4* from) {
-    uint4 y;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(y.x), "=r"(y.y), "=r"(y.z), "=r"(y.w)
-                 : "l"(from));
-    return y;
-}
-
 __device__ __forceinline__ unsigned both(unsigned pair, int high) {
     return __byte_perm(pair, 0, high ? 0x3232 : 0x1010);
 }
@@ -150,3 +141,16 @@ __device__ __forceinline__ void zeros_of(unsigned* less, const unsigned* pairs, 
 // What differs between groups beside the scale of a step, if anything: PLAIN weights have one zero and
 // groups of whole steps.
 enum Kind { PLAIN, ANY };
+
+// Whether this block is the last of `blocks` that leave their sums for the same outputs; then all of
+// them may be read. `said`: a word of shared memory.
+__device__ __forceinline__ bool is_last(unsigned* arrived, unsigned blocks, unsigned* said) {
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) *said = atomicAdd(arrived, 1);
+    __syncthreads();
+    if (*said != blocks - 1) return false;
+    __threadfence();
+    if (threadIdx.x == 0) *arrived = 0; // for the next launch
+    return true;
+}

@@ -4,10 +4,11 @@
 usage: compile_kernels.py WHEEL_FOLDER [ARCH...]        (default sm_80 sm_89 sm_90a)
 
 WHEEL_FOLDER: where the PyPI wheel nvidia-cuda-nvrtc is unpacked or installed (holds nvidia/cu13/lib or nvidia/cuda_nvrtc/lib).
-Each kernels/*.cu is compiled for half and bfloat16, as the program does when it runs. Exit 1 with NVRTC's log if one fails.
+Each kernels/*.cu is compiled for half and bfloat16 (packed.cu for 4 and 8 bits), as the program does when it runs. Exit 1 with NVRTC's log if one fails.
 """
 import ctypes
 import glob
+import itertools
 import os
 import sys
 
@@ -44,12 +45,13 @@ def main():
     for path in sorted(glob.glob(f"{KERNELS}/*.cu")):
         source = open(path).read()
         for arch in sys.argv[2:] or ["sm_80", "sm_89", "sm_90a"]:
-            for bf16 in (0, 1):
-                name = os.path.basename(path)
-                options = [f"--gpu-architecture={arch}", f"-DBF16={bf16}", f"--include-path={KERNELS}"]
-                options += ["--std=c++17", "--split-compile=0"]
+            name = os.path.basename(path)
+            for bf16, bits in itertools.product((0, 1), (4, 8) if name == "packed.cu" else (0,)):
+                options = [f"--gpu-architecture={arch}", f"-DBF16={bf16}", f"-DWIDTH={bits}"]
+                options += [f"--include-path={KERNELS}", "--std=c++17", "--split-compile=0"]
                 failed, log, size = compile_one(nvrtc, source, name, options)
-                print(f"{name} {arch} BF16={bf16}: {'FAILED' if failed else f'{size} bytes'}")
+                settings = f"BF16={bf16}" + (f" WIDTH={bits}" if bits else "")
+                print(f"{name} {arch} {settings}: {'FAILED' if failed else f'{size} bytes'}")
                 if log.strip():
                     print(log)
                 failures += failed != 0

@@ -6,7 +6,7 @@
 mod mixed;
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use gptq_inference::{OpenedModel, Runner, compare, logits, open};
 use gptq_kernels::cuda::devices;
@@ -24,6 +24,12 @@ const IDS: [u32; 24] = [
     1, 403, 407, 261, 378, 286, 410, 352, 270, 290, 31, 77, 500, 402, 261, 13, 9, 280, 345, 260,
     267, 337, 335, 429,
 ];
+
+/// One test at a time: the memory that a runner takes is told from what the process holds.
+fn alone() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(|held| held.into_inner())
+}
 
 /// Below `GPTQ_SHARED` where the test runs on another machine than it was built on.
 fn shared(path: &str) -> Option<PathBuf> {
@@ -147,6 +153,7 @@ fn wanted(model: &OpenedModel, ids: &[u32]) -> Vec<f32> {
 
 #[test]
 fn the_streaming_pass_in_f16_is_no_closer() {
+    let _alone = alone();
     for model in models() {
         let mut seen = Seen::of(&model);
         let device = Device::Cuda {
@@ -172,6 +179,7 @@ fn runner(model: &OpenedModel, batch: usize, capacity: usize) -> Box<dyn Runner>
 
 #[test]
 fn prompts_and_steps_give_the_logits_of_the_processor() {
+    let _alone = alone();
     for model in models() {
         let mut seen = Seen::of(&model);
         let want = wanted(&model, &IDS);
@@ -201,6 +209,7 @@ fn prompts_and_steps_give_the_logits_of_the_processor() {
 
 #[test]
 fn sequences_of_different_lengths_do_not_see_each_other() {
+    let _alone = alone();
     for model in models() {
         let mut seen = Seen::of(&model);
         let starts = [&IDS[..9], &IDS[5..6], &IDS[2..20]];
@@ -226,6 +235,7 @@ fn sequences_of_different_lengths_do_not_see_each_other() {
 /// q, k, v and gate, up that do not share an order are products of their own.
 #[test]
 fn linears_of_a_stage_with_other_groups_are_read_as_they_are() {
+    let _alone = alone();
     for path in [
         "golden/gptq-4bit-32g-act0-sym1",
         "golden/gptq_v2-4bit-64g-act1-sym0",
@@ -252,6 +262,7 @@ fn linears_of_a_stage_with_other_groups_are_read_as_they_are() {
 /// that one's turn comes: a second sequence would notice.
 #[test]
 fn packed_beside_float_linears_are_read_as_they_are() {
+    let _alone = alone();
     for path in [
         "golden/gptq-4bit-32g-act0-sym1",
         "golden/gptq_v2-4bit-64g-act1-sym0",
@@ -284,6 +295,7 @@ fn packed_beside_float_linears_are_read_as_they_are() {
 
 #[test]
 fn two_runs_give_the_same_bits() {
+    let _alone = alone();
     for model in models() {
         let run = || {
             let mut runner = runner(&model, 2, 300);
@@ -299,6 +311,7 @@ fn two_runs_give_the_same_bits() {
 
 #[test]
 fn a_prompt_longer_than_a_piece_is_read_in_pieces() {
+    let _alone = alone();
     for model in models() {
         let mut seen = Seen::of(&model);
         let ids: Vec<u32> = (0..2100).map(|at| IDS[at % 24]).collect();

@@ -138,7 +138,7 @@ fn check(gpu: &Arc<Gpu>, case: Case, rows: usize, dtype: Dtype) {
     );
 }
 
-const ROWS: [usize; 11] = [1, 2, 5, 8, 9, 16, 31, 64, 65, 130, 300];
+const ROWS: [usize; 12] = [1, 2, 5, 8, 9, 16, 31, 33, 64, 65, 130, 300];
 
 #[test]
 fn products_agree_with_sums_in_f64_for_every_format() {
@@ -221,5 +221,86 @@ fn the_shapes_of_a_7b_model_and_odd_ones_agree() {
                 check(&gpu, case, rows, Dtype::F16);
             }
         }
+    }
+}
+
+/// With so many outputs blocks of few rows are two, three and six warps wide.
+#[test]
+fn many_outputs_agree() {
+    let Some(gpu) = gpu() else { return };
+    let portable = Gpu::open_portable(0).unwrap();
+    for (bits, group, sym) in [
+        (Bits::Four, 128, true),
+        (Bits::Two, 64, false),
+        (Bits::Eight, 32, false),
+    ] {
+        for n in [8200, 11001, 22016] {
+            let case = Case {
+                bits,
+                k: 640,
+                n,
+                group,
+                act_order: false,
+                sym,
+            };
+            for rows in [3, 11, 20] {
+                check(&gpu, case, rows, Dtype::F16);
+            }
+            check(&portable, case, 20, Dtype::F16);
+        }
+    }
+}
+
+/// Kernels begin before those ahead of them are done; what they read and write must not show it.
+#[test]
+fn products_queued_back_to_back_do_not_disturb_each_other() {
+    let Some(gpu) = gpu() else { return };
+    let shapes = [(512, 4096), (4096, 512), (512, 11008), (11008, 512)];
+    let linears: Vec<PackedLinear> = (shapes.iter().enumerate())
+        .map(|(at, &(k, n))| {
+            let case = Case {
+                bits: if at == 3 { Bits::Eight } else { Bits::Four },
+                k,
+                n,
+                group: 128,
+                act_order: at == 1,
+                sym: true,
+            };
+            PackedLinear::new(&gpu, &layer(case), None, Dtype::F16).unwrap()
+        })
+        .collect();
+    for rows in [1, 7, 16, 32, 40, 64] {
+        let mut random = Random(rows as u64);
+        let wide: Vec<u16> = (0..rows * 11008)
+            .map(|_| f16::from_f32(0.1 * random.uniform()).to_bits())
+            .collect();
+        // Each reads what the one before has written.
+        let run = |apart: bool| {
+            let first = Buffer::from_host(&gpu, &wide).unwrap();
+            let others: Vec<Buffer> = (0..8)
+                .map(|_| Buffer::zeros(&gpu, rows * 11008 * 2).unwrap())
+                .collect();
+            let mut from = first.address();
+            for (at, out) in others.iter().enumerate() {
+                let linear = &linears[at % 4];
+                let x = DeviceMatrix {
+                    address: from,
+                    rows,
+                    columns: linear.features(),
+                    dtype: Dtype::F16,
+                };
+                linear.multiply(out.address(), x, at >= 4).unwrap();
+                from = out.address();
+                if apart {
+                    gpu.synchronize().unwrap();
+                }
+            }
+            others
+                .iter()
+                .flat_map(|out| out.to_host::<u16>(rows * 512).unwrap())
+                .collect::<Vec<u16>>()
+        };
+        let alone = run(true);
+        assert!((0..10).all(|_| run(false) == alone), "{rows} rows");
     }
 }

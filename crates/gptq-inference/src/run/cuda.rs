@@ -316,6 +316,14 @@ impl GpuRunner {
     }
 }
 
+impl Drop for GpuRunner {
+    /// Working space and the GPU's handles hold each other; nothing is queued after this.
+    fn drop(&mut self) {
+        (self.newest, self.prompt) = (None, None);
+        self.gpu.drop_scratch();
+    }
+}
+
 impl Runner for GpuRunner {
     fn config(&self) -> &DecoderConfig {
         &self.config

@@ -10,6 +10,7 @@ use cudarc::driver::{CudaContext, CudaEvent, CudaStream, sys};
 
 use super::arrival::Pool;
 use super::error::{CudaError, Named};
+use super::graph::RECORDING;
 use super::memory::{Buffer, Staging};
 use super::program::Program;
 
@@ -25,6 +26,8 @@ pub struct Gpu {
     pub(super) solver: solver::cusolverDnHandle_t,
     pub(super) solver_params: solver::cusolverDnParams_t,
     pub(super) functions: RefCell<HashMap<(Program, &'static str), sys::CUfunction>>,
+    /// Dynamic shared memory that a kernel may have.
+    pub(super) allowed: RefCell<HashMap<(Program, &'static str), usize>>,
     pub(super) modules: RefCell<HashMap<Program, sys::CUmodule>>,
     scratch: RefCell<HashMap<&'static str, Arc<Buffer>>>,
     pub(super) staging: RefCell<Staging>,
@@ -85,6 +88,9 @@ impl KeptOpen {
     }
 }
 
+/// Of a block, on GPUs of compute capability 8.6 and 8.9.
+const LEAST_SHARED_MEMORY: usize = 99 << 10;
+
 impl Gpu {
     /// Opens device `ordinal` with cuBLAS, cuSOLVER and NVRTC. Fails with the name of what is not
     /// there.
@@ -92,8 +98,8 @@ impl Gpu {
         Self::open_with(ordinal, false)
     }
 
-    /// The same with kernels as GPUs other than Hopper have them, without what Hopper alone can do;
-    /// for their tests.
+    /// The same with kernels as GPUs other than Hopper have them, without what Hopper alone can do,
+    /// and as little shared memory as the smallest of those has; for their tests.
     pub fn open_portable(ordinal: usize) -> Result<Arc<Gpu>, CudaError> {
         Self::open_with(ordinal, true)
     }
@@ -134,7 +140,10 @@ impl Gpu {
             .named("asking for shared memory")?;
         let gpu = Gpu {
             multiprocessors: multiprocessors as usize,
-            shared_memory: shared_memory as usize,
+            shared_memory: match portable {
+                true => LEAST_SHARED_MEMORY,
+                false => shared_memory as usize,
+            },
             portable,
             name: context.name().named("reading the name")?,
             context,
@@ -143,6 +152,7 @@ impl Gpu {
             solver,
             solver_params,
             functions: RefCell::default(),
+            allowed: RefCell::default(),
             modules: RefCell::default(),
             scratch: RefCell::default(),
             staging: RefCell::default(),
@@ -197,12 +207,13 @@ impl Gpu {
     /// What NVRTC compiles for: the features of Hopper need the `a`.
     pub(super) fn architecture(&self) -> String {
         let (major, minor) = self.capability;
-        let own = if major == 9 && !self.portable {
-            "a"
-        } else {
-            ""
-        };
+        let own = if self.is_hopper() { "a" } else { "" };
         format!("sm_{major}{minor}{own}")
+    }
+
+    /// Whether kernels use what only Hopper has.
+    pub(super) fn is_hopper(&self) -> bool {
+        self.capability.0 == 9 && !self.portable
     }
 
     pub(super) fn raw_stream(&self) -> sys::CUstream {
@@ -324,6 +335,7 @@ impl Gpu {
 impl Drop for Gpu {
     fn drop(&mut self) {
         self.scratch.borrow_mut().clear();
+        let _alone = RECORDING.lock().unwrap_or_else(|held| held.into_inner());
         // SAFETY: created in `open`, used nowhere else; errors at the end of a process are moot.
         unsafe {
             let _ = self.home.synchronize();

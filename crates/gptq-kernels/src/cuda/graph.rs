@@ -1,12 +1,16 @@
 //! Work that is queued once and run many times.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use cudarc::driver::sys;
 
 use super::Gpu;
 use super::error::{CudaError, Named};
 use super::memory::Buffer;
+
+/// Held while work is recorded, and while libraries give back what they hold: that waits for the
+/// whole device, which ends a recording on any thread.
+pub(super) static RECORDING: Mutex<()> = Mutex::new(());
 
 /// Kernels and products as one CUDA graph: the same addresses every time, so what they hold may
 /// change and where it lies may not.
@@ -25,6 +29,7 @@ impl Gpu {
         self: &Arc<Self>,
         work: impl FnOnce() -> Result<(), CudaError>,
     ) -> Result<Recorded, CudaError> {
+        let _alone = RECORDING.lock().unwrap_or_else(|held| held.into_inner());
         let stream = self.raw_stream();
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: the stream is this GPU's; what is captured is instantiated below or dropped.

@@ -133,7 +133,10 @@ impl Gpu {
             return Ok(());
         }
         let function = self.function(program, name)?;
-        if shared > 48 << 10 {
+        let mut allowed = self.allowed.borrow_mut();
+        let allowed = allowed.entry((program, name)).or_insert(48 << 10);
+        if shared > *allowed {
+            *allowed = shared; // never less again: a recorded launch may need it
             // SAFETY: the function is loaded.
             unsafe {
                 result::function::set_function_attribute(

@@ -8,17 +8,12 @@ use super::layout::{GRANULE, LANES, STEP, TILE};
 use super::memory::Buffer;
 use super::packed::PackedLinear;
 
-/// Up to so many rows a warp takes all of them; their x must fit into shared memory.
-const FEW_ROWS: usize = 8;
-/// Up to so many rows a second tile of outputs, which halves what is read of x, costs more than it
-/// saves: it takes registers, and with them warps.
-const ONE_TILE_ROWS: usize = 4;
+/// Up to so many rows a block takes all of them, and all positions.
+const FEW_ROWS: usize = 32;
 /// Outputs that are widened at a time: what they take is held beside the packed weights.
 const WIDENED_OUTPUTS: usize = 12288;
-/// Steps of x, codes and scales in shared memory, as in the kernel.
+/// Steps of x, codes and scales in shared memory, as in the kernel of more rows.
 const STAGES: usize = 4;
-/// Warps of a block of few rows.
-const MAX_WARPS: usize = 16;
 /// Steps of a share of the positions that are worth a block of their own.
 const SHARE_STEPS: usize = 8;
 /// Shares at most: each leaves its sums in memory, and the last one reads them all.
@@ -30,7 +25,7 @@ impl PackedLinear {
         assert_eq!(x.columns, self.steps * STEP, "places of the order");
         match x.rows {
             0 => Ok(()),
-            rows if rows <= FEW_ROWS && self.fits(rows) => self.multiply_few(out, x, add),
+            rows if rows <= FEW_ROWS => self.multiply_few(out, x, add),
             rows if rows <= self.more_rows() => self.multiply_more(out, x, add),
             _ => self.multiply_many(out, x, add),
         }
@@ -51,15 +46,7 @@ impl PackedLinear {
     /// Up to so many rows blocks take codes apart for themselves; from there on the weight is widened
     /// once and cuBLAS does the product. On Hopper the two cross beyond 256; elsewhere not timed.
     fn more_rows(&self) -> usize {
-        match self.gpu.capability {
-            (9, 0) if !self.gpu.portable => 256,
-            _ => 64,
-        }
-    }
-
-    /// Whether all of x fits beside the sums of as many warps as a block may have.
-    fn fits(&self, rows: usize) -> bool {
-        few_shared(rows, self.steps, 2, MAX_WARPS) <= self.gpu.shared_memory
+        if self.gpu.is_hopper() { 256 } else { 64 }
     }
 
     /// One zero, and a scale for each whole step.
@@ -68,50 +55,29 @@ impl PackedLinear {
     }
 
     fn multiply_few(&self, out: u64, x: DeviceMatrix, add: bool) -> Result<(), CudaError> {
-        let tiles = match (self.bits, x.rows) {
-            (4, rows) if rows > ONE_TILE_ROWS => 2,
-            _ => 1,
+        let room = if self.gpu.is_hopper() {
+            HOPPERS_ROOM
+        } else {
+            ROOM
         };
-        let name = match (self.bits, tiles, self.is_plain()) {
-            (4, 1, true) => "few_rows_4_1_PLAIN",
-            (4, 1, false) => "few_rows_4_1_ANY",
-            (4, _, true) => "few_rows_4_2_PLAIN",
-            (4, _, false) => "few_rows_4_2_ANY",
-            (_, _, true) => "few_rows_8_1_PLAIN",
-            (_, _, false) => "few_rows_8_1_ANY",
-        };
-        // As many warps as all blocks on a multiprocessor have registers for.
-        let room = match (tiles, self.is_plain()) {
-            (1, true) if self.bits == 4 => 36,
-            (1, true) => 28,
-            (1, false) | (_, true) => 20,
-            (_, false) => 16,
-        };
-        let blocks = self.outputs.div_ceil(TILE * tiles);
-        let abreast = blocks.div_ceil(self.gpu.multiprocessors());
-        let warps = (room / abreast).clamp(2, MAX_WARPS).min(self.steps.max(1));
-        let shared = few_shared(x.rows, self.steps, tiles, warps);
+        let tiles = self.outputs.div_ceil(TILE);
+        let multiprocessors = self.gpu.multiprocessors();
+        let few = Few::of(self.bits as usize, x.rows, tiles, multiprocessors, room);
+        let grid = [tiles.div_ceil(2 * few.warps), 1, 1];
+        let block = [LANES * few.warps * few.teams, 1, 1];
         let args = self.arguments(out, x, add);
-        let (grid, block) = ([blocks, 1, 1], [LANES * warps, 1, 1]);
+        let (program, name) = (self.program(), few.name(self.is_plain()));
         // SAFETY: out has rows x N elements, the caller vouches; x as many columns as positions.
-        unsafe { (self.gpu).launch_behind(self.program(), name, grid, block, shared, &args) }
+        unsafe { (self.gpu).launch_behind(program, name, grid, block, few.shared(), &args) }
     }
 
     fn multiply_more(&self, out: u64, x: DeviceMatrix, add: bool) -> Result<(), CudaError> {
-        let (eights, wide) = more_shape(self.bits, x.rows, self.gpu.shared_memory);
-        let name = match (self.bits, eights, self.is_plain()) {
-            (4, 2, true) => "more_rows_4_2_PLAIN",
-            (4, 2, false) => "more_rows_4_2_ANY",
-            (4, 4, true) => "more_rows_4_4_PLAIN",
-            (4, 4, false) => "more_rows_4_4_ANY",
-            (4, _, true) => "more_rows_4_8_PLAIN",
-            (4, _, false) => "more_rows_4_8_ANY",
-            (_, 2, true) => "more_rows_8_2_PLAIN",
-            (_, 2, false) => "more_rows_8_2_ANY",
-            (_, 4, true) => "more_rows_8_4_PLAIN",
-            (_, 4, false) => "more_rows_8_4_ANY",
-            (_, _, true) => "more_rows_8_8_PLAIN",
-            (_, _, false) => "more_rows_8_8_ANY",
+        let (eights, wide) = more_shape(self.bits, self.gpu.shared_memory);
+        let name = match (eights, self.is_plain()) {
+            (4, true) => "more_rows_4_PLAIN",
+            (4, false) => "more_rows_4_ANY",
+            (_, true) => "more_rows_8_PLAIN",
+            (_, false) => "more_rows_8_ANY",
         };
         let blocks = self.outputs.div_ceil(4 * wide * TILE);
         let over = x.rows.div_ceil(8 * eights);
@@ -136,11 +102,7 @@ impl PackedLinear {
         let place = self.gpu.scratch("widened", most * stride * 2)?;
         for first in (0..self.outputs).step_by(WIDENED_OUTPUTS) {
             let rows = WIDENED_OUTPUTS.min(self.outputs - first);
-            let args = [
-                place.address().into(),
-                self.raw_from(first, rows).into(),
-                self.bits.into(),
-            ];
+            let args = [place.address().into(), self.raw_from(first, rows).into()];
             let grid = [(2 * self.steps).div_ceil(8), rows.div_ceil(TILE), 1];
             // SAFETY: the place holds rows x stride elements.
             unsafe {
@@ -172,45 +134,137 @@ impl PackedLinear {
     }
 }
 
-/// Bytes of shared memory of a block of few rows: all of x, and the sums of its warps.
-fn few_shared(rows: usize, steps: usize, tiles: usize, warps: usize) -> usize {
-    rows * steps * STEP * 2 + warps * tiles * TILE * 8 * 4
+/// Bytes of shared memory that a block of few rows may take, as in the kernel.
+const HOPPERS_ROOM: usize = 216 << 10;
+const ROOM: usize = 96 << 10;
+
+/// A block of few rows, as `Few` of the kernel: `teams` of `warps`, with `slots` steps in shared
+/// memory.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Few {
+    eights: usize,
+    warps: usize,
+    teams: usize,
+    slots: usize,
+    /// Bytes of a step of a team: x, and codes, scales and zeros.
+    slot: usize,
 }
 
-/// The same of a block of more rows: steps of x, and of each warp's codes, scales and zeros.
+impl Few {
+    /// The width of block that reads least where all multiprocessors work at once: tiles of the
+    /// busiest one, and what it reads of x beside them, which comes from the cache.
+    fn of(bits: usize, rows: usize, tiles: usize, multiprocessors: usize, room: usize) -> Few {
+        let eights = rows.div_ceil(8).next_power_of_two();
+        let read = |warps: usize| {
+            let rounds = tiles.div_ceil(2 * warps).div_ceil(multiprocessors);
+            rounds * (2 * warps + eights)
+        };
+        let widths = [6, 3, 2, 1];
+        let warps = widths.into_iter().min_by_key(|&warps| read(warps));
+        Few::with(bits, eights, warps.expect("there are widths"), room)
+    }
+
+    fn with(bits: usize, eights: usize, warps: usize, room: usize) -> Few {
+        let slot = eights * 8 * STEP * 2 + warps * 2 * (bits * 256 + 256);
+        let mut teams = match warps {
+            1 => 8,
+            6 => 2,
+            _ => 4,
+        };
+        while teams > 1 && room / (teams * slot) < 2 {
+            teams /= 2;
+        }
+        let most = if eights == 1 || warps == 1 { 4 } else { 3 };
+        let slots = most.min(room / (teams * slot));
+        Few {
+            eights,
+            warps,
+            teams,
+            slots,
+            slot,
+        }
+    }
+
+    fn shared(self) -> usize {
+        self.teams * self.slots * self.slot
+    }
+
+    fn name(self, plain: bool) -> &'static str {
+        macro_rules! names {
+            ($($eights:literal $warps:literal)*) => {
+                match (self.eights, self.warps, plain) {
+                    $(($eights, $warps, true) => concat!("few_rows_", $eights, "_", $warps, "_PLAIN"),
+                      ($eights, $warps, false) => concat!("few_rows_", $eights, "_", $warps, "_ANY"),)*
+                    _ => unreachable!("no kernel of {self:?}"),
+                }
+            };
+        }
+        names!(1 1 1 2 1 3 1 6 2 1 2 2 2 3 2 6 4 1 4 2 4 3 4 6)
+    }
+}
+
+/// Bytes of shared memory of a block of more rows: steps of x, and of each warp's codes, scales and zeros.
 fn more_shared(bits: i32, eights: usize, wide: usize) -> usize {
     let of_warp = bits as usize * LANES * 8 + 2 * 8 * 16;
     STAGES * (8 * eights * STEP * 2 + 4 * wide * of_warp)
 }
 
-/// Eights of rows of a block, and its warpgroups: the fewest that take all rows, or the most for
-/// which there is shared memory.
-fn more_shape(bits: i32, rows: usize, room: usize) -> (usize, usize) {
-    let shapes = [(2, 1), (4, 2), (8, 2)];
-    let fits = |&(eights, wide): &(usize, usize)| more_shared(bits, eights, wide) <= room;
-    let takes_all = |&(eights, _): &(usize, usize)| rows <= 8 * eights;
-    let last = shapes.into_iter().rev().find(fits).unwrap_or(shapes[0]);
-    (shapes.into_iter().filter(fits).find(takes_all)).unwrap_or(last)
+/// Eights of rows of a block, and its warpgroups: the most for which there is shared memory.
+fn more_shape(bits: i32, room: usize) -> (usize, usize) {
+    match more_shared(bits, 8, 2) <= room {
+        true => (8, 2),
+        false => (4, 1),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    const HOPPER: usize = 227 << 10;
+    const ADA: usize = 99 << 10;
+
     #[test]
-    fn blocks_take_all_rows_or_what_shared_memory_allows() {
-        const HOPPER: usize = 227 << 10;
-        const ADA: usize = 99 << 10;
+    fn blocks_of_more_rows_fit_into_shared_memory() {
         for bits in [4, 8] {
-            for (rows, eights) in [(9, 2), (16, 2), (17, 4), (33, 8), (64, 8), (200, 8)] {
-                assert_eq!(
-                    more_shape(bits, rows, HOPPER).0,
-                    eights,
-                    "{bits} bits, {rows} rows"
-                );
+            assert_eq!(more_shape(bits, HOPPER), (8, 2), "{bits} bits");
+            let (eights, wide) = more_shape(bits, ADA);
+            assert!(more_shared(bits, eights, wide) <= ADA, "{bits} bits");
+        }
+    }
+
+    #[test]
+    fn blocks_of_few_rows_fit_with_two_steps_of_each_team() {
+        for (room, most) in [(HOPPERS_ROOM, HOPPER), (ROOM, ADA)] {
+            for (bits, eights) in [(4, 1), (4, 2), (4, 4), (8, 1), (8, 2), (8, 4)] {
+                for warps in [1, 2, 3, 6] {
+                    let few = Few::with(bits, eights, warps, room);
+                    let sums = few.teams * few.warps * few.eights * 1024;
+                    assert!(few.slots >= 2 && few.shared() <= most, "{few:?}");
+                    assert!(
+                        sums <= few.shared() && few.teams * few.warps <= 16,
+                        "{few:?}"
+                    );
+                }
             }
-            let (eights, wide) = more_shape(bits, 64, ADA);
-            assert!(more_shared(bits, eights, wide) <= ADA && eights < 8);
+        }
+    }
+
+    #[test]
+    fn blocks_of_few_rows_are_as_wide_as_outputs_ask_for() {
+        for (outputs, rows, warps) in [
+            (4096, 1, 1),
+            (4096, 32, 1),
+            (8192, 8, 2),
+            (11008, 1, 3),
+            (11008, 16, 3),
+            (12288, 8, 3),
+            (22016, 16, 6),
+            (192, 3, 1),
+        ] {
+            let few = Few::of(4, rows, outputs / TILE, 132, HOPPERS_ROOM);
+            assert_eq!(few.warps, warps, "{rows} rows, {outputs} outputs");
+            assert!(8 * few.eights >= rows);
         }
     }
 }

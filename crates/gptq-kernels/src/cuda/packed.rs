@@ -178,6 +178,7 @@ impl PackedLinear {
     pub(super) fn program(&self) -> Program {
         Program::Packed {
             bf16: self.dtype == Dtype::BF16,
+            bits: self.bits as u8,
         }
     }
 
@@ -193,8 +194,10 @@ impl PackedLinear {
     /// `out [rows, N] = x [rows, K] W^T + bias`, or `out +=` that; sixteen-bit, summed in f32.
     pub fn multiply(&self, out: u64, x: DeviceMatrix, add: bool) -> Result<(), CudaError> {
         assert_eq!(x.columns, self.features, "in_features");
-        let x = self.arranged(x)?;
-        self.multiply_ordered(out, x, add)
+        match x.rows {
+            0 => Ok(()),
+            _ => self.multiply_ordered(out, self.arranged(x)?, add),
+        }
     }
 
     /// x with its columns where the codes of their channels are.
@@ -211,7 +214,9 @@ impl PackedLinear {
             (self.features as i32).into(),
             (stride as i32).into(),
         ];
-        let grid = [stride.div_ceil(2048), x.rows, 1];
+        // Every block of a row reads it whole.
+        let blocks = self.gpu.multiprocessors().div_ceil(x.rows);
+        let grid = [stride.div_ceil(2048).min(blocks), x.rows, 1];
         // SAFETY: the place holds rows x stride elements, a channel for each of stride.
         unsafe {
             let program = self.program();

@@ -13,7 +13,7 @@ use super::error::CudaError;
 pub(super) enum Program {
     Decoder { bf16: bool },
     Hessian,
-    Packed { bf16: bool },
+    Packed { bf16: bool, bits: u8 },
     Sweep { bf16: bool },
     Text { bf16: bool },
 }
@@ -33,12 +33,26 @@ const HEADERS: [(&str, &str); 4] = [
 ];
 
 impl Program {
-    pub const ALL: [Program; 9] = [
+    pub const ALL: [Program; 11] = [
         Program::Decoder { bf16: false },
         Program::Decoder { bf16: true },
         Program::Hessian,
-        Program::Packed { bf16: false },
-        Program::Packed { bf16: true },
+        Program::Packed {
+            bf16: false,
+            bits: 4,
+        },
+        Program::Packed {
+            bf16: false,
+            bits: 8,
+        },
+        Program::Packed {
+            bf16: true,
+            bits: 4,
+        },
+        Program::Packed {
+            bf16: true,
+            bits: 8,
+        },
         Program::Sweep { bf16: false },
         Program::Sweep { bf16: true },
         Program::Text { bf16: false },
@@ -68,10 +82,18 @@ impl Program {
     fn bf16(self) -> bool {
         match self {
             Program::Decoder { bf16 }
-            | Program::Packed { bf16 }
+            | Program::Packed { bf16, .. }
             | Program::Sweep { bf16 }
             | Program::Text { bf16 } => bf16,
             Program::Hessian => false,
+        }
+    }
+
+    /// Bits of a packed weight, zero where a program knows none.
+    fn bits(self) -> u8 {
+        match self {
+            Program::Packed { bits, .. } => bits,
+            _ => 0,
         }
     }
 }
@@ -83,6 +105,7 @@ pub(super) fn compiled(program: Program, architecture: &str) -> Result<Vec<u8>, 
     let options = [
         format!("--gpu-architecture={architecture}"),
         format!("-DBF16={}", u8::from(program.bf16())),
+        format!("-DWIDTH={}", program.bits()),
         "--std=c++17".to_string(),
         "--split-compile=0".to_string(), // kernels side by side on all threads
     ];
