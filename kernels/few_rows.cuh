@@ -9,7 +9,7 @@
 
 // A block is TEAMS of WARPS warps. Warps of a team stand side by side in outputs and share x; teams
 // share the positions. SLOTS steps of a team are in shared memory, or on their way there, each part of
-// them from a multiple of 128 bytes on: copies to places that are not took a sixth longer. Hopper has
+// them from a multiple of 128 bytes on: copies to places that are not took a fifth longer. Hopper has
 // room for more than others; `Few` in cuda/multiply.rs computes the same.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define ROOM (216 << 10)
