@@ -42,6 +42,9 @@ impl Tokenizer {
                 folder: dir.display().to_string(),
             });
         };
+        // The library panics where text that is not JSON breaks off in the decoder. Strings count: what is
+        // skipped is not looked into, so the whole is read.
+        serde_json::from_slice::<Value>(&bytes).map_err(|error| invalid(&path, error))?;
         let mut inner =
             tokenizers::Tokenizer::from_bytes(&bytes).map_err(|error| invalid(&path, error))?;
         inner.with_padding(None);
@@ -274,6 +277,20 @@ mod tests {
             std::fs::write(folder.path().join(name), text).unwrap();
         }
         folder
+    }
+
+    #[test]
+    fn a_file_that_breaks_off_anywhere_or_holds_no_text_is_named() {
+        let decoder = r#""decoder": {"type": "ByteLevel", "add_prefix_space": true}"#;
+        let text = WORDS.replace(r#""decoder": null"#, decoder);
+        for end in 0..text.trim_end().len() {
+            let folder = folder(&[(TOKENIZER_FILE, &text[..end])]);
+            let error = Tokenizer::open(folder.path()).map(|_| ()).unwrap_err();
+            assert!(error.to_string().contains(TOKENIZER_FILE), "{error}");
+        }
+        let halves = text.replace("ByteLevel", r"\ud800");
+        let folder = folder(&[(TOKENIZER_FILE, &halves)]);
+        assert!(Tokenizer::open(folder.path()).is_err());
     }
 
     #[test]
