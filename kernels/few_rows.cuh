@@ -1,5 +1,5 @@
 // Products of up to 32 rows, by the tensor cores of every GPU from Ampere on. A block reads all
-// positions of its outputs, so that sums need not leave it, and a multiprocessor holds one block: what
+// positions of its outputs, so that sums need not leave it, and takes most of a multiprocessor: what
 // counts is how much of the weight is on its way at any time, and next to that the instructions that
 // turn codes into numbers.
 #pragma once
@@ -9,8 +9,8 @@
 
 // A block is TEAMS of WARPS warps. Warps of a team stand side by side in outputs and share x; teams
 // share the positions. SLOTS steps of a team are in shared memory, or on their way there, each part of
-// them from a multiple of 128 bytes on: copies to places that are not took a fifth longer. Hopper has
-// room for more than others; `Few` in cuda/multiply.rs computes the same.
+// them from a multiple of 128 bytes on: with copies to places that are not, products took up to a fourth
+// longer. Hopper has room for more than the smallest; `Few` in cuda/multiply.rs computes the same.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define ROOM (216 << 10)
 #else
@@ -148,6 +148,8 @@ __device__ __forceinline__ void few_rows(half16* out, const half16* x, const flo
 #pragma unroll
             for (int i = 0; i < 2 * WORDS; i++)
                 codes[j][i] = ((const uint4*)(now + j * OF_TILE))[i * 32 + lane];
+        static_assert(EIGHTS == 1 || EIGHTS % 2 == 0, "eights come in pairs");
+        unsigned b[EIGHTS == 1 ? 1 : EIGHTS / 2][4]; // of one eight for two tiles
         // Sums of a granule are of whole numbers times x; its scale comes last.
 #pragma unroll
         for (int tile = 0; tile < 8; tile++) {
@@ -161,8 +163,6 @@ __device__ __forceinline__ void few_rows(half16* out, const half16* x, const flo
                 for (int j = 0; j < TILES; j++)
                     if (w.zeros) zeros_of<BITS>(less[j], pairs(j, ZEROS_AT), 0);
             }
-            static_assert(EIGHTS == 1 || EIGHTS % 2 == 0, "eights come in pairs");
-            unsigned b[EIGHTS == 1 ? 1 : EIGHTS / 2][4];
 #pragma unroll
             for (int e = 0; e < EIGHTS; e += 2)
                 if (EIGHTS > 1 || tile % 2 == 0)

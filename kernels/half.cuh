@@ -115,6 +115,11 @@ __device__ __forceinline__ void copy_to(unsigned place, const void* from) {
 
 // The same of what is read once: it leaves the second-level cache before what others come back to.
 __device__ __forceinline__ void copy_once(unsigned place, const void* from) {
-    const unsigned long long policy = 0x12f0000000000000; // what createpolicy.fractional.L2::evict_first gives
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    const unsigned long long policy = 0x12f0000000000000; // what is created below, in no register
+#else
+    unsigned long long policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+#endif
     asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(place), "l"(from), "l"(policy));
 }

@@ -1,5 +1,7 @@
-// Products of 33 to 256 rows, by blocks of 64 (of 32 where there is less shared memory): a warpgroup
-// takes 64 outputs, its weights go from registers to the tensor cores, x through shared memory. On Hopper by wgmma, which reads x for four warps at once and does not wait; elsewhere by mma.
+// Products of more rows, to 256 on Hopper and 64 elsewhere, by blocks of 64 (of 32 where there is less
+// shared memory): a warpgroup takes 64 outputs, its weights go from registers to the tensor cores, x
+// through shared memory. On Hopper by wgmma, which reads x for four warps at once and does not wait;
+// elsewhere by mma.
 #pragma once
 #include "packed.cuh"
 
@@ -31,21 +33,11 @@ __device__ __forceinline__ unsigned long long described(unsigned x) {
     return (unsigned long long)((x & 0x3ffff) >> 4 | 1 << 16) | (1024ull >> 4) << 32 | 1ull << 62;
 }
 
-// c [64, 8 EIGHTS] += a [64, 16] b [16, 8 EIGHTS] by a warpgroup, not waited for.
-template <int EIGHTS>
-__device__ __forceinline__ void multiply_group(float* c, const unsigned* a, unsigned long long b);
 #define C4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
 #define C8(i) C4(i), C4(i + 4)
 #define A4 "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
-template <>
-__device__ __forceinline__ void multiply_group<4>(float* c, const unsigned* a, unsigned long long b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n32k16" TYPES " {%0,%1,%2,%3,%4,%5,%6,%7,"
-                 "%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20, 1, 1, 1, 0;"
-                 : C8(0), C8(8)
-                 : A4, "l"(b));
-}
-template <>
-__device__ __forceinline__ void multiply_group<8>(float* c, const unsigned* a, unsigned long long b) {
+// c [64, 64] += a [64, 16] b [16, 64] by a warpgroup, not waited for.
+__device__ __forceinline__ void multiply_group(float* c, const unsigned* a, unsigned long long b) {
     asm volatile("wgmma.mma_async.sync.aligned.m64n64k16" TYPES " {%0,%1,%2,%3,%4,%5,%6,%7,"
                  "%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,"
                  "%24,%25,%26,%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, 1, 1, 1, 0;"
@@ -62,10 +54,11 @@ __device__ __forceinline__ void multiply_group<8>(float* c, const unsigned* a, u
 template <int EIGHTS>
 __device__ __forceinline__ void multiply_run(float* c, const unsigned (*a)[4], unsigned x) {
 #if WGMMA
+    static_assert(EIGHTS == 8, "wgmma of 64 rows");
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
     unsigned long long b = described(x);
 #pragma unroll
-    for (int tile = 0; tile < 4; tile++) multiply_group<EIGHTS>(c, a[tile], b + 2 * tile);
+    for (int tile = 0; tile < 4; tile++) multiply_group(c, a[tile], b + 2 * tile);
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 #else
     int lane = threadIdx.x & 31, row = (lane >> 4) * 8 + (lane & 7), high = lane >> 3 & 1;

@@ -24,10 +24,17 @@ extern "C" {
 FEW_WIDTHS(1)
 FEW_WIDTHS(2)
 FEW_WIDTHS(4)
-MORE_ROWS(4, 1, PLAIN)
-MORE_ROWS(4, 1, ANY)
 MORE_ROWS(8, 2, PLAIN)
 MORE_ROWS(8, 2, ANY)
+#if !WGMMA // where blocks of 64 rows find too little shared memory
+#if WIDTH == 4
+MORE_ROWS(4, 2, PLAIN)
+MORE_ROWS(4, 2, ANY)
+#else
+MORE_ROWS(4, 1, PLAIN)
+MORE_ROWS(4, 1, ANY)
+#endif
+#endif
 
 // The weight in sixteen bits, [n, 128 steps] row-major, positions as in the layout: for products of
 // many rows. A warp takes a run of 64 positions of 16 outputs; four lanes write half a tile each, so

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use gptq_kernels::AttentionShape;
 use gptq_kernels::cuda::{
-    Buffer, CudaError, DeviceKeyValues, Gpu, Pinned, Recorded, TextRows, Turn,
+    Buffer, CudaError, DeviceKeyValues, Gpu, Pinned, Recorded, TextRows, Turn, WorkingSpace,
 };
 use gptq_model::DecoderConfig;
 use gptq_types::{DeviceMatrix, Dtype, Stage};
@@ -21,6 +21,7 @@ const PROMPT_TOKENS: usize = 2048;
 /// See the module.
 pub(super) struct GpuRunner {
     gpu: Arc<Gpu>,
+    _space: WorkingSpace,
     /// Bytes that others of this process held on the device before.
     held_before: usize,
     config: DecoderConfig,
@@ -101,6 +102,7 @@ impl GpuRunner {
     /// Reads all weights.
     pub fn open(model: &OpenedModel, ordinal: usize) -> Result<Self, RunError> {
         let gpu = Gpu::open(ordinal)?;
+        let space = WorkingSpace::of(&gpu);
         gpu.forget_peak()?;
         let held_before = gpu.memory()?.used;
         gpu.keep_library_space()?;
@@ -140,6 +142,7 @@ impl GpuRunner {
         Ok(GpuRunner {
             final_norm: Buffer::from_host(&gpu, &model.vector("model.norm.weight")?)?,
             gpu,
+            _space: space,
             held_before,
             config,
             dtype,
@@ -313,14 +316,6 @@ impl GpuRunner {
         self.pass(&newest.spaces, batch, TextRows::Newest(&newest.held))?;
         let hidden = self.matrix(&newest.spaces.hidden, batch, self.config.hidden_size);
         self.logits(newest.logits.address(), &newest.spaces, hidden)
-    }
-}
-
-impl Drop for GpuRunner {
-    /// Working space and the GPU's handles hold each other; nothing is queued after this.
-    fn drop(&mut self) {
-        (self.newest, self.prompt) = (None, None);
-        self.gpu.drop_scratch();
     }
 }
 

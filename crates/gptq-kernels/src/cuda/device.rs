@@ -10,7 +10,7 @@ use cudarc::driver::{CudaContext, CudaEvent, CudaStream, sys};
 
 use super::arrival::Pool;
 use super::error::{CudaError, Named};
-use super::graph::RECORDING;
+use super::graph::alone;
 use super::memory::{Buffer, Staging};
 use super::program::Program;
 
@@ -82,29 +82,27 @@ impl KeptOpen {
         super::probe::check(ordinal)?;
         let context = CudaContext::new(ordinal).named("opening the device")?;
         let handle = cudarc::cublas::result::create_handle().named("creating a handle")?;
+        let _alone = alone();
         // SAFETY: created just now, used nowhere else.
         unsafe { cudarc::cublas::result::destroy_handle(handle) }.named("closing a handle")?;
         Ok(KeptOpen(context))
     }
 }
 
-/// Of a block, on GPUs of compute capability 8.6 and 8.9.
-const LEAST_SHARED_MEMORY: usize = 99 << 10;
-
 impl Gpu {
     /// Opens device `ordinal` with cuBLAS, cuSOLVER and NVRTC. Fails with the name of what is not
     /// there.
     pub fn open(ordinal: usize) -> Result<Arc<Gpu>, CudaError> {
-        Self::open_with(ordinal, false)
+        Self::open_with(ordinal, None)
     }
 
     /// The same with kernels as GPUs other than Hopper have them, without what Hopper alone can do,
-    /// and as little shared memory as the smallest of those has; for their tests.
-    pub fn open_portable(ordinal: usize) -> Result<Arc<Gpu>, CudaError> {
-        Self::open_with(ordinal, true)
+    /// and no more shared memory of a block than `shared_memory` bytes; for their tests.
+    pub fn open_portable(ordinal: usize, shared_memory: usize) -> Result<Arc<Gpu>, CudaError> {
+        Self::open_with(ordinal, Some(shared_memory))
     }
 
-    fn open_with(ordinal: usize, portable: bool) -> Result<Arc<Gpu>, CudaError> {
+    fn open_with(ordinal: usize, portable: Option<usize>) -> Result<Arc<Gpu>, CudaError> {
         super::probe::check(ordinal)?;
         let context = CudaContext::new(ordinal).named("opening the device")?;
         let stream = context.new_stream().named("creating a stream")?;
@@ -140,11 +138,8 @@ impl Gpu {
             .named("asking for shared memory")?;
         let gpu = Gpu {
             multiprocessors: multiprocessors as usize,
-            shared_memory: match portable {
-                true => LEAST_SHARED_MEMORY,
-                false => shared_memory as usize,
-            },
-            portable,
+            shared_memory: (shared_memory as usize).min(portable.unwrap_or(usize::MAX)),
+            portable: portable.is_some(),
             name: context.name().named("reading the name")?,
             context,
             stream,
@@ -283,7 +278,7 @@ impl Gpu {
     /// Gives cuBLAS working space of its own, so that recorded products need not allocate any.
     pub fn keep_library_space(self: &Arc<Self>) -> Result<(), CudaError> {
         let space = self.scratch("cublas", LIBRARY_SPACE)?;
-        // SAFETY: the space lives as long as the handle uses it: scratch is cleared with the GPU.
+        // SAFETY: the handle uses the space until `drop_scratch` takes it away from it.
         unsafe { blas::cublasSetWorkspace_v2(self.blas, space.address() as *mut _, space.bytes()) }
             .result()
             .named("giving cuBLAS working space")
@@ -313,6 +308,14 @@ impl Gpu {
 
     /// Gives the named working space back.
     pub fn drop_scratch(&self) {
+        if self.scratch.borrow().contains_key("cublas") {
+            let stream = self.raw_stream().cast();
+            // SAFETY: the handle's own stream; to set it takes cuBLAS back to a space of its own.
+            let reset = unsafe { cudarc::cublas::result::set_stream(self.blas, stream) };
+            if reset.is_err() {
+                return;
+            }
+        }
         self.scratch.borrow_mut().clear();
     }
 
@@ -332,10 +335,25 @@ impl Gpu {
     }
 }
 
+/// Gives working space back when it is dropped: a GPU and its working space hold each other.
+pub struct WorkingSpace(Arc<Gpu>);
+
+impl WorkingSpace {
+    /// What `gpu` has, and what it will have.
+    pub fn of(gpu: &Arc<Gpu>) -> Self {
+        WorkingSpace(gpu.clone())
+    }
+}
+
+impl Drop for WorkingSpace {
+    fn drop(&mut self) {
+        self.0.drop_scratch();
+    }
+}
+
 impl Drop for Gpu {
     fn drop(&mut self) {
-        self.scratch.borrow_mut().clear();
-        let _alone = RECORDING.lock().unwrap_or_else(|held| held.into_inner());
+        let _alone = alone();
         // SAFETY: created in `open`, used nowhere else; errors at the end of a process are moot.
         unsafe {
             let _ = self.home.synchronize();

@@ -1,6 +1,6 @@
 //! Work that is queued once and run many times.
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use cudarc::driver::sys;
 
@@ -10,7 +10,10 @@ use super::memory::Buffer;
 
 /// Held while work is recorded, and while libraries give back what they hold: that waits for the
 /// whole device, which ends a recording on any thread.
-pub(super) static RECORDING: Mutex<()> = Mutex::new(());
+pub(super) fn alone() -> MutexGuard<'static, ()> {
+    static RECORDING: Mutex<()> = Mutex::new(());
+    RECORDING.lock().unwrap_or_else(|held| held.into_inner())
+}
 
 /// Kernels and products as one CUDA graph: the same addresses every time, so what they hold may
 /// change and where it lies may not.
@@ -29,7 +32,7 @@ impl Gpu {
         self: &Arc<Self>,
         work: impl FnOnce() -> Result<(), CudaError>,
     ) -> Result<Recorded, CudaError> {
-        let _alone = RECORDING.lock().unwrap_or_else(|held| held.into_inner());
+        let _alone = alone();
         let stream = self.raw_stream();
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: the stream is this GPU's; what is captured is instantiated below or dropped.
@@ -40,13 +43,22 @@ impl Gpu {
         let mut graph = std::ptr::null_mut();
         // SAFETY: an out parameter; ends the capture whatever `work` said.
         let ended = unsafe { sys::cuStreamEndCapture(stream, &mut graph) }.result();
-        queued?;
-        ended.named("recording")?;
         let mut executable = std::ptr::null_mut();
-        // SAFETY: the graph was captured just now.
-        unsafe { sys::cuGraphInstantiateWithFlags(&mut executable, graph, 0) }
-            .result()
-            .named("preparing recorded work")?;
+        let prepared = queued
+            .and_then(|()| ended.named("recording"))
+            .and_then(|()| {
+                // SAFETY: the graph was captured just now.
+                unsafe { sys::cuGraphInstantiateWithFlags(&mut executable, graph, 0) }
+                    .result()
+                    .named("preparing recorded work")
+            });
+        if let Err(error) = prepared {
+            if !graph.is_null() {
+                // SAFETY: captured just now, and nothing was made of it.
+                let _ = unsafe { sys::cuGraphDestroy(graph) };
+            }
+            return Err(error);
+        }
         Ok(Recorded {
             gpu: self.clone(),
             graph,

@@ -136,7 +136,6 @@ impl Gpu {
         let mut allowed = self.allowed.borrow_mut();
         let allowed = allowed.entry((program, name)).or_insert(48 << 10);
         if shared > *allowed {
-            *allowed = shared; // never less again: a recorded launch may need it
             // SAFETY: the function is loaded.
             unsafe {
                 result::function::set_function_attribute(
@@ -146,6 +145,7 @@ impl Gpu {
                 )
             }
             .named("asking for shared memory")?;
+            *allowed = shared; // never less again: a recorded launch may need it
         }
         let mut args = args.to_vec();
         let mut pointers: Vec<*mut c_void> = args

@@ -31,7 +31,7 @@ mod text;
 
 pub use attention::DeviceCache;
 pub use decoder::Turn;
-pub use device::{Gpu, KeptOpen, Mark, MemoryUse};
+pub use device::{Gpu, KeptOpen, Mark, MemoryUse, WorkingSpace};
 pub use error::CudaError;
 pub use graph::Recorded;
 pub use hessian::{DeviceFactor, DeviceHessian};

@@ -81,8 +81,8 @@ impl PackedLinear {
         };
         let blocks = self.outputs.div_ceil(4 * wide * TILE);
         let over = x.rows.div_ceil(8 * eights);
-        // Blocks of a multiprocessor: with more, products in a row took longer.
-        let abreast = if eights == 8 { 2 } else { 3 };
+        // Blocks of a multiprocessor: with more, products in a row took longer on Hopper.
+        let abreast = if eights == 8 { 2 } else { 1 };
         let room = self.gpu.multiprocessors() * abreast / (blocks * over);
         let shares = room.clamp(1, (self.steps / SHARE_STEPS).clamp(1, MAX_SHARES));
         let sums = 4 * eights * 128 * wide; // of a block
@@ -211,9 +211,10 @@ fn more_shared(bits: i32, eights: usize, wide: usize) -> usize {
 
 /// Eights of rows of a block, and its warpgroups: the most for which there is shared memory.
 fn more_shape(bits: i32, room: usize) -> (usize, usize) {
-    match more_shared(bits, 8, 2) <= room {
-        true => (8, 2),
-        false => (4, 1),
+    match (more_shared(bits, 8, 2) <= room, bits) {
+        (true, _) => (8, 2),
+        (false, 4) => (4, 2),
+        (false, _) => (4, 1),
     }
 }
 
