@@ -116,6 +116,10 @@ run() {
           ./gpu_speed $size 0 1 2>&1 | grep -E 'SUMMARY|Error|ERROR|hazard|Invalid|sweep' | sort | uniq -c | head -6 | tr '\n' ';')"
       done
     done
+    for test in the_shapes many_outputs portable; do
+      echo "memcheck, packed_tests $test: $(timeout ${SANITIZER_SECONDS:-100} compute-sanitizer --tool memcheck \
+        ./packed_tests "$test" 2>&1 | grep -E 'SUMMARY|test result|Invalid' | sort | uniq -c | head -6 | tr '\n' ';')"
+    done
   fi
   if wanted linears; then
     section "packed products, microseconds by rows"
