@@ -57,7 +57,8 @@ __device__ __forceinline__ void few_rows(half16* out, const half16* x, const flo
     constexpr int PIECES = (8 * EIGHTS + 2 * WARPS - 1) / (2 * WARPS), OF_SUMS = 4 * EIGHTS;
     constexpr int SUMS = TILES * OF_SUMS, WORDS = BITS / 4; // of a run
     extern __shared__ __align__(1024) char memory[]; // of a team: [SLOTS][X], [WARPS][SLOTS][OF_WARP]
-    unsigned team = threadIdx.x / THREADS, member = threadIdx.x % THREADS, lane = member & 31, warp = member >> 5;
+    unsigned team = threadIdx.x / THREADS, member = threadIdx.x % THREADS;
+    unsigned lane = member & 31, warp = member >> 5;
     unsigned first = w.steps * team / TEAMS;
     int steps = w.steps * (team + 1) / TEAMS - first;
     int tile0 = (blockIdx.x * WARPS + warp) * TILES, granules = KIND == PLAIN ? 1 : 4 >> w.shift;
@@ -84,7 +85,8 @@ __device__ __forceinline__ void few_rows(half16* out, const half16* x, const flo
 #pragma unroll
             for (int i = 0; i < CODES / 32; i++) copy_once(to + j * OF_TILE + i * 512, codes + i * 512);
             if (has_scales) copy_once(to + j * OF_TILE + SCALES_AT, scales);
-            if (KIND == ANY && w.zeros && has_scales) copy_once(to + j * OF_TILE + ZEROS_AT, scales + to_zeros);
+            if (KIND == ANY && w.zeros && has_scales)
+                copy_once(to + j * OF_TILE + ZEROS_AT, scales + to_zeros);
         }
     };
     // The first weights may come before the kernel ahead of this one is done; more of them would come
@@ -153,9 +155,12 @@ __device__ __forceinline__ void few_rows(half16* out, const half16* x, const flo
         // Sums of a granule are of whole numbers times x; its scale comes last.
 #pragma unroll
         for (int tile = 0; tile < 8; tile++) {
-            int granule = KIND == PLAIN ? 0 : (tile >> 1) >> w.shift, of_granule = KIND == PLAIN ? 8 : 2 << w.shift;
+            int granule = KIND == PLAIN ? 0 : (tile >> 1) >> w.shift;
+            int of_granule = KIND == PLAIN ? 8 : 2 << w.shift; // in tiles
             bool begins = (tile & (of_granule - 1)) == 0, ends = ((tile + 1) & (of_granule - 1)) == 0;
-            auto pairs = [&](int j, int at) { return (const unsigned*)(now + j * OF_TILE + at) + granule * 8 + (lane >> 2); };
+            auto pairs = [&](int j, int at) {
+                return (const unsigned*)(now + j * OF_TILE + at) + granule * 8 + (lane >> 2);
+            };
             if (KIND == ANY && begins) {
 #pragma unroll
                 for (int i = 0; i < SUMS; i++) part_sum[i] = 0;

@@ -4,7 +4,8 @@
 usage: compile_kernels.py WHEEL_FOLDER [ARCH...]        (default sm_80 sm_89 sm_90a)
 
 WHEEL_FOLDER: where the PyPI wheel nvidia-cuda-nvrtc is unpacked or installed (holds nvidia/cu13/lib or nvidia/cuda_nvrtc/lib).
-Each kernels/*.cu is compiled for half and bfloat16 (packed.cu for 4 and 8 bits), as the program does when it runs. Exit 1 with NVRTC's log if one fails.
+Each kernels/*.cu is compiled for half and bfloat16 (packed.cu for 4 and 8 bits), as the program does when it runs. Exit 1
+with NVRTC's log if one fails.
 """
 import ctypes
 import glob

@@ -1,6 +1,6 @@
 //! Attention inside windows, by tiles where there is a kernel for the width of heads, else as two batched
-//! products and a softmax over runs of query rows; and of new tokens to a cache. Addresses are of sixteen-bit row-major matrices that the caller keeps alive until
-//! the stream has passed them.
+//! products and a softmax over runs of query rows; and of new tokens to a cache. Addresses are of
+//! sixteen-bit row-major matrices that the caller keeps alive until the stream has passed them.
 
 use std::sync::Arc;
 

@@ -8,8 +8,8 @@ use super::Gpu;
 use super::error::{CudaError, Named};
 use super::memory::Buffer;
 
-/// Held while work is recorded, and while libraries give back what they hold: that waits for the
-/// whole device, which ends a recording on any thread.
+/// Held while work is recorded, and while libraries give back what they hold, which waits for the
+/// whole device: a product recorded on another thread failed once, and this is its likely cause.
 pub(super) fn alone() -> MutexGuard<'static, ()> {
     static RECORDING: Mutex<()> = Mutex::new(());
     RECORDING.lock().unwrap_or_else(|held| held.into_inner())

@@ -10,6 +10,9 @@ use super::packed::PackedLinear;
 
 /// Up to so many rows a block takes all of them, and all positions.
 const FEW_ROWS: usize = 32;
+/// Bytes of shared memory that it may take, on Hopper and elsewhere, as in the kernel.
+const HOPPERS_ROOM: usize = 216 << 10;
+const ROOM: usize = 96 << 10;
 /// Outputs that are widened at a time: what they take is held beside the packed weights.
 const WIDENED_OUTPUTS: usize = 12288;
 /// Steps of x, codes and scales in shared memory, as in the kernel of more rows.
@@ -134,13 +137,9 @@ impl PackedLinear {
     }
 }
 
-/// Bytes of shared memory that a block of few rows may take, as in the kernel.
-const HOPPERS_ROOM: usize = 216 << 10;
-const ROOM: usize = 96 << 10;
-
-/// A block of few rows, as `Few` of the kernel: `teams` of `warps`, with `slots` steps in shared
-/// memory.
-#[derive(Clone, Copy, Debug, PartialEq)]
+/// A block of few rows: `teams` of `warps`, with `slots` steps in shared memory. `Few` in
+/// `kernels/few_rows.cuh` computes the same, and what the two differ in only a GPU's tests see.
+#[derive(Clone, Copy, Debug)]
 struct Few {
     eights: usize,
     warps: usize,
@@ -152,7 +151,7 @@ struct Few {
 
 impl Few {
     /// The width of block that reads least where all multiprocessors work at once: tiles of the
-    /// busiest one, and what it reads of x beside them, which comes from the cache.
+    /// busiest one, and what it reads of x beside them, which comes from the cache. Of equals the widest.
     fn of(bits: usize, rows: usize, tiles: usize, multiprocessors: usize, room: usize) -> Few {
         let eights = rows.div_ceil(8).next_power_of_two();
         let read = |warps: usize| {
@@ -203,7 +202,8 @@ impl Few {
     }
 }
 
-/// Bytes of shared memory of a block of more rows: steps of x, and of each warp's codes, scales and zeros.
+/// Bytes of shared memory of a block of more rows: steps of x, and of each warp's codes, scales and
+/// zeros.
 fn more_shared(bits: i32, eights: usize, wide: usize) -> usize {
     let of_warp = bits as usize * LANES * 8 + 2 * 8 * 16;
     STAGES * (8 * eights * STEP * 2 + 4 * wide * of_warp)
@@ -260,6 +260,8 @@ mod tests {
             (11008, 1, 3),
             (11008, 16, 3),
             (12288, 8, 3),
+            (14336, 8, 2),
+            (14336, 32, 6), // more of x: fewer blocks to read it
             (22016, 16, 6),
             (192, 3, 1),
         ] {

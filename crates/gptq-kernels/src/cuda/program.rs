@@ -8,7 +8,7 @@ use cudarc::nvrtc::sys;
 
 use super::error::CudaError;
 
-/// One file of `kernels/`, for one kind of sixteen-bit float where it has any.
+/// One file of `kernels/`, for one kind of sixteen-bit float and one width of codes where it has any.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Program {
     Decoder { bf16: bool },
