@@ -29,6 +29,21 @@ __device__ __forceinline__ half16 narrow(float x) {
     return y;
 }
 
+// Values that stand side by side, read and written at once: their place is a multiple of their bytes, or
+// of sixteen.
+template <class T, int N>
+struct __align__(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Several {
+    T at[N];
+};
+template <int N, class T>
+__device__ __forceinline__ Several<T, N> several(const T* from) {
+    return *(const Several<T, N>*)from;
+}
+template <class T, int N>
+__device__ __forceinline__ void put_several(T* to, Several<T, N> values) {
+    *(Several<T, N>*)to = values;
+}
+
 // Sum over a block of 32 * n threads, the same in every thread; `scratch` holds 32 floats.
 __device__ __forceinline__ float block_sum(float x, float* scratch) {
     for (int step = 16; step; step >>= 1) x += __shfl_xor_sync(~0u, x, step);
@@ -54,6 +69,7 @@ __device__ __forceinline__ float block_max(float x, float* scratch) {
 
 // The kernel before has written what this one reads only when `wait_for_it` returns; what is asked
 // for earlier (weights) comes meanwhile. `let_next_start`: the next one may be put beside this one.
+// All wait before they let the next one start, so what kernels before the last one wrote is there.
 __device__ __forceinline__ void wait_for_it() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -63,6 +79,11 @@ __device__ __forceinline__ void let_next_start() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");
 #endif
+}
+
+// A line that is to be in the second-level cache soon.
+__device__ __forceinline__ void ask_for(const void* from) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
 }
 
 #if BF16

@@ -5,7 +5,9 @@
 
 use std::sync::Arc;
 
-use gptq_kernels::cuda::{Buffer, DeviceKeyValues, Gpu, Output, RowOrder, TextRows, Turn};
+use gptq_kernels::cuda::{
+    Buffer, DeviceKeyValues, Gpu, Output, PackedLinear, RowOrder, TextRows, Turn,
+};
 use gptq_kernels::{AttentionShape, Rotation};
 use gptq_types::{Bits, DeviceMatrix, Dtype, SolvedLayer};
 use half::f16;
@@ -46,7 +48,27 @@ fn matrix(buffer: &Buffer, rows: usize, columns: usize) -> DeviceMatrix {
     }
 }
 
-/// Rows `[tokens, (heads + 2 kv_heads) * d]` of one sequence, as a fused linear leaves them.
+/// Heads of queries and keys normed with weights of their own, as some models have it.
+fn normed(rows: &[f16], shape: AttentionShape, norms: &[Vec<f32>; 2]) -> Vec<f16> {
+    let d = shape.head_dim;
+    let heads = rows.chunks(d).enumerate().map(|(at, head)| {
+        let weight = match at % (shape.heads + 2 * shape.kv_heads) {
+            q if q < shape.heads => &norms[0],
+            k if k < shape.heads + shape.kv_heads => &norms[1],
+            _ => return head.to_vec(),
+        };
+        let squares: f64 = head.iter().map(|x| x.to_f64().powi(2)).sum();
+        let scale = 1.0 / (squares / d as f64 + 1e-5).sqrt();
+        let rounded = |x: &f16| f16::from_f64(x.to_f64() * scale).to_f64();
+        (head.iter().zip(weight))
+            .map(|(x, w)| f16::from_f64(rounded(x) * f64::from(*w)))
+            .collect()
+    });
+    heads.flatten().collect()
+}
+
+/// Rows `[tokens, (heads + 2 kv_heads) * d]` of one sequence, as a fused linear leaves them, or with
+/// heads normed.
 struct Sequence {
     rows: Vec<f16>,
 }
@@ -119,13 +141,13 @@ fn close(got: &[f32], want: &[f64], what: &str) {
 #[test]
 fn prompts_and_newest_tokens_attend_to_the_cache() {
     let Some(gpu) = gpu() else { return };
-    for (heads, kv_heads, head_dim) in [
-        (4, 4, 128),
-        (9, 3, 64),
-        (4, 2, 8),
-        (2, 1, 80),
-        (2, 2, 256),
-        (1, 1, 160),
+    for (heads, kv_heads, head_dim, with_norms) in [
+        (4, 4, 128, false),
+        (9, 3, 64, true),
+        (4, 2, 8, true),
+        (2, 1, 80, true),
+        (2, 2, 256, false),
+        (1, 1, 160, false),
     ] {
         let shape = AttentionShape {
             heads,
@@ -143,9 +165,18 @@ fn prompts_and_newest_tokens_attend_to_the_cache() {
         // Lengths of two prompts each: shares and tiles that are full, cut and empty.
         let lengths = [[70, 590], [1, 64]];
         let mut random = Random(head_dim as u64);
-        let sequences = lengths.map(|[first, second]| Sequence {
-            rows: random.values((first + second + 1) * width),
+        let raw = lengths.map(|[first, second]| random.values((first + second + 1) * width));
+        let norms: Option<[Vec<f32>; 2]> = with_norms.then(|| {
+            [(); 2].map(|()| random.values(head_dim).iter().map(|w| w.to_f32()).collect())
         });
+        let sequences = raw.clone().map(|rows| match &norms {
+            Some(norms) => Sequence {
+                rows: normed(&rows, shape, norms),
+            },
+            None => Sequence { rows },
+        });
+        let norms = norms.map(|both| both.map(|weight| Buffer::from_host(&gpu, &weight).unwrap()));
+        let norms = norms.as_ref();
         let outputs = |buffer: &Buffer| {
             [0, heads, heads + kv_heads].map(|before| Output {
                 address: buffer.address() + 2 * (before * head_dim) as u64,
@@ -155,13 +186,13 @@ fn prompts_and_newest_tokens_attend_to_the_cache() {
         for (sequence, own) in sequences.iter().enumerate() {
             let mut first = 0;
             for count in lengths[sequence] {
-                let rows = &own.rows[first * width..][..count * width];
+                let rows = &raw[sequence][first * width..][..count * width];
                 let there = Buffer::from_host(&gpu, rows).unwrap();
                 let q = Buffer::new(&gpu, count * heads * head_dim * 2).unwrap();
                 let out = Buffer::new(&gpu, count * heads * head_dim * 2).unwrap();
                 let of = TextRows::Prompt { sequence, first };
                 cache
-                    .store(q.address(), outputs(&there), count, of, None, 1e-5, &turn)
+                    .store(q.address(), outputs(&there), count, of, norms, 1e-5, &turn)
                     .unwrap();
                 let q = matrix(&q, count, heads * head_dim);
                 cache
@@ -184,8 +215,8 @@ fn prompts_and_newest_tokens_attend_to_the_cache() {
         }
         // The newest token of both.
         let held = lengths.map(|[first, second]| (first + second + 1) as i32);
-        let rows: Vec<f16> = (sequences.iter().zip(held))
-            .flat_map(|(own, held)| own.rows[(held as usize - 1) * width..].to_vec())
+        let rows: Vec<f16> = (raw.iter().zip(held))
+            .flat_map(|(own, held)| own[(held as usize - 1) * width..].to_vec())
             .collect();
         let there = Buffer::from_host(&gpu, &rows).unwrap();
         let held_there = Buffer::from_host(&gpu, &held).unwrap();
@@ -193,7 +224,7 @@ fn prompts_and_newest_tokens_attend_to_the_cache() {
         let out = Buffer::new(&gpu, 2 * heads * head_dim * 2).unwrap();
         let of = TextRows::Newest(&held_there);
         cache
-            .store(q.address(), outputs(&there), 2, of, None, 1e-5, &turn)
+            .store(q.address(), outputs(&there), 2, of, norms, 1e-5, &turn)
             .unwrap();
         let order = RowOrder::natural(heads * head_dim);
         cache
@@ -204,6 +235,100 @@ fn prompts_and_newest_tokens_attend_to_the_cache() {
             let want = own.attended(shape, held[row] as usize - 1, &rotation);
             let got = &got[row * want.len()..][..want.len()];
             close(got, &want, &format!("{what}, newest of sequence {row}"));
+        }
+    }
+}
+
+/// A linear with sorted channels, some places empty where K is no multiple of 128.
+fn act_order(gpu: &Arc<Gpu>, k: usize) -> PackedLinear {
+    let n = 32;
+    let mut random = Random(k as u64);
+    let layer = SolvedLayer {
+        bits: Bits::Four,
+        in_features: k,
+        out_features: n,
+        codes: (random.values(k * n).iter())
+            .map(|value| ((value.to_f32() + 1.0) * 7.5) as u8)
+            .collect(),
+        scales: vec![f16::from_f32(0.01); k.div_ceil(64) * n],
+        zeros: vec![8; k.div_ceil(64) * n],
+        g_idx: (0..k)
+            .map(|channel| (channel * 7 % k / 64) as u32)
+            .collect(),
+    };
+    PackedLinear::new(gpu, &layer, None, Dtype::F16).unwrap()
+}
+
+/// Rows in their natural order are `want`, and a linear makes the same of them as of rows in its own.
+fn check_rows(
+    gpu: &Arc<Gpu>,
+    want: &[f64],
+    rows: usize,
+    what: &str,
+    write: impl Fn(u64, RowOrder),
+) {
+    let k = want.len() / rows;
+    let linear = act_order(gpu, k);
+    let natural = Buffer::new(gpu, rows * k * 2).unwrap();
+    write(natural.address(), RowOrder::natural(k));
+    let natural = matrix(&natural, rows, k);
+    close(&gpu.download(natural).unwrap(), want, what);
+    let width = linear.order().width;
+    let ordered = Buffer::from_host(gpu, &vec![f16::NAN; rows * width]).unwrap();
+    write(ordered.address(), linear.order());
+    let products = [(); 2].map(|()| Buffer::new(gpu, rows * 32 * 2).unwrap());
+    linear
+        .multiply(products[0].address(), natural, false)
+        .unwrap();
+    linear
+        .multiply_ordered(products[1].address(), matrix(&ordered, rows, width), false)
+        .unwrap();
+    let [natural, ordered] = products.map(|out| out.to_host::<u16>(rows * 32).unwrap());
+    assert!(natural == ordered, "{what}, in order");
+}
+
+#[test]
+fn norms_and_gates_are_written_in_the_order_of_the_next_linear() {
+    let Some(gpu) = gpu() else { return };
+    // By ones and by eights; what a thread takes at a time is all, or not all of a row.
+    for k in [100, 172, 4096, 11008] {
+        for rows in [1, 3, 40] {
+            let what = format!("{rows} rows of {k}");
+            let mut random = Random((k + rows) as u64);
+            let x = random.values(rows * k);
+            let weight: Vec<f32> = random.values(k).iter().map(|w| w.to_f32()).collect();
+            let normed: Vec<f64> = (x.chunks(k))
+                .flat_map(|row| {
+                    let squares: f64 = row.iter().map(|x| x.to_f64().powi(2)).sum();
+                    let scale = 1.0 / (squares / k as f64 + 1e-5).sqrt();
+                    let rounded = |x: &f16| f16::from_f64(x.to_f64() * scale).to_f64();
+                    let scaled = |(x, w): (&f16, &f32)| rounded(x) * f64::from(*w);
+                    row.iter().zip(&weight).map(scaled).collect::<Vec<f64>>()
+                })
+                .collect();
+            let there = Buffer::from_host(&gpu, &x).unwrap();
+            let weight = Buffer::from_host(&gpu, &weight).unwrap();
+            check_rows(&gpu, &normed, rows, &what, |out, order| {
+                (gpu.norm_rows(out, order, matrix(&there, rows, k), &weight, 1e-5)).unwrap();
+            });
+
+            let both = random.values(rows * 2 * k);
+            let gated: Vec<f64> = (both.chunks(2 * k))
+                .flat_map(|row| {
+                    (0..k).map(|i| {
+                        let g = row[i].to_f64();
+                        f16::from_f64(g / (1.0 + (-g).exp())).to_f64() * row[k + i].to_f64()
+                    })
+                })
+                .collect();
+            let there = Buffer::from_host(&gpu, &both).unwrap();
+            check_rows(&gpu, &gated, rows, &what, |out, order| {
+                let outputs = [0, 2 * k as u64].map(|before| Output {
+                    address: there.address() + before,
+                    pitch: 2 * k,
+                });
+                (gpu.gate_rows(out, order, outputs, [rows, k], Dtype::F16)).unwrap();
+            });
         }
     }
 }

@@ -223,7 +223,8 @@ impl GpuRunner {
             let [gate, up] = block.mlp_in.outputs(output, count);
             let order = block.mlp_out.order();
             let input = self.matrix(&spaces.input, count, order.width);
-            gpu.gate_rows(input.address, order, [gate, up], count, self.dtype)?;
+            let size = [count, config.intermediate_size];
+            gpu.gate_rows(input.address, order, [gate, up], size, self.dtype)?;
             block.mlp_out.multiply(gpu, hidden.address, input, true)?;
         }
         Ok(())

@@ -16,6 +16,10 @@ use crate::AttentionShape;
 /// Keys of a sequence that a block attends to.
 const SHARE: usize = 256;
 const TEAMS: usize = 16;
+/// Up to so many rows a gate is read where its place in the order says; a block takes a row beyond.
+const FEW_GATES: usize = 32;
+/// Shared memory that every GPU has for a block that asks for it.
+const SHARED: usize = 96 << 10;
 
 fn program(dtype: Dtype) -> Program {
     Program::Text {
@@ -47,6 +51,12 @@ impl RowOrder<'_> {
 
 fn address(buffer: Option<&Buffer>) -> Arg {
     buffer.map_or(0, Buffer::address).into()
+}
+
+/// Whether a thread takes eight elements at a time: rows begin at multiples of sixteen bytes.
+fn by_eights(widths: &[usize], addresses: &[u64]) -> bool {
+    widths.iter().all(|width| width.is_multiple_of(8))
+        && addresses.iter().all(|address| address.is_multiple_of(16))
 }
 
 /// The kernels' own struct.
@@ -151,6 +161,15 @@ impl DeviceKeyValues {
             head_dim,
         } = self.shape;
         let (cosine, sine) = turn.addresses();
+        let half = head_dim / 2;
+        let values = match by_eights(
+            &[half, q.pitch, k.pitch],
+            &[q.address, k.address, v.address],
+        ) {
+            true => 8,
+            false => 1,
+        };
+        let lanes = half.div_ceil(values).next_power_of_two().min(32);
         let args = [
             out.into(),
             (&self.keys).into(),
@@ -166,17 +185,21 @@ impl DeviceKeyValues {
             (heads as i32).into(),
             (kv_heads as i32).into(),
             (head_dim as i32).into(),
+            (lanes as i32).into(),
             (q.pitch as i32).into(),
             (k.pitch as i32).into(),
             (self.capacity as i32).into(),
             eps.into(),
         ];
-        let grid = [heads + 2 * kv_heads, count, 1];
-        let block = [(head_dim / 2).next_multiple_of(32), 1, 1];
+        let name = if values == 8 {
+            "place_heads_8"
+        } else {
+            "place_heads_1"
+        };
+        let teams = heads + 2 * kv_heads;
+        let grid = [(teams * lanes).div_ceil(256), count, 1];
         // SAFETY: the caller vouches for the rows; the cache has the positions that it counted.
-        unsafe {
-            (self.gpu).launch_behind(program(self.dtype), "place_heads", grid, block, 0, &args)
-        }
+        unsafe { (self.gpu).launch_behind(program(self.dtype), name, grid, [256, 1, 1], 0, &args) }
     }
 
     /// Attends from the newest token of each sequence; `out` has rows in `order`. `held` as in
@@ -319,34 +342,54 @@ impl Gpu {
             (order.width as i32).into(),
             eps.into(),
         ];
-        let (grid, block) = ([x.rows, 1, 1], [x.columns.div_ceil(32).min(16) * 32, 1, 1]);
+        let (name, values) = match by_eights(&[x.columns, order.width], &[out, x.address]) {
+            true => ("norm_rows_8", 8),
+            false => ("norm_rows_1", 1),
+        };
+        let warps = x.columns.div_ceil(32 * values).min(32);
+        let (grid, block, shared) = ([x.rows, 1, 1], [32 * warps, 1, 1], x.columns * 2);
         // SAFETY: out has rows of the order's width.
-        unsafe {
-            let shared = x.columns * 2;
-            self.launch_behind(program(x.dtype), "norm_rows", grid, block, shared, &args)
-        }
+        unsafe { self.launch_behind(program(x.dtype), name, grid, block, shared, &args) }
     }
 
-    /// `silu(gate) * up` of `count` rows, written in `order`.
+    /// `silu(gate) * up` of `count` rows of `columns`, written in `order`.
     pub fn gate_rows(
         &self,
         out: u64,
         order: RowOrder,
         [gate, up]: [Output; 2],
-        count: usize,
+        [count, columns]: [usize; 2],
         dtype: Dtype,
     ) -> Result<(), CudaError> {
         assert_eq!(gate.pitch, up.pitch, "rows of both");
-        let args = [
+        let widths = [columns, gate.pitch, order.width];
+        let eights = by_eights(&widths, &[out, gate.address, up.address]);
+        let mut args: Vec<Arg> = vec![
             out.into(),
             gate.address.into(),
             up.address.into(),
             address(order.channels),
             (gate.pitch as i32).into(),
-            (order.width as i32).into(),
         ];
-        let grid = [order.width.div_ceil(1024), count, 1];
+        let shared = 2 * columns;
+        if order.channels.is_some() && count > FEW_GATES && shared <= SHARED {
+            args.push((columns as i32).into());
+            args.push((order.width as i32).into());
+            let name = match eights {
+                true => "gate_rows_in_order_8",
+                false => "gate_rows_in_order_1",
+            };
+            let (grid, block) = ([count, 1, 1], [512, 1, 1]);
+            // SAFETY: as below; a channel for each place of the order.
+            return unsafe { self.launch_behind(program(dtype), name, grid, block, shared, &args) };
+        }
+        args.push((order.width as i32).into());
+        let (name, values) = match eights {
+            true => ("gate_rows_8", 8),
+            false => ("gate_rows_1", 1),
+        };
+        let grid = [order.width.div_ceil(128 * values), count, 1];
         // SAFETY: out has rows of the order's width; the caller vouches for both inputs.
-        unsafe { self.launch_behind(program(dtype), "gate_rows", grid, [128, 1, 1], 0, &args) }
+        unsafe { self.launch_behind(program(dtype), name, grid, [128, 1, 1], 0, &args) }
     }
 }
