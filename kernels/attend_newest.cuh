@@ -17,14 +17,6 @@ __device__ __forceinline__ void attend_share(float* parts, const half16* q, cons
     int lane = threadIdx.x & 7, team = threadIdx.x >> 3;
     int pitch = kv_heads * d, kv = head / (heads / kv_heads);
     long long base = (long long)row * capacity * pitch + kv * d;
-    // The kernel ahead of this one writes the newest key and value alone.
-    constexpr int LINES = (8 * VALUES * PIECES + 63) / 64; // of 128 bytes, of a key
-#pragma unroll 1
-    for (int i = begin * LINES + threadIdx.x; i < end * LINES; i += 128) {
-        long long line = base + (long long)(i / LINES) * pitch + i % LINES * 64;
-        ask_for(keys + line);
-        ask_for(values + line);
-    }
     wait_for_it();
     let_next_start();
     if (begin >= end) return;

@@ -1,5 +1,6 @@
-// The operations of a decoder block beside its matrix products. Tensors are row-major sixteen-bit
-// floats, rows are tokens; every value is computed in f32 and rounded once.
+// The operations of a decoder block beside its matrix products, its norms and its gate (text.cu).
+// Tensors are row-major sixteen-bit floats, rows are tokens; every value is computed in f32 and rounded
+// once.
 #include "half.cuh"
 
 extern "C" {
@@ -9,22 +10,6 @@ __global__ void embed(half16* out, const half16* table, const unsigned* ids, int
     const half16* from = table + (long long)ids[blockIdx.x] * width;
     half16* to = out + (long long)blockIdx.x * width;
     for (int i = threadIdx.x; i < width; i += blockDim.x) to[i] = from[i];
-}
-
-// Root-mean-square norm as Hugging Face has it: x * rsqrt(mean(x^2) + eps) is rounded to sixteen
-// bits before the weight multiplies it. Runs of `width`; grid: runs.
-__global__ void rms_norm(half16* out, const half16* x, const float* weight, int width, float eps) {
-    __shared__ float scratch[32];
-    const half16* row = x + (long long)blockIdx.x * width;
-    half16* to = out + (long long)blockIdx.x * width;
-    float squares = 0;
-    for (int i = threadIdx.x; i < width; i += blockDim.x) {
-        float v = widen(row[i]);
-        squares += v * v;
-    }
-    float scale = rsqrtf(block_sum(squares, scratch) / width + eps);
-    for (int i = threadIdx.x; i < width; i += blockDim.x)
-        to[i] = narrow(widen(narrow(widen(row[i]) * scale)) * weight[i]);
 }
 
 // Rotary embedding in the rotate-half layout, in place. x [rows, heads * head_dim]; row r stands
@@ -92,18 +77,18 @@ __global__ void attend_cached(half16* out, const half16* q, const half16* k, con
     }
 }
 
-// gate = silu(gate) * up, the gate rounded first as in Hugging Face.
-__global__ void swiglu(half16* gate, const half16* up, long long count) {
-    long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= count) return;
-    float g = widen(gate[i]);
-    gate[i] = narrow(widen(narrow(g / (1.0f + __expf(-g)))) * widen(up[i]));
-}
-
-// x += y.
+// x += y, eight elements a thread.
 __global__ void add(half16* x, const half16* y, long long count) {
-    long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < count) x[i] = narrow(widen(x[i]) + widen(y[i]));
+    long long i = 8 * ((long long)blockIdx.x * blockDim.x + threadIdx.x);
+    bool aligned = (((long long)x | (long long)y) & 15) == 0;
+    if (aligned && i + 8 <= count) {
+        auto sum = several<8>((const half16*)x + i), more = several<8>(y + i);
+#pragma unroll
+        for (int j = 0; j < 8; j++) sum.at[j] = narrow(widen(sum.at[j]) + widen(more.at[j]));
+        put_several(x + i, sum);
+        return;
+    }
+    for (long long end = min(i + 8, count); i < end; i++) x[i] = narrow(widen(x[i]) + widen(y[i]));
 }
 
 // x [rows, width] += bias [width].

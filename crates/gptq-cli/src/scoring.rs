@@ -5,7 +5,8 @@ use std::time::Instant;
 
 use gptq_calibration::{EvaluationWindows, Source, Tokenizer, evaluation_windows};
 use gptq_inference::{
-    OpenedModel, Reference, ScoreError, WindowScore, group_tokens, groups, score_windows, summarise,
+    OpenedModel, Reference, ScoreError, WindowScore, group_tokens, groups, score_reference,
+    score_windows, summarise,
 };
 use gptq_model::Device;
 use gptq_types::EvalRecord;
@@ -162,23 +163,25 @@ impl<'a> Scorer<'a> {
         let (mut scores, mut hidden) = (Vec::new(), Vec::new());
         for (index, group) in self.groups.iter().enumerate() {
             let mut decoder = opened.decoder(self.device)?;
-            let scored = score_windows(
-                decoder.as_mut(),
-                &self.text.ids[group.clone()],
-                self.first.as_ref().map(|first| &first.hidden[index]),
-                &mut || {
-                    done += 1;
-                    steps.set(done);
-                },
-            );
-            let (of_group, states) = scored.map_err(|error| match error {
+            let windows = &self.text.ids[group.clone()];
+            let mut progress = || {
+                done += 1;
+                steps.set(done);
+            };
+            let first = self.first.as_ref().map(|first| &first.hidden[index]);
+            let scored = match first {
+                None => score_reference(decoder.as_mut(), windows, &mut progress).map(
+                    |(of_group, states)| {
+                        hidden.push(states);
+                        of_group
+                    },
+                ),
+                first => score_windows(decoder.as_mut(), windows, first, &mut progress),
+            };
+            scores.extend(scored.map_err(|error| match error {
                 ScoreError::Model(error) => error.into(),
                 error => Failure::new(format!("{name}: {error}")),
-            })?;
-            scores.extend(of_group);
-            if self.first.is_none() {
-                hidden.push(states);
-            }
+            })?);
         }
         steps.end();
         Ok((scores, hidden))

@@ -12,7 +12,7 @@ use gptq_model::{Device, ModelError};
 use crate::journal::{Entry, Journal, JournalError, Part, Place};
 use crate::last_word::{Passage, guess_last_words};
 use crate::open::{OpenError, OpenedModel};
-use crate::perplexity::{Reference, ScoreError, WindowScore, score_windows};
+use crate::perplexity::{Reference, ScoreError, WindowScore, score_reference, score_windows};
 
 /// Tokens of a group: 16 windows of 2048. On two cores, opening SmolLM2-135M and reading all its
 /// blocks and its head takes as long as passing some two hundred tokens through them, so a group
@@ -211,12 +211,17 @@ impl Run<'_> {
             }
             let begun = Instant::now();
             let mut decoder = opened.decoder(self.request.device)?;
-            let scored = score_windows(
-                decoder.as_mut(),
-                windows,
-                reference.as_ref(),
-                &mut self.passed(model),
-            );
+            let compared = model == 0 && self.request.models.len() > 1;
+            let mut progress = self.passed(model);
+            let scored = match compared {
+                true => score_reference(decoder.as_mut(), windows, &mut progress)
+                    .map(|(scores, hidden)| (scores, Some(hidden))),
+                false => {
+                    score_windows(decoder.as_mut(), windows, reference.as_ref(), &mut progress)
+                        .map(|scores| (scores, None))
+                }
+            };
+            drop(progress);
             let (windows, hidden) = scored.map_err(|error| match error {
                 ScoreError::Model(error) => error.into(),
                 ScoreError::NotFinite { window } => EvaluationError::NotFinite {
@@ -224,9 +229,7 @@ impl Run<'_> {
                     window: range.start + window,
                 },
             })?;
-            if model == 0 {
-                reference = Some(hidden);
-            }
+            reference = hidden.or(reference);
             // What the journal has was scored before; its seconds are those that it took then.
             if self.journal.get(place).is_none() {
                 self.journal.record(Entry {

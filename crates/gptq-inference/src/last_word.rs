@@ -57,7 +57,7 @@ pub fn guess_last_words(
         let rows: Vec<usize> = (asked.iter())
             .flat_map(|&(index, end)| end - passages[index].answer..end)
             .collect();
-        let mut guessed = input.likeliest(&rows).into_iter();
+        let mut guessed = input.likeliest(&rows)?.into_iter();
         for (index, _) in asked {
             let passage = &passages[index];
             let guess: Vec<u32> = guessed.by_ref().take(passage.answer).collect();

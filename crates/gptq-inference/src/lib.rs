@@ -33,7 +33,9 @@ pub use last_word::{Passage, guess_last_words};
 pub use logits::{LogitComparison, compare, logits};
 pub use open::{OpenError, OpenedModel, open};
 pub use packed::PackedWeights;
-pub use perplexity::{Divergence, Reference, ScoreError, WindowScore, score_windows};
+pub use perplexity::{
+    Divergence, Reference, ScoreError, WindowScore, score_reference, score_windows,
+};
 pub use run::{RunError, Runner};
 pub use speed::measure_speed;
 pub use stored::{StoredLinear, StoredMatrix, StoredWeight};

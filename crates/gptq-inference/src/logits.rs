@@ -9,7 +9,7 @@ pub fn logits(decoder: &mut dyn Decoder, ids: &[u32]) -> Result<Vec<f32>, ModelE
         decoder.load_block(index)?;
         decoder.forward_block()?;
     }
-    Ok(decoder.head_input(0)?.logits())
+    decoder.head_input(0)?.logits()
 }
 
 /// Two sets of logits side by side.

@@ -4,8 +4,8 @@
 use gptq_model::{Decoder, HeadInput, ModelError, TokenScore};
 use serde::{Deserialize, Serialize};
 
-/// Final hidden states of a model that others are compared with on the same windows;
-/// `[tokens, hidden]` floats.
+/// Final hidden states of a model that others are compared with on the same windows, in host
+/// memory.
 pub struct Reference(Vec<HeadInput>);
 
 /// What a model says about one window.
@@ -37,8 +37,7 @@ impl WindowScore {
     }
 }
 
-/// Runs all windows through the model and scores every next token inside each window. Returns
-/// the final hidden states too, for models compared with this one on the same windows.
+/// Runs all windows through the model and scores every next token inside each window.
 /// `progress` hears of each block, and of the head as one more.
 ///
 /// Fails on a likelihood that is not finite: such a model has no perplexity.
@@ -47,10 +46,33 @@ pub fn score_windows(
     windows: &[Vec<u32>],
     reference: Option<&Reference>,
     progress: &mut dyn FnMut(),
+) -> Result<Vec<WindowScore>, ScoreError> {
+    score_each(decoder, windows, reference, progress, &mut |_| Ok(()))
+}
+
+/// The same of the model that others are compared with; keeps its final hidden states.
+pub fn score_reference(
+    decoder: &mut dyn Decoder,
+    windows: &[Vec<u32>],
+    progress: &mut dyn FnMut(),
 ) -> Result<(Vec<WindowScore>, Reference), ScoreError> {
+    let mut kept = Vec::new();
+    let scores = score_each(decoder, windows, None, progress, &mut |input| {
+        kept.push(input.kept()?);
+        Ok(())
+    })?;
+    Ok((scores, Reference(kept)))
+}
+
+fn score_each(
+    decoder: &mut dyn Decoder,
+    windows: &[Vec<u32>],
+    reference: Option<&Reference>,
+    progress: &mut dyn FnMut(),
+    scored: &mut dyn FnMut(HeadInput) -> Result<(), ModelError>,
+) -> Result<Vec<WindowScore>, ScoreError> {
     run_blocks(decoder, windows, progress)?;
     let mut scores = Vec::with_capacity(windows.len());
-    let mut kept = Vec::with_capacity(decoder.batches());
     for batch in 0..decoder.batches() {
         let input = decoder.head_input(batch)?;
         let targets = next_tokens(decoder.batch_windows(batch));
@@ -59,12 +81,12 @@ pub fn score_windows(
         let per_window = decoder.batch_windows(batch)[0].len() - 1;
         let of_windows = tokens.chunks(per_window);
         scores.extend(of_windows.map(|tokens| of_window(tokens, compared.is_some())));
-        kept.push(input);
+        scored(input)?;
     }
     progress();
     match scores.iter().position(|score| !score.is_finite()) {
         Some(window) => Err(ScoreError::NotFinite { window }),
-        None => Ok((scores, Reference(kept))),
+        None => Ok(scores),
     }
 }
 

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use gptq_inference::{Passage, guess_last_words, score_windows, summarise};
+use gptq_inference::{Passage, guess_last_words, score_reference, score_windows, summarise};
 use gptq_model::{Decoder, DecoderConfig, HeadInput, ModelError};
 use gptq_types::{ActivationSink, LayerName, Stage, Weight};
 
@@ -135,9 +135,9 @@ fn divergence_by_position_is_that_of_plain_softmaxes() {
     let (mut first, mut second) = (Bigrams::new(wave(0.37)), Bigrams::new(wave(0.39)));
     let windows = windows(0..5, 41);
     let quiet = &mut || {};
-    let (of_first, hidden) = score_windows(&mut first, &windows, None, quiet).unwrap();
+    let (of_first, hidden) = score_reference(&mut first, &windows, quiet).unwrap();
     let scored = score_windows(&mut second, &windows, Some(&hidden), quiet);
-    let of_second = scored.unwrap().0;
+    let of_second = scored.unwrap();
     let found = summarise(&of_second, &of_first);
     let compared = found.comparison.unwrap();
 
@@ -187,9 +187,9 @@ fn divergence_by_position_is_that_of_plain_softmaxes() {
 fn a_model_with_itself_differs_by_nothing() {
     let mut model = Bigrams::new(wave(0.37));
     let windows = windows(0..4, 20);
-    let (first, hidden) = score_windows(&mut model, &windows, None, &mut || {}).unwrap();
+    let (first, hidden) = score_reference(&mut model, &windows, &mut || {}).unwrap();
     let again = score_windows(&mut model, &windows, Some(&hidden), &mut || {});
-    let compared = summarise(&again.unwrap().0, &first).comparison.unwrap();
+    let compared = summarise(&again.unwrap(), &first).comparison.unwrap();
     assert!(compared.kl.abs() < 1e-9 && compared.kl_p999.abs() < 1e-6);
     assert_eq!(compared.top1_agreement, 1.0);
     let difference = compared.nll_difference.unwrap();

@@ -16,6 +16,8 @@ use gptq_kernels::{
 use gptq_types::{Activations, LayerName, SourceError, Weight};
 
 use crate::ModelError;
+use crate::head::HostHead;
+use crate::score::HeadInput;
 use crate::weights::{LinearValues, LinearWeights, WeightSource};
 
 /// A backend that can run a decoder block. Rows of tensors are tokens.
@@ -35,6 +37,8 @@ pub(crate) trait DecoderBackend: Backend + 'static {
     type Shelf;
     /// An activation on a shelf.
     type Kept;
+    /// The head and the norm before it.
+    type Head;
 
     /// Rows of a batch.
     const BATCH_TOKENS: usize;
@@ -134,8 +138,11 @@ pub(crate) trait DecoderBackend: Backend + 'static {
         shape: AttentionShape,
     ) -> Tensor<Self, 2>;
 
-    /// The head where scores are computed on the device.
-    fn head(weight: &[f32], width: usize) -> DeviceHead;
+    /// Reads the head where it scores.
+    fn head(head: HostHead) -> Result<Self::Head, ModelError>;
+
+    /// Hidden states `[tokens, hidden_size]` before the final norm, with the head.
+    fn head_input(head: &Self::Head, hidden: Tensor<Self, 2>) -> Result<HeadInput, ModelError>;
 }
 
 /// What the activations of a pass take, in rows and columns.
@@ -152,9 +159,6 @@ pub(crate) struct ShelfNeed {
     /// Elements of the weights of one block.
     pub block_elements: usize,
 }
-
-/// A head on the device, where there is one.
-pub(crate) type DeviceHead = Option<std::sync::Arc<crate::score::Scorer>>;
 
 /// The float tensor behind a Burn tensor of the Flex backend.
 fn flex(x: &Tensor<Flex, 2>) -> FlexTensor {
@@ -193,6 +197,7 @@ impl DecoderBackend for Flex {
     type Table = (Vec<f32>, usize);
     type Shelf = ();
     type Kept = Tensor<Self, 2>;
+    type Head = HostHead;
 
     /// Enough for full speed of the products, few enough that the widest temporary
     /// (`rows * intermediate_size`) stays near the processor; 4096 rows were 5 % slower.
@@ -341,7 +346,11 @@ impl DecoderBackend for Flex {
         wrap(out, width)
     }
 
-    fn head(_: &[f32], _: usize) -> DeviceHead {
-        None
+    fn head(head: HostHead) -> Result<HostHead, ModelError> {
+        Ok(head)
+    }
+
+    fn head_input(head: &HostHead, hidden: Tensor<Self, 2>) -> Result<HeadInput, ModelError> {
+        Ok(HeadInput::of(head.rows(slice(&flex(&hidden)))?))
     }
 }

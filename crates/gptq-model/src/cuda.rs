@@ -14,14 +14,17 @@ use burn::backend::cuda::CudaDevice;
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
 use burn_cubecl::FloatElement;
-use gptq_kernels::cuda::{Buffer, CudaError, DeviceCache, DeviceHead as Head, Gpu, Shelf, Turn};
+use gptq_kernels::cuda::{Buffer, CudaError, DeviceCache, Gpu, Shelf, Turn};
 use gptq_kernels::{AttentionShape, Rotation, transpose};
 use gptq_types::{Activations, DeviceMatrix, Dtype, LayerName, SourceError, Weight};
 
 use crate::ModelError;
-use crate::backend::{DecoderBackend, DeviceHead, ShelfNeed};
+use crate::backend::{DecoderBackend, ShelfNeed};
 use crate::budget::{LIBRARIES, places_on_device};
-use crate::weights::{LinearValues, LinearWeights, WeightSource};
+use crate::device_rows::ScoringHead;
+use crate::head::HostHead;
+use crate::score::HeadInput;
+use crate::weights::{LinearValues, LinearWeights, WeightSource, to_f32};
 
 /// For models in f16 and f32.
 pub(crate) type F16 = Cuda<half::f16>;
@@ -126,6 +129,7 @@ impl<E: Half> DecoderBackend for Cuda<E> {
     type Table = Tensor<Self, 2>;
     type Shelf = Option<Rc<Shelf>>;
     type Kept = Placed;
+    type Head = ScoringHead;
 
     /// Large products for the Hessian: each batch reads and writes all of the sum.
     const BATCH_TOKENS: usize = 8192;
@@ -326,10 +330,38 @@ impl<E: Half> DecoderBackend for Cuda<E> {
         out
     }
 
-    fn head(weight: &[f32], width: usize) -> DeviceHead {
-        #[allow(clippy::arc_with_non_send_sync)]
-        note(Head::new(&gpu(), weight, width, E::DTYPE)).map(Arc::new)
+    fn head(head: HostHead) -> Result<ScoringHead, ModelError> {
+        let (dtype, bytes) = head.source.plain_as_stored(head.name)?;
+        let weight = match dtype == E::DTYPE {
+            true => Buffer::from_host(&gpu(), &bytes)?,
+            false => {
+                let values = to_f32(dtype, &bytes).expect("stored weights are floats");
+                rounded(&values, head.width(), E::DTYPE)?
+            }
+        };
+        ScoringHead::new(&gpu(), weight, E::DTYPE, head)
     }
+
+    fn head_input(head: &ScoringHead, hidden: Tensor<Self, 2>) -> Result<HeadInput, ModelError> {
+        Ok(HeadInput::of_device(head.rows(view(&hidden))?))
+    }
+}
+
+/// Values `[rows, width]` on the GPU, rounded to `dtype`. In parts: the f32 copy on its way need not
+/// exist as a whole.
+fn rounded(values: &[f32], width: usize, dtype: Dtype) -> Result<Buffer, CudaError> {
+    let there = Buffer::new(&gpu(), values.len() * 2)?;
+    let part = (1 << 26) / width * width;
+    for (index, values) in values.chunks(part).enumerate() {
+        let to = DeviceMatrix {
+            address: there.address() + 2 * (index * part) as u64,
+            rows: values.len() / width,
+            columns: width,
+            dtype,
+        };
+        gpu().upload(to, values)?;
+    }
+    Ok(there)
 }
 
 fn device() -> CudaDevice {

@@ -5,12 +5,13 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use burn::tensor::Tensor;
-use gptq_kernels::{Rotation, rms_norm};
+use gptq_kernels::Rotation;
 use gptq_types::{ActivationSink, LayerName, SourceError, Stage, Weight};
 
-use crate::backend::{DecoderBackend, DeviceHead, ShelfNeed};
+use crate::backend::{DecoderBackend, ShelfNeed};
 use crate::block::{Block, HostBlock, Linear};
-use crate::score::{HeadInput, HeadRows};
+use crate::head::HostHead;
+use crate::score::HeadInput;
 use crate::weights::WeightSource;
 use crate::{Decoder, DecoderConfig, ModelError};
 
@@ -31,18 +32,11 @@ impl<B: DecoderBackend> Batch<B> {
     }
 }
 
-/// Both heads: for products on the host, and on the device where it scores.
-struct Head {
-    host: Arc<Vec<f32>>, // [vocab_size, hidden_size]
-    device: DeviceHead,
-}
-
 /// See [`Decoder`].
 pub(crate) struct Engine<B: DecoderBackend> {
     source: Arc<dyn WeightSource>,
     config: DecoderConfig,
-    head: Option<Head>,   // read when first asked for
-    final_norm: Vec<f32>, // [hidden_size]
+    head: Option<B::Head>, // read when first asked for
     block: Option<Block<B>>,
     next: Option<(usize, JoinHandle<Result<HostBlock, SourceError>>)>,
     batches: Vec<Batch<B>>,
@@ -53,7 +47,6 @@ pub(crate) struct Engine<B: DecoderBackend> {
 impl<B: DecoderBackend> Engine<B> {
     pub fn new(source: Arc<dyn WeightSource>, config: DecoderConfig) -> Result<Self, ModelError> {
         Ok(Engine {
-            final_norm: source.plain("model.norm.weight")?,
             source,
             config,
             head: None,
@@ -75,16 +68,11 @@ impl<B: DecoderBackend> Engine<B> {
         )?)
     }
 
-    fn head(&mut self) -> Result<&Head, ModelError> {
+    fn head(&mut self) -> Result<&B::Head, ModelError> {
         if self.head.is_none() {
-            let name = match self.config.tie_word_embeddings {
-                true => "model.embed_tokens.weight",
-                false => "lm_head.weight",
-            };
-            let host = Arc::new(self.source.plain(name)?);
-            let device = B::head(&host, self.config.hidden_size);
+            let head = HostHead::new(self.source.clone(), &self.config)?;
+            self.head = Some(B::head(head)?);
             B::check()?;
-            self.head = Some(Head { host, device });
         }
         Ok(self.head.as_ref().expect("it was read just now"))
     }
@@ -135,20 +123,9 @@ impl<B: DecoderBackend> Engine<B> {
     }
 
     pub fn head_of(&mut self, hidden: Tensor<B, 2>) -> Result<HeadInput, ModelError> {
-        let hidden = B::download(hidden);
+        let input = B::head_input(self.head()?, hidden)?;
         B::check()?;
-        let eps = self.config.rms_norm_eps as f32;
-        let normed = rms_norm(&hidden, &self.final_norm, eps);
-        let width = self.config.hidden_size;
-        let head = self.head()?;
-        Ok(HeadInput {
-            rows: HeadRows {
-                normed,
-                head: head.host.clone(),
-                width,
-            },
-            device: head.device.clone(),
-        })
+        Ok(input)
     }
 
     fn linear(&self, layer: &LayerName) -> Result<&Linear<B>, ModelError> {

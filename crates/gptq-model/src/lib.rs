@@ -15,7 +15,10 @@ mod budget;
 mod config;
 #[cfg(feature = "cuda")]
 mod cuda;
+#[cfg(feature = "cuda")]
+mod device_rows;
 mod engine;
+mod head;
 mod rope;
 mod sample;
 mod score;
@@ -120,7 +123,7 @@ pub trait Decoder {
     /// Batches that the windows were cut into.
     fn batches(&self) -> usize;
 
-    /// Final-normed hidden states of one batch with the head, in the order of the windows.
+    /// Final hidden states of one batch with the head, in the order of the windows.
     fn head_input(&mut self, batch: usize) -> Result<HeadInput, ModelError>;
 
     /// The windows of one batch.

@@ -111,7 +111,7 @@ impl<B: DecoderBackend> Sampler<B> {
         for position in 0..spec.seq_len - 1 {
             let last: Vec<u32> = windows.iter().map(|window| window[position]).collect();
             let hidden = self.step(&last, position, spec.seq_len, &mut caches)?;
-            let logits = self.engine.head_of(hidden)?.logits();
+            let logits = self.engine.head_of(hidden)?.logits()?;
             let next: Vec<u32> = logits
                 .par_chunks(self.config.vocab_size)
                 .zip(&mut draws)

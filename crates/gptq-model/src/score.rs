@@ -6,30 +6,29 @@ use gptq_kernels::{exp, exp_sum, multiply_transposed, vectorised};
 use rayon::prelude::*;
 
 use crate::ModelError;
+#[cfg(feature = "cuda")]
+use crate::device_rows::DeviceRows;
 
 /// Rows scored together, and head rows multiplied at a time: a tile of logits takes 4 MB.
 const ROWS: usize = 128;
 const VOCAB_TILE: usize = 8192;
 
-/// Final-normed hidden states and the head they go through.
-pub struct HeadInput {
-    pub(crate) rows: HeadRows,
-    pub(crate) device: Option<Arc<Scorer>>, // the same head where scores are computed on a GPU
+/// Final hidden states and the head they go through.
+pub struct HeadInput(Place);
+
+/// Where the states are, and the head that scores them.
+enum Place {
+    Host(HeadRows),
+    #[cfg(feature = "cuda")]
+    Device(DeviceRows),
 }
 
-/// The part in host memory, which threads share.
+/// Normed states in host memory, which threads share.
 pub(crate) struct HeadRows {
     pub normed: Vec<f32>,    // [tokens, width]
     pub head: Arc<Vec<f32>>, // [vocab, width]
     pub width: usize,
 }
-
-#[cfg(feature = "cuda")]
-pub(crate) type Scorer = gptq_kernels::cuda::DeviceHead;
-
-/// Nothing scores on a device in this build.
-#[cfg(not(feature = "cuda"))]
-pub(crate) enum Scorer {}
 
 /// What the model says about one next token.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -46,81 +45,85 @@ impl HeadInput {
     /// States `normed [tokens, width]` before a head `[vocab, width]`, both row-major, that did not
     /// come from a [`crate::Decoder`] of this crate; scored on the processor.
     pub fn on_host(normed: Vec<f32>, head: Arc<Vec<f32>>, width: usize) -> Self {
-        HeadInput {
-            rows: HeadRows {
-                normed,
-                head,
-                width,
-            },
-            device: None,
+        HeadInput::of(HeadRows {
+            normed,
+            head,
+            width,
+        })
+    }
+
+    pub(crate) fn of(rows: HeadRows) -> Self {
+        HeadInput(Place::Host(rows))
+    }
+
+    #[cfg(feature = "cuda")]
+    pub(crate) fn of_device(rows: DeviceRows) -> Self {
+        HeadInput(Place::Device(rows))
+    }
+
+    /// Moved to host memory, for later comparisons.
+    pub fn kept(self) -> Result<Self, ModelError> {
+        match self.0 {
+            #[cfg(feature = "cuda")]
+            Place::Device(rows) => Ok(HeadInput::of_device(rows.kept()?)),
+            Place::Host(rows) => Ok(HeadInput::of(rows)),
         }
     }
 
     /// Tokens of the batch.
     pub fn tokens(&self) -> usize {
-        self.rows.tokens()
+        match &self.0 {
+            Place::Host(rows) => rows.tokens(),
+            #[cfg(feature = "cuda")]
+            Place::Device(rows) => rows.tokens(),
+        }
     }
 
     /// Logits `[tokens, vocab]` row-major, for short inputs; always on the processor, in f32.
-    pub fn logits(&self) -> Vec<f32> {
-        self.rows.logits()
+    pub fn logits(&self) -> Result<Vec<f32>, ModelError> {
+        self.on_processor(HeadRows::logits)
     }
 
     /// The likeliest next token of each of `rows`, of equals the one with the least id; always on
     /// the processor, in f32. A task asks for few rows, so that a GPU would save little.
-    pub fn likeliest(&self, rows: &[usize]) -> Vec<u32> {
-        let rows: Vec<(usize, u32)> = rows.iter().map(|&row| (row, 0)).collect();
-        let host = &self.rows;
-        (rows.par_chunks(ROWS))
-            .flat_map_iter(|rows| host.run(rows, None))
-            .map(|running| running.q.argmax as u32)
-            .collect()
+    pub fn likeliest(&self, rows: &[usize]) -> Result<Vec<u32>, ModelError> {
+        self.on_processor(|host| host.likeliest(rows))
+    }
+
+    fn on_processor<T>(&self, work: impl FnOnce(&HeadRows) -> T) -> Result<T, ModelError> {
+        match &self.0 {
+            Place::Host(rows) => Ok(work(rows)),
+            #[cfg(feature = "cuda")]
+            Place::Device(rows) => Ok(work(&rows.to_processor()?)),
+        }
     }
 
     /// Scores row `row` of the batch for the token that follows it, for all `(row, target)`.
-    /// `reference` holds the same rows of another model with the same vocabulary.
+    /// `reference` holds the same rows of another model with the same vocabulary, on the same kind
+    /// of device.
     pub fn score(
         &self,
         targets: &[(usize, u32)],
         reference: Option<&HeadInput>,
     ) -> Result<Vec<TokenScore>, ModelError> {
-        match &self.device {
-            Some(scorer) => self.score_on_device(scorer, targets, reference),
-            None => Ok(self
-                .rows
-                .score(targets, reference.map(|reference| &reference.rows))),
+        match &self.0 {
+            Place::Host(rows) => {
+                let reference = reference.map(|other| match &other.0 {
+                    Place::Host(rows) => rows,
+                    #[cfg(feature = "cuda")]
+                    Place::Device(_) => panic!("states of one device are compared"),
+                });
+                Ok(rows.score(targets, reference))
+            }
+            #[cfg(feature = "cuda")]
+            Place::Device(rows) => {
+                let reference = reference.map(|other| match &other.0 {
+                    Place::Device(rows) => rows,
+                    Place::Host(_) => panic!("states of one device are compared"),
+                });
+                Ok(rows.score(targets, reference)?)
+            }
         }
-    }
-
-    #[cfg(feature = "cuda")]
-    fn score_on_device(
-        &self,
-        scorer: &Scorer,
-        targets: &[(usize, u32)],
-        reference: Option<&HeadInput>,
-    ) -> Result<Vec<TokenScore>, ModelError> {
-        let own = self.rows.gather(targets);
-        let other = reference.map(|reference| reference.rows.gather(targets));
-        let other_scorer = reference.and_then(|reference| reference.device.as_deref());
-        let other = other_scorer.zip(other.as_deref());
-        let tokens: Vec<u32> = targets.iter().map(|&(_, token)| token).collect();
-        let rows = scorer.score(&own, &tokens, other)?;
-        let score = |row: gptq_kernels::cuda::RowScore| TokenScore {
-            nll: -row.log_likelihood,
-            kl: row.kl,
-            top1_agrees: row.top1_agrees,
-        };
-        Ok(rows.into_iter().map(score).collect())
-    }
-
-    #[cfg(not(feature = "cuda"))]
-    fn score_on_device(
-        &self,
-        scorer: &Scorer,
-        _: &[(usize, u32)],
-        _: Option<&HeadInput>,
-    ) -> Result<Vec<TokenScore>, ModelError> {
-        match *scorer {}
     }
 }
 
@@ -138,6 +141,14 @@ impl HeadRows {
         let mut out = vec![0.0; rows * vocab];
         multiply_transposed(&mut out, &self.normed, &self.head, rows, self.width, vocab);
         out
+    }
+
+    fn likeliest(&self, rows: &[usize]) -> Vec<u32> {
+        let rows: Vec<(usize, u32)> = rows.iter().map(|&row| (row, 0)).collect();
+        (rows.par_chunks(ROWS))
+            .flat_map_iter(|rows| self.run(rows, None))
+            .map(|running| running.q.argmax as u32)
+            .collect()
     }
 
     fn score(&self, targets: &[(usize, u32)], reference: Option<&HeadRows>) -> Vec<TokenScore> {
@@ -284,11 +295,15 @@ impl Running {
 mod tests {
     use super::*;
 
-    fn input(seed: f32, vocab: usize) -> HeadInput {
+    fn input(seed: f32, vocab: usize) -> HeadRows {
         let width = 6;
         let wave = |len: usize, step: f32| (0..len).map(|i| (i as f32 * step).sin()).collect();
         let head = Arc::new(wave(vocab * width, 0.7));
-        HeadInput::on_host(wave(5 * width, seed), head, width)
+        HeadRows {
+            normed: wave(5 * width, seed),
+            head,
+            width,
+        }
     }
 
     /// The last tile holds the largest logit of some rows, an earlier one that of others.
@@ -296,14 +311,12 @@ mod tests {
     fn the_likeliest_token_is_that_of_the_whole_row() {
         let vocab = VOCAB_TILE + 77;
         let mut own = input(0.31, vocab);
-        let width = own.rows.width;
-        let mut head = own.rows.head.to_vec();
-        let row = own.rows.normed[2 * width..3 * width]
-            .iter()
-            .map(|x| 100.0 * x);
+        let width = own.width;
+        let mut head = own.head.to_vec();
+        let row = own.normed[2 * width..3 * width].iter().map(|x| 100.0 * x);
         let row: Vec<f32> = row.collect();
         head[(vocab - 3) * width..(vocab - 2) * width].copy_from_slice(&row);
-        own.rows.head = Arc::new(head);
+        own.head = Arc::new(head);
         let logits = own.logits();
         let rows = [4, 2, 0];
         let want: Vec<u32> = (rows.iter())
@@ -323,7 +336,7 @@ mod tests {
         let vocab = VOCAB_TILE + 77;
         let (own, other) = (input(0.31, vocab), input(0.35, vocab));
         let targets = [(0, 3u32), (4, (vocab - 1) as u32)];
-        let scores = own.score(&targets, Some(&other)).unwrap();
+        let scores = own.score(&targets, Some(&other));
         let softmax = |logits: &[f32]| -> Vec<f64> {
             let exps: Vec<f64> = logits.iter().map(|&x| f64::from(x).exp()).collect();
             let sum: f64 = exps.iter().sum();
@@ -337,7 +350,7 @@ mod tests {
             assert!((score.nll + q[target as usize].ln()).abs() < 1e-5);
             assert!((score.kl - kl).abs() < 1e-5, "{} against {kl}", score.kl);
         }
-        let alone = own.score(&targets, None).unwrap();
+        let alone = own.score(&targets, None);
         assert_eq!(alone[0].nll, scores[0].nll);
         assert!(alone[0].top1_agrees);
     }

@@ -296,7 +296,7 @@ pub fn check_finite(source: &dyn TensorSource, name: &str) -> Result<(), SourceE
 }
 
 /// Nothing for a type that holds no weights.
-fn to_f32(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
+pub(crate) fn to_f32(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
     // Long enough to amortise a task, short enough to stay in cache between the two casts.
     const CHUNK: usize = 1 << 16;
     let mut out = vec![0.0f32; bytes.len() / dtype.size()];

@@ -9,6 +9,7 @@ use super::Gpu;
 use super::error::CudaError;
 use super::memory::Buffer;
 use super::program::Program;
+use super::text::{Output, RowOrder};
 use crate::Rotation;
 
 /// Cosines and sines on the GPU, f32 `[positions, head_dim / 2]`.
@@ -91,26 +92,12 @@ impl Gpu {
         eps: f32,
     ) -> Result<(), CudaError> {
         let width = weight.bytes() / 4;
-        let runs = x.rows * x.columns / width;
-        let threads = width.div_ceil(32).min(8) * 32;
-        let args = [
-            out.into(),
-            x.address.into(),
-            weight.into(),
-            (width as i32).into(),
-            eps.into(),
-        ];
-        // SAFETY: out is as long as x.
-        unsafe {
-            self.launch(
-                program(x.dtype),
-                "rms_norm",
-                [runs, 1, 1],
-                [threads, 1, 1],
-                0,
-                &args,
-            )
-        }
+        let runs = DeviceMatrix {
+            rows: x.rows * x.columns / width,
+            columns: width,
+            ..x
+        };
+        self.norm_rows(out, RowOrder::natural(width), runs, weight, eps)
     }
 
     /// Rotary embedding in place; row `r` stands at position `r % tokens` of the table.
@@ -141,15 +128,15 @@ impl Gpu {
         &self,
         name: &'static str,
         dtype: Dtype,
-        count: usize,
+        threads: usize,
         args: &[super::launch::Arg],
     ) -> Result<(), CudaError> {
-        // SAFETY: every flat kernel stops at its count; the callers pass matrices of that size.
+        // SAFETY: every flat kernel stops at its count, the last argument; matrices have that size.
         unsafe {
             self.launch(
                 program(dtype),
                 name,
-                [count.div_ceil(LINE), 1, 1],
+                [threads.div_ceil(LINE), 1, 1],
                 [LINE, 1, 1],
                 0,
                 args,
@@ -159,20 +146,20 @@ impl Gpu {
 
     /// `gate = silu(gate) * up`.
     pub fn swiglu(&self, gate: DeviceMatrix, up: DeviceMatrix) -> Result<(), CudaError> {
-        let count = gate.rows * gate.columns;
-        let args = [
-            gate.address.into(),
-            up.address.into(),
-            (count as i64).into(),
-        ];
-        self.flat("swiglu", gate.dtype, count, &args)
+        let (rows, columns) = (gate.rows, gate.columns);
+        let outputs = [gate, up].map(|matrix| Output {
+            address: matrix.address,
+            pitch: columns,
+        });
+        let order = RowOrder::natural(columns);
+        self.gate_rows(gate.address, order, outputs, [rows, columns], gate.dtype)
     }
 
     /// `x += y`.
     pub fn add(&self, x: DeviceMatrix, y: DeviceMatrix) -> Result<(), CudaError> {
         let count = x.rows * x.columns;
         let args = [x.address.into(), y.address.into(), (count as i64).into()];
-        self.flat("add", x.dtype, count, &args)
+        self.flat("add", x.dtype, count.div_ceil(8), &args)
     }
 
     /// `x [rows, n] += bias [n]`, the bias in f32.

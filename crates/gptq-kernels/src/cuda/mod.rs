@@ -38,6 +38,6 @@ pub use hessian::{DeviceFactor, DeviceHessian};
 pub use memory::{Buffer, Pinned, Shelf};
 pub use packed::PackedLinear;
 pub use probe::{Found, check, devices, libraries};
-pub use score::{DeviceHead, RowScore};
+pub use score::{DeviceHead, RowScore, States};
 pub use sweep::{Cost, Rule, SWEEP_CHANNELS, Step, SweepPlan, Swept, SweptHome, SweptHost};
 pub use text::{DeviceKeyValues, Output, RowOrder, TextRows};

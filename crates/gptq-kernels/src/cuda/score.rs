@@ -5,20 +5,64 @@ use std::sync::Arc;
 use gptq_types::{DeviceMatrix, Dtype};
 
 use super::Gpu;
+use super::decoder;
 use super::error::CudaError;
 use super::memory::Buffer;
-use super::program::Program;
 
 /// Logits that exist at a time, in bytes of f32.
 const LOGIT_BYTES: usize = 1 << 30;
 
-/// A head on the GPU, sixteen-bit `[vocab, width]`.
+/// A head on the GPU, sixteen-bit `[vocab, width]`, and the norm before it.
 pub struct DeviceHead {
     gpu: Arc<Gpu>,
     weight: Buffer,
+    norm: Buffer, // [width]
+    eps: f32,
     vocab: usize,
     width: usize,
     dtype: Dtype,
+}
+
+/// Hidden states before the final norm, sixteen-bit `[tokens, width]`.
+pub enum States {
+    /// On the GPU.
+    Device(Buffer),
+    /// In host memory, until they are needed again.
+    Host(Vec<u16>),
+}
+
+impl States {
+    /// A copy of a matrix on the GPU.
+    pub fn copy_of(gpu: &Arc<Gpu>, x: DeviceMatrix) -> Result<States, CudaError> {
+        let bytes = x.rows * x.columns * 2;
+        let buffer = Buffer::new(gpu, bytes)?;
+        gpu.copy(buffer.address(), x.address, bytes)?;
+        Ok(States::Device(buffer))
+    }
+
+    /// Elements.
+    pub fn elements(&self) -> usize {
+        match self {
+            States::Device(buffer) => buffer.bytes() / 2,
+            States::Host(values) => values.len(),
+        }
+    }
+
+    /// All of them, in host memory.
+    pub fn values(&self) -> Result<Vec<u16>, CudaError> {
+        match self {
+            States::Device(buffer) => buffer.to_host(buffer.bytes() / 2),
+            States::Host(values) => Ok(values.clone()),
+        }
+    }
+
+    /// Moved to host memory.
+    pub fn to_host(self) -> Result<States, CudaError> {
+        match self {
+            States::Device(buffer) => Ok(States::Host(buffer.to_host(buffer.bytes() / 2)?)),
+            host => Ok(host),
+        }
+    }
 }
 
 /// What a model says about one next token.
@@ -33,62 +77,63 @@ pub struct RowScore {
 }
 
 impl DeviceHead {
-    /// A copy of `weight [vocab, width]`, rounded to `dtype`.
+    /// A head `[vocab, norm.len()]` of `dtype` whose weight is there already.
     pub fn new(
         gpu: &Arc<Gpu>,
-        weight: &[f32],
-        width: usize,
+        weight: Buffer,
         dtype: Dtype,
+        norm: &[f32],
+        eps: f32,
     ) -> Result<Self, CudaError> {
-        let vocab = weight.len() / width;
-        let there = Buffer::new(gpu, weight.len() * 2)?;
-        // In parts: the f32 copy on its way need not exist as a whole.
-        let part = (1 << 26) / width * width;
-        for (index, values) in weight.chunks(part).enumerate() {
-            let rows = values.len() / width;
-            let to = DeviceMatrix {
-                address: there.address() + 2 * (index * part) as u64,
-                rows,
-                columns: width,
-                dtype,
-            };
-            gpu.upload(to, values)?;
-        }
         Ok(DeviceHead {
             gpu: gpu.clone(),
-            weight: there,
-            vocab,
-            width,
+            vocab: weight.bytes() / 2 / norm.len(),
+            weight,
+            norm: Buffer::from_host(gpu, norm)?,
+            eps,
+            width: norm.len(),
             dtype,
         })
     }
 
-    fn logits(&self, out: u64, rows: &[f32]) -> Result<(), CudaError> {
-        let count = rows.len() / self.width;
-        let x = Buffer::new(&self.gpu, rows.len() * 2)?;
-        let matrix = |address, rows| DeviceMatrix {
+    /// The GPU.
+    pub fn gpu(&self) -> &Arc<Gpu> {
+        &self.gpu
+    }
+
+    fn matrix(&self, address: u64, rows: usize) -> DeviceMatrix {
+        DeviceMatrix {
             address,
             rows,
             columns: self.width,
             dtype: self.dtype,
-        };
-        let x_there = matrix(x.address(), count);
-        self.gpu.upload(x_there, rows)?;
-        self.gpu.project(
-            out,
-            true,
-            x_there,
-            matrix(self.weight.address(), self.vocab),
-        )
+        }
     }
 
-    /// Scores `rows [targets.len(), width]` for the tokens that follow them; `reference` is
-    /// another model with the same vocabulary and its rows.
+    /// f32 logits of rows `ids` of `states`.
+    fn logits(
+        &self,
+        out: u64,
+        states: &Buffer,
+        ids: &Buffer,
+        count: usize,
+    ) -> Result<(), CudaError> {
+        let x = (self.gpu).scratch("rows of the head", count * self.width * 2)?;
+        let all = self.matrix(states.address(), states.bytes() / 2 / self.width);
+        let own = self.matrix(x.address(), count);
+        self.gpu.look_up(own.address, all, ids, count)?;
+        (self.gpu).rms_norm(own.address, own, &self.norm, self.eps)?;
+        let head = self.matrix(self.weight.address(), self.vocab);
+        self.gpu.project(out, true, own, head)
+    }
+
+    /// Row `row` of `states` for the token that follows it, for all `(row, target)`; `reference`
+    /// is another model with the same vocabulary and its states of the same tokens.
     pub fn score(
         &self,
-        rows: &[f32],
-        targets: &[u32],
-        reference: Option<(&DeviceHead, &[f32])>,
+        states: &States,
+        targets: &[(usize, u32)],
+        reference: Option<(&DeviceHead, &States)>,
     ) -> Result<Vec<RowScore>, CudaError> {
         let gpu = &self.gpu;
         let step = (LOGIT_BYTES / (4 * self.vocab)).clamp(1, targets.len().max(1));
@@ -97,38 +142,34 @@ impl DeviceHead {
             Some((other, _)) => Some(gpu.scratch("reference logits", step * other.vocab * 4)?),
             None => None,
         };
+        let (mut own, mut others) = (None, None);
+        let own = there(gpu, states, &mut own)?;
+        let reference = match reference {
+            Some((other, states)) => Some((other, there(gpu, states, &mut others)?)),
+            None => None,
+        };
         let mut scores = Vec::with_capacity(targets.len());
-        for (index, targets) in targets.chunks(step).enumerate() {
-            let part = |rows: &'_ [f32], width: usize| {
-                index * step * width..(index * step + targets.len()) * width.min(rows.len())
-            };
-            self.logits(q.address(), &rows[part(rows, self.width)])?;
-            if let (Some((other, rows)), Some(p)) = (reference, &p) {
-                other.logits(p.address(), &rows[part(rows, other.width)])?;
+        for targets in targets.chunks(step) {
+            let (rows, tokens): (Vec<u32>, Vec<u32>) =
+                (targets.iter().map(|&(row, token)| (row as u32, token))).unzip();
+            let rows = Buffer::from_host(gpu, &rows)?;
+            self.logits(q.address(), own, &rows, targets.len())?;
+            if let (Some((other, states)), Some(p)) = (reference, &p) {
+                other.logits(p.address(), states, &rows, targets.len())?;
             }
             let out = Buffer::new(gpu, targets.len() * 24)?;
-            let targets_there = Buffer::from_host(gpu, targets)?;
+            let tokens = Buffer::from_host(gpu, &tokens)?;
             let args = [
                 (&out).into(),
                 q.address().into(),
                 p.as_ref().map_or(0, |p| p.address()).into(),
-                (&targets_there).into(),
+                (&tokens).into(),
                 (self.vocab as i32).into(),
             ];
-            let program = Program::Decoder {
-                bf16: self.dtype == Dtype::BF16,
-            };
+            let program = decoder::program(self.dtype);
+            let grid = [targets.len(), 1, 1];
             // SAFETY: a row of logits for each target; targets lie in the vocabulary.
-            unsafe {
-                gpu.launch(
-                    program,
-                    "score",
-                    [targets.len(), 1, 1],
-                    [256, 1, 1],
-                    0,
-                    &args,
-                )?
-            };
+            unsafe { gpu.launch(program, "score", grid, [256, 1, 1], 0, &args)? };
             let values: Vec<f64> = out.to_host(targets.len() * 3)?;
             scores.extend(values.chunks_exact(3).map(|row| RowScore {
                 log_likelihood: row[0],
@@ -137,5 +178,17 @@ impl DeviceHead {
             }));
         }
         Ok(scores)
+    }
+}
+
+/// States on the GPU, in `copy` where they have to be brought there.
+fn there<'a>(
+    gpu: &Arc<Gpu>,
+    states: &'a States,
+    copy: &'a mut Option<Buffer>,
+) -> Result<&'a Buffer, CudaError> {
+    match states {
+        States::Device(buffer) => Ok(buffer),
+        States::Host(values) => Ok(copy.insert(Buffer::from_host(gpu, values)?)),
     }
 }

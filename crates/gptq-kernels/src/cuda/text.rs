@@ -17,7 +17,7 @@ use crate::AttentionShape;
 const SHARE: usize = 256;
 const TEAMS: usize = 16;
 /// Up to so many rows a gate is read where its place in the order says; a block takes a row beyond.
-const FEW_GATES: usize = 32;
+const FEW_GATES: usize = 4;
 /// Shared memory that every GPU has for a block that asks for it.
 const SHARED: usize = 96 << 10;
 

@@ -1,0 +1,84 @@
+//! Final hidden states that a GPU scores.
+
+use std::sync::Arc;
+
+use gptq_kernels::cuda::{Buffer, CudaError, DeviceHead, Gpu, RowScore, States};
+use gptq_types::{DeviceMatrix, Dtype};
+
+use crate::ModelError;
+use crate::head::HostHead;
+use crate::score::{HeadRows, TokenScore};
+
+/// The head on the GPU, and the one in f32 for those who ask for logits.
+#[derive(Clone)]
+pub(crate) struct ScoringHead {
+    device: Arc<DeviceHead>,
+    host: Arc<HostHead>,
+    dtype: Dtype,
+}
+
+/// Hidden states before the final norm; the GPU norms what it scores.
+pub(crate) struct DeviceRows {
+    head: ScoringHead,
+    states: States,
+}
+
+impl ScoringHead {
+    pub fn new(
+        gpu: &Arc<Gpu>,
+        weight: Buffer,
+        dtype: Dtype,
+        host: HostHead,
+    ) -> Result<Self, ModelError> {
+        let device = DeviceHead::new(gpu, weight, dtype, &host.norm, host.eps as f32)?;
+        Ok(ScoringHead {
+            #[allow(clippy::arc_with_non_send_sync)]
+            device: Arc::new(device),
+            host: Arc::new(host),
+            dtype,
+        })
+    }
+
+    pub fn rows(&self, hidden: DeviceMatrix) -> Result<DeviceRows, CudaError> {
+        Ok(DeviceRows {
+            head: self.clone(),
+            states: States::copy_of(self.device.gpu(), hidden)?,
+        })
+    }
+}
+
+impl DeviceRows {
+    pub fn kept(self) -> Result<Self, CudaError> {
+        let states = self.states.to_host()?;
+        Ok(DeviceRows { states, ..self })
+    }
+
+    pub fn tokens(&self) -> usize {
+        self.states.elements() / self.head.host.width()
+    }
+
+    /// Normed and multiplied in f32.
+    pub fn to_processor(&self) -> Result<HeadRows, ModelError> {
+        let widen = |bits: u16| match self.head.dtype {
+            Dtype::BF16 => half::bf16::from_bits(bits).to_f32(),
+            _ => half::f16::from_bits(bits).to_f32(),
+        };
+        let hidden: Vec<f32> = self.states.values()?.into_iter().map(widen).collect();
+        Ok(self.head.host.rows(&hidden)?)
+    }
+
+    pub fn score(
+        &self,
+        targets: &[(usize, u32)],
+        reference: Option<&DeviceRows>,
+    ) -> Result<Vec<TokenScore>, CudaError> {
+        let reference = reference.map(|other| (&*other.head.device, &other.states));
+        let rows = self.head.device.score(&self.states, targets, reference)?;
+        let score = |row: RowScore| TokenScore {
+            nll: -row.log_likelihood,
+            kl: row.kl,
+            top1_agrees: row.top1_agrees,
+        };
+        Ok(rows.into_iter().map(score).collect())
+    }
+}
