@@ -4,62 +4,22 @@
 // elsewhere by mma.
 #pragma once
 #include "packed.cuh"
-
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define WGMMA 1
-#else
-#define WGMMA 0
-#endif
+#include "wgmma.cuh"
 
 #define STAGES 4 // steps of x, codes and scales in shared memory
 #define PREFETCH (STAGES - 1)
 
-// Two runs of 64 positions, each [rows][128 bytes], sixteen bytes c of row r at c ^ (r & 7): what
-// wgmma calls K-major with a swizzle of 128 bytes. Times 16 bytes.
-__device__ __forceinline__ int place_of_x(int rows, int row, int sixteen) {
-    return (sixteen >> 3) * rows * 8 + row * 8 + ((sixteen & 7) ^ (row & 7));
-}
-
-#if WGMMA
-
-#if BF16
-#define TYPES ".f32.bf16.bf16"
-#else
-#define TYPES ".f32.f16.f16"
-#endif
-
-// x as wgmma finds it: eight rows are 1024 bytes.
-__device__ __forceinline__ unsigned long long described(unsigned x) {
-    return (unsigned long long)((x & 0x3ffff) >> 4 | 1 << 16) | (1024ull >> 4) << 32 | 1ull << 62;
-}
-
-#define C4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
-#define C8(i) C4(i), C4(i + 4)
-#define A4 "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
-// c [64, 64] += a [64, 16] b [16, 64] by a warpgroup, not waited for.
-__device__ __forceinline__ void multiply_group(float* c, const unsigned* a, unsigned long long b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16" TYPES " {%0,%1,%2,%3,%4,%5,%6,%7,"
-                 "%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,"
-                 "%24,%25,%26,%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, 1, 1, 1, 0;"
-                 : C8(0), C8(8), C8(16), C8(24)
-                 : A4, "l"(b));
-}
-#undef A4
-#undef C8
-#undef C4
-#endif
-
 // c += the products of a run of 64 positions; `a` holds its four tiles and stays as it is until the
-// next but one `runs_are_done_but(1)`.
+// next but one `products_are_done_but(1)`.
 template <int EIGHTS>
 __device__ __forceinline__ void multiply_run(float* c, const unsigned (*a)[4], unsigned x) {
 #if WGMMA
     static_assert(EIGHTS == 8, "wgmma of 64 rows");
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+    begin_products();
     unsigned long long b = described(x);
 #pragma unroll
     for (int tile = 0; tile < 4; tile++) multiply_group(c, a[tile], b + 2 * tile);
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    end_products();
 #else
     int lane = threadIdx.x & 31, row = (lane >> 4) * 8 + (lane & 7), high = lane >> 3 & 1;
 #pragma unroll
@@ -67,24 +27,10 @@ __device__ __forceinline__ void multiply_run(float* c, const unsigned (*a)[4], u
 #pragma unroll
         for (int tile = 0; tile < 4; tile++) {
             unsigned b[4];
-            load_four(b, x + 16 * place_of_x(0, 8 * e + row, 2 * tile + high));
+            load_four(b, x + 16 * swizzled(0, 8 * e + row, 2 * tile + high));
             multiply(c + 4 * e, a[tile], b[0], b[1]);
             multiply(c + 4 * e + 4, a[tile], b[2], b[3]);
         }
-#endif
-}
-
-__device__ __forceinline__ void runs_are_done_but(int latest) {
-#if WGMMA
-    if (latest) asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-    else asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-#endif
-}
-
-// What this thread has copied to shared memory may be read by wgmma once others have passed a barrier.
-__device__ __forceinline__ void show_copies() {
-#if WGMMA
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }
 
@@ -118,7 +64,7 @@ __device__ __forceinline__ void more_rows(half16* out, const half16* x, const fl
     for (int i = 0; i < PIECES; i++) {
         int row = (place + i * THREADS) >> 4, sixteen = place & 15;
         x_from[i] = (const uint4*)(x + (long long)min(row0 + row, rows - 1) * stride + first * STEP) + sixteen;
-        x_to[i] = of_x + 16 * place_of_x(ROWS, row, sixteen);
+        x_to[i] = of_x + 16 * swizzled(ROWS, row, sixteen);
     }
     auto load_weight = [&](int slot) {
         unsigned to = weight_to + slot * OWN * 16;
@@ -179,7 +125,7 @@ __device__ __forceinline__ void more_rows(half16* out, const half16* x, const fl
     for (int step = 0; step < steps; step++) {
         weights(slot, 0);
         multiply_run<EIGHTS>(sum, a[0], of_x + slot * X * 16);
-        runs_are_done_but(1); // the step before is done: its place is free once all are here
+        products_are_done_but(1); // the step before is done: its place is free once all are here
         asm volatile("cp.async.wait_group %0;" ::"n"(PREFETCH - 2) : "memory");
         show_copies();
         __syncthreads(); // and the copies of the next step are there
@@ -191,10 +137,10 @@ __device__ __forceinline__ void more_rows(half16* out, const half16* x, const fl
         asm volatile("cp.async.commit_group;");
         weights(slot, 1);
         multiply_run<EIGHTS>(sum, a[1], of_x + slot * X * 16 + X * 8);
-        runs_are_done_but(1);
+        products_are_done_but(1);
         slot = (slot + 1) & (STAGES - 1);
     }
-    runs_are_done_but(0);
+    products_are_done_but(0);
 
     if (shares > 1) {
         long long block = (long long)blockIdx.y * gridDim.x + blockIdx.x;

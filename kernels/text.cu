@@ -9,6 +9,7 @@
 //
 // Norms, turned heads and gates are rounded to sixteen bits where Hugging Face rounds them; weights of
 // attention stay in f32 for new tokens and are rounded once for prompts.
+#include "attend_group.cuh"
 #include "attend_newest.cuh"
 #include "attend_prompt.cuh"
 
@@ -225,6 +226,13 @@ __device__ __forceinline__ void place_heads(half16* to_q, half16* keys, half16* 
         attend_prompt<D>(out, q, keys, values, count, first, kv_heads, scale);                         \
     }
 
+#define ATTEND_GROUP(D)                                                                                \
+    __global__ void __launch_bounds__(256) attend_group_##D(                                           \
+        half16* out, const half16* q, const half16* keys, const half16* values, int count, int first,  \
+        int kv_heads, float scale) {                                                                   \
+        attend_group<D>(out, q, keys, values, count, first, kv_heads, scale);                          \
+    }
+
 extern "C" {
 
 TEXT(8)
@@ -238,5 +246,9 @@ ATTEND_SHARE(2, 16, 1)
 
 ATTEND_PROMPT(64)
 ATTEND_PROMPT(128)
+#if WGMMA
+ATTEND_GROUP(64)
+ATTEND_GROUP(128)
+#endif
 
 }

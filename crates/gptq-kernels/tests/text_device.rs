@@ -141,6 +141,12 @@ fn close(got: &[f32], want: &[f64], what: &str) {
 #[test]
 fn prompts_and_newest_tokens_attend_to_the_cache() {
     let Some(gpu) = gpu() else { return };
+    attend(&gpu);
+    // Shared memory of GPUs of compute capability 8.0, with the kernels of those before Hopper.
+    attend(&Gpu::open_portable(0, 163 << 10).unwrap());
+}
+
+fn attend(gpu: &Arc<Gpu>) {
     for (heads, kv_heads, head_dim, with_norms) in [
         (4, 4, 128, false),
         (9, 3, 64, true),
@@ -159,8 +165,8 @@ fn prompts_and_newest_tokens_attend_to_the_cache() {
             .map(|i| 1.0 / (1.0 + i as f32 * 0.7))
             .collect();
         let rotation = Rotation::new(&frequencies, 0..CAPACITY, 1.0);
-        let turn = Turn::new(&gpu, &rotation).unwrap();
-        let cache = DeviceKeyValues::new(&gpu, 2, CAPACITY, shape, Dtype::F16).unwrap();
+        let turn = Turn::new(gpu, &rotation).unwrap();
+        let cache = DeviceKeyValues::new(gpu, 2, CAPACITY, shape, Dtype::F16).unwrap();
         let width = (heads + 2 * kv_heads) * head_dim;
         // Lengths of two prompts each: shares and tiles that are full, cut and empty.
         let lengths = [[70, 590], [1, 64]];
@@ -175,7 +181,7 @@ fn prompts_and_newest_tokens_attend_to_the_cache() {
             },
             None => Sequence { rows },
         });
-        let norms = norms.map(|both| both.map(|weight| Buffer::from_host(&gpu, &weight).unwrap()));
+        let norms = norms.map(|both| both.map(|weight| Buffer::from_host(gpu, &weight).unwrap()));
         let norms = norms.as_ref();
         let outputs = |buffer: &Buffer| {
             [0, heads, heads + kv_heads].map(|before| Output {
@@ -187,9 +193,9 @@ fn prompts_and_newest_tokens_attend_to_the_cache() {
             let mut first = 0;
             for count in lengths[sequence] {
                 let rows = &raw[sequence][first * width..][..count * width];
-                let there = Buffer::from_host(&gpu, rows).unwrap();
-                let q = Buffer::new(&gpu, count * heads * head_dim * 2).unwrap();
-                let out = Buffer::new(&gpu, count * heads * head_dim * 2).unwrap();
+                let there = Buffer::from_host(gpu, rows).unwrap();
+                let q = Buffer::new(gpu, count * heads * head_dim * 2).unwrap();
+                let out = Buffer::new(gpu, count * heads * head_dim * 2).unwrap();
                 let of = TextRows::Prompt { sequence, first };
                 cache
                     .store(q.address(), outputs(&there), count, of, norms, 1e-5, &turn)
@@ -218,10 +224,10 @@ fn prompts_and_newest_tokens_attend_to_the_cache() {
         let rows: Vec<f16> = (raw.iter().zip(held))
             .flat_map(|(own, held)| own[(held as usize - 1) * width..].to_vec())
             .collect();
-        let there = Buffer::from_host(&gpu, &rows).unwrap();
-        let held_there = Buffer::from_host(&gpu, &held).unwrap();
-        let q = Buffer::new(&gpu, 2 * heads * head_dim * 2).unwrap();
-        let out = Buffer::new(&gpu, 2 * heads * head_dim * 2).unwrap();
+        let there = Buffer::from_host(gpu, &rows).unwrap();
+        let held_there = Buffer::from_host(gpu, &held).unwrap();
+        let q = Buffer::new(gpu, 2 * heads * head_dim * 2).unwrap();
+        let out = Buffer::new(gpu, 2 * heads * head_dim * 2).unwrap();
         let of = TextRows::Newest(&held_there);
         cache
             .store(q.address(), outputs(&there), 2, of, norms, 1e-5, &turn)

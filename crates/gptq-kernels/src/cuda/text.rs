@@ -302,9 +302,17 @@ impl Gpu {
         shape: AttentionShape,
     ) -> Result<bool, CudaError> {
         let d = shape.head_dim;
-        let name = match d {
-            64 => "attend_prompt_64",
-            128 => "attend_prompt_128",
+        // Queries of a block; its threads; bytes of shared memory.
+        let by_groups = self.is_hopper();
+        let (queries, threads, shared) = match by_groups {
+            true => (128, 256, 8 * 64 * d * 2),
+            false => (64, 128, 4 * 64 * (d + 8) * 2),
+        };
+        let name = match (by_groups, d) {
+            (true, 64) => "attend_group_64",
+            (true, 128) => "attend_group_128",
+            (false, 64) => "attend_prompt_64",
+            (false, 128) => "attend_prompt_128",
             _ => return Ok(false),
         };
         let args = [
@@ -317,8 +325,8 @@ impl Gpu {
             (shape.kv_heads as i32).into(),
             (1.0 / (d as f32).sqrt()).into(),
         ];
-        let (grid, block) = ([q.rows.div_ceil(64), shape.heads, 1], [128, 1, 1]);
-        let shared = 4 * 64 * (d + 8) * 2;
+        let grid = [q.rows.div_ceil(queries), shape.heads, 1];
+        let block = [threads, 1, 1];
         // SAFETY: keys and values have first + rows rows; out is as large as q.
         unsafe { self.launch_behind(program(q.dtype), name, grid, block, shared, &args)? };
         Ok(true)
