@@ -95,11 +95,11 @@ __device__ __forceinline__ void attend_share(float* parts, const half16* q, cons
 }
 
 // The shares of a row and a head put together, at the places that `places` names for the channels of
-// the next linear; null where they are natural. Eight shares are asked for at a time, before it is
-// known how many there are. Grid: (heads, rows); threads: d, up to a multiple of 32.
+// the next linear; null where they are natural. Sixteen shares are asked for at a time.
+// Grid: (heads, rows); threads: d, up to a multiple of 32.
 extern "C" __global__ void merge_shares(half16* out, const float* parts, const int* held,
                                         const int* places, int shares, int share, int d, int stride) {
-    constexpr int AT_ONCE = 8;
+    constexpr int AT_ONCE = 16;
     int row = blockIdx.y, head = blockIdx.x, i = min((int)threadIdx.x, d - 1);
     int place = places ? places[head * d + i] : head * d + i;
     int count = (held[row] + share - 1) / share;

@@ -120,6 +120,8 @@ run() {
       echo "memcheck, packed_tests $test: $(timeout ${SANITIZER_SECONDS:-100} compute-sanitizer --tool memcheck \
         ./packed_tests "$test" 2>&1 | grep -E 'SUMMARY|test result|Invalid' | sort | uniq -c | head -6 | tr '\n' ';')"
     done
+    echo "memcheck, text_tests: $(timeout ${SANITIZER_SECONDS:-100} compute-sanitizer --tool memcheck ./text_tests 2>&1 |
+      grep -E 'SUMMARY|test result|Invalid' | sort | uniq -c | head -6 | tr '\n' ';')"
   fi
   if wanted linears; then
     section "packed products, microseconds by rows"
