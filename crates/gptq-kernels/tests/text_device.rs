@@ -154,7 +154,6 @@ fn attend(gpu: &Arc<Gpu>) {
         (2, 1, 80, true),
         (2, 2, 256, false),
         (1, 1, 160, false),
-        (140, 20, 8, false), // heads enough for larger shares
     ] {
         let shape = AttentionShape {
             heads,

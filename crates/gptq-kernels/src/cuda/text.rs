@@ -13,10 +13,9 @@ use super::memory::Buffer;
 use super::program::Program;
 use crate::AttentionShape;
 
-/// Keys of a sequence that a block attends to, and how many times as many where heads and sequences
-/// alone fill the GPU: less is left to be put together.
+/// Keys of a sequence that a block attends to. More of them left a GPU unevenly filled in a decoder's
+/// step, although they were faster alone.
 const SHARE: usize = 256;
-const MOST_SHARES: usize = 4;
 const TEAMS: usize = 16;
 /// Up to so many rows a gate is read where its place in the order says; a block takes a row beyond.
 const FEW_GATES: usize = 4;
@@ -218,9 +217,7 @@ impl DeviceKeyValues {
             kv_heads,
             head_dim: d,
         } = self.shape;
-        let filled = self.sequences * heads / self.gpu.multiprocessors();
-        let share = SHARE * filled.clamp(1, MOST_SHARES);
-        let shares = self.capacity.div_ceil(share);
+        let shares = self.capacity.div_ceil(SHARE);
         let parts = (self.gpu).scratch(
             "attention shares",
             self.sequences * heads * shares * (d + 2) * 4,
@@ -246,7 +243,7 @@ impl DeviceKeyValues {
             (self.capacity as i32).into(),
             (kv_heads as i32).into(),
             (d as i32).into(),
-            (share as i32).into(),
+            (SHARE as i32).into(),
             (1.0 / (d as f32).sqrt()).into(),
         ];
         let grid = [shares, heads, self.sequences];
@@ -260,7 +257,7 @@ impl DeviceKeyValues {
             held.into(),
             address(order.places),
             (shares as i32).into(),
-            (share as i32).into(),
+            (SHARE as i32).into(),
             (d as i32).into(),
             (order.width as i32).into(),
         ];
