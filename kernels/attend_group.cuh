@@ -103,6 +103,7 @@ __device__ __forceinline__ void attend_group(half16* out, const half16* q, const
         for (int k = 0; k < 4; k++)
 #pragma unroll
             for (int i = 0; i < 4; i++) of_p[k][i] = pair_of(score[k * 8 + i * 2], score[k * 8 + i * 2 + 1]);
+        stay<16>(of_p[0]);
     };
 
     asm volatile("cp.async.wait_group %0;" ::"n"(SLOTS - 2) : "memory");
@@ -111,6 +112,7 @@ __device__ __forceinline__ void attend_group(half16* out, const half16* q, const
     begin_products();
     multiply_keys(0);
     products_are_done_but(0);
+    stay<32>(score);
     weigh(0);
     round_weights();
     // Of the last tile the first warpgroup sees nothing.
@@ -124,8 +126,10 @@ __device__ __forceinline__ void attend_group(half16* out, const half16* q, const
         multiply_keys(tile + 1);
         multiply_values(tile);
         products_are_done_but(1);
+        stay<32>(score);
         weigh(tile + 1);
         products_are_done_but(0);
+        stay<D / 2>(sum);
 #pragma unroll
         for (int i = 0; i < D / 2; i++) sum[i] *= shrink[i >> 1 & 1];
         round_weights();
@@ -133,6 +137,7 @@ __device__ __forceinline__ void attend_group(half16* out, const half16* q, const
     begin_products();
     multiply_values(tiles - 1);
     products_are_done_but(0);
+    stay<D / 2>(sum);
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         float all = weights[h] + __shfl_xor_sync(~0u, weights[h], 1);

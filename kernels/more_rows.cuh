@@ -141,6 +141,9 @@ __device__ __forceinline__ void more_rows(half16* out, const half16* x, const fl
         slot = (slot + 1) & (STAGES - 1);
     }
     products_are_done_but(0);
+#if WGMMA
+    stay<SUMS>(sum);
+#endif
 
     if (shares > 1) {
         long long block = (long long)blockIdx.y * gridDim.x + blockIdx.x;

@@ -48,6 +48,19 @@ __device__ __forceinline__ void end_products() {
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
+// The compiler keeps what touches these numbers on its side of this place: it does not know that a
+// product goes on behind the instruction that asks for it.
+template <int N>
+__device__ __forceinline__ void stay(float* c) {
+#pragma unroll
+    for (int i = 0; i < N; i++) asm volatile("" : "+f"(c[i])::"memory");
+}
+template <int N>
+__device__ __forceinline__ void stay(unsigned* a) {
+#pragma unroll
+    for (int i = 0; i < N; i++) asm volatile("" : "+r"(a[i])::"memory");
+}
+
 #define C4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
 #define C16(i) C4(i), C4(i + 4), C4(i + 8), C4(i + 12)
 #define A4 "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])

@@ -161,8 +161,8 @@ impl<'a> Scorer<'a> {
         let mut steps = Steps::beside(&format!("{name}: scoring"), passes, self.plain);
         let mut done = 0;
         let (mut scores, mut hidden) = (Vec::new(), Vec::new());
+        let mut decoder = opened.decoder(self.device)?; // one for all groups: so is its head
         for (index, group) in self.groups.iter().enumerate() {
-            let mut decoder = opened.decoder(self.device)?;
             let windows = &self.text.ids[group.clone()];
             let mut progress = || {
                 done += 1;

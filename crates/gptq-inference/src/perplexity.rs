@@ -5,7 +5,7 @@ use gptq_model::{Decoder, HeadInput, ModelError, TokenScore};
 use serde::{Deserialize, Serialize};
 
 /// Final hidden states of a model that others are compared with on the same windows, in host
-/// memory.
+/// memory, and its head where it scores.
 pub struct Reference(Vec<HeadInput>);
 
 /// What a model says about one window.

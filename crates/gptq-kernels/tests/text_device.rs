@@ -339,6 +339,25 @@ fn norms_and_gates_are_written_in_the_order_of_the_next_linear() {
     }
 }
 
+/// As many as a window of a long context has, and more than a grid's second dimension.
+#[test]
+fn rows_of_long_windows_are_gated() {
+    let Some(gpu) = gpu() else { return };
+    let (rows, k) = (65_537, 8);
+    let mut random = Random(5);
+    let both = [(); 2].map(|()| random.values(rows * k));
+    let there = [0, 1].map(|at| Buffer::from_host(&gpu, &both[at]).unwrap());
+    let [gate, up] = [0, 1].map(|at| matrix(&there[at], rows, k));
+    gpu.swiglu(gate, up).unwrap();
+    let want: Vec<f64> = (both[0].iter().zip(&both[1]))
+        .map(|(g, u)| {
+            let g = g.to_f64();
+            f16::from_f64(g / (1.0 + (-g).exp())).to_f64() * u.to_f64()
+        })
+        .collect();
+    close(&gpu.download(gate).unwrap(), &want, "rows of a long window");
+}
+
 #[test]
 fn dequantised_weights_are_those_of_the_processor() {
     let Some(gpu) = gpu() else { return };

@@ -9,6 +9,9 @@ use super::error::{CudaError, Named};
 use super::memory::Buffer;
 use super::program::{Program, compiled};
 
+/// Dynamic shared memory that a kernel may have without asking: 48 KB less what it may have declared.
+const FOR_EVERY_KERNEL: usize = (48 << 10) - (1 << 10);
+
 /// A kernel argument.
 #[derive(Clone, Copy)]
 pub(super) struct Arg([u64; 5]);
@@ -92,7 +95,9 @@ impl Gpu {
     /// sources): on a GPU that can, it may be put beside that one's end.
     ///
     /// # Safety
-    /// As [`Gpu::launch`]; the kernel reads and writes nothing that others write before it waits.
+    /// As [`Gpu::launch`]. Before it waits the kernel writes nothing, and reads only what the kernel
+    /// ahead of it does not write; some thread of every block waits before it lets the next begin.
+    /// Copies are over by then: a kernel behind one begins after it.
     pub(super) unsafe fn launch_behind(
         &self,
         program: Program,
@@ -134,7 +139,7 @@ impl Gpu {
         }
         let function = self.function(program, name)?;
         let mut allowed = self.allowed.borrow_mut();
-        let allowed = allowed.entry((program, name)).or_insert(48 << 10);
+        let allowed = allowed.entry((program, name)).or_insert(FOR_EVERY_KERNEL);
         if shared > *allowed {
             // SAFETY: the function is loaded.
             unsafe {

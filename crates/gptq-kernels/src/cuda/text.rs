@@ -19,6 +19,8 @@ const SHARE: usize = 256;
 const TEAMS: usize = 16;
 /// Up to so many rows a gate is read where its place in the order says; a block takes a row beyond.
 const FEW_GATES: usize = 4;
+/// Of a grid's second dimension.
+const MOST_ROWS: usize = 65_535;
 /// Shared memory that every GPU has for a block that asks for it.
 const SHARED: usize = 96 << 10;
 
@@ -397,8 +399,16 @@ impl Gpu {
             true => ("gate_rows_8", 8),
             false => ("gate_rows_1", 1),
         };
-        let grid = [order.width.div_ceil(128 * values), count, 1];
-        // SAFETY: out has rows of the order's width; the caller vouches for both inputs.
-        unsafe { self.launch_behind(program(dtype), name, grid, [128, 1, 1], 0, &args) }
+        let columns = order.width.div_ceil(128 * values);
+        for first in (0..count).step_by(MOST_ROWS) {
+            let from = |address: u64, pitch: usize| Arg::from(address + 2 * (first * pitch) as u64);
+            args[0] = from(out, order.width);
+            args[1] = from(gate.address, gate.pitch);
+            args[2] = from(up.address, up.pitch);
+            let grid = [columns, (count - first).min(MOST_ROWS), 1];
+            // SAFETY: out has rows of the order's width; the caller vouches for both inputs.
+            unsafe { self.launch_behind(program(dtype), name, grid, [128, 1, 1], 0, &args)? };
+        }
+        Ok(())
     }
 }
