@@ -36,7 +36,7 @@ argument!(
     f32,
     super::packed::Packed,
     super::sweep::Rule,
-    super::text::RawRows
+    super::key_values::RawRows
 );
 
 impl From<&Buffer> for Arg {
