@@ -95,7 +95,7 @@ impl Gpu {
     /// sources): on a GPU that can, it may be put beside that one's end.
     ///
     /// # Safety
-    /// As [`Gpu::launch`]. Before it waits the kernel writes nothing, and reads only what the kernel
+    /// As [`Gpu::launch`]. Before it waits the kernel writes no global memory, and reads only what the kernel
     /// ahead of it does not write; some thread of every block waits before it lets the next begin.
     /// Copies are over by then: a kernel behind one begins after it.
     pub(super) unsafe fn launch_behind(
