@@ -1,4 +1,6 @@
+// Attention of a prompt, or of windows, by warpgroups of Hopper.
 #pragma once
+#include "attend_prompt.cuh"
 #include "wgmma.cuh"
 
 #if WGMMA
@@ -46,14 +48,7 @@ __device__ __forceinline__ void attend_group(half16* out, const half16* q, const
 #pragma unroll
     for (int tile = 0; tile < SLOTS - 1; tile++) load(tile);
     unsigned of_q[D / 16][4], of_p[4][4];
-    const half16* query = q + head * D + 2 * t;
-#pragma unroll
-    for (int k = 0; k < D / 16; k++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            long long row = min(q0 + g + (i & 1) * 8, count - 1);
-            of_q[k][i] = *(const unsigned*)(query + row * heads * D + k * 16 + (i >> 1) * 8);
-        }
+    load_queries<D>(of_q, q + head * D, q0, count, heads);
     float score[32], sum[D / 2], top[2] = {-INFINITY, -INFINITY}, weights[2] = {0, 0}, shrink[2];
 #pragma unroll
     for (int i = 0; i < D / 2; i++) sum[i] = 0;

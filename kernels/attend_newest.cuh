@@ -1,3 +1,4 @@
+// Attention of new tokens, one a sequence, over what the cache holds.
 #pragma once
 #include "half.cuh"
 

@@ -1,5 +1,22 @@
+// Attention of a prompt, or of windows, by the tensor cores of every GPU from Ampere on.
 #pragma once
 #include "half.cuh"
+
+// A warp's sixteen rows of `query [count, heads * D]` from q0 on as mma and wgmma take a first factor; rows
+// beyond the last are the last.
+template <int D>
+__device__ __forceinline__ void load_queries(unsigned (*a)[4], const half16* query, int q0, int count,
+                                             int heads) {
+    int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+    query += 2 * t;
+#pragma unroll
+    for (int k = 0; k < D / 16; k++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            long long row = min(q0 + g + (i & 1) * 8, count - 1);
+            a[k][i] = *(const unsigned*)(query + row * heads * D + k * 16 + (i >> 1) * 8);
+        }
+}
 
 // As `load_four`, each matrix transposed.
 __device__ __forceinline__ void load_turned(unsigned* y, const half16* from) {
@@ -40,14 +57,7 @@ __device__ __forceinline__ void attend_prompt(half16* out, const half16* q, cons
     int tiles = (first + min(block * 64 + 63, count - 1)) / 64 + 1;
     load(0);
     unsigned a[D / 16][4];
-    const half16* query = q + head * D + 2 * t;
-#pragma unroll
-    for (int k = 0; k < D / 16; k++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            long long row = min(q0 + g + (i & 1) * 8, count - 1);
-            a[k][i] = *(const unsigned*)(query + row * heads * D + k * 16 + (i >> 1) * 8);
-        }
+    load_queries<D>(a, q + head * D, q0, count, heads);
     float sum[D / 8][4], top[2] = {-INFINITY, -INFINITY}, weights[2] = {0, 0};
 #pragma unroll
     for (int j = 0; j < D / 8; j++) sum[j][0] = sum[j][1] = sum[j][2] = sum[j][3] = 0;

@@ -1,5 +1,6 @@
 // What all kernels include, without headers of CUDA, so that NVRTC needs no path to them: sixteen-bit floats,
-// sums over a block, kernels that begin beside the one before, tensor cores, copies to shared memory.
+// values side by side, sums over a block, kernels that begin beside the one before, tensor cores, copies to
+// shared memory.
 // BF16 = 1 compiles a file for bfloat16, 0 for IEEE half.
 
 #pragma once

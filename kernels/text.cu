@@ -212,7 +212,7 @@ __device__ __forceinline__ void place_heads(half16* to_q, half16* keys, half16* 
     }
 
 #define ATTEND_SHARE(VALUES, PIECES, KEYS)                                                             \
-    __global__ void __launch_bounds__(128, 4) attend_share_##VALUES##_##PIECES(                           \
+    __global__ void __launch_bounds__(128, 4) attend_share_##VALUES##_##PIECES(                        \
         float* parts, const half16* q, const half16* keys, const half16* values, const int* held,      \
         int capacity, int kv_heads, int d, int share, float scale) {                                   \
         attend_share<VALUES, PIECES, KEYS>(parts, q, keys, values, held, capacity, kv_heads, d, share, \

@@ -159,6 +159,35 @@ fn branches_hold_what_quantize_writes_and_a_card() {
     assert_eq!(printed, card);
 }
 
+/// A group on a processor has 32,768 tokens; what is compared must be of the same one.
+#[test]
+fn a_text_of_two_groups_is_scored_as_eval_scores_it() {
+    let place = Place::new();
+    write_text(&place.path("held.txt"), 128, 40_000);
+    let rounded = "[[branch]]\nname = \"main\"\nbits = 4\ngroup_size = 32\nmethod = \"rtn\"\n";
+    fs::write(place.path("plan.toml"), rounded).unwrap();
+    let mut matrix = gptq("matrix");
+    matrix
+        .arg(&place.model)
+        .arg("--out")
+        .arg(place.path("repo"));
+    matrix.arg("--plan").arg(place.path("plan.toml"));
+    matrix.arg("--evaluate").arg(place.path("held.txt"));
+    let branches = json(matrix.args(["--eval-seq-len", "64"]));
+    let of_matrix = &branches[0]["record"]["evaluation"]["branch"];
+    assert!(of_matrix["windows"].as_u64().unwrap() > 32_768 / 64);
+
+    let pulled = place.pull("repo", "main", "pulled");
+    let mut eval = gptq("eval");
+    eval.arg(&place.model).arg(pulled);
+    eval.arg("--dataset").arg(place.path("held.txt"));
+    let scores = json(eval.args(["--seq-len", "64", "--group-tokens", "5000"]));
+    for what in ["perplexity", "kl", "top1_agreement"] {
+        assert_eq!(of_matrix[what], scores[1][what], "{what}");
+        assert!(of_matrix[what].as_f64().unwrap() > 0.0);
+    }
+}
+
 #[test]
 fn one_by_one_and_side_by_side_give_the_same_commits() {
     let place = Place::new();

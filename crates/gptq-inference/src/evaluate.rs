@@ -211,9 +211,9 @@ impl Run<'_> {
             }
             let begun = Instant::now();
             let mut decoder = opened.decoder(self.request.device)?;
-            let compared = model == 0 && self.request.models.len() > 1;
+            let others_follow = model == 0 && self.request.models.len() > 1;
             let mut progress = self.passed(model);
-            let scored = match compared {
+            let scored = match others_follow {
                 true => score_reference(decoder.as_mut(), windows, &mut progress)
                     .map(|(scores, hidden)| (scores, Some(hidden))),
                 false => {

@@ -8,6 +8,7 @@ use gptq_types::{DeviceMatrix, Dtype};
 use crate::ModelError;
 use crate::head::HostHead;
 use crate::score::{HeadRows, TokenScore};
+use crate::weights::to_f32;
 
 /// The head on the GPU, and the one in f32 for those who ask for logits.
 #[derive(Clone)]
@@ -59,12 +60,9 @@ impl DeviceRows {
 
     /// Normed and multiplied in f32.
     pub fn to_processor(&self) -> Result<HeadRows, ModelError> {
-        let widen = |bits: u16| match self.head.dtype {
-            Dtype::BF16 => half::bf16::from_bits(bits).to_f32(),
-            _ => half::f16::from_bits(bits).to_f32(),
-        };
-        let hidden: Vec<f32> = self.states.values()?.into_iter().map(widen).collect();
-        Ok(self.head.host.rows(&hidden)?)
+        let values = self.states.values()?;
+        let hidden = to_f32(self.head.dtype, bytemuck::cast_slice(&values));
+        Ok(self.head.host.rows(&hidden.expect("states are floats"))?)
     }
 
     pub fn score(

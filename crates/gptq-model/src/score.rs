@@ -99,8 +99,10 @@ impl HeadInput {
     }
 
     /// Scores row `row` of the batch for the token that follows it, for all `(row, target)`.
-    /// `reference` holds the same rows of another model with the same vocabulary, on the same kind
-    /// of device.
+    /// `reference` holds the same rows of another model with the same vocabulary.
+    ///
+    /// # Panics
+    /// If one was computed on a GPU and the other was not.
     pub fn score(
         &self,
         targets: &[(usize, u32)],

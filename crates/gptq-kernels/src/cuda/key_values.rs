@@ -15,7 +15,9 @@ use crate::AttentionShape;
 /// Keys of a sequence that a block attends to. More of them left a GPU unevenly filled in a decoder's
 /// step, although they were faster alone.
 const SHARE: usize = 256;
+/// Of eight lanes, in such a block: each leaves sums of its own.
 const TEAMS: usize = 16;
+
 /// The kernels' own struct.
 #[repr(C)]
 #[derive(Clone, Copy)]
