@@ -57,8 +57,11 @@ __device__ __forceinline__ void attend_group(half16* out, const half16* q, const
     auto multiply_keys = [&](int tile) {
         unsigned from = place + tile % SLOTS * 2 * TILE;
 #pragma unroll
-        for (int k = 0; k < D / 16; k++)
-            multiply_group(score, of_q[k], described(from + k / 4 * RUN) + 2 * (k % 4), k == 0);
+        for (int k = 0; k < D / 16; k++) {
+            unsigned long long b = described(from + k / 4 * RUN) + 2 * (k % 4);
+            if (k == 0) multiply_group_anew(score, of_q[k], b);
+            else multiply_group(score, of_q[k], b);
+        }
         end_products();
     };
     auto multiply_values = [&](int tile) {

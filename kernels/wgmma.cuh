@@ -69,34 +69,34 @@ __device__ __forceinline__ void stay(unsigned* a) {
 #define R64 R32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,"  \
                 "%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 
-// c [64, 64] += a [64, 16] b [16, 64]; b has its columns as rows. With `first`, c = a b.
-__device__ __forceinline__ void multiply_group(float* c, const unsigned* a, unsigned long long b,
-                                               bool first = false) {
-    if (first)
-        asm volatile("wgmma.mma_async.sync.aligned.m64n64k16" TYPES " " R32 "}, {%32,%33,%34,%35}, %36, 0, 1, 1, 0;"
-                     : C16(0), C16(16)
-                     : A4, "l"(b));
-    else
-        asm volatile("wgmma.mma_async.sync.aligned.m64n64k16" TYPES " " R32 "}, {%32,%33,%34,%35}, %36, 1, 1, 1, 0;"
-                     : C16(0), C16(16)
-                     : A4, "l"(b));
+#define GROUP_64(ADDS, TURNED)                                                                       \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16" TYPES " " R32                                \
+                 "}, {%32,%33,%34,%35}, %36, " ADDS ", 1, 1, " TURNED ";"                             \
+                 : C16(0), C16(16) : A4, "l"(b))
+#define GROUP_128(ADDS, TURNED)                                                                      \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16" TYPES " " R64                               \
+                 "}, {%64,%65,%66,%67}, %68, " ADDS ", 1, 1, " TURNED ";"                             \
+                 : C16(0), C16(16), C16(32), C16(48) : A4, "l"(b))
+
+// c [64, 64] += a [64, 16] b [16, 64], where b has its columns as rows.
+__device__ __forceinline__ void multiply_group(float* c, const unsigned* a, unsigned long long b) {
+    GROUP_64("1", "0");
 }
 
-// c [64, N] += a [64, 16] b [16, N]; b has its rows as rows.
+// The same from nothing: c = a b.
+__device__ __forceinline__ void multiply_group_anew(float* c, const unsigned* a, unsigned long long b) {
+    GROUP_64("0", "0");
+}
+
+// c [64, N] += a [64, 16] b [16, N], where b has its rows as rows.
 template <int N>
-__device__ __forceinline__ void multiply_group_turned(float* c, const unsigned* a, unsigned long long b);
-template <>
-__device__ __forceinline__ void multiply_group_turned<64>(float* c, const unsigned* a, unsigned long long b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16" TYPES " " R32 "}, {%32,%33,%34,%35}, %36, 1, 1, 1, 1;"
-                 : C16(0), C16(16)
-                 : A4, "l"(b));
+__device__ __forceinline__ void multiply_group_turned(float* c, const unsigned* a, unsigned long long b) {
+    static_assert(N == 64 || N == 128, "columns of a product");
+    if constexpr (N == 64) GROUP_64("1", "1");
+    else GROUP_128("1", "1");
 }
-template <>
-__device__ __forceinline__ void multiply_group_turned<128>(float* c, const unsigned* a, unsigned long long b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16" TYPES " " R64 "}, {%64,%65,%66,%67}, %68, 1, 1, 1, 1;"
-                 : C16(0), C16(16), C16(32), C16(48)
-                 : A4, "l"(b));
-}
+#undef GROUP_128
+#undef GROUP_64
 #undef R64
 #undef R32
 #undef A4
