@@ -10,6 +10,7 @@
 // Norms, turned heads and gates are rounded to sixteen bits where Hugging Face rounds them; weights of
 // attention stay in f32 for new tokens and are rounded once for prompts.
 #include "attend_group.cuh"
+#include "attend_heads.cuh"
 #include "attend_newest.cuh"
 #include "attend_prompt.cuh"
 
@@ -219,6 +220,13 @@ __device__ __forceinline__ void place_heads(half16* to_q, half16* keys, half16* 
                                            scale);                                                     \
     }
 
+#define ATTEND_HEADS(D)                                                                                \
+    __global__ void __launch_bounds__(128, 4) attend_heads_##D(                                        \
+        float* parts, const half16* q, const half16* keys, const half16* values, const int* held,      \
+        int capacity, int kv_heads, int of, int share, float scale) {                                  \
+        attend_heads<D>(parts, q, keys, values, held, capacity, kv_heads, of, share, scale);           \
+    }
+
 #define ATTEND_PROMPT(D)                                                                               \
     __global__ void __launch_bounds__(128) attend_prompt_##D(                                          \
         half16* out, const half16* q, const half16* keys, const half16* values, int count, int first,  \
@@ -243,6 +251,9 @@ ATTEND_SHARE(8, 2, 4) // of 128
 ATTEND_SHARE(8, 4, 2) // of 256
 ATTEND_SHARE(2, 8, 2) // any even width up to 128
 ATTEND_SHARE(2, 16, 1)
+
+ATTEND_HEADS(64)
+ATTEND_HEADS(128)
 
 ATTEND_PROMPT(64)
 ATTEND_PROMPT(128)

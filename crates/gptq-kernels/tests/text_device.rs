@@ -150,6 +150,8 @@ fn attend(gpu: &Arc<Gpu>) {
     for (heads, kv_heads, head_dim, with_norms) in [
         (4, 4, 128, false),
         (9, 3, 64, true),
+        (8, 2, 128, false),
+        (20, 2, 64, false),
         (4, 2, 8, true),
         (2, 1, 80, true),
         (2, 2, 256, false),

@@ -15,8 +15,13 @@ use crate::AttentionShape;
 /// Keys of a sequence that a block attends to. More of them left a GPU unevenly filled in a decoder's
 /// step, although they were faster alone.
 const SHARE: usize = 256;
-/// Of eight lanes, in such a block: each leaves sums of its own.
+/// The least, where heads share keys: a warp takes sixteen.
+const LEAST_SHARE: usize = 64;
+/// Of eight lanes, in a block of one head: each leaves sums of its own.
 const TEAMS: usize = 16;
+/// Heads that share keys in a block, and its warps: each leaves sums for all of them.
+const TOGETHER: usize = 8;
+const WARPS: usize = 4;
 
 /// The kernels' own struct.
 #[repr(C)]
@@ -166,23 +171,34 @@ impl DeviceKeyValues {
             kv_heads,
             head_dim: d,
         } = self.shape;
-        let shares = self.capacity.div_ceil(SHARE);
-        let parts = (self.gpu).scratch(
-            "attention shares",
-            self.sequences * heads * shares * (d + 2) * 4,
-        )?;
+        if d > 256 {
+            return Err(CudaError::Invalid(format!(
+                "attention heads of {d} are wider than 256"
+            )));
+        }
+        let of = heads / kv_heads;
+        let together = of > 1 && matches!(d, 64 | 128);
         let name = match d {
+            64 if together => "attend_heads_64",
+            128 if together => "attend_heads_128",
             64 => "attend_share_8_1",
             128 => "attend_share_8_2",
             256 => "attend_share_8_4",
             ..=128 => "attend_share_2_8",
             _ => "attend_share_2_16",
         };
-        if d > 256 {
-            return Err(CudaError::Invalid(format!(
-                "attention heads of {d} are wider than 256"
-            )));
-        }
+        let (over, of_block, share, shared) = match together {
+            true => {
+                let over = kv_heads * of.div_ceil(TOGETHER);
+                (over, of, self.share(over), WARPS * TOGETHER * (d + 2) * 4)
+            }
+            false => (heads, d, SHARE, TEAMS * (d + 2) * 4),
+        };
+        let shares = self.capacity.div_ceil(share);
+        let parts = (self.gpu).scratch(
+            "attention shares",
+            self.sequences * heads * shares * (d + 2) * 4,
+        )?;
         let args = [
             (&*parts).into(),
             q.into(),
@@ -191,12 +207,11 @@ impl DeviceKeyValues {
             held.into(),
             (self.capacity as i32).into(),
             (kv_heads as i32).into(),
-            (d as i32).into(),
-            (SHARE as i32).into(),
+            (of_block as i32).into(),
+            (share as i32).into(),
             (1.0 / (d as f32).sqrt()).into(),
         ];
-        let grid = [shares, heads, self.sequences];
-        let shared = TEAMS * (d + 2) * 4;
+        let grid = [shares, over, self.sequences];
         let dtype = program(self.dtype);
         // SAFETY: the caches hold what `held` counts; a part for every share.
         unsafe { (self.gpu).launch_behind(dtype, name, grid, [128, 1, 1], shared, &args)? };
@@ -206,13 +221,24 @@ impl DeviceKeyValues {
             held.into(),
             address(order.places),
             (shares as i32).into(),
-            (SHARE as i32).into(),
+            (share as i32).into(),
             (d as i32).into(),
             (order.width as i32).into(),
         ];
         let (grid, block) = ([heads, self.sequences, 1], [d.next_multiple_of(32), 1, 1]);
         // SAFETY: out has a row of the order's width a sequence.
         unsafe { (self.gpu).launch_behind(dtype, "merge_shares", grid, block, 0, &args) }
+    }
+
+    /// Keys that a block attends to where there are `over` of them side by side: as many as leave two
+    /// blocks to each multiprocessor.
+    fn share(&self, over: usize) -> usize {
+        let mut share = SHARE;
+        let blocks = |share| self.capacity.div_ceil(share) * over * self.sequences;
+        while share > LEAST_SHARE && blocks(share) < 2 * self.gpu.multiprocessors() {
+            share /= 2;
+        }
+        share
     }
 
     /// Attends from rows `q [count, heads * head_dim]` of `sequence`, the first at position

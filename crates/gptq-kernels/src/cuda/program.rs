@@ -25,13 +25,14 @@ macro_rules! source {
 }
 
 /// What the files of `kernels/` include, by name.
-const HEADERS: [(&str, &str); 8] = [
+const HEADERS: [(&str, &str); 9] = [
     ("half.cuh", source!("half.cuh")),
     ("packed.cuh", source!("packed.cuh")),
     ("few_rows.cuh", source!("few_rows.cuh")),
     ("more_rows.cuh", source!("more_rows.cuh")),
     ("wgmma.cuh", source!("wgmma.cuh")),
     ("attend_group.cuh", source!("attend_group.cuh")),
+    ("attend_heads.cuh", source!("attend_heads.cuh")),
     ("attend_newest.cuh", source!("attend_newest.cuh")),
     ("attend_prompt.cuh", source!("attend_prompt.cuh")),
 ];
