@@ -6,9 +6,6 @@
 #include "packed.cuh"
 #include "wgmma.cuh"
 
-#define STAGES 4 // steps of x, codes and scales in shared memory
-#define PREFETCH (STAGES - 1)
-
 // c += the products of a run of 64 positions; `a` holds its four tiles and stays as it is until the
 // next but one `products_are_done_but(1)`.
 template <int EIGHTS>
@@ -43,6 +40,8 @@ __device__ __forceinline__ void more_rows(half16* out, const half16* x, const fl
                                           int rows, int stride, int add, float* parts,
                                           unsigned* arrived) {
     constexpr int WORDS = BITS == 4 ? 1 : 2, ROWS = 8 * EIGHTS, THREADS = 128 * WIDE, SUMS = 4 * EIGHTS;
+    // Steps of x, codes and scales in shared memory: two blocks fit into a multiprocessor of Hopper.
+    constexpr int STAGES = BITS == 4 ? 4 : 3, PREFETCH = STAGES - 1;
     constexpr int X = ROWS * STEP / 8, CODES = 2 * WORDS * 32, SCALES = 8; // times 16 bytes; two of a warp
     constexpr int OWN = CODES + 2 * SCALES, PIECES = X / THREADS;          // of a warp; of a thread
     extern __shared__ __align__(1024) uint4 shared[]; // [STAGES][X], then [warp][STAGES][OWN]
@@ -60,10 +59,12 @@ __device__ __forceinline__ void more_rows(half16* out, const half16* x, const fl
     long long to_zeros = (const uint4*)w.zeros - (const uint4*)w.scales;
     unsigned weight_to = (unsigned)__cvta_generic_to_shared(own + lane), x_to[PIECES];
     const uint4* x_from[PIECES];
+    // Rows beyond the last are whatever is there; nobody reads their products.
+    int left = rows - row0 - (place >> 4);
 #pragma unroll
     for (int i = 0; i < PIECES; i++) {
         int row = (place + i * THREADS) >> 4, sixteen = place & 15;
-        x_from[i] = (const uint4*)(x + (long long)min(row0 + row, rows - 1) * stride + first * STEP) + sixteen;
+        x_from[i] = (const uint4*)(x + (long long)(row0 + row) * stride + first * STEP) + sixteen;
         x_to[i] = of_x + 16 * swizzled(ROWS, row, sixteen);
     }
     auto load_weight = [&](int slot) {
@@ -78,7 +79,7 @@ __device__ __forceinline__ void more_rows(half16* out, const half16* x, const fl
     auto load_x = [&](int slot) {
 #pragma unroll
         for (int i = 0; i < PIECES; i++) {
-            copy_to(x_to[i] + slot * X * 16, x_from[i]);
+            if (i * (THREADS / 16) < left) copy_to(x_to[i] + slot * X * 16, x_from[i]);
             x_from[i] += STEP / 8;
         }
     };
@@ -130,7 +131,7 @@ __device__ __forceinline__ void more_rows(half16* out, const half16* x, const fl
         show_copies();
         __syncthreads(); // and the copies of the next step are there
         if (step + PREFETCH < steps) {
-            int free = (slot + PREFETCH) & (STAGES - 1);
+            int free = slot ? slot - 1 : STAGES - 1;
             load_weight(free);
             load_x(free);
         }
@@ -138,7 +139,7 @@ __device__ __forceinline__ void more_rows(half16* out, const half16* x, const fl
         weights(slot, 1);
         multiply_run<EIGHTS>(sum, a[1], of_x + slot * X * 16 + X * 8);
         products_are_done_but(1);
-        slot = (slot + 1) & (STAGES - 1);
+        slot = slot + 1 == STAGES ? 0 : slot + 1;
     }
     products_are_done_but(0);
 #if WGMMA

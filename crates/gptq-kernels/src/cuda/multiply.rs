@@ -15,10 +15,15 @@ const HOPPERS_ROOM: usize = 216 << 10;
 const ROOM: usize = 96 << 10;
 /// Outputs that are widened at a time: what they take is held beside the packed weights.
 const WIDENED_OUTPUTS: usize = 12288;
-/// Steps of x, codes and scales in shared memory, as in the kernel of more rows.
-const STAGES: usize = 4;
 /// Steps of a share of the positions that are worth a block of their own.
-const SHARE_STEPS: usize = 8;
+const SHARE_STEPS: usize = 4;
+/// What a block of more rows costs, fitted to times on an H200, in steps: to begin and end; to leave sums
+/// for the others and read them; and how much longer a step takes where two blocks do not share a
+/// multiprocessor and wait in turns.
+const BEGIN: f64 = 4.0;
+const SUMS: f64 = 2.6;
+const ALONE: f64 = 1.15;
+const ALONE_OF_8: f64 = 1.4;
 /// Shares at most: each leaves its sums in memory, and the last one reads them all.
 const MAX_SHARES: usize = 8;
 
@@ -84,16 +89,19 @@ impl PackedLinear {
         };
         let blocks = self.outputs.div_ceil(4 * wide * TILE);
         let over = x.rows.div_ceil(8 * eights);
-        // Blocks of a multiprocessor: with more, products in a row took longer on Hopper.
-        let abreast = if eights == 8 { 2 } else { 1 };
-        let room = self.gpu.multiprocessors() * abreast / (blocks * over);
-        let shares = room.clamp(1, (self.steps / SHARE_STEPS).clamp(1, MAX_SHARES));
+        let multiprocessors = self.gpu.multiprocessors();
+        let shares = shares(self.bits, self.steps, blocks * over, multiprocessors);
         let sums = 4 * eights * 128 * wide; // of a block
         let parts = (self.gpu).scratch("shares", shares * blocks * over * sums * 4)?;
         let arrived = self.gpu.counters(blocks * over)?;
         let mut args = self.arguments(out, x, add);
         args.extend([Arg::from(parts.address()), Arg::from(arrived.address())]);
-        let shared = more_shared(self.bits, eights, wide);
+        let shared = match blocks * over * shares <= multiprocessors {
+            // So much that two do not fit: beside the end of another kernel some multiprocessors would
+            // be given two of them, and others none.
+            true => more_shared(self.bits, eights, wide).max(self.gpu.shared_memory / 2 + 1024),
+            false => more_shared(self.bits, eights, wide),
+        };
         let (grid, block) = ([blocks, over, shares], [128 * wide, 1, 1]);
         // SAFETY: as above; parts and counters for every block.
         unsafe { (self.gpu).launch_behind(self.program(), name, grid, block, shared, &args) }
@@ -202,11 +210,30 @@ impl Few {
     }
 }
 
+/// How many blocks share the `steps` of positions of each of `blocks`: the number that leaves the busiest
+/// multiprocessor the least work, in steps of a block.
+fn shares(bits: i32, steps: usize, blocks: usize, multiprocessors: usize) -> usize {
+    let alone = if bits == 8 { ALONE_OF_8 } else { ALONE };
+    let work = |shares: usize| {
+        let busiest = (blocks * shares).div_ceil(multiprocessors);
+        let rounds = (busiest / 2 * 2) as f64 + (busiest % 2) as f64 * alone;
+        let sums = match shares {
+            1 => 0.0,
+            _ => SUMS * (blocks * shares) as f64 / multiprocessors as f64,
+        };
+        rounds * (steps as f64 / shares as f64 + BEGIN) + sums
+    };
+    let most = (steps / SHARE_STEPS).clamp(1, MAX_SHARES);
+    let best = (1..=most).min_by(|&a, &b| work(a).total_cmp(&work(b)));
+    best.unwrap_or(1)
+}
+
 /// Bytes of shared memory of a block of more rows: steps of x, and of each warp's codes, scales and
 /// zeros.
 fn more_shared(bits: i32, eights: usize, wide: usize) -> usize {
     let of_warp = bits as usize * LANES * 8 + 2 * 8 * 16;
-    STAGES * (8 * eights * STEP * 2 + 4 * wide * of_warp)
+    let stages = if bits == 4 { 4 } else { 3 };
+    stages * (8 * eights * STEP * 2 + 4 * wide * of_warp)
 }
 
 /// Eights of rows of a block, and its warpgroups: the most for which there is shared memory.
@@ -248,6 +275,21 @@ mod tests {
                     );
                 }
             }
+        }
+    }
+
+    #[test]
+    fn positions_are_shared_so_that_all_multiprocessors_have_work() {
+        for (steps, blocks, want) in [
+            (32, 86, 3),  // 4096 x 11008, 64 rows
+            (32, 172, 3), // 128
+            (32, 258, 1), // 192: two blocks for almost every one
+            (32, 32, 4),  // 4096 x 4096, 64 rows
+            (32, 128, 1), // 256
+            (86, 96, 4),  // 11008 x 4096, 192 rows
+            (3, 9, 1),
+        ] {
+            assert_eq!(shares(4, steps, blocks, 132), want, "{blocks} blocks");
         }
     }
 
