@@ -70,28 +70,45 @@ __global__ void widen_packed(half16* out, Packed w) {
     }
 }
 
-// out [rows, stride]: column i of x at the places of `channels`, zero where that is negative. The row
-// goes through shared memory, so that it and the channels come at the same time. Eight columns a
-// thread at a time. Grid: (up to stride / 2048, rows), block 256; shared: 2 k bytes.
-__global__ void arrange(uint4* out, const half16* x, const int4* channels, int k, int stride) {
-    extern __shared__ half16 row[];
-    int first = blockIdx.x * 256 + threadIdx.x, pieces = stride / 8;
-    int4 low, high;
-    if (first < pieces) low = channels[2 * first], high = channels[2 * first + 1];
+// out [rows, stride]: column i of x at the places of `channels`, zero where that is negative. Rows go
+// through shared memory, so that they and the channels come at the same time; those serve all rows of a
+// block. Eight columns a thread at a time. Grid: (rows / of_block, up to stride / 8 / threads); shared: 2 k
+// of_block bytes, rounded up to 16 for each row.
+__global__ void arrange(uint4* out, const half16* x, const int4* channels, int k, int stride, int rows,
+                        int of_block) {
+    constexpr int AT_ONCE = 2;
+    extern __shared__ __align__(16) half16 of_rows[];
+    int first = blockIdx.y * blockDim.x + threadIdx.x, pieces = stride / 8, apart = gridDim.y * blockDim.x;
+    int row0 = blockIdx.x * of_block, count = min(of_block, rows - row0), pitch = (k + 7) / 8 * 8;
+    int4 low[AT_ONCE], high[AT_ONCE];
+    auto ask = [&](int piece) {
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++, piece += apart)
+            if (piece < pieces) low[i] = channels[2 * piece], high[i] = channels[2 * piece + 1];
+    };
+    ask(first);
     wait_for_it();
-    const half16* from = x + (long long)blockIdx.y * k;
+    const half16* from = x + (long long)row0 * k;
+    unsigned place = (unsigned)__cvta_generic_to_shared(of_rows);
     if (k % 8 == 0)
-        for (int c = threadIdx.x; c < k / 8; c += 256) ((uint4*)row)[c] = ((const uint4*)from)[c];
+        for (int c = threadIdx.x; c < count * (k / 8); c += blockDim.x) copy_to(place + 16 * c, from + 8 * c);
     else
-        for (int c = threadIdx.x; c < k; c += 256) row[c] = from[c];
+        for (int c = threadIdx.x; c < count * k; c += blockDim.x) of_rows[c / k * pitch + c % k] = from[c];
+    asm volatile("cp.async.wait_all;" ::: "memory");
     __syncthreads();
-    let_next_start(); // not earlier: what it asks for would come before the row
-    auto at = [&](int channel) { return channel < 0 ? 0u : (unsigned)row[channel]; };
-    for (int i = first; i < pieces; i += 256 * gridDim.x) {
-        if (i > first) low = channels[2 * i], high = channels[2 * i + 1];
-        out[(long long)blockIdx.y * pieces + i] =
-            make_uint4(at(low.x) | at(low.y) << 16, at(low.z) | at(low.w) << 16,
-                       at(high.x) | at(high.y) << 16, at(high.z) | at(high.w) << 16);
+    let_next_start(); // not earlier: what it asks for would come before the rows
+    for (int piece = first; piece < pieces; piece += AT_ONCE * apart) {
+        if (piece > first) ask(piece);
+        for (int row = 0; row < count; row++) {
+            auto at = [&](int channel) { return channel < 0 ? 0u : (unsigned)of_rows[row * pitch + channel]; };
+            auto two = [&](int one, int next) { return at(one) | at(next) << 16; };
+            uint4* to = out + (long long)(row0 + row) * pieces + piece;
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i++)
+                if (piece + i * apart < pieces)
+                    to[i * apart] = make_uint4(two(low[i].x, low[i].y), two(low[i].z, low[i].w),
+                                               two(high[i].x, high[i].y), two(high[i].z, high[i].w));
+        }
     }
 }
 

@@ -232,6 +232,23 @@ fn the_shapes_of_a_7b_model_and_odd_ones_agree() {
     }
 }
 
+/// Of so many rows a block puts several in order; the last block has fewer.
+#[test]
+fn many_rows_are_put_in_order() {
+    let Some(gpu) = gpu() else { return };
+    for (k, group) in [(300, 20), (2056, 40), (11008, 128)] {
+        let case = Case {
+            bits: Bits::Four,
+            k,
+            n: 16,
+            group,
+            act_order: true,
+            sym: true,
+        };
+        check(&gpu, case, 1103, Dtype::F16);
+    }
+}
+
 /// With so many outputs blocks of few rows are two, three and six warps wide.
 #[test]
 fn many_outputs_agree() {

@@ -12,6 +12,9 @@ use super::memory::Buffer;
 use super::program::Program;
 use super::text::RowOrder;
 
+/// Bytes of shared memory for rows that a block puts in order: two such blocks fit beside each other.
+const ROWS_ROOM: usize = 48 << 10;
+
 /// The kernels' own struct.
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -207,27 +210,32 @@ impl PackedLinear {
         };
         let stride = self.steps * STEP;
         let place = self.gpu.scratch("arranged", x.rows * stride * 2)?;
+        // Every block of a row reads it whole; where there are many rows, a block takes several.
+        let multiprocessors = self.gpu.multiprocessors();
+        let pieces = stride / 8;
+        let (blocks, threads) = match (multiprocessors / x.rows).min(pieces.div_ceil(256)) {
+            0 | 1 => (
+                1,
+                pieces.div_ceil(pieces.div_ceil(1024)).next_multiple_of(32),
+            ),
+            blocks => (blocks, 256),
+        };
+        let row = 2 * self.features.next_multiple_of(8);
+        let of_block = (x.rows / (2 * multiprocessors)).clamp(1, (ROWS_ROOM / row).clamp(1, 4));
         let args = [
             place.address().into(),
             x.address.into(),
             channels.into(),
             (self.features as i32).into(),
             (stride as i32).into(),
+            (x.rows as i32).into(),
+            (of_block as i32).into(),
         ];
-        // Every block of a row reads it whole.
-        let blocks = self.gpu.multiprocessors().div_ceil(x.rows);
-        let grid = [stride.div_ceil(2048).min(blocks), x.rows, 1];
+        let grid = [x.rows.div_ceil(of_block), blocks, 1];
+        let (program, shared) = (self.program(), of_block * row);
         // SAFETY: the place holds rows x stride elements, a channel for each of stride.
         unsafe {
-            let program = self.program();
-            self.gpu.launch_behind(
-                program,
-                "arrange",
-                grid,
-                [256, 1, 1],
-                2 * self.features,
-                &args,
-            )?
+            (self.gpu).launch_behind(program, "arrange", grid, [threads, 1, 1], shared, &args)?
         };
         Ok(DeviceMatrix {
             address: place.address(),
