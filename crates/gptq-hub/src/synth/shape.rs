@@ -36,6 +36,8 @@ pub struct ModelShape {
     pub vocab: usize,
     /// Longest context in tokens.
     pub positions: usize,
+    /// Base of the rotary embedding's frequencies.
+    pub rope_theta: f64,
     /// Factor of linear rope scaling, if there is any.
     pub rope_factor: Option<f64>,
 }
@@ -56,15 +58,25 @@ const LLAMA_2_7B: ModelShape = ModelShape {
     kv_heads: 32,
     vocab: 32000,
     positions: 4096,
+    rope_theta: 10000.0,
     rope_factor: None,
 };
 
-const KNOWN: [ModelShape; 3] = [
+const KNOWN: [ModelShape; 4] = [
     LLAMA_2_7B,
     ModelShape {
         name: "llama-2-7b-32k",
         positions: 32768,
         rope_factor: Some(8.0),
+        ..LLAMA_2_7B
+    },
+    ModelShape {
+        name: "llama-3-8b",
+        intermediate: 14336,
+        kv_heads: 8,
+        vocab: 128_256,
+        positions: 8192,
+        rope_theta: 500_000.0,
         ..LLAMA_2_7B
     },
     ModelShape {
@@ -76,6 +88,7 @@ const KNOWN: [ModelShape; 3] = [
         kv_heads: 2,
         vocab: 512,
         positions: 512,
+        rope_theta: 10000.0,
         rope_factor: None,
     },
 ];
@@ -159,7 +172,7 @@ impl ModelShape {
             "vocab_size": self.vocab,
             "max_position_embeddings": self.positions,
             "rms_norm_eps": 1e-5,
-            "rope_theta": 10000.0,
+            "rope_theta": self.rope_theta,
             "rope_scaling": scaling,
             "hidden_act": "silu",
             "attention_bias": false,

@@ -174,7 +174,7 @@ fn a_shape_is_known_by_name() {
     let error = "llama-3".parse::<ModelShape>().unwrap_err();
     assert_eq!(
         error.to_string(),
-        "shape `llama-3` is not one of `llama-2-7b`, `llama-2-7b-32k`, `tiny`"
+        "shape `llama-3` is not one of `llama-2-7b`, `llama-2-7b-32k`, `llama-3-8b`, `tiny`"
     );
     let shape: ModelShape = "llama-2-7b-32k".parse().unwrap();
     let texts = shape.texts(HalfType::Bf16);
@@ -183,10 +183,15 @@ fn a_shape_is_known_by_name() {
     assert_eq!(config["rope_scaling"]["type"], "linear");
     assert_eq!(config["rope_scaling"]["factor"], 8.0);
     assert_eq!(config["torch_dtype"], "bfloat16");
-    let elements = |(_, info): &(String, TensorInfo)| info.elements();
-    let all: usize = shape.tensors(HalfType::F16).iter().map(elements).sum();
-    // as Llama 2 7B has it
-    assert_eq!(all, 6_738_415_616);
+    let elements = |shape: &ModelShape| -> usize {
+        let tensors = shape.tensors(HalfType::F16);
+        tensors.iter().map(|(_, info)| info.elements()).sum()
+    };
+    // as Llama 2 7B and Llama 3 8B have them
+    assert_eq!(elements(&shape), 6_738_415_616);
+    let shape: ModelShape = "llama-3-8b".parse().unwrap();
+    assert_eq!(elements(&shape), 8_030_261_248);
+    assert_eq!(shape.texts(HalfType::Bf16)[0].1["rope_theta"], 500_000.0);
 }
 
 #[test]
