@@ -6,7 +6,7 @@
 // A transposed 8 x 8 matrix of a warp: lane (g, t) has pair t of row g, and gets pair t of column g.
 __device__ __forceinline__ unsigned turned(unsigned pair) {
     unsigned y;
-    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(pair));
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(pair));
     return y;
 }
 

@@ -94,9 +94,9 @@ __global__ void arrange(uint4* out, const half16* x, const int4* channels, int k
         for (int c = threadIdx.x; c < count * (k / 8); c += blockDim.x) copy_to(place + 16 * c, from + 8 * c);
     else
         for (int c = threadIdx.x; c < count * k; c += blockDim.x) of_rows[c / k * pitch + c % k] = from[c];
+    let_next_start(); // not earlier: what it asks for would come before the rows
     asm volatile("cp.async.wait_all;" ::: "memory");
     __syncthreads();
-    let_next_start(); // not earlier: what it asks for would come before the rows
     for (int piece = first; piece < pieces; piece += AT_ONCE * apart) {
         if (piece > first) ask(piece);
         for (int row = 0; row < count; row++) {

@@ -8,7 +8,7 @@
 // multiple of 8.
 //
 // Norms, turned heads and gates are rounded to sixteen bits where Hugging Face rounds them; weights of
-// attention stay in f32 for new tokens and are rounded once for prompts.
+// attention are rounded once where the tensor cores multiply them, their sum is not.
 #include "attend_group.cuh"
 #include "attend_heads.cuh"
 #include "attend_newest.cuh"

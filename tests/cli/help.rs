@@ -254,7 +254,7 @@ fn what_cannot_be_understood_is_a_usage_error() {
         (&["quantize", "m", "-o", "o", "--threads", "0"], "--threads"),
         (
             &["synth", "-o", "o", "--shape", "llama-3"],
-            "shape `llama-3` is not one of `llama-2-7b`, `llama-2-7b-32k`, `tiny`",
+            "shape `llama-3` is not one of `llama-2-7b`, `llama-2-7b-32k`, `llama-3-8b`, `tiny`",
         ),
         (
             &["synth", "-o", "o", "--shape", "tiny", "--layers", "0"],

@@ -232,6 +232,30 @@ fn the_shapes_of_a_7b_model_and_odd_ones_agree() {
     }
 }
 
+/// More blocks than multiprocessors: two beside each other, further ones when those are done, and with the
+/// last shape several that share positions.
+#[test]
+fn many_blocks_of_more_rows_agree() {
+    let Some(gpu) = gpu() else { return };
+    for (bits, k, n, rows) in [
+        (Bits::Four, 640, 11001, 130),
+        (Bits::Four, 640, 11001, 250),
+        (Bits::Eight, 640, 11001, 130),
+        (Bits::Eight, 640, 11001, 250),
+        (Bits::Four, 8192, 4096, 130),
+    ] {
+        let case = Case {
+            bits,
+            k,
+            n,
+            group: 128,
+            act_order: false,
+            sym: true,
+        };
+        check(&gpu, case, rows, Dtype::F16);
+    }
+}
+
 /// Of so many rows a block puts several in order; the last block has fewer.
 #[test]
 fn many_rows_are_put_in_order() {

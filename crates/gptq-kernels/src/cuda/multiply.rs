@@ -24,6 +24,8 @@ const BEGIN: f64 = 4.0;
 const SUMS: f64 = 2.6;
 const ALONE: f64 = 1.15;
 const ALONE_OF_8: f64 = 1.4;
+/// Bytes of shared memory that every block takes beside its own.
+const OF_BLOCK: usize = 1 << 10;
 /// Shares at most: each leaves its sums in memory, and the last one reads them all.
 const MAX_SHARES: usize = 8;
 
@@ -90,7 +92,14 @@ impl PackedLinear {
         let blocks = self.outputs.div_ceil(4 * wide * TILE);
         let over = x.rows.div_ceil(8 * eights);
         let multiprocessors = self.gpu.multiprocessors();
-        let shares = shares(self.bits, self.steps, blocks * over, multiprocessors);
+        let shared = more_shared(self.bits, eights, wide);
+        let two_fit = 2 * (shared + OF_BLOCK) <= self.gpu.shared_memory + OF_BLOCK;
+        let alone = match (two_fit, self.bits) {
+            (false, _) => None,
+            (true, 8) => Some(ALONE_OF_8),
+            (true, _) => Some(ALONE),
+        };
+        let shares = shares(alone, self.steps, blocks * over, multiprocessors);
         let sums = 4 * eights * 128 * wide; // of a block
         let parts = (self.gpu).scratch("shares", shares * blocks * over * sums * 4)?;
         let arrived = self.gpu.counters(blocks * over)?;
@@ -99,8 +108,8 @@ impl PackedLinear {
         let shared = match blocks * over * shares <= multiprocessors {
             // So much that two do not fit: beside the end of another kernel some multiprocessors would
             // be given two of them, and others none.
-            true => more_shared(self.bits, eights, wide).max(self.gpu.shared_memory / 2 + 1024),
-            false => more_shared(self.bits, eights, wide),
+            true => shared.max(self.gpu.shared_memory / 2 + OF_BLOCK),
+            false => shared,
         };
         let (grid, block) = ([blocks, over, shares], [128 * wide, 1, 1]);
         // SAFETY: as above; parts and counters for every block.
@@ -211,12 +220,15 @@ impl Few {
 }
 
 /// How many blocks share the `steps` of positions of each of `blocks`: the number that leaves the busiest
-/// multiprocessor the least work, in steps of a block.
-fn shares(bits: i32, steps: usize, blocks: usize, multiprocessors: usize) -> usize {
-    let alone = if bits == 8 { ALONE_OF_8 } else { ALONE };
+/// multiprocessor the least work, in steps of a block. `alone`: how much longer a step takes without a block
+/// beside it, none where two do not fit.
+fn shares(alone: Option<f64>, steps: usize, blocks: usize, multiprocessors: usize) -> usize {
     let work = |shares: usize| {
         let busiest = (blocks * shares).div_ceil(multiprocessors);
-        let rounds = (busiest / 2 * 2) as f64 + (busiest % 2) as f64 * alone;
+        let rounds = match alone {
+            Some(alone) => (busiest / 2 * 2) as f64 + (busiest % 2) as f64 * alone,
+            None => busiest as f64,
+        };
         let sums = match shares {
             1 => 0.0,
             _ => SUMS * (blocks * shares) as f64 / multiprocessors as f64,
@@ -289,8 +301,12 @@ mod tests {
             (86, 96, 4),  // 11008 x 4096, 192 rows
             (3, 9, 1),
         ] {
-            assert_eq!(shares(4, steps, blocks, 132), want, "{blocks} blocks");
+            let got = shares(Some(ALONE), steps, blocks, 132);
+            assert_eq!(got, want, "{blocks} blocks");
         }
+        // Where two do not fit, two rounds of half the steps save nothing.
+        assert_eq!(shares(None, 16, 98, 128), 1);
+        assert_eq!(shares(Some(ALONE_OF_8), 16, 98, 128), 2);
     }
 
     #[test]

@@ -1,52 +1,15 @@
-//! Cached attention on the GPU against sums in f64, over widths of heads, groups of heads and
-//! lengths; and dequantised weights, to the bit. Skipped by name where there is no GPU.
-#![cfg(feature = "cuda")]
-#![allow(clippy::print_stderr)]
+//! Cached attention against sums in f64.
 
 use std::sync::Arc;
 
-use gptq_kernels::cuda::{
-    Buffer, DeviceKeyValues, Gpu, Output, PackedLinear, RowOrder, TextRows, Turn,
-};
+use gptq_kernels::cuda::{Buffer, DeviceKeyValues, Gpu, Output, RowOrder, TextRows, Turn};
 use gptq_kernels::{AttentionShape, Rotation};
-use gptq_types::{Bits, DeviceMatrix, Dtype, SolvedLayer};
-use half::f16;
+use gptq_types::{DeviceMatrix, Dtype};
+use half::{bf16, f16};
 
-/// Of values of order one: what goes in and out is rounded to f16, weights as well.
-const TOLERANCE: f64 = 3e-3;
+use super::{Random, TOLERANCE, close, gpu, matrix};
+
 const CAPACITY: usize = 700;
-
-fn gpu() -> Option<Arc<Gpu>> {
-    match Gpu::open(0) {
-        Ok(gpu) => Some(gpu),
-        Err(error) => {
-            eprintln!("skipped: {error}");
-            None
-        }
-    }
-}
-
-struct Random(u64);
-
-impl Random {
-    fn values(&mut self, count: usize) -> Vec<f16> {
-        let mut one = || {
-            self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005);
-            self.0 = self.0.wrapping_add(1_442_695_040_888_963_407);
-            f16::from_f32((self.0 >> 33) as f32 / (1u64 << 30) as f32 - 1.0)
-        };
-        (0..count).map(|_| one()).collect()
-    }
-}
-
-fn matrix(buffer: &Buffer, rows: usize, columns: usize) -> DeviceMatrix {
-    DeviceMatrix {
-        address: buffer.address(),
-        rows,
-        columns,
-        dtype: Dtype::F16,
-    }
-}
 
 /// Heads of queries and keys normed with weights of their own, as some models have it.
 fn normed(rows: &[f16], shape: AttentionShape, norms: &[Vec<f32>; 2]) -> Vec<f16> {
@@ -124,17 +87,6 @@ impl Sequence {
             }));
         }
         out
-    }
-}
-
-#[track_caller]
-fn close(got: &[f32], want: &[f64], what: &str) {
-    assert_eq!(got.len(), want.len(), "{what}");
-    for (at, (got, want)) in got.iter().zip(want).enumerate() {
-        assert!(
-            (f64::from(*got) - want).abs() < TOLERANCE,
-            "{what}: {got} for {want} at {at}"
-        );
     }
 }
 
@@ -247,158 +199,108 @@ fn attend(gpu: &Arc<Gpu>) {
     }
 }
 
-/// A linear with sorted channels, some places empty where K is no multiple of 128.
-fn act_order(gpu: &Arc<Gpu>, k: usize) -> PackedLinear {
-    let n = 32;
-    let mut random = Random(k as u64);
-    let layer = SolvedLayer {
-        bits: Bits::Four,
-        in_features: k,
-        out_features: n,
-        codes: (random.values(k * n).iter())
-            .map(|value| ((value.to_f32() + 1.0) * 7.5) as u8)
-            .collect(),
-        scales: vec![f16::from_f32(0.01); k.div_ceil(64) * n],
-        zeros: vec![8; k.div_ceil(64) * n],
-        g_idx: (0..k)
-            .map(|channel| (channel * 7 % k / 64) as u32)
-            .collect(),
-    };
-    PackedLinear::new(gpu, &layer, None, Dtype::F16).unwrap()
-}
-
-/// Rows in their natural order are `want`, and a linear makes the same of them as of rows in its own.
-fn check_rows(
-    gpu: &Arc<Gpu>,
-    want: &[f64],
-    rows: usize,
-    what: &str,
-    write: impl Fn(u64, RowOrder),
-) {
-    let k = want.len() / rows;
-    let linear = act_order(gpu, k);
-    let natural = Buffer::new(gpu, rows * k * 2).unwrap();
-    write(natural.address(), RowOrder::natural(k));
-    let natural = matrix(&natural, rows, k);
-    close(&gpu.download(natural).unwrap(), want, what);
-    let width = linear.order().width;
-    let ordered = Buffer::from_host(gpu, &vec![f16::NAN; rows * width]).unwrap();
-    write(ordered.address(), linear.order());
-    let products = [(); 2].map(|()| Buffer::new(gpu, rows * 32 * 2).unwrap());
-    linear
-        .multiply(products[0].address(), natural, false)
-        .unwrap();
-    linear
-        .multiply_ordered(products[1].address(), matrix(&ordered, rows, width), false)
-        .unwrap();
-    let [natural, ordered] = products.map(|out| out.to_host::<u16>(rows * 32).unwrap());
-    assert!(natural == ordered, "{what}, in order");
-}
-
+/// So many sequences that a warp goes through several tiles of keys, with more heads to a head of keys
+/// than one block takes, and with as many.
 #[test]
-fn norms_and_gates_are_written_in_the_order_of_the_next_linear() {
+fn new_tokens_of_many_sequences_attend_to_shared_keys() {
     let Some(gpu) = gpu() else { return };
-    // By ones and by eights; what a thread takes at a time is all, or not all of a row.
-    for k in [100, 172, 4096, 11008] {
-        for rows in [1, 3, 40] {
-            let what = format!("{rows} rows of {k}");
-            let mut random = Random((k + rows) as u64);
-            let x = random.values(rows * k);
-            let weight: Vec<f32> = random.values(k).iter().map(|w| w.to_f32()).collect();
-            let normed: Vec<f64> = (x.chunks(k))
-                .flat_map(|row| {
-                    let squares: f64 = row.iter().map(|x| x.to_f64().powi(2)).sum();
-                    let scale = 1.0 / (squares / k as f64 + 1e-5).sqrt();
-                    let rounded = |x: &f16| f16::from_f64(x.to_f64() * scale).to_f64();
-                    let scaled = |(x, w): (&f16, &f32)| rounded(x) * f64::from(*w);
-                    row.iter().zip(&weight).map(scaled).collect::<Vec<f64>>()
-                })
-                .collect();
-            let there = Buffer::from_host(&gpu, &x).unwrap();
-            let weight = Buffer::from_host(&gpu, &weight).unwrap();
-            check_rows(&gpu, &normed, rows, &what, |out, order| {
-                (gpu.norm_rows(out, order, matrix(&there, rows, k), &weight, 1e-5)).unwrap();
-            });
-
-            let both = random.values(rows * 2 * k);
-            let gated: Vec<f64> = (both.chunks(2 * k))
-                .flat_map(|row| {
-                    (0..k).map(|i| {
-                        let g = row[i].to_f64();
-                        f16::from_f64(g / (1.0 + (-g).exp())).to_f64() * row[k + i].to_f64()
-                    })
-                })
-                .collect();
-            let there = Buffer::from_host(&gpu, &both).unwrap();
-            check_rows(&gpu, &gated, rows, &what, |out, order| {
-                let outputs = [0, 2 * k as u64].map(|before| Output {
-                    address: there.address() + before,
-                    pitch: 2 * k,
-                });
-                (gpu.gate_rows(out, order, outputs, [rows, k], Dtype::F16)).unwrap();
-            });
+    for dtype in [Dtype::F16, Dtype::BF16] {
+        for (heads, kv_heads, head_dim) in [(24, 2, 128), (16, 4, 64), (16, 2, 128)] {
+            let shape = AttentionShape {
+                heads,
+                kv_heads,
+                head_dim,
+            };
+            attend_newest(&gpu, shape, dtype);
         }
     }
 }
 
-/// As many as a window of a long context has, and more than a grid's second dimension.
-#[test]
-fn rows_of_long_windows_are_gated() {
-    let Some(gpu) = gpu() else { return };
-    let (rows, k) = (65_537, 8);
-    let mut random = Random(5);
-    let both = [(); 2].map(|()| random.values(rows * k));
-    let there = [0, 1].map(|at| Buffer::from_host(&gpu, &both[at]).unwrap());
-    let [gate, up] = [0, 1].map(|at| matrix(&there[at], rows, k));
-    gpu.swiglu(gate, up).unwrap();
-    let want: Vec<f64> = (both[0].iter().zip(&both[1]))
-        .map(|(g, u)| {
-            let g = g.to_f64();
-            f16::from_f64(g / (1.0 + (-g).exp())).to_f64() * u.to_f64()
+fn attend_newest(gpu: &Arc<Gpu>, shape: AttentionShape, dtype: Dtype) {
+    const SEQUENCES: usize = 80;
+    let AttentionShape {
+        heads,
+        kv_heads,
+        head_dim,
+    } = shape;
+    let frequencies: Vec<f32> = (0..head_dim / 2).map(|i| 1.0 / (1.0 + i as f32)).collect();
+    let rotation = Rotation::new(&frequencies, 0..CAPACITY, 1.0);
+    let turn = Turn::new(gpu, &rotation).unwrap();
+    let cache = DeviceKeyValues::new(gpu, SEQUENCES, CAPACITY, shape, dtype).unwrap();
+    let width = (heads + 2 * kv_heads) * head_dim;
+    // Three contents for all sequences; their numbers are the same in both kinds of sixteen bits.
+    let held = [CAPACITY - 37, 1, 257];
+    let mut random = Random(heads as u64);
+    let contents = held.map(|held| {
+        let both = |x: &f16| f16::from_f32(bf16::from_f32(3.0 * x.to_f32()).to_f32());
+        let rows = random.values(held * width).iter().map(both).collect();
+        Sequence { rows }
+    });
+    let bits = |rows: &[f16]| -> Vec<u16> {
+        let bits = |x: &f16| match dtype {
+            Dtype::BF16 => bf16::from_f32(x.to_f32()).to_bits(),
+            _ => x.to_bits(),
+        };
+        rows.iter().map(bits).collect()
+    };
+    let outputs = |buffer: &Buffer| {
+        [0, heads, heads + kv_heads].map(|before| Output {
+            address: buffer.address() + 2 * (before * head_dim) as u64,
+            pitch: width,
+        })
+    };
+    let queries = heads * head_dim;
+    let q = Buffer::new(gpu, CAPACITY.max(SEQUENCES) * queries * 2).unwrap();
+    for sequence in 0..SEQUENCES {
+        let rows = &contents[sequence % 3].rows;
+        let there = Buffer::from_host(gpu, &bits(rows)).unwrap();
+        let (of, count) = (TextRows::Prompt { sequence, first: 0 }, rows.len() / width);
+        cache
+            .store(q.address(), outputs(&there), count, of, None, 1e-5, &turn)
+            .unwrap();
+    }
+    let newest: Vec<f16> = (0..SEQUENCES)
+        .flat_map(|sequence| {
+            let rows = &contents[sequence % 3].rows;
+            rows[rows.len() - width..].to_vec()
         })
         .collect();
-    close(&gpu.download(gate).unwrap(), &want, "rows of a long window");
-}
-
-#[test]
-fn dequantised_weights_are_those_of_the_processor() {
-    let Some(gpu) = gpu() else { return };
-    for (bits, k, n) in [
-        (Bits::Two, 64usize, 40usize),
-        (Bits::Four, 200, 136),
-        (Bits::Eight, 129, 65),
-    ] {
-        let groups = k.div_ceil(32);
-        let mut random = Random(k as u64);
-        let mut whole = |count: usize, below: usize| -> Vec<usize> {
-            (random.values(count).iter())
-                .map(|value| ((value.to_f32() + 1.0) * 500.0) as usize % below)
-                .collect()
-        };
-        let max = bits.max_code() as usize + 1;
-        let layer = SolvedLayer {
-            bits,
-            in_features: k,
-            out_features: n,
-            codes: whole(k * n, max).iter().map(|&code| code as u8).collect(),
-            zeros: whole(groups * n, max)
-                .iter()
-                .map(|&zero| zero as u16)
-                .collect(),
-            scales: (whole(groups * n, 900).iter())
-                .map(|&scale| f16::from_f32(scale as f32 * 1e-4))
-                .collect(),
-            g_idx: whole(k, groups).iter().map(|&group| group as u32).collect(),
-        };
-        let out = Buffer::new(&gpu, k * n * 2).unwrap();
-        gpu.dequantise(matrix(&out, n, k), &layer).unwrap();
-        let got = gpu.download(matrix(&out, n, k)).unwrap();
-        let want = layer.dequantise();
-        for output in 0..n {
-            for channel in 0..k {
-                let want = f16::from_f32(want[channel * n + output]).to_f32();
-                assert_eq!(got[output * k + channel], want, "{bits} bits");
-            }
+    let there = Buffer::from_host(gpu, &bits(&newest)).unwrap();
+    let all: Vec<i32> = (0..SEQUENCES).map(|at| held[at % 3] as i32).collect();
+    let all = Buffer::from_host(gpu, &all).unwrap();
+    let (of, none) = (TextRows::Newest(&all), None);
+    cache
+        .store(
+            q.address(),
+            outputs(&there),
+            SEQUENCES,
+            of,
+            none,
+            1e-5,
+            &turn,
+        )
+        .unwrap();
+    let out = Buffer::new(gpu, SEQUENCES * queries * 2).unwrap();
+    cache
+        .attend_newest(out.address(), RowOrder::natural(queries), q.address(), &all)
+        .unwrap();
+    let place = DeviceMatrix {
+        dtype,
+        ..matrix(&out, SEQUENCES, queries)
+    };
+    let got = gpu.download(place).unwrap();
+    let want = [0, 1, 2].map(|at| contents[at].attended(shape, held[at] - 1, &rotation));
+    // Of numbers up to three, queries, keys and results are rounded.
+    let tolerance = match dtype {
+        Dtype::BF16 => 8.0 * 3.0 * TOLERANCE,
+        _ => 3.0 * TOLERANCE,
+    };
+    for (sequence, got) in got.chunks(queries).enumerate() {
+        for (at, (got, want)) in got.iter().zip(&want[sequence % 3]).enumerate() {
+            assert!(
+                (f64::from(*got) - want).abs() < tolerance,
+                "{heads} heads of {head_dim}, {kv_heads} of keys, {dtype}, sequence {sequence}: {got} for {want} at {at}"
+            );
         }
     }
 }
