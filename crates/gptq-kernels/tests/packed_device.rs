@@ -3,29 +3,19 @@
 #![cfg(feature = "cuda")]
 #![allow(clippy::print_stderr)]
 
+mod common;
+
 use std::sync::Arc;
 
 use gptq_kernels::cuda::{Buffer, Gpu, PackedLinear};
 use gptq_types::{Bits, DeviceMatrix, Dtype, SolvedLayer};
 use half::{bf16, f16};
 
+use common::{Random, gpu};
+
 /// Of the largest output: weights are rounded to sixteen bits before they are multiplied.
 const F16_TOLERANCE: f64 = 2e-3;
 const BF16_TOLERANCE: f64 = 1.6e-2;
-
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u32 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005);
-        self.0 = self.0.wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) as u32
-    }
-
-    fn uniform(&mut self) -> f32 {
-        self.next() as f32 / (1u64 << 31) as f32 * 2.0 - 1.0
-    }
-}
 
 #[derive(Clone, Copy, Debug)]
 struct Case {
@@ -67,16 +57,6 @@ fn layer(case: Case) -> SolvedLayer {
             })
             .collect(),
         g_idx,
-    }
-}
-
-fn gpu() -> Option<Arc<Gpu>> {
-    match Gpu::open(0) {
-        Ok(gpu) => Some(gpu),
-        Err(error) => {
-            eprintln!("skipped: no GPU ({error})");
-            None
-        }
     }
 }
 

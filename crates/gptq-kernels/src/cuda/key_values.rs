@@ -75,6 +75,19 @@ pub struct DeviceKeyValues {
     dtype: Dtype,
 }
 
+/// The kernel for new tokens, and what its blocks are given.
+struct Newest {
+    name: &'static str,
+    /// Blocks side by side for a share of a sequence.
+    over: usize,
+    /// What the kernel takes behind the heads of keys: how many heads share one of those, or channels.
+    last: usize,
+    /// Keys.
+    share: usize,
+    /// Bytes of shared memory.
+    shared: usize,
+}
+
 impl DeviceKeyValues {
     /// Room for `capacity` tokens of each sequence.
     pub fn new(
@@ -171,29 +184,13 @@ impl DeviceKeyValues {
             kv_heads,
             head_dim: d,
         } = self.shape;
-        if d > 256 {
-            return Err(CudaError::Invalid(format!(
-                "attention heads of {d} are wider than 256"
-            )));
-        }
-        let of = heads / kv_heads;
-        let together = of > 1 && matches!(d, 64 | 128);
-        let name = match d {
-            64 if together => "attend_heads_64",
-            128 if together => "attend_heads_128",
-            64 => "attend_share_8_1",
-            128 => "attend_share_8_2",
-            256 => "attend_share_8_4",
-            ..=128 => "attend_share_2_8",
-            _ => "attend_share_2_16",
-        };
-        let (over, of_block, share, shared) = match together {
-            true => {
-                let over = kv_heads * of.div_ceil(TOGETHER);
-                (over, of, self.share(over), WARPS * TOGETHER * (d + 2) * 4)
-            }
-            false => (heads, d, SHARE, TEAMS * (d + 2) * 4),
-        };
+        let Newest {
+            name,
+            over,
+            last,
+            share,
+            shared,
+        } = self.newest()?;
         let shares = self.capacity.div_ceil(share);
         let parts = (self.gpu).scratch(
             "attention shares",
@@ -207,7 +204,7 @@ impl DeviceKeyValues {
             held.into(),
             (self.capacity as i32).into(),
             (kv_heads as i32).into(),
-            (of_block as i32).into(),
+            (last as i32).into(),
             (share as i32).into(),
             (1.0 / (d as f32).sqrt()).into(),
         ];
@@ -228,6 +225,48 @@ impl DeviceKeyValues {
         let (grid, block) = ([heads, self.sequences, 1], [d.next_multiple_of(32), 1, 1]);
         // SAFETY: out has a row of the order's width a sequence.
         unsafe { (self.gpu).launch_behind(dtype, "merge_shares", grid, block, 0, &args) }
+    }
+
+    fn newest(&self) -> Result<Newest, CudaError> {
+        let AttentionShape {
+            heads,
+            kv_heads,
+            head_dim: d,
+        } = self.shape;
+        let of = heads / kv_heads;
+        if of > 1 && matches!(d, 64 | 128) {
+            let over = kv_heads * of.div_ceil(TOGETHER);
+            return Ok(Newest {
+                name: if d == 64 {
+                    "attend_heads_64"
+                } else {
+                    "attend_heads_128"
+                },
+                over,
+                last: of,
+                share: self.share(over),
+                shared: WARPS * TOGETHER * (d + 2) * 4,
+            });
+        }
+        let name = match d {
+            64 => "attend_share_8_1",
+            128 => "attend_share_8_2",
+            256 => "attend_share_8_4",
+            ..=128 => "attend_share_2_8",
+            129..=256 => "attend_share_2_16",
+            _ => {
+                return Err(CudaError::Invalid(format!(
+                    "attention heads of {d} are wider than 256"
+                )));
+            }
+        };
+        Ok(Newest {
+            name,
+            over: heads,
+            last: d,
+            share: SHARE,
+            shared: TEAMS * (d + 2) * 4,
+        })
     }
 
     /// Keys that a block attends to where there are `over` of them side by side: as many as leave two

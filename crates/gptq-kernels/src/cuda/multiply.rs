@@ -17,9 +17,9 @@ const ROOM: usize = 96 << 10;
 const WIDENED_OUTPUTS: usize = 12288;
 /// Steps of a share of the positions that are worth a block of their own.
 const SHARE_STEPS: usize = 4;
-/// What a block of more rows costs, fitted to times on an H200, in steps: to begin and end; to leave sums
-/// for the others and read them; and how much longer a step takes where two blocks do not share a
-/// multiprocessor and wait in turns.
+/// What a block of more rows costs in steps, after times on an H200 (`docs/runs/2026-11-22-h200-shared-keys/`):
+/// to begin and end; to leave sums for the others and read them; and how much longer a step takes where two
+/// blocks do not share a multiprocessor and wait in turns.
 const BEGIN: f64 = 4.0;
 const SUMS: f64 = 2.6;
 const ALONE: f64 = 1.15;

@@ -214,3 +214,29 @@ fn compile(
         image
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// One that is missing fails only where a kernel is compiled for a GPU.
+    #[test]
+    fn every_file_of_kernels_is_compiled_or_included() {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../kernels");
+        let mut headers = 0;
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            let name = path.file_name().unwrap().to_str().unwrap().to_string();
+            let text = std::fs::read_to_string(&path).unwrap();
+            if name.ends_with(".cuh") {
+                assert!(HEADERS.contains(&(name.as_str(), text.as_str())), "{name}");
+                headers += 1;
+            } else {
+                let compiled =
+                    |program: &Program| program.file() == name && program.source() == text;
+                assert!(Program::ALL.iter().any(compiled), "{name}");
+            }
+        }
+        assert_eq!(headers, HEADERS.len());
+    }
+}

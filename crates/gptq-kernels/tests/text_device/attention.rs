@@ -7,7 +7,8 @@ use gptq_kernels::{AttentionShape, Rotation};
 use gptq_types::{DeviceMatrix, Dtype};
 use half::{bf16, f16};
 
-use super::{Random, TOLERANCE, close, gpu, matrix};
+use super::common::{Random, gpu};
+use super::{TOLERANCE, close, matrix, values};
 
 const CAPACITY: usize = 700;
 
@@ -125,9 +126,14 @@ fn attend(gpu: &Arc<Gpu>) {
         // Lengths of two prompts each: shares and tiles that are full, cut and empty.
         let lengths = [[70, 590], [1, 64]];
         let mut random = Random(head_dim as u64);
-        let raw = lengths.map(|[first, second]| random.values((first + second + 1) * width));
+        let raw = lengths.map(|[first, second]| values(&mut random, (first + second + 1) * width));
         let norms: Option<[Vec<f32>; 2]> = with_norms.then(|| {
-            [(); 2].map(|()| random.values(head_dim).iter().map(|w| w.to_f32()).collect())
+            [(); 2].map(|()| {
+                values(&mut random, head_dim)
+                    .iter()
+                    .map(|w| w.to_f32())
+                    .collect()
+            })
         });
         let sequences = raw.clone().map(|rows| match &norms {
             Some(norms) => Sequence {
@@ -233,7 +239,7 @@ fn attend_newest(gpu: &Arc<Gpu>, shape: AttentionShape, dtype: Dtype) {
     let mut random = Random(heads as u64);
     let contents = held.map(|held| {
         let both = |x: &f16| f16::from_f32(bf16::from_f32(3.0 * x.to_f32()).to_f32());
-        let rows = random.values(held * width).iter().map(both).collect();
+        let rows = values(&mut random, held * width).iter().map(both).collect();
         Sequence { rows }
     });
     let bits = |rows: &[f16]| -> Vec<u16> {

@@ -6,7 +6,8 @@ use gptq_kernels::cuda::{Buffer, Gpu, Output, PackedLinear, RowOrder};
 use gptq_types::{Bits, Dtype, SolvedLayer};
 use half::f16;
 
-use super::{Random, close, gpu, matrix};
+use super::common::{Random, gpu};
+use super::{close, matrix, values};
 
 /// A linear with sorted channels, some places empty where K is no multiple of 128.
 fn act_order(gpu: &Arc<Gpu>, k: usize) -> PackedLinear {
@@ -16,7 +17,7 @@ fn act_order(gpu: &Arc<Gpu>, k: usize) -> PackedLinear {
         bits: Bits::Four,
         in_features: k,
         out_features: n,
-        codes: (random.values(k * n).iter())
+        codes: (values(&mut random, k * n).iter())
             .map(|value| ((value.to_f32() + 1.0) * 7.5) as u8)
             .collect(),
         scales: vec![f16::from_f32(0.01); k.div_ceil(64) * n],
@@ -64,8 +65,8 @@ fn norms_and_gates_are_written_in_the_order_of_the_next_linear() {
         for rows in [1, 3, 40] {
             let what = format!("{rows} rows of {k}");
             let mut random = Random((k + rows) as u64);
-            let x = random.values(rows * k);
-            let weight: Vec<f32> = random.values(k).iter().map(|w| w.to_f32()).collect();
+            let x = values(&mut random, rows * k);
+            let weight: Vec<f32> = values(&mut random, k).iter().map(|w| w.to_f32()).collect();
             let normed: Vec<f64> = (x.chunks(k))
                 .flat_map(|row| {
                     let squares: f64 = row.iter().map(|x| x.to_f64().powi(2)).sum();
@@ -81,7 +82,7 @@ fn norms_and_gates_are_written_in_the_order_of_the_next_linear() {
                 (gpu.norm_rows(out, order, matrix(&there, rows, k), &weight, 1e-5)).unwrap();
             });
 
-            let both = random.values(rows * 2 * k);
+            let both = values(&mut random, rows * 2 * k);
             let gated: Vec<f64> = (both.chunks(2 * k))
                 .flat_map(|row| {
                     (0..k).map(|i| {
@@ -108,7 +109,7 @@ fn rows_of_long_windows_are_gated() {
     let Some(gpu) = gpu() else { return };
     let (rows, k) = (65_537, 8);
     let mut random = Random(5);
-    let both = [(); 2].map(|()| random.values(rows * k));
+    let both = [(); 2].map(|()| values(&mut random, rows * k));
     let there = [0, 1].map(|at| Buffer::from_host(&gpu, &both[at]).unwrap());
     let [gate, up] = [0, 1].map(|at| matrix(&there[at], rows, k));
     gpu.swiglu(gate, up).unwrap();
@@ -132,7 +133,7 @@ fn dequantised_weights_are_those_of_the_processor() {
         let groups = k.div_ceil(32);
         let mut random = Random(k as u64);
         let mut whole = |count: usize, below: usize| -> Vec<usize> {
-            (random.values(count).iter())
+            (values(&mut random, count).iter())
                 .map(|value| ((value.to_f32() + 1.0) * 500.0) as usize % below)
                 .collect()
         };
