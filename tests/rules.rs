@@ -15,7 +15,7 @@ const MAY_USE: [(&str, &[&str]); 12] = [
     ("gptq-calibration", &["gptq-types"]),
     ("gptq-kernels", &["gptq-types"]),
     ("gptq-report", &["gptq-types"]),
-    ("gptq-repository", &[]),
+    ("gptq-repository", &["gptq-types"]),
     ("gptq-hub", &["gptq-types", "gptq-packer"]),
     ("gptq-model", &["gptq-types", "gptq-kernels"]),
     ("gptq-quantizer", &["gptq-types", "gptq-kernels"]),

@@ -1,14 +1,17 @@
 //! The words of the domain, shared by every other crate.
 //!
-//! Knows: quantization settings ([`QuantSpec`]), layer names, tensor descriptions, solved layers
-//! the permutations of a matrix and the records that a run leaves behind; the two traits at which the crates meet,
-//! [`TensorSource`] (weights come in) and [`ActivationSink`] (layer inputs come out).
+//! Knows: quantization settings ([`QuantSpec`]), layer names, tensor descriptions, solved layers,
+//! the branches of a matrix, run records, hashes, and which names from outside may choose a path
+//! ([`outside_name`]); the two traits at which the crates meet, [`TensorSource`] (weights come in)
+//! and [`ActivationSink`] (layer inputs come out).
 //!
 //! Does not know: files, bytes on disk, Burn, arithmetic beyond a cast. No I/O happens here.
 
 mod baseline;
+mod identity;
 mod layer;
 mod matrix;
+pub mod outside_name;
 mod record;
 mod solved;
 mod source;
@@ -18,11 +21,13 @@ pub use baseline::{
     BASELINE_SCHEMA, Baseline, EvaluationRequest, Figures, Inputs, LayerFigures, Overall, Recipe,
     Tolerance, Tolerances,
 };
+pub use identity::{ContentHash, ContentHasher, NotAHash, model_identity};
 pub use layer::{ActivationSink, Activations, DeviceMatrix, LayerName, Stage, Weight};
 pub use matrix::{
     Branch, BranchEvaluation, BranchRecord, CalibrationRequest, Permutation, PlannedBranch,
     Reading, branch_name, describe,
 };
+pub use outside_name::OutsideNameError;
 pub use record::{
     Accuracy, CalibrationRecord, EvalRecord, LayerRecord, PairedDifference, Phase, PhaseTimes,
     RUN_RECORD_SCHEMA, RunRecord, Speed, Warning,
