@@ -1,0 +1,63 @@
+//! `gptq eval`.
+
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::{DeviceArgs, HubArgs};
+
+#[derive(Args)]
+pub struct EvalArgs {
+    /// Checkpoints: folders or `owner/name[:branch]`, packed or not; the first is the reference
+    #[arg(required = true)]
+    pub models: Vec<String>,
+    /// Text: `wikitext2` by the papers' protocol, `c4`, NAME=FILE for a local copy, or a FILE
+    #[arg(long, default_value = "wikitext2")]
+    pub dataset: String,
+    /// Tokens in a window
+    #[arg(long, default_value_t = 2048)]
+    pub seq_len: usize,
+    /// Score only this many windows from the start
+    #[arg(long)]
+    pub max_windows: Option<usize>,
+    /// Also guess the last words of passages: `lambada`, or a FILE with a passage in each row
+    #[arg(long, value_name = "FILE")]
+    pub lambada: Option<String>,
+    /// With --lambada: only this many passages from the start
+    #[arg(long, value_name = "N", requires = "lambada")]
+    pub lambada_examples: Option<usize>,
+    /// Keep scores in FILE as they come; the same command goes on with it after a kill
+    #[arg(long, value_name = "FILE")]
+    pub state: Option<PathBuf>,
+    /// Tokens that go through a checkpoint together, 32768 on a processor and 196608 on a GPU:
+    /// memory grows with them, and so does what a kill costs; each group reads all weights once
+    #[arg(long, value_name = "TOKENS")]
+    pub group_tokens: Option<NonZeroUsize>,
+    #[command(flatten)]
+    pub speed: SpeedArgs,
+    #[command(flatten)]
+    pub device: DeviceArgs,
+    /// Print the records as JSON
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub hub: HubArgs,
+}
+
+#[derive(Args)]
+pub struct SpeedArgs {
+    /// Also measure how fast each reads a prompt and writes tokens with all its weights on the device,
+    /// and the memory that takes
+    #[arg(long)]
+    pub speed: bool,
+    /// With --speed: tokens of the prompt, at most what the model was trained on
+    #[arg(long, value_name = "TOKENS", requires = "speed", default_value = "512")]
+    pub speed_prompt: NonZeroUsize,
+    /// With --speed: tokens that are written after it, to each sequence
+    #[arg(long, value_name = "TOKENS", requires = "speed", default_value = "64")]
+    pub speed_tokens: NonZeroUsize,
+    /// With --speed: sequences side by side
+    #[arg(long, value_name = "N", requires = "speed", default_value = "1")]
+    pub speed_batch: NonZeroUsize,
+}

@@ -1,0 +1,43 @@
+//! Where models come from, and where they go.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+/// Where models come from.
+#[derive(Args, Clone)]
+pub struct HubArgs {
+    /// Never touch the network; also set by HF_HUB_OFFLINE=1
+    #[arg(long)]
+    pub offline: bool,
+}
+
+#[derive(Args)]
+pub struct PullArgs {
+    /// `REPO[:branch]`, a repository that `matrix` made, or `owner/name[:branch]` on the hub
+    pub source: String,
+    /// The folder to write; must not exist or be empty
+    #[arg(short, long)]
+    pub out: PathBuf,
+    #[command(flatten)]
+    pub hub: HubArgs,
+}
+
+#[derive(Args)]
+pub struct PushArgs {
+    /// A repository that `matrix` made
+    pub repository: PathBuf,
+    /// `owner/name` on the hub; made where it does not exist. HF_TOKEN must be allowed to write
+    pub target: String,
+    /// Push this branch alone; can be repeated [default: all]
+    #[arg(long, value_name = "BRANCH")]
+    pub branch: Vec<String>,
+    /// A repository that is made now is for its owner alone
+    #[arg(long)]
+    pub private: bool,
+    /// Replace the files of branches that hold others
+    #[arg(long)]
+    pub update: bool,
+    #[command(flatten)]
+    pub hub: HubArgs,
+}

@@ -1,0 +1,145 @@
+//! `gptq quantize`.
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+use gptq_types::{
+    Bits, CalibrationRequest, CheckpointFormat, ColumnOrder, GroupSize, Method, QuantSpec,
+};
+
+use super::{DeviceArgs, HubArgs};
+use crate::failure::Failure;
+
+#[derive(Clone, Copy, ValueEnum)]
+pub enum MethodArg {
+    /// Error-compensated rounding
+    Gptq,
+    /// Round to nearest, without calibration: the baseline
+    Rtn,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub enum FormatArg {
+    /// v1, stores zero - 1: every reader knows it
+    Gptq,
+    /// v2, stores zero: GPTQModel, vLLM, ExLlamaV2
+    #[value(name = "gptq_v2")]
+    GptqV2,
+}
+
+#[derive(Args)]
+pub struct QuantizeArgs {
+    /// A folder, or `owner/name[:branch]` on the hub; f16, bf16 or f32 safetensors
+    pub model: String,
+    /// The folder to write; must not exist or be empty
+    #[arg(short, long)]
+    pub out: PathBuf,
+    /// Width of a code: 2, 3, 4 or 8
+    #[arg(long, default_value = "4")]
+    pub bits: Bits,
+    /// Input channels that share one scale, 16 to 1024, or `none` for one group a row
+    #[arg(long, default_value = "128", allow_hyphen_values = true)]
+    pub group_size: GroupSize,
+    /// Act-order: round channels by falling Hessian diagonal; g_idx becomes a permutation
+    #[arg(long)]
+    pub desc_act: bool,
+    /// With --desc-act: fix all grids beforehand, so that g_idx stays trivial
+    #[arg(long, requires = "desc_act")]
+    pub static_groups: bool,
+    /// Group-aware reordering: act-order inside groups and between them, g_idx stays trivial
+    #[arg(long, conflicts_with = "desc_act")]
+    pub act_group_aware: bool,
+    /// Symmetric grids, zero in the middle [default]
+    #[arg(long, overrides_with = "asym")]
+    pub sym: bool,
+    /// Asymmetric grids with a zero of their own
+    #[arg(long)]
+    pub asym: bool,
+    /// Share of the mean Hessian diagonal that is added to it, between 0 and 1
+    #[arg(long = "damp", default_value_t = 0.1, value_name = "SHARE")]
+    pub damp_percent: f64,
+    #[arg(long, value_enum, default_value = "gptq")]
+    pub method: MethodArg,
+    /// Fit each scale to the largest weight of its group instead of searching for the least error
+    #[arg(long)]
+    pub no_scale_search: bool,
+    /// Calibration data: `c4`, `wikitext2`, NAME=FILE for a local copy, a FILE (txt, jsonl, json,
+    /// parquet, arrow; .gz and .zst; safetensors with input_ids), or `self`: text that the model
+    /// writes itself
+    #[arg(long, default_value = "c4")]
+    pub dataset: String,
+    /// Windows of calibration tokens
+    #[arg(long, default_value_t = 128)]
+    pub samples: usize,
+    /// Tokens in a window
+    #[arg(long, default_value_t = 2048)]
+    pub seq_len: usize,
+    /// Seed of the draw of windows
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// With `--dataset self`: divides the logits before sampling
+    #[arg(long, default_value_t = 1.0)]
+    pub temperature: f32,
+    /// Zero-point convention of the file
+    #[arg(long, value_enum, default_value = "gptq")]
+    pub format: FormatArg,
+    /// Largest weight file, in GB (10^9 bytes); 0.001 at least
+    #[arg(long, default_value_t = 4.0, value_name = "GB")]
+    pub max_shard_size: f64,
+    #[command(flatten)]
+    pub device: DeviceArgs,
+    /// Go on where an interrupted run into the same folder stopped
+    #[arg(long)]
+    pub resume: bool,
+    /// Print where the time went, against this machine's own sgemm
+    #[arg(long)]
+    pub profile: bool,
+    /// Exit with 1 if more layers than this end above the error of rounding to nearest
+    #[arg(long, value_name = "LAYERS")]
+    pub max_degraded: Option<usize>,
+    /// Print the run record as JSON
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub hub: HubArgs,
+}
+
+impl QuantizeArgs {
+    /// The tokens that were asked for.
+    pub fn calibration(&self) -> CalibrationRequest {
+        CalibrationRequest {
+            dataset: self.dataset.clone(),
+            samples: self.samples,
+            seq_len: self.seq_len,
+            seed: self.seed,
+        }
+    }
+
+    /// The settings that were typed, checked.
+    pub fn spec(&self) -> Result<QuantSpec, Failure> {
+        let spec = QuantSpec {
+            bits: self.bits,
+            group_size: self.group_size,
+            sym: !self.asym,
+            order: match (self.desc_act, self.static_groups, self.act_group_aware) {
+                (true, true, _) => ColumnOrder::ActOrderStaticGroups,
+                (true, false, _) => ColumnOrder::ActOrder,
+                (_, _, true) => ColumnOrder::GroupAware,
+                _ => ColumnOrder::Natural,
+            },
+            damp_percent: self.damp_percent,
+            method: match self.method {
+                MethodArg::Gptq => Method::Gptq,
+                MethodArg::Rtn => Method::Rtn,
+            },
+            format: match self.format {
+                FormatArg::Gptq => CheckpointFormat::Gptq,
+                FormatArg::GptqV2 => CheckpointFormat::GptqV2,
+            },
+            // The baseline looks at no data, so nothing says which error weighs more.
+            scale_search: !self.no_scale_search && matches!(self.method, MethodArg::Gptq),
+        };
+        spec.validate()?;
+        Ok(spec)
+    }
+}
