@@ -2,13 +2,13 @@
 
 use std::fs::File;
 use std::io::{BufReader, Read};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use arrow_array::cast::AsArray;
 use arrow_array::{Array, ArrayRef, RecordBatch};
 use arrow_ipc::reader::{FileReader, StreamReader};
 use arrow_schema::{ArrowError, Schema};
+use gptq_types::quietly;
 use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 
@@ -37,14 +37,13 @@ fn without_panic(
     path: &Path,
     read: impl FnOnce() -> Result<Rows, CalibrationError>,
 ) -> Result<Rows, CalibrationError> {
-    catch_unwind(AssertUnwindSafe(read)).unwrap_or_else(|panic| {
-        let said = panic.downcast_ref::<String>().map(String::as_str);
-        let reason = said.or(panic.downcast_ref::<&str>().copied());
+    let damaged = |said| {
         Err(CalibrationError::malformed(
             path,
-            format!("damaged: {}", reason.unwrap_or("its reader gave up")),
+            format!("damaged: {said}"),
         ))
-    })
+    };
+    quietly(read).unwrap_or_else(damaged)
 }
 
 fn parquet_rows(path: &Path) -> Result<Rows, CalibrationError> {

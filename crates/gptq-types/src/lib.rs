@@ -3,7 +3,8 @@
 //! Knows: quantization settings ([`QuantSpec`]), layer names, tensor descriptions, solved layers,
 //! the branches of a matrix, run records, hashes, and which names from outside may choose a path
 //! ([`outside_name`]); the two traits at which the crates meet, [`TensorSource`] (weights come in)
-//! and [`ActivationSink`] (layer inputs come out).
+//! and [`ActivationSink`] (layer inputs come out); and [`quietly`], the one guard around libraries
+//! that panic on foreign bytes.
 //!
 //! Does not know: files, bytes on disk, Burn, arithmetic beyond a cast. No I/O happens here.
 
@@ -12,6 +13,7 @@ mod identity;
 mod layer;
 mod matrix;
 pub mod outside_name;
+mod quiet;
 mod record;
 mod solved;
 mod source;
@@ -28,6 +30,7 @@ pub use matrix::{
     Reading, branch_name, describe,
 };
 pub use outside_name::OutsideNameError;
+pub use quiet::{PanicMessage, quietly};
 pub use record::{
     Accuracy, CalibrationRecord, EvalRecord, LayerRecord, PairedDifference, Phase, PhaseTimes,
     RUN_RECORD_SCHEMA, RunRecord, Speed, Warning,
