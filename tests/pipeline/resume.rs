@@ -6,7 +6,8 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::support::{
-    Family, TinyModel, entries, quantize, refused, run, same_files, small_model, write_text,
+    Family, TinyModel, edit_tensor, entries, quantize, refused, run, same_files, small_model,
+    write_text,
 };
 
 /// Enough text for each block to take a while, so that the kill comes in the middle.
@@ -53,6 +54,17 @@ impl Place {
             out,
             partial,
         }
+    }
+
+    /// A copy of the model's only weight file that the test may change.
+    fn own_weights(&mut self) -> PathBuf {
+        let own = self.folder.path().join("own");
+        fs::create_dir_all(&own).unwrap();
+        for file in entries(&self.model) {
+            fs::copy(&file, own.join(file.file_name().unwrap())).unwrap();
+        }
+        self.model = own;
+        self.model.join("model.safetensors")
     }
 
     fn run_into(&self, out: &Path, flags: &[&str]) -> Command {
@@ -132,7 +144,8 @@ fn after_the_second_block_with_act_order_and_shards() {
 
 #[test]
 fn what_is_left_of_a_run_is_neither_taken_nor_overwritten_unasked() {
-    let place = Place::new();
+    let mut place = Place::new();
+    let weights = place.own_weights();
     let flags = ["--group-size", "32", "--bits", "4"];
     let whole = place.folder.path().join("whole");
     run(&mut place.run_into(&whole, &flags)).done();
@@ -188,6 +201,16 @@ fn what_is_left_of_a_run_is_neither_taken_nor_overwritten_unasked() {
         &["another device:", "NVIDIA H200"],
     );
     fs::write(&journal, begun).unwrap();
+
+    // Half of a model and half of another were once published as one.
+    let original = fs::read(&weights).unwrap();
+    edit_tensor(&place.model, "model.norm.weight", |bytes| bytes[0] ^= 1);
+    refused(
+        place.run_into(&place.out, &flags).arg("--resume"),
+        place.folder.path(),
+        &["another weights:"],
+    );
+    fs::write(&weights, original).unwrap();
 
     // A line that the kill cut short was never a finished block.
     let mut text = fs::read_to_string(&journal).unwrap();

@@ -32,7 +32,7 @@ pub use config::{ConfigError, DecoderConfig};
 pub use rope::RopeScaling;
 pub use sample::{Draw, SampleSpec, sample_windows};
 pub use score::{HeadInput, TokenScore};
-pub use weights::{FloatWeights, LinearValues, LinearWeights, WeightSource, check_finite};
+pub use weights::{FloatWeights, LinearValues, LinearWeights, WeightSource, hash_checked};
 
 /// Where the forward pass runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

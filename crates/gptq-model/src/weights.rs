@@ -3,7 +3,10 @@
 use std::sync::Arc;
 
 use gptq_kernels::transpose;
-use gptq_types::{Dtype, LayerName, SolvedLayer, SourceError, TensorInfo, TensorSource};
+use gptq_types::{
+    ContentHash, ContentHasher, Dtype, LayerName, SolvedLayer, SourceError, TensorInfo,
+    TensorSource,
+};
 use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 
@@ -236,27 +239,15 @@ fn check_pieces<P: AsMut<[u8]> + Send>(
     pieces: impl IndexedParallelIterator<Item = P>,
 ) -> Result<(), SourceError> {
     let read = |(piece, mut out): (usize, P)| {
-        let out = out.as_mut();
-        source.read_at(name, piece * PIECE, out)?;
-        Ok(first_not_finite(dtype, out).map(|at| {
-            let value = to_f32(dtype, &out[at * dtype.size()..][..dtype.size()]);
-            let value = value.map_or(f32::NAN, |value| value[0]);
-            (piece * (PIECE / dtype.size()) + at, value)
-        }))
-    };
-    let found: Vec<Result<Option<(usize, f32)>, SourceError>> =
-        pieces.enumerate().map(read).collect();
-    for piece in found {
-        if let Some((index, value)) = piece? {
-            return Err(SourceError::NotFinite {
-                name: name.to_string(),
-                place: source.place(),
-                value,
-                index,
-            });
+        let (start, out) = (piece * PIECE, out.as_mut());
+        source.read_at(name, start, out)?;
+        match first_not_finite(dtype, out) {
+            Some(at) => Err(not_finite(source, name, dtype, out, start, at)),
+            None => Ok(()),
         }
-    }
-    Ok(())
+    };
+    let pieces: Vec<Result<(), SourceError>> = pieces.enumerate().map(read).collect();
+    pieces.into_iter().collect()
 }
 
 /// Index of the first infinity or NaN, found by its exponent without a conversion.
@@ -282,17 +273,43 @@ fn read_finite(source: &dyn TensorSource, name: &str) -> Result<Vec<f32>, Source
     Ok(to_f32(dtype, &bytes).expect("its type was checked"))
 }
 
-/// Refuses a float tensor with a value that is not finite; tensors of other types pass. Keeps a
-/// piece a thread, never the tensor.
-pub fn check_finite(source: &dyn TensorSource, name: &str) -> Result<(), SourceError> {
+/// The sha256 of a tensor's stored bytes, in the one pass that refuses a float tensor with a value
+/// that is not finite; other types hold no such values. Keeps a piece, never the tensor.
+///
+/// One thread, since sha256 is a chain: callers take several tensors side by side.
+pub fn hash_checked(source: &dyn TensorSource, name: &str) -> Result<ContentHash, SourceError> {
     let info = source.require(name)?;
-    if !info.dtype.is_weight() {
-        return Ok(());
-    }
     let bytes = info.bytes();
-    let piece = |index: usize| vec![0u8; PIECE.min(bytes - index * PIECE)];
-    let pieces = (0..bytes.div_ceil(PIECE)).into_par_iter().map(piece);
-    check_pieces(source, name, info.dtype, pieces)
+    let mut hasher = ContentHasher::default();
+    let mut buffer = vec![0u8; PIECE.min(bytes)];
+    for start in (0..bytes).step_by(PIECE) {
+        let piece = &mut buffer[..PIECE.min(bytes - start)];
+        source.read_at(name, start, piece)?;
+        if info.dtype.is_weight()
+            && let Some(at) = first_not_finite(info.dtype, piece)
+        {
+            return Err(not_finite(source, name, info.dtype, piece, start, at));
+        }
+        hasher.update(piece);
+    }
+    Ok(hasher.finish())
+}
+
+fn not_finite(
+    source: &dyn TensorSource,
+    name: &str,
+    dtype: Dtype,
+    piece: &[u8],
+    start: usize,
+    at: usize,
+) -> SourceError {
+    let value = to_f32(dtype, &piece[at * dtype.size()..][..dtype.size()]);
+    SourceError::NotFinite {
+        name: name.to_string(),
+        place: source.place(),
+        value: value.map_or(f32::NAN, |value| value[0]),
+        index: start / dtype.size() + at,
+    }
 }
 
 /// Nothing for a type that holds no weights.
@@ -385,5 +402,23 @@ mod tests {
             error.to_string(),
             "tensor `x.weight` in memory holds NaN at element 1"
         );
+    }
+
+    #[test]
+    fn a_tensor_of_several_pieces_is_hashed_whole_and_checked_to_its_last_value() {
+        let mut bytes: Vec<u8> = (0..PIECE / 2 + 3).flat_map(|i| [i as u8, 0x3c]).collect();
+        let info = TensorInfo {
+            dtype: Dtype::F16,
+            shape: vec![bytes.len() / 2],
+        };
+        let hash = hash_checked(&One(info.clone(), bytes.clone()), "x.weight").unwrap();
+        assert_eq!(hash, ContentHash::of(&bytes));
+        *bytes.last_mut().unwrap() = 0x7c;
+        let last = bytes.len() / 2 - 1;
+        let error = hash_checked(&One(info, bytes), "x.weight").unwrap_err();
+        let SourceError::NotFinite { index, .. } = error else {
+            panic!("{error}");
+        };
+        assert_eq!(index, last);
     }
 }

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use crate::weights::CheckedWeights;
 use gptq_model::{ConfigError, Device, ModelError};
 use gptq_packer::{LayoutError, PackError, StageError, VerifyError};
 use gptq_quantizer::QuantizeError;
@@ -30,8 +31,8 @@ pub struct Job {
     pub out_dir: PathBuf,
     /// Largest weight file.
     pub max_shard_bytes: u64,
-    /// All tensors of the source were read before and found finite.
-    pub checked: bool,
+    /// What [`crate::check_weights`] said of the source; without it the run asks.
+    pub checked: Option<CheckedWeights>,
     /// Where the forward pass runs.
     pub device: Device,
     /// Go on where an interrupted run stopped.

@@ -16,12 +16,14 @@ mod plan;
 mod preflight;
 mod run;
 mod together;
+mod weights;
 mod write;
 
 pub use job::{Job, PipelineError, Progress};
 pub use matrix::{PlanError, Preset, plan_matrix, read_plan};
 pub use measure::{FilesToMeasure, MeasuredLayer, measure_files};
 pub use plan::OutputPlan;
-pub use preflight::{check_finite, check_shapes, check_unquantised};
+pub use preflight::{check_shapes, check_unquantised};
 pub use run::quantize;
 pub use together::quantize_together;
+pub use weights::{CheckedWeights, check_weights};

@@ -2,9 +2,7 @@
 
 use gptq_model::DecoderConfig;
 use gptq_packer::QuantizeConfig;
-use gptq_types::{
-    Bits, CheckpointFormat, GroupSize, QuantSpec, SourceError, TensorSource, Warning,
-};
+use gptq_types::{Bits, CheckpointFormat, GroupSize, QuantSpec, TensorSource, Warning};
 
 use crate::PipelineError;
 
@@ -77,10 +75,4 @@ pub fn check_unquantised(
         return Err(PipelineError::AlreadyQuantised(source.place()));
     }
     Ok(())
-}
-
-/// Reads every tensor once and refuses the first value that is not finite: better now than in the
-/// last block.
-pub fn check_finite(source: &dyn TensorSource) -> Result<(), SourceError> {
-    (source.names().iter()).try_for_each(|name| gptq_model::check_finite(source, name))
 }

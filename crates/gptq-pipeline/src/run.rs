@@ -16,7 +16,8 @@ use serde_json::{Map, Value, json};
 
 use crate::journal::{BlockEntry, Journal};
 use crate::layers::{After, LayerWork, observe};
-use crate::preflight::{check_finite, check_shapes, check_unquantised};
+use crate::preflight::{check_shapes, check_unquantised};
+use crate::weights::{CheckedWeights, check_weights};
 use crate::write::{Output, writing};
 use crate::{Job, OutputPlan, PipelineError, Progress};
 
@@ -39,14 +40,13 @@ pub fn quantize(
     let weights: Arc<dyn WeightSource> = Arc::new(FloatWeights::new(job.source.clone()));
     let mut decoder = gptq_model::open(weights.clone(), config.clone(), job.device)?;
     let mut times = PhaseTimes::default();
-    if !job.checked {
-        times.time(Phase::Load, || check_finite(job.source.as_ref()))?;
-    }
+    let checked = checked_weights(job, &mut times)?;
+    let settings = resume_settings(job, &checked);
 
     let plan = OutputPlan::new(job.source.as_ref(), &config, &job.spec, job.max_shard_bytes)?;
     let staged = match job.resume {
         true => {
-            Journal::check(&partial_path(&job.out_dir)?, &resume_settings(job))?;
+            Journal::check(&partial_path(&job.out_dir)?, &settings)?;
             StagedCheckpoint::reopen(&job.out_dir, &plan.layout)?
         }
         false => StagedCheckpoint::create(&job.out_dir, &plan.layout)?,
@@ -61,10 +61,10 @@ pub fn quantize(
         layers: Vec::new(),
         warnings: Vec::new(),
     };
-    let outcome = run.blocks(&plan, progress);
+    let outcome = run.blocks(&plan, &settings, progress);
     let (layers, times) = (run.layers, run.times);
     warnings.extend(run.warnings);
-    let record = record(job, layers, warnings, started, times);
+    let record = record(job, &checked, layers, warnings, started, times);
     match outcome.and_then(|journal| finish(job, &staged, journal, &record)) {
         Ok(()) => {
             staged.publish()?;
@@ -82,6 +82,7 @@ pub fn quantize(
 /// What a finished run leaves; the Hessians are its own.
 pub(crate) fn record(
     job: &Job,
+    checked: &CheckedWeights,
     layers: Vec<LayerRecord>,
     warnings: Vec<Warning>,
     started: Instant,
@@ -91,6 +92,7 @@ pub(crate) fn record(
         schema: RUN_RECORD_SCHEMA,
         tool: job.tool.clone(),
         model: job.model_name.clone(),
+        weights_sha256: Some(checked.identity.clone()),
         spec: job.spec.clone(),
         calibration: job.calibration.clone(),
         device: device_name(job.device),
@@ -100,6 +102,17 @@ pub(crate) fn record(
         shared_hessian: false,
         seconds: started.elapsed().as_secs_f64(),
         phases,
+    }
+}
+
+/// All weights were read and found finite, here or before.
+pub(crate) fn checked_weights(
+    job: &Job,
+    times: &mut PhaseTimes,
+) -> Result<CheckedWeights, PipelineError> {
+    match &job.checked {
+        Some(checked) => Ok(checked.clone()),
+        None => Ok(times.time(Phase::Load, || check_weights(job.source.as_ref()))?),
     }
 }
 
@@ -147,14 +160,14 @@ impl Run<'_> {
     fn blocks(
         &mut self,
         plan: &OutputPlan,
+        settings: &Map<String, Value>,
         progress: &mut dyn FnMut(Progress<'_>),
     ) -> Result<Journal, PipelineError> {
         let blocks = self.config.num_hidden_layers;
-        let settings = resume_settings(self.job);
         let folder = self.staged.partial_dir();
         let (journal, done) = match self.job.resume {
-            true => Journal::reopen(folder, &settings)?,
-            false => (Journal::begin(folder, &settings)?, Vec::new()),
+            true => Journal::reopen(folder, settings)?,
+            false => (Journal::begin(folder, settings)?, Vec::new()),
         };
         progress(Progress::Begin {
             blocks,
@@ -336,11 +349,12 @@ fn written_config(job: &Job) -> Result<QuantizeConfig, PipelineError> {
 }
 
 /// What must not change between an interrupted run and its continuation.
-pub(crate) fn resume_settings(job: &Job) -> Map<String, Value> {
+pub(crate) fn resume_settings(job: &Job, checked: &CheckedWeights) -> Map<String, Value> {
     let tokens = job.calibration.as_ref().map(|record| &record.token_sha256);
     let entries = [
         ("tool", json!(job.tool)),
         ("model", json!(job.model_name)),
+        ("weights", json!(checked.identity)),
         ("config.json", json!(job.config_json)),
         ("calibration tokens", json!(tokens)),
         // Another device rounds its sums otherwise: half of each would be the result of neither.

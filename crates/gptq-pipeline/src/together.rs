@@ -13,8 +13,9 @@ use gptq_types::{LayerRecord, Method, Phase, PhaseTimes, RunRecord, Stage, Warni
 
 use crate::journal::{BlockEntry, Journal};
 use crate::layers::{After, LayerWork, observe};
-use crate::preflight::{check_finite, check_shapes, check_unquantised};
-use crate::run::{count_forward, finish, read_config, record, resume_settings};
+use crate::preflight::{check_shapes, check_unquantised};
+use crate::run::{checked_weights, count_forward, finish, read_config, record, resume_settings};
+use crate::weights::CheckedWeights;
 use crate::write::{Output, writing};
 use crate::{Job, OutputPlan, PipelineError, Progress};
 
@@ -50,9 +51,7 @@ pub fn quantize_together(
     let weights: Arc<dyn WeightSource> = Arc::new(FloatWeights::new(first.source.clone()));
     let mut decoder = gptq_model::open(weights, config.clone(), first.device)?;
     let mut times = PhaseTimes::default();
-    if !first.checked {
-        times.time(Phase::Load, || check_finite(first.source.as_ref()))?;
-    }
+    let checked = checked_weights(first, &mut times)?;
     let mut targets = Vec::new();
     let outcome = (jobs.iter())
         .try_for_each(|job| {
@@ -62,6 +61,7 @@ pub fn quantize_together(
         .and_then(|()| {
             run(
                 &config,
+                &checked,
                 decoder.as_mut(),
                 &mut targets,
                 &mut times,
@@ -76,7 +76,7 @@ pub fn quantize_together(
     let mut journals = journals.into_iter();
     while !targets.is_empty() {
         let target = targets.remove(0);
-        let record = target.record(&times, started);
+        let record = target.record(&checked, &times, started);
         let journal = journals.next().expect("one for each target");
         if let Err(error) = finish(target.job, &target.staged, journal, &record) {
             targets.push(target);
@@ -112,11 +112,11 @@ impl<'a> Target<'a> {
         })
     }
 
-    fn record(&self, times: &PhaseTimes, started: Instant) -> RunRecord {
+    fn record(&self, checked: &CheckedWeights, times: &PhaseTimes, started: Instant) -> RunRecord {
         let (layers, warnings) = (self.layers.clone(), self.warnings.clone());
         RunRecord {
             shared_hessian: true,
-            ..record(self.job, layers, warnings, started, times.clone())
+            ..record(self.job, checked, layers, warnings, started, times.clone())
         }
     }
 }
@@ -124,6 +124,7 @@ impl<'a> Target<'a> {
 /// All blocks, for all targets; their journals once all is on disk.
 fn run(
     config: &DecoderConfig,
+    checked: &CheckedWeights,
     decoder: &mut dyn Decoder,
     targets: &mut [Target<'_>],
     times: &mut PhaseTimes,
@@ -137,7 +138,7 @@ fn run(
                 config, decoder, targets, writers, &mut done, times, progress,
             )
         };
-        with_writers(targets, &[], times, &mut work)?
+        with_writers(targets, checked, &[], times, &mut work)?
     };
     for (target, (layers, warnings)) in targets.iter_mut().zip(done) {
         target.layers = layers;
@@ -151,6 +152,7 @@ type Work<'a> = dyn FnMut(&[&dyn Output], &mut PhaseTimes) -> Result<(), Pipelin
 /// Opens a writer for each of `targets`, each inside the one before, and then works.
 fn with_writers(
     targets: &[Target<'_>],
+    checked: &CheckedWeights,
     open: &[&dyn Output],
     times: &mut PhaseTimes,
     work: &mut Work<'_>,
@@ -159,7 +161,7 @@ fn with_writers(
         work(open, times)?;
         return Ok(Vec::new());
     };
-    let settings = resume_settings(target.job);
+    let settings = resume_settings(target.job, checked);
     let journal = Journal::begin(target.staged.partial_dir(), &settings)?;
     let (mut inner, journal) = writing(
         &target.staged,
@@ -169,7 +171,7 @@ fn with_writers(
         |writer, times| {
             writer.copy(&target.copied)?;
             let open: Vec<&dyn Output> = open.iter().copied().chain([writer as _]).collect();
-            with_writers(rest, &open, times, work)
+            with_writers(rest, checked, &open, times, work)
         },
     )?;
     inner.insert(0, journal);

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{LayerLoss, LayerName, QuantSpec};
+use crate::{ContentHash, LayerLoss, LayerName, QuantSpec};
 
 /// Version of [`RunRecord`]; readers refuse a larger one.
 pub const RUN_RECORD_SCHEMA: u32 = 1;
@@ -126,6 +126,9 @@ pub struct RunRecord {
     pub tool: String,
     /// The model as given.
     pub model: String,
+    /// [`crate::model_identity`] of the float weights; absent in older records.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub weights_sha256: Option<ContentHash>,
     /// Settings.
     pub spec: QuantSpec,
     /// Tokens; absent for `method rtn`.

@@ -6,7 +6,7 @@ use std::thread;
 
 use gptq_calibration::{EvaluationWindows, Windows};
 use gptq_model::{DecoderConfig, Device};
-use gptq_pipeline::{Preset, check_finite, check_unquantised, plan_matrix, read_plan};
+use gptq_pipeline::{Preset, check_unquantised, check_weights, plan_matrix, read_plan};
 use gptq_repository::Repository;
 use gptq_types::{CalibrationRequest, Method, Permutation, PlannedBranch};
 
@@ -76,16 +76,18 @@ pub fn run(args: &MatrixArgs) -> Result<Verdict, Failure> {
             // Reading all weights once takes seconds; so does what else must be there first.
             let devices = devices(args)?;
             let (checked, _open, prepared) = thread::scope(|scope| {
-                let check = scope.spawn(|| check_finite(source));
+                let check = scope.spawn(|| check_weights(source));
                 let open = scope.spawn(|| device::open_all(&devices));
                 let prepared = prepare(args, &missing, &model, &config, devices[0]);
                 (check.join(), open.join(), prepared)
             });
             let (text, windows) = prepared?;
-            checked.map_err(|_| Failure::new("the check of the weights ended in a panic"))??;
+            let checked = checked
+                .map_err(|_| Failure::new("the check of the weights ended in a panic"))??;
             let shared = Shared {
                 windows,
                 model: &model,
+                checked,
                 model_name: &model_name,
                 text,
                 max_shard_bytes,

@@ -1,7 +1,9 @@
 //! `gptq quantize`.
 
+use std::thread;
+
 use gptq_model::{DecoderConfig, Device};
-use gptq_pipeline::{Job, check_shapes, check_unquantised};
+use gptq_pipeline::{CheckedWeights, Job, check_shapes, check_unquantised, check_weights};
 use gptq_types::{Method, RunRecord};
 
 use crate::Verdict;
@@ -9,7 +11,7 @@ use crate::args::{QuantizeArgs, shard_bytes};
 use crate::calibrate::calibrate;
 use crate::device;
 use crate::failure::Failure;
-use crate::models::find;
+use crate::models::{Model, find};
 use crate::output::{check_vacant, print, print_json};
 use crate::watch::{TOOL, watch};
 
@@ -27,20 +29,15 @@ pub fn run(args: &QuantizeArgs) -> Result<Verdict, Failure> {
         Method::Gptq => device::resolve(&args.device)?,
         Method::Rtn => Device::Cpu,
     };
-    let windows = match spec.method {
+    let windows = || match spec.method {
         Method::Gptq => {
             let request = args.calibration();
-            Some(calibrate(
-                &request,
-                args.temperature,
-                &model,
-                &config,
-                device,
-                &args.hub,
-            )?)
+            let temperature = args.temperature;
+            calibrate(&request, temperature, &model, &config, device, &args.hub).map(Some)
         }
-        Method::Rtn => None,
+        Method::Rtn => Ok(None),
     };
+    let (windows, checked) = beside_the_check(&model, windows)?;
     let (windows, calibration) = match windows {
         Some(windows) => (windows.ids, Some(windows.record)),
         None => (Vec::new(), None),
@@ -57,11 +54,27 @@ pub fn run(args: &QuantizeArgs) -> Result<Verdict, Failure> {
         max_shard_bytes,
         device,
         resume: args.resume,
-        checked: false,
+        checked: Some(checked),
         tool: TOOL.to_string(),
     };
     let record = watch(&job, "blocks", false)?;
     report(args, &record)
+}
+
+/// All weights are read once while `work` is done, which reads little.
+pub fn beside_the_check<R>(
+    model: &Model,
+    work: impl FnOnce() -> Result<R, Failure>,
+) -> Result<(R, CheckedWeights), Failure> {
+    let source = model.checkpoint.as_ref();
+    let (checked, done) = thread::scope(|scope| {
+        let check = scope.spawn(|| check_weights(source));
+        let done = work();
+        (check.join(), done)
+    });
+    let done = done?;
+    let checked = checked.map_err(|_| Failure::new("the check of the weights ended in a panic"))?;
+    Ok((done, checked?))
 }
 
 fn report(args: &QuantizeArgs, record: &RunRecord) -> Result<Verdict, Failure> {

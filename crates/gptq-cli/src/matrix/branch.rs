@@ -9,7 +9,7 @@ use gptq_calibration::{EvaluationWindows, Windows};
 use gptq_hub::Checkpoint;
 use gptq_model::Device;
 use gptq_packer::{discard_partial, partial_path};
-use gptq_pipeline::Job;
+use gptq_pipeline::{CheckedWeights, Job};
 use gptq_repository::Repository;
 use gptq_types::{
     BranchEvaluation, BranchRecord, EvalRecord, Method, Permutation, PlannedBranch, RunRecord,
@@ -26,6 +26,8 @@ use crate::watch::{TOOL, watch, watch_together};
 /// What all branches share.
 pub struct Shared<'a> {
     pub model: &'a Model,
+    /// What was found in its weights.
+    pub checked: CheckedWeights,
     /// The model's name as published.
     pub model_name: &'a str,
     /// Windows of each request, by [`Shared::key`].
@@ -153,7 +155,7 @@ impl<'a> Maker<'a> {
             companions: model.companions(),
             out_dir: work.to_path_buf(),
             max_shard_bytes: self.shared.max_shard_bytes,
-            checked: true,
+            checked: Some(self.shared.checked.clone()),
             device: self.device,
             resume,
             tool: TOOL.to_string(),

@@ -8,7 +8,9 @@ use gptq_calibration::{EvaluationWindows, Windows};
 use gptq_hub::Checkpoint;
 use gptq_model::{DecoderConfig, Device};
 use gptq_packer::{QuantizeConfig, VerifyError, packed_layers};
-use gptq_pipeline::{FilesToMeasure, Job, PipelineError, measure_files};
+use gptq_pipeline::{
+    CheckedWeights, FilesToMeasure, Job, PipelineError, check_weights, measure_files,
+};
 use gptq_report::{LayerOutcome, Outcome};
 use gptq_types::{
     EvalRecord, Inputs, LayerLoss, LayerName, Overall, RUN_RECORD_SCHEMA, Recipe, RunRecord,
@@ -38,6 +40,7 @@ const LEAST_WINDOWS: usize = 2;
 pub struct Bench<'a> {
     recipe: &'a Recipe,
     model: Model,
+    checked: CheckedWeights,
     windows: Windows,
     text: EvaluationWindows,
 }
@@ -74,6 +77,7 @@ impl<'a> Bench<'a> {
         }
         Ok(Bench {
             recipe,
+            checked: check_weights(model.checkpoint.as_ref())?,
             text,
             model,
             windows,
@@ -112,7 +116,7 @@ impl<'a> Bench<'a> {
             max_shard_bytes: shard_bytes(SHARD_GB)?,
             device: Device::Cpu,
             resume: false,
-            checked: reversed,
+            checked: Some(self.checked.clone()),
             tool: TOOL.to_string(),
         };
         match try_watch(&job, "blocks", false) {

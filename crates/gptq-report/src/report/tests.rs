@@ -53,6 +53,7 @@ fn run(group: usize) -> RunRecord {
         schema: 1,
         tool: "gptq-rs:test".into(),
         model: "owner/tiny".into(),
+        weights_sha256: None,
         spec: QuantSpec {
             group_size: GroupSize::Channels(group),
             ..QuantSpec::published()
