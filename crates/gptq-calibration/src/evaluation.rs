@@ -158,7 +158,7 @@ fn documents(
     };
     spec.check()?;
     let encode = |text: &str| tokenizer.encode(text);
-    let ids = draw_documents(rows, &spec, &material.place(), encode)?;
+    let ids = draw_documents(rows, &spec, &material.place(), encode)?.ids;
     let how = format!(
         "one window of {seq_len} tokens ({}) at random in each of {DOCUMENT_WINDOWS} documents, drawn at random with replacement among those longer than it, seed {DOCUMENT_SEED}, {}",
         special_tokens(tokenizer)?,

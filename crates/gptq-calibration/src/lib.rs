@@ -14,6 +14,7 @@
 //! a `ValueError`, is drawn again.
 
 mod digest;
+mod distinct;
 mod document;
 mod error;
 mod evaluation;

@@ -7,6 +7,7 @@ use rayon::prelude::*;
 
 use crate::CalibrationError;
 use crate::digest::token_sha256;
+use crate::distinct::{Place, contexts, positions, positions_of_windows};
 use crate::manifest::Rule;
 use crate::material::{Content, DatasetFiles, Material, Purpose, join};
 use crate::python_random::PythonRandom;
@@ -76,14 +77,25 @@ impl Windows {
     ///
     /// `rule` says in words how; `seed` is the one they were drawn with.
     pub fn from_ids(ids: Vec<Vec<u32>>, dataset: &str, rule: &str, seed: u64) -> Self {
+        let distinct = positions_of_windows(&ids);
+        Self::counted(ids, distinct, dataset, rule, seed)
+    }
+
+    /// Windows whose source has `distinct` positions that they cover.
+    fn counted(ids: Vec<Vec<u32>>, distinct: usize, dataset: &str, rule: &str, seed: u64) -> Self {
+        let tokens: usize = ids.iter().map(Vec::len).sum();
         let record = CalibrationRecord {
             dataset: dataset.to_string(),
             rule: rule.to_string(),
             seed,
             samples: ids.len(),
             seq_len: ids.iter().map(Vec::len).max().unwrap_or(0),
-            tokens: ids.iter().map(Vec::len).sum(),
+            tokens,
             token_sha256: token_sha256(&ids),
+            distinct_positions: Some(distinct),
+            distinct_contexts: Some(contexts(&ids)),
+            overlap: Some(1.0 - distinct as f64 / tokens.max(1) as f64),
+            widest_input: None,
         };
         Self { ids, record }
     }
@@ -111,11 +123,15 @@ pub fn windows(
 ) -> Result<Windows, CalibrationError> {
     spec.check()?;
     let material = Material::read(source, Purpose::Calibration, files)?;
-    let (ids, rule) = match (&material.content, material.rule) {
-        (Content::Windows(ids), _) => first_stored(ids, spec.samples),
+    let (drawn, rule) = match (&material.content, material.rule) {
+        (Content::Windows(ids), _) => {
+            let (ids, rule) = first_stored(ids, spec.samples);
+            return Ok(Windows::from_ids(ids, source.given(), &rule, spec.seed));
+        }
         (Content::Rows(rows), Rule::Documents) => {
-            let ids = draw_documents(rows, spec, &material.place(), |text| tokenizer.encode(text))?;
-            (ids, material.words.clone().unwrap_or_default())
+            let encode = |text: &str| tokenizer.encode(text);
+            let drawn = draw_documents(rows, spec, &material.place(), encode)?;
+            (drawn, material.words.clone().unwrap_or_default())
         }
         (Content::Rows(rows), Rule::Joined) => {
             let text = join(rows, &material.path)?;
@@ -123,7 +139,17 @@ pub fn windows(
         }
         (Content::Whole(text), _) => draw_joined(text, WHOLE_WORDS, spec, &material, tokenizer)?,
     };
-    Ok(Windows::from_ids(ids, source.given(), &rule, spec.seed))
+    let distinct = positions(&drawn.places, spec.seq_len);
+    let given = source.given();
+    Ok(Windows::counted(
+        drawn.ids, distinct, given, &rule, spec.seed,
+    ))
+}
+
+/// Windows and where each one lay.
+pub(crate) struct Drawn {
+    pub(crate) ids: Vec<Vec<u32>>,
+    places: Vec<Place>,
 }
 
 fn first_stored(ids: &[Vec<u32>], samples: usize) -> (Vec<Vec<u32>>, String) {
@@ -140,14 +166,16 @@ fn draw_joined(
     spec: &WindowSpec,
     material: &Material,
     tokenizer: &Tokenizer,
-) -> Result<(Vec<Vec<u32>>, String), CalibrationError> {
+) -> Result<(Drawn, String), CalibrationError> {
     let tokens = tokenizer.encode(text)?;
-    let ids = window_starts(tokens.len(), spec, &material.place())?
-        .into_iter()
-        .map(|start| tokens[start..start + spec.seq_len].to_vec())
-        .collect();
+    let starts = window_starts(tokens.len(), spec, &material.place())?;
+    let window = |&start: &usize| tokens[start..start + spec.seq_len].to_vec();
+    let drawn = Drawn {
+        ids: starts.iter().map(window).collect(),
+        places: starts.iter().map(|&start| (0, start)).collect(),
+    };
     let words = || format!("{text_words}; {STARTS_WORDS}");
-    Ok((ids, material.words.clone().unwrap_or_else(words)))
+    Ok((drawn, material.words.clone().unwrap_or_else(words)))
 }
 
 /// `random.seed(seed)`, then `random.randint(0, tokens - seq_len - 1)` per window.
@@ -180,7 +208,7 @@ pub(crate) fn draw_documents(
     spec: &WindowSpec,
     place: &str,
     encode: impl Fn(&str) -> Result<Vec<u32>, CalibrationError> + Sync,
-) -> Result<Vec<Vec<u32>>, CalibrationError> {
+) -> Result<Drawn, CalibrationError> {
     let mut search = Search {
         rows,
         seq_len: spec.seq_len,
@@ -188,9 +216,11 @@ pub(crate) fn draw_documents(
         too_short: HashSet::new(),
         longest: 0,
     };
-    (0..spec.samples)
+    let found: Vec<(Place, Vec<u32>)> = (0..spec.samples)
         .map(|_| search.next_window(place, &encode))
-        .collect()
+        .collect::<Result<_, _>>()?;
+    let (places, ids) = found.into_iter().unzip();
+    Ok(Drawn { ids, places })
 }
 
 /// The state between two draws.
@@ -208,7 +238,7 @@ impl Search<'_> {
         &mut self,
         place: &str,
         encode: &(impl Fn(&str) -> Result<Vec<u32>, CalibrationError> + Sync),
-    ) -> Result<Vec<u32>, CalibrationError> {
+    ) -> Result<(Place, Vec<u32>), CalibrationError> {
         while self.too_short.len() < self.rows.len() {
             let ahead = self.look_ahead();
             let encoded: Vec<_> = ahead
@@ -224,7 +254,8 @@ impl Search<'_> {
                 self.random.below(self.rows.len() as u64);
                 if tokens.len() > self.seq_len {
                     let start = self.random.below((tokens.len() - self.seq_len) as u64) as usize;
-                    return Ok(tokens[start..start + self.seq_len].to_vec());
+                    let window = tokens[start..start + self.seq_len].to_vec();
+                    return Ok(((document, start), window));
                 }
                 self.longest = self.longest.max(tokens.len());
                 self.too_short.insert(document);
@@ -323,8 +354,9 @@ mod tests {
     fn documents_and_their_starts_are_those_of_python() {
         let rows = documents(&[10, 40, 33, 32, 7, 64, 31, 100, 5, 12]);
         let golden = |seed, expected: &[(u32, u32)]| {
-            let windows =
-                draw_documents(&rows, &spec(expected.len(), 32, seed), "t", encode).unwrap();
+            let windows = draw_documents(&rows, &spec(expected.len(), 32, seed), "t", encode)
+                .unwrap()
+                .ids;
             let drawn: Vec<_> = windows.iter().map(|w| (w[0] / 1000, w[0] % 1000)).collect();
             assert_eq!(drawn, expected, "seed {seed}");
             assert!(windows.iter().all(|w| w.len() == 32));
@@ -352,7 +384,9 @@ mod tests {
     #[test]
     fn a_search_without_an_answer_ends_and_says_what_it_saw() {
         let rows = documents(&[32, 5, 20]);
-        let error = draw_documents(&rows, &spec(1, 32, 0), "t", encode).unwrap_err();
+        let error = draw_documents(&rows, &spec(1, 32, 0), "t", encode)
+            .err()
+            .unwrap();
         assert_eq!(
             error.to_string(),
             "none of the 3 documents of t has 33 tokens, the longest has 32"

@@ -28,7 +28,7 @@ pub fn calibrate(
             request.seq_len, config.max_position_embeddings
         );
     }
-    let windows = if source.is_generated() {
+    let mut windows = if source.is_generated() {
         write_own(request, temperature, model, config, device)?
     } else {
         let tokenizer = Tokenizer::open(model.dir())?;
@@ -37,7 +37,17 @@ pub fn calibrate(
         windows(&source, &window_spec(request), &tokenizer, &files)?
     };
     windows.check_vocabulary(config.vocab_size)?;
+    windows.record.widest_input = widest_input(config);
+    if let Some(doubt) = windows.record.doubt() {
+        eprintln!("warning: {doubt}");
+    }
     Ok(windows)
+}
+
+/// All blocks have the shapes of the first.
+fn widest_input(config: &DecoderConfig) -> Option<usize> {
+    let linears = config.block_linears(0);
+    linears.iter().map(|(_, in_features, _)| *in_features).max()
 }
 
 fn window_spec(request: &CalibrationRequest) -> WindowSpec {

@@ -84,10 +84,14 @@ pub(crate) fn record(
     job: &Job,
     checked: &CheckedWeights,
     layers: Vec<LayerRecord>,
-    warnings: Vec<Warning>,
+    mut warnings: Vec<Warning>,
     started: Instant,
     phases: PhaseTimes,
 ) -> RunRecord {
+    if let Some(text) = job.calibration.as_ref().and_then(|tokens| tokens.doubt()) {
+        let module = String::new();
+        warnings.insert(0, Warning { module, text });
+    }
     RunRecord {
         schema: RUN_RECORD_SCHEMA,
         tool: job.tool.clone(),

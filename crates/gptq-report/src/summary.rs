@@ -22,7 +22,16 @@ pub fn summary(record: &RunRecord) -> String {
         losses().map(|loss| loss.error).sum(),
         losses().map(|loss| loss.rtn_error).sum(),
     );
-    if rtn > 0.0 {
+    let doubt = record
+        .calibration
+        .as_ref()
+        .and_then(|tokens| tokens.doubt());
+    if rtn > 0.0 && doubt.is_some() {
+        out += &format!(
+            "too little calibration text: the output error on it says nothing; {worse} layers above \
+             rounding to nearest\n"
+        );
+    } else if rtn > 0.0 {
         out += &format!(
             "output error {:.1} % of rounding to nearest; {worse} layers above it\n",
             100.0 * error / rtn

@@ -27,6 +27,53 @@ pub struct CalibrationRecord {
     pub tokens: usize,
     /// sha256 of the token ids as little-endian u32, window after window.
     pub token_sha256: String,
+    /// Positions of the source that some window covers; windows overlap. Of stored and generated
+    /// windows, the tokens of those that differ. Absent in older records, as the next three are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub distinct_positions: Option<usize>,
+    /// Tokens that differ in themselves or in the 7 before them, over the first 2^22 tokens.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub distinct_contexts: Option<usize>,
+    /// Share of `tokens` that some window drew before, 0 to 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub overlap: Option<f64>,
+    /// The largest `in_features` of the model: with fewer distinct tokens no Hessian of such a
+    /// layer has full rank.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub widest_input: Option<usize>,
+}
+
+impl CalibrationRecord {
+    /// Tokens from the start over which contexts are counted, so that the count stays cheap; no
+    /// layer is as wide.
+    pub const COUNTED_TOKENS: usize = 1 << 22;
+
+    /// Why errors measured on these tokens say nothing, where that is so: too few positions for
+    /// the widest layer, or a text that repeats itself.
+    pub fn doubt(&self) -> Option<String> {
+        let (positions, contexts) = (self.distinct_positions?, self.distinct_contexts?);
+        let widest = self.widest_input.unwrap_or(0);
+        let singular =
+            "no Hessian of that layer has full rank, and errors on this text say nothing of others";
+        if positions < widest {
+            return Some(format!(
+                "{positions} distinct positions of the calibration text (of {} drawn tokens) are fewer \
+                 than the {widest} input channels of the widest layer: {singular}",
+                self.tokens
+            ));
+        }
+        if contexts < widest {
+            return Some(format!(
+                "the calibration text repeats itself: {contexts} distinct contexts in {positions} \
+                 positions are fewer than the {widest} input channels of the widest layer: {singular}"
+            ));
+        }
+        (contexts < positions.min(Self::COUNTED_TOKENS) / 2).then(|| {
+            format!(
+                "the calibration text repeats itself: {contexts} distinct contexts in {positions} positions"
+            )
+        })
+    }
 }
 
 /// One quantised linear.
@@ -274,6 +321,30 @@ pub struct Speed {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A text of 62 tokens, drawn 128 times, passed as 7680 tokens.
+    #[test]
+    fn too_little_text_is_doubted_however_often_it_is_drawn() {
+        let record = |positions, contexts| CalibrationRecord {
+            tokens: 7680,
+            distinct_positions: Some(positions),
+            distinct_contexts: Some(contexts),
+            widest_input: Some(172),
+            ..CalibrationRecord::default()
+        };
+        let doubt = |positions, contexts| record(positions, contexts).doubt().unwrap();
+        assert!(doubt(62, 11).starts_with("62 distinct positions"));
+        assert!(doubt(7000, 1).contains("1 distinct contexts in 7000 positions are fewer"));
+        assert!(doubt(7000, 300).ends_with("300 distinct contexts in 7000 positions"));
+        assert_eq!(record(7000, 6500).doubt(), None);
+        assert_eq!(record(172, 172).doubt(), None);
+        assert_eq!(CalibrationRecord::default().doubt(), None);
+        let old: CalibrationRecord = serde_json::from_str(
+            r#"{"dataset": "c4", "rule": "", "seed": 0, "samples": 1, "seq_len": 2, "tokens": 2, "token_sha256": ""}"#,
+        )
+        .unwrap();
+        assert_eq!(old.doubt(), None);
+    }
 
     /// Without `float_roundtrip` serde_json read the first one back as 1709.7900745221257: a
     /// resumed run left another record than an unbroken one.

@@ -66,6 +66,7 @@ fn run(group: usize) -> RunRecord {
             seq_len: 256,
             tokens: 8192,
             token_sha256: "ca11b".into(),
+            ..CalibrationRecord::default()
         }),
         device: "cpu".into(),
         gpu_memory_peak: None,
