@@ -11,6 +11,9 @@
 
 mod cache;
 mod checkpoint;
+#[cfg(test)]
+#[path = "../../../tests/support/data.rs"]
+mod data;
 #[cfg(feature = "hub")]
 mod download;
 mod error;
