@@ -5,27 +5,12 @@ use std::sync::Arc;
 
 use gptq_hub::{Checkpoint, ResolveOptions, resolve};
 use gptq_inference::OpenedModel;
+use gptq_types::TensorSource;
 use sha2::{Digest, Sha256};
 
 use crate::args::HubArgs;
 use crate::failure::Failure;
 use crate::progress::Bytes;
-
-/// Files beside the weights that travel with a model.
-const COMPANIONS: [&str; 12] = [
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "LICENSE",
-    "LICENSE.txt",
-];
 
 /// A checkpoint folder and what its configs say.
 pub struct Model {
@@ -49,6 +34,9 @@ pub fn find(model: &str, hub: &HubArgs) -> Result<Model, Failure> {
     })?;
     bar.end();
     let checkpoint = Arc::new(Checkpoint::open(&folder)?);
+    for note in checkpoint.notes() {
+        eprintln!("note: {note}");
+    }
     let config_json = checkpoint.config_json()?;
     Ok(Model {
         checkpoint,
@@ -102,9 +90,8 @@ impl Model {
         self.checkpoint.dir()
     }
 
-    /// Tokenizer and generation files that are there.
+    /// Tokenizer, generation and licence files that are there.
     pub fn companions(&self) -> Vec<PathBuf> {
-        let files = COMPANIONS.iter().map(|name| self.dir().join(name));
-        files.filter(|file| file.exists()).collect()
+        self.checkpoint.companions().to_vec()
     }
 }

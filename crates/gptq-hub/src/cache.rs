@@ -8,8 +8,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::checkpoint::indexed_shards;
 use crate::reference::{is_commit, is_inside};
+use crate::weight_files::indexed_shards;
 
 /// A repository's folder in the cache.
 #[derive(Debug)]

@@ -8,67 +8,99 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use gptq_packer::{SafetensorsError, SafetensorsFile};
+use gptq_types::outside_name::shown;
 use gptq_types::{SourceError, TensorInfo, TensorSource};
 use rayon::prelude::*;
-use serde::Deserialize;
+use serde_json::Value;
 
 use crate::HubError;
+use crate::companions::is_companion;
+use crate::eight_bit::{Widening, widen};
+use crate::tensor_names::canonical;
+use crate::text_file::{MAX_CONFIG_BYTES, read_text, refuse_stand_in};
+use crate::weight_files::{Index, WeightFiles, choose_weights, list_files};
 
-/// The index of a 10,000-tensor model takes less than 1 MiB.
-const MAX_INDEX_BYTES: u64 = 64 << 20;
-const MAX_CONFIG_BYTES: u64 = 16 << 20;
-const SINGLE: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
+const CONFIG: &str = "config.json";
 
 /// An opened model folder.
 #[derive(Debug)]
 pub struct Checkpoint {
     dir: PathBuf,
     shards: Vec<SafetensorsFile>,
-    /// Tensor name to position in `shards`.
-    homes: BTreeMap<String, usize>,
+    tensors: BTreeMap<String, Stored>,
+    companions: Vec<PathBuf>,
     weight_bytes: u64,
+    notes: Vec<String>,
 }
 
-#[derive(Deserialize)]
-struct Index {
-    weight_map: BTreeMap<String, String>,
+/// Where a tensor lies, under which name, and as what it is read.
+#[derive(Debug)]
+pub(crate) struct Stored {
+    pub shard: usize,
+    /// In the file.
+    pub name: String,
+    /// As it is read.
+    pub info: TensorInfo,
+    pub widening: Option<Widening>,
 }
 
 impl Checkpoint {
     /// Opens a folder and checks every header in it, the file lengths and the index.
     ///
-    /// Fails when the folder or its weights are missing, when only pickles are there, when index
-    /// and shards disagree, or when a header is damaged or its file cut short.
+    /// Tensors under other names than `model.*` and `lm_head.*` are known by these, and FP8 weights
+    /// are read as the floats that they stand for; [`Checkpoint::notes`] says so.
+    ///
+    /// Fails when the folder or its weights are missing, when only pickles, a GGUF file or an
+    /// adapter are there, when index and shards disagree, when a header is damaged or its file cut
+    /// short, and when a git-LFS pointer or a web page lies in place of a file.
     pub fn open(dir: &Path) -> Result<Self, HubError> {
         let listing = list_files(dir)?;
-        let (files, index) = choose_weights(dir, &listing)?;
+        let WeightFiles { files, index } = choose_weights(dir, &listing)?;
+        let companions = companions(dir, &listing)?;
         let shards = files
             .par_iter()
             .map(|path| SafetensorsFile::open(path).map_err(HubError::from))
             .collect::<Result<Vec<_>, _>>()?;
-        let homes = collect_homes(&shards)?;
+        let tensors = collect_tensors(&shards)?;
         if let Some((index_path, index)) = index {
-            check_index(&index_path, &index, &shards, &homes)?;
+            check_index(&index_path, &index, &shards, &tensors)?;
         }
-        let weight_bytes = files
-            .iter()
-            .map(|path| {
-                fs::metadata(path)
-                    .map(|meta| meta.len())
-                    .map_err(|source| HubError::io("read", path, source))
-            })
-            .sum::<Result<u64, _>>()?;
-        Ok(Checkpoint {
+        let mut checkpoint = Checkpoint {
             dir: dir.to_path_buf(),
             shards,
-            homes,
-            weight_bytes,
-        })
+            tensors,
+            companions,
+            weight_bytes: bytes_of(&files)?,
+            notes: Vec::new(),
+        };
+        checkpoint.read_as_floats()?;
+        Ok(checkpoint)
+    }
+
+    /// Brings names and FP8 weights into the form that the rest of the program knows.
+    fn read_as_floats(&mut self) -> Result<(), HubError> {
+        // A folder of weights alone is one, and what is wrong with a config its readers say.
+        let config: Value = match self.dir.join(CONFIG).is_file() {
+            true => serde_json::from_str(&self.config_json()?).unwrap_or_default(),
+            false => Value::Null,
+        };
+        let renamed = canonical(std::mem::take(&mut self.tensors));
+        let renamed = renamed.map_err(|reason| HubError::Names {
+            folder: self.dir.clone(),
+            reason,
+        })?;
+        self.tensors = renamed.tensors;
+        self.notes.extend(renamed.note);
+        match widen(&mut self.tensors, &self.shards, &config)? {
+            0 => self.notes.extend(stale_settings(&config, &self.tensors)),
+            count => self.notes.push(format!(
+                "{count} tensors of F8_E4M3 are read as floats, each value times its scale"
+            )),
+        }
+        Ok(())
     }
 
     /// The folder as given to [`Checkpoint::open`].
@@ -84,6 +116,12 @@ impl Checkpoint {
             .collect()
     }
 
+    /// The files beside the weights that travel with the model ([`crate::is_companion`]), in the
+    /// order of their names.
+    pub fn companions(&self) -> &[PathBuf] {
+        &self.companions
+    }
+
     /// Bytes of all weight files, headers included.
     pub fn weight_bytes(&self) -> u64 {
         self.weight_bytes
@@ -91,7 +129,14 @@ impl Checkpoint {
 
     /// The text of `config.json`; an error if the file is missing or not UTF-8.
     pub fn config_json(&self) -> Result<String, HubError> {
-        read_text(&self.dir.join("config.json"), MAX_CONFIG_BYTES)
+        read_text(&self.dir.join(CONFIG), MAX_CONFIG_BYTES)
+    }
+
+    fn stored(&self, name: &str) -> Result<&Stored, SourceError> {
+        self.tensors.get(name).ok_or_else(|| SourceError::Missing {
+            name: name.to_string(),
+            place: self.place(),
+        })
     }
 }
 
@@ -101,34 +146,43 @@ impl TensorSource for Checkpoint {
     }
 
     fn names(&self) -> Vec<String> {
-        self.homes.keys().cloned().collect()
+        self.tensors.keys().cloned().collect()
     }
 
     fn info(&self, name: &str) -> Option<TensorInfo> {
-        self.shards[*self.homes.get(name)?]
-            .tensors()
-            .get(name)
-            .cloned()
+        Some(self.tensors.get(name)?.info.clone())
     }
 
     fn bytes(&self, name: &str) -> Result<Vec<u8>, SourceError> {
-        (self.home(name)?.read(name)).map_err(|error| invalid(name, &error))
+        let stored = self.stored(name)?;
+        let bytes = self.shards[stored.shard].read(&stored.name);
+        let bytes = bytes.map_err(|error| invalid(name, &error))?;
+        Ok(match &stored.widening {
+            None => bytes,
+            Some(widening) => widening.decode(&bytes, 0),
+        })
     }
 
     fn read_at(&self, name: &str, offset: usize, out: &mut [u8]) -> Result<(), SourceError> {
-        (self.home(name)?.read_at(name, offset, out)).map_err(|error| invalid(name, &error))
+        let stored = self.stored(name)?;
+        let file = &self.shards[stored.shard];
+        let Some(widening) = &stored.widening else {
+            let read = file.read_at(&stored.name, offset, out);
+            return read.map_err(|error| invalid(name, &error));
+        };
+        // one byte an element in the file; a part may begin inside an element
+        let size = widening.dtype.size();
+        let first = offset / size;
+        let mut codes = vec![0; (offset % size + out.len()).div_ceil(size)];
+        let read = file.read_at(&stored.name, first, &mut codes);
+        read.map_err(|error| invalid(name, &error))?;
+        let bytes = widening.decode(&codes, first);
+        out.copy_from_slice(&bytes[offset % size..][..out.len()]);
+        Ok(())
     }
-}
 
-impl Checkpoint {
-    fn home(&self, name: &str) -> Result<&SafetensorsFile, SourceError> {
-        match self.homes.get(name) {
-            Some(&home) => Ok(&self.shards[home]),
-            None => Err(SourceError::Missing {
-                name: name.to_string(),
-                place: self.place(),
-            }),
-        }
+    fn notes(&self) -> Vec<String> {
+        self.notes.clone()
     }
 }
 
@@ -139,195 +193,75 @@ fn invalid(name: &str, error: &SafetensorsError) -> SourceError {
     }
 }
 
-/// Names of the plain files (or links to files) directly in the folder, sorted.
-fn list_files(dir: &Path) -> Result<Vec<String>, HubError> {
-    match fs::metadata(dir) {
-        Err(_) => return Err(HubError::FolderMissing(dir.to_path_buf())),
-        Ok(meta) if !meta.is_dir() => return Err(HubError::NotAFolder(dir.to_path_buf())),
-        Ok(_) => {}
-    }
-    let read = |source| HubError::io("list", dir, source);
-    let mut names = Vec::new();
-    for entry in fs::read_dir(dir).map_err(read)? {
-        let entry = entry.map_err(read)?;
-        if let Some(name) = entry.file_name().to_str() {
-            names.push(name.to_string());
-        }
-    }
-    names.sort();
-    Ok(names)
+fn companions(dir: &Path, listing: &[String]) -> Result<Vec<PathBuf>, HubError> {
+    let names = listing.iter().filter(|name| is_companion(name));
+    let files: Vec<PathBuf> = names.map(|name| dir.join(name)).collect();
+    let files: Vec<PathBuf> = files.into_iter().filter(|file| file.is_file()).collect();
+    files.iter().try_for_each(|file| refuse_stand_in(file))?;
+    Ok(files)
 }
 
-type Chosen = (Vec<PathBuf>, Option<(PathBuf, Index)>);
-
-fn choose_weights(dir: &Path, listing: &[String]) -> Result<Chosen, HubError> {
-    let weights: Vec<&String> = names_ending(listing, ".safetensors");
-    let single = weights.iter().any(|name| *name == SINGLE);
-    if let Some(index_name) = choose_index(dir, listing)? {
-        let index_path = dir.join(&index_name);
-        let index = read_index(&index_path)?;
-        let shards = shard_names(&index_path, &index)?;
-        if single && let Some(other) = shards.iter().find(|shard| *shard != SINGLE) {
-            return Err(HubError::Contradiction {
-                index: index_path,
-                shard: other.clone(),
-                single: SINGLE.into(),
-            });
-        }
-        if let Some(absent) = shards.iter().find(|shard| !dir.join(shard).is_file()) {
-            return Err(HubError::ShardMissing {
-                index: index_path,
-                shard: absent.clone(),
-            });
-        }
-        let files = shards.iter().map(|shard| dir.join(shard)).collect();
-        return Ok((files, Some((index_path, index))));
-    }
-    if single {
-        return Ok((vec![dir.join(SINGLE)], None));
-    }
-    match weights[..] {
-        [only] => Ok((vec![dir.join(only)], None)),
-        [] => Err(no_weights(dir.display().to_string(), listing)),
-        _ => Err(HubError::Ambiguous {
-            folder: dir.to_path_buf(),
-            files: quote_all(&weights),
-        }),
-    }
+fn bytes_of(files: &[PathBuf]) -> Result<u64, HubError> {
+    let length = |path: &PathBuf| {
+        let metadata = fs::metadata(path).map_err(|source| HubError::io("read", path, source))?;
+        Ok(metadata.len())
+    };
+    files.iter().map(length).sum()
 }
 
-/// `model.safetensors.index.json`, or the only other index: AutoGPTQ names it after its weights.
-fn choose_index(dir: &Path, listing: &[String]) -> Result<Option<String>, HubError> {
-    if listing.iter().any(|name| name == INDEX) {
-        return Ok(Some(INDEX.into()));
-    }
-    if listing.iter().any(|name| name == SINGLE) {
-        return Ok(None);
-    }
-    let others = names_ending(listing, ".safetensors.index.json");
-    match others[..] {
-        [] => Ok(None),
-        [only] => Ok(Some(only.clone())),
-        _ => Err(HubError::Ambiguous {
-            folder: dir.to_path_buf(),
-            files: quote_all(&others),
-        }),
-    }
-}
-
-fn names_ending<'a>(listing: &'a [String], suffix: &str) -> Vec<&'a String> {
-    listing
-        .iter()
-        .filter(|name| name.ends_with(suffix))
-        .collect()
-}
-
-fn quote_all(names: &[&String]) -> String {
-    let quoted: Vec<String> = names.iter().map(|name| format!("`{name}`")).collect();
-    quoted.join(", ")
-}
-
-/// The error for a place without safetensors, which says so when pickles are there instead.
-pub(crate) fn no_weights(place: String, listing: &[String]) -> HubError {
-    let pickle = listing.iter().find(|name| {
-        [".bin", ".pt", ".pth", ".ckpt"]
-            .iter()
-            .any(|end| name.ends_with(end))
-    });
-    match pickle {
-        Some(file) => HubError::OnlyPickles {
-            place,
-            file: file.clone(),
-        },
-        None => HubError::NoWeights(place),
-    }
-}
-
-fn read_index(path: &Path) -> Result<Index, HubError> {
-    let text = read_text(path, MAX_INDEX_BYTES)?;
-    serde_json::from_str(&text).map_err(|error| HubError::BadFile {
-        path: path.to_path_buf(),
-        reason: format!("not a safetensors index: {error}"),
+/// A sentence on the `quantization_config` that merging a quantized model leaves beside floats.
+fn stale_settings(config: &Value, tensors: &BTreeMap<String, Stored>) -> Option<String> {
+    let settings = config.get("quantization_config")?.as_object()?;
+    let floats = tensors.values().all(|stored| stored.info.dtype.is_weight());
+    let method = settings.get("quant_method").and_then(Value::as_str);
+    let method = shown(method.unwrap_or("of no name"), 40);
+    floats.then(|| {
+        format!(
+            "config.json declares the quantization `{method}`, but all weights are float: they are \
+             read as such, and the declaration is not copied"
+        )
     })
 }
 
-/// The files an index names, each once, sorted; refuses names that are not a plain file's.
-fn shard_names(path: &Path, index: &Index) -> Result<Vec<String>, HubError> {
-    let mut shards: Vec<String> = index.weight_map.values().cloned().collect();
-    shards.sort();
-    shards.dedup();
-    if shards.is_empty() {
-        return Err(HubError::BadFile {
-            path: path.to_path_buf(),
-            reason: "the index names no tensor".into(),
-        });
-    }
-    match shards.iter().find(|shard| !is_plain_shard(shard)) {
-        Some(shard) => Err(HubError::ShardName {
-            index: path.to_path_buf(),
-            shard: shard.clone(),
-        }),
-        None => Ok(shards),
-    }
-}
-
-fn is_plain_shard(name: &str) -> bool {
-    name.ends_with(".safetensors") && !name.contains(['/', '\\', ':', '\0'])
-}
-
-/// The files that an index in this folder names, for telling whether all of them are there.
-pub(crate) fn indexed_shards(path: &Path) -> Result<Vec<String>, HubError> {
-    shard_names(path, &read_index(path)?)
-}
-
-fn collect_homes(shards: &[SafetensorsFile]) -> Result<BTreeMap<String, usize>, HubError> {
-    let mut homes = BTreeMap::new();
+fn collect_tensors(shards: &[SafetensorsFile]) -> Result<BTreeMap<String, Stored>, HubError> {
+    let mut tensors: BTreeMap<String, Stored> = BTreeMap::new();
     for (position, shard) in shards.iter().enumerate() {
-        for name in shard.tensors().keys() {
-            if let Some(first) = homes.insert(name.clone(), position) {
+        for (name, info) in shard.tensors() {
+            let stored = Stored {
+                shard: position,
+                name: name.clone(),
+                info: info.clone(),
+                widening: None,
+            };
+            if let Some(first) = tensors.insert(name.clone(), stored) {
                 return Err(HubError::Twice {
-                    tensor: name.clone(),
-                    first: shards[first].path().to_path_buf(),
+                    tensor: shown(name, 96),
+                    first: shards[first.shard].path().to_path_buf(),
                     second: shard.path().to_path_buf(),
                 });
             }
         }
     }
-    Ok(homes)
+    Ok(tensors)
 }
 
 fn check_index(
     path: &Path,
     index: &Index,
     shards: &[SafetensorsFile],
-    homes: &BTreeMap<String, usize>,
+    tensors: &BTreeMap<String, Stored>,
 ) -> Result<(), HubError> {
     for (tensor, shard) in &index.weight_map {
-        let found = homes.get(tensor).map(|&home| shards[home].path());
+        let found = tensors
+            .get(tensor)
+            .map(|stored| shards[stored.shard].path());
         if found.and_then(|path| path.file_name()) != Some(shard.as_ref()) {
             return Err(HubError::NotInShard {
-                tensor: tensor.clone(),
+                tensor: shown(tensor, 96),
                 shard: path.with_file_name(shard),
                 index: path.to_path_buf(),
             });
         }
     }
     Ok(())
-}
-
-/// Reads a small text file, refusing one larger than `limit` bytes.
-pub(crate) fn read_text(path: &Path, limit: u64) -> Result<String, HubError> {
-    let file = fs::File::open(path).map_err(|source| HubError::io("read", path, source))?;
-    let mut bytes = Vec::new();
-    file.take(limit + 1)
-        .read_to_end(&mut bytes)
-        .map_err(|source| HubError::io("read", path, source))?;
-    let bad = |reason: String| HubError::BadFile {
-        path: path.to_path_buf(),
-        reason,
-    };
-    if bytes.len() as u64 > limit {
-        return Err(bad(format!("larger than {limit} bytes")));
-    }
-    String::from_utf8(bytes).map_err(|_| bad("not UTF-8 text".into()))
 }

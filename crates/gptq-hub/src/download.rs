@@ -1,74 +1,63 @@
-//! Fetching from the hub into its cache, through hf-hub.
+//! Fetching from the hub into its cache.
 //!
 //! A branch is asked for its commit once and every file is fetched at that commit, so that a push
 //! in between cannot mix two versions. The reference of the branch is written last: an interrupted
-//! fetch leaves blobs that the next one resumes, never a branch that looks complete. Large files
-//! have their sha256 as their name among the blobs; each is hashed after it arrived.
+//! fetch leaves blobs that the next one resumes, never a branch that looks complete.
+//!
+//! hf-hub knows the layout of the cache, the paths of the API and the stored token. Its own download
+//! asks for ranges and gzip at once and fails on every answer without `Content-Range`, so bytes come
+//! through [`crate::transfer`].
 
 use std::fs;
-use std::io::{self, Read};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
-use hf_hub::api::Progress;
-use hf_hub::api::sync::{Api, ApiBuilder, ApiError, ApiRepo};
-use hf_hub::{Cache, Repo, RepoType};
-use sha2::{Digest, Sha256};
+use gptq_types::outside_name::{file_name, relative_path, shown};
+use hf_hub::api::RepoInfo;
+use hf_hub::{Cache, CacheRepo, Repo, RepoType};
 
 use crate::HubError;
 use crate::cache::{CachedRepo, RepoKind, missing_in};
-use crate::checkpoint::no_weights;
-use crate::reference::{ModelRef, is_commit, is_inside};
+use crate::client::{Client, Trouble, encoded};
+use crate::companions::is_companion;
+use crate::reference::{ModelRef, is_commit};
 use crate::resolve::Settings;
+use crate::transfer::{Arrived, Failed, fetch, unmistakable};
+use crate::weight_files::{ADAPTER_CONFIG, adapter_of, no_weights};
 
-const DOWNLOAD_RETRIES: usize = 3;
-const HASH_BUFFER_BYTES: usize = 1 << 20;
+/// The list of a repository of 100,000 files takes about 10 MiB.
+const MAX_LIST_BYTES: u64 = 64 << 20;
+
+type Progress<'a> = &'a mut dyn FnMut(&str, u64, u64);
 
 /// Fetches the needed files of a model; returns its snapshot folder.
 pub(crate) fn model(
     model: &ModelRef,
     settings: &Settings,
-    progress: &mut dyn FnMut(&str, u64, u64),
+    progress: Progress<'_>,
 ) -> Result<PathBuf, HubError> {
-    let fetch = Fetch::new(model, RepoType::Model, settings)?;
-    let info = fetch
-        .at(&model.revision)
-        .info()
-        .map_err(|error| fetch.error(kind_name(fetch.kind), &error))?;
-    if !is_commit(&info.sha) {
-        return Err(fetch.failed("model", format!("`{}` is not a commit", info.sha)));
-    }
-    let names: Vec<String> = info
-        .siblings
-        .into_iter()
+    let hub = Hub::new(model, RepoType::Model, settings);
+    let info = hub.info()?;
+    let names: Vec<String> = (info.siblings.into_iter())
         .map(|file| file.rfilename)
         .collect();
     let wanted = needed_files(&names);
     if !wanted.iter().any(|name| name.ends_with(".safetensors")) {
-        let place = format!("{}:{}", model.repo, model.revision);
-        return Err(no_weights(place, &names));
+        return Err(hub.no_model(&names, &info.sha, progress)?);
     }
-    let pinned = fetch.at(&info.sha);
     let cached = CachedRepo::new(&settings.cache, RepoKind::Model, &model.repo);
     for name in &wanted {
         if cached.file(&info.sha, name).is_none() {
-            fetch.file(&pinned, name, progress)?;
+            hub.file(&info.sha, name, progress)?;
         }
     }
-    let snapshot = cached.snapshot(&info.sha).filter(|snapshot| {
-        // the hub answered with files of another commit, or without `config.json`
-        missing_in(snapshot).needed.is_empty()
-    });
-    let snapshot = snapshot.ok_or_else(|| {
-        let missing = match cached.snapshot(&info.sha) {
-            Some(snapshot) => missing_in(&snapshot).in_words(),
-            None => "file".into(),
-        };
-        fetch.failed("model", format!("the repository has no {missing}"))
-    })?;
-    let reference = settings_cache(settings).repo(fetch.repo_at(&model.revision));
-    reference
-        .create_ref(&info.sha)
-        .map_err(|source| HubError::io("write the reference of", &snapshot, source))?;
+    let snapshot = hub.cached(&info.sha).pointer_path(&info.sha);
+    // the hub listed other files than the index names, or no `config.json`
+    let missing = missing_in(&snapshot);
+    if !missing.needed.is_empty() {
+        let reason = format!("the repository has no {}", missing.in_words());
+        return Err(hub.failed("model", reason));
+    }
+    hub.remember(&info.sha)?;
     Ok(snapshot)
 }
 
@@ -78,8 +67,10 @@ pub(crate) fn dataset_file(
     file: &str,
     settings: &Settings,
 ) -> Result<PathBuf, HubError> {
-    let fetch = Fetch::new(dataset, RepoType::Dataset, settings)?;
-    fetch.file(&fetch.at(&dataset.revision), file, &mut |_, _, _| {})
+    let hub = Hub::new(dataset, RepoType::Dataset, settings);
+    let (commit, path) = hub.file(&dataset.revision, file, &mut |_, _, _| {})?;
+    hub.remember(&commit)?;
+    Ok(path)
 }
 
 /// The files of a repository that make up a model folder, small ones first.
@@ -87,7 +78,7 @@ pub(crate) fn dataset_file(
 /// Weights named `model*` win: `consolidated.safetensors` and adapters hold the same again, or
 /// something else.
 fn needed_files(names: &[String]) -> Vec<String> {
-    let top = |name: &&String| is_inside(name) && !name.contains('/');
+    let top = |name: &&String| file_name(name).is_ok();
     let main_weights = names
         .iter()
         .any(|name| name.starts_with("model") && name.ends_with(".safetensors"));
@@ -102,20 +93,15 @@ fn needed_files(names: &[String]) -> Vec<String> {
 }
 
 fn is_small_part(name: &str) -> bool {
-    const WHOLE: [&str; 11] = [
-        "config.json",
+    const WHOLE: [&str; 5] = [
         "README.md",
-        "LICENSE",
-        "LICENSE.txt",
-        "gptq_run.json",
+        "config.json",
         "gptq_branch.json",
-        "generation_config.json",
-        "special_tokens_map.json",
+        "gptq_run.json",
         "quantize_config.json",
-        "vocab.json",
-        "merges.txt",
     ];
     WHOLE.contains(&name)
+        || is_companion(name)
         || name.starts_with("tokenizer")
         || name.starts_with("chat_template")
         || name.ends_with(".model")
@@ -123,103 +109,147 @@ fn is_small_part(name: &str) -> bool {
 }
 
 /// One repository on one hub.
-struct Fetch<'a> {
-    api: Api,
+struct Hub<'a> {
+    client: Client,
     kind: RepoType,
     wanted: &'a ModelRef,
-    endpoint: &'a str,
+    settings: &'a Settings,
 }
 
-impl<'a> Fetch<'a> {
-    fn new(wanted: &'a ModelRef, kind: RepoType, settings: &'a Settings) -> Result<Self, HubError> {
-        let mut builder = ApiBuilder::from_cache(settings_cache(settings))
-            .with_endpoint(settings.endpoint.clone())
-            .with_retries(DOWNLOAD_RETRIES)
-            .with_progress(false);
-        if settings.token.is_some() {
-            builder = builder.with_token(settings.token.clone());
-        }
-        let api = builder.build().map_err(|error| HubError::Fetch {
-            what: kind_name(kind).into(),
-            repo: wanted.repo.clone(),
-            revision: wanted.revision.clone(),
-            endpoint: settings.endpoint.as_str().into(),
-            reason: error.to_string(),
-        })?;
-        Ok(Fetch {
-            api,
+impl<'a> Hub<'a> {
+    fn new(wanted: &'a ModelRef, kind: RepoType, settings: &'a Settings) -> Self {
+        Hub {
+            client: Client::new(settings),
             kind,
             wanted,
-            endpoint: &settings.endpoint,
-        })
+            settings,
+        }
     }
 
-    fn repo_at(&self, revision: &str) -> Repo {
+    fn repo(&self, revision: &str) -> Repo {
         Repo::with_revision(self.wanted.repo.clone(), self.kind, revision.to_string())
     }
 
-    fn at(&self, revision: &str) -> ApiRepo {
-        self.api.repo(self.repo_at(revision))
+    fn cached(&self, revision: &str) -> CacheRepo {
+        Cache::new(self.settings.cache.clone()).repo(self.repo(revision))
     }
 
+    /// The commit of the wanted revision and the names of its files.
+    fn info(&self) -> Result<RepoInfo, HubError> {
+        let what = kind_name(self.kind);
+        let url = format!("api/{}", self.repo(&self.wanted.revision).api_url());
+        let url = self.client.url(&url.replace('+', "%2B"));
+        let ask = || {
+            let mut answer = self.client.get(&url, &mut |_| Ok(Vec::new()))?;
+            let body = answer.response.body_mut().with_config();
+            let bytes = body.limit(MAX_LIST_BYTES).read_to_vec();
+            bytes.map_err(|error| self.client.trouble(&error))
+        };
+        let bytes = self.client.persist(ask, || 0);
+        let bytes = bytes.map_err(|trouble| self.error(what, trouble))?;
+        let info: RepoInfo = serde_json::from_slice(&bytes).map_err(|error| {
+            let reason = shown(&error.to_string(), 160);
+            self.failed(what, format!("the answer is no list of files: {reason}"))
+        })?;
+        match is_commit(&info.sha) {
+            true => Ok(info),
+            false => Err(self.failed(what, format!("`{}` is not a commit", shown(&info.sha, 80)))),
+        }
+    }
+
+    /// Fetches a file at a revision into the snapshot of its commit; returns both.
     fn file(
         &self,
-        repo: &ApiRepo,
+        revision: &str,
         name: &str,
-        progress: &mut dyn FnMut(&str, u64, u64),
-    ) -> Result<PathBuf, HubError> {
-        let meter = Meter {
-            name,
-            done: 0,
-            total: 0,
-            report: progress,
+        progress: Progress<'_>,
+    ) -> Result<(String, PathBuf), HubError> {
+        let what = format!("file `{}` of", shown(name, 96));
+        let relative = relative_path(name)?;
+        let repo = self.repo(revision);
+        let place = format!(
+            "{}/resolve/{}",
+            repo.url(),
+            repo.url_revision().replace('+', "%2B")
+        );
+        let url = self.client.url(&format!("{place}/{}", encoded(name)));
+        let blobs = self.cached(revision).blob_path("");
+        let fetched = fetch(&self.client, &url, &blobs, &mut |done, all| {
+            progress(name, done, all);
+        });
+        let Arrived { blob, commit } = fetched.map_err(|failed| match failed {
+            Failed::Trouble(Trouble::Disk(action, source)) => HubError::io(action, &blobs, source),
+            Failed::Trouble(trouble) => self.error(&what, trouble),
+            Failed::Digest { found, expected } => HubError::Digest {
+                file: name.to_string(),
+                repo: self.wanted.repo.clone(),
+                revision: self.wanted.revision.clone(),
+                found: found.into(),
+                expected: expected.into(),
+            },
+        })?;
+        let commit = match is_commit(revision) {
+            true => revision.to_string(),
+            false => self.commit_of(commit)?,
         };
-        let path = repo
-            .download_with_progress(name, meter)
-            .map_err(|error| self.error(&format!("file `{name}` of"), &error))?;
-        self.check_digest(&path, name)?;
-        Ok(path)
+        let path = self.cached(revision).pointer_path(&commit).join(relative);
+        point(&path, &blob).map_err(|source| HubError::io("link", &path, source))?;
+        Ok((commit, path))
     }
 
-    /// Compares a large file with the sha256 that is its name among the blobs, and drops it when
-    /// they differ; small files are named after a git hash and pass.
-    fn check_digest(&self, path: &Path, name: &str) -> Result<(), HubError> {
-        let blob = fs::canonicalize(path).map_err(|e| HubError::io("read", path, e))?;
-        let expected = match blob.file_name().and_then(|name| name.to_str()) {
-            Some(etag) if is_sha256(etag) => etag.to_lowercase(),
-            _ => return Ok(()),
-        };
-        let found = sha256_of(&blob).map_err(|source| HubError::io("read", &blob, source))?;
-        if found == expected {
-            return Ok(());
+    /// The commit that came with a file, or the one that the hub's list names.
+    fn commit_of(&self, said: Option<String>) -> Result<String, HubError> {
+        match said.filter(|commit| is_commit(commit)) {
+            Some(commit) => Ok(commit),
+            None => Ok(self.info()?.sha),
         }
-        for file in [path, &blob] {
-            fs::remove_file(file).map_err(|source| HubError::io("remove", file, source))?;
-        }
-        Err(HubError::Digest {
-            file: name.to_string(),
-            repo: self.wanted.repo.clone(),
-            revision: self.wanted.revision.clone(),
-            found: found.into(),
-            expected: expected.into(),
+    }
+
+    /// Writes down which commit the wanted revision is.
+    fn remember(&self, commit: &str) -> Result<(), HubError> {
+        let cached = self.cached(&self.wanted.revision);
+        let written = cached.create_ref(commit);
+        written.map_err(|source| {
+            HubError::io(
+                "write the reference of",
+                cached.pointer_path(commit),
+                source,
+            )
         })
     }
 
-    fn error(&self, what: &str, error: &ApiError) -> HubError {
+    /// Why a list of files holds no model; an adapter is asked for its base.
+    fn no_model(
+        &self,
+        names: &[String],
+        commit: &str,
+        progress: Progress<'_>,
+    ) -> Result<HubError, HubError> {
+        let place = format!("{}:{}", self.wanted.repo, self.wanted.revision);
+        if !names.iter().any(|name| name == ADAPTER_CONFIG) {
+            return Ok(no_weights(place, names));
+        }
+        let (_, path) = self.file(commit, ADAPTER_CONFIG, progress)?;
+        let text = fs::read_to_string(&path).map_err(|e| HubError::io("read", &path, e))?;
+        Ok(adapter_of(place, &text))
+    }
+
+    fn error(&self, what: &str, trouble: Trouble) -> HubError {
         let (repo, revision) = (self.wanted.repo.clone(), self.wanted.revision.clone());
-        match status_of(error) {
-            Some(404) => HubError::NotFound {
+        match trouble {
+            Trouble::Status(404 | 410) => HubError::NotFound {
                 what: what.to_string(),
                 repo,
                 revision,
             },
-            Some(status @ (401 | 403 | 429)) => HubError::Refused {
+            Trouble::Status(status @ (401 | 403)) => HubError::Refused {
                 repo,
                 revision,
                 status,
             },
-            Some(status) => self.failed(what, format!("status {status}")),
-            None => self.failed(what, reason_of(error)),
+            Trouble::Status(status) => self.failed(what, format!("status {status}")),
+            Trouble::Passing(reason, _) | Trouble::Lasting(reason) => self.failed(what, reason),
+            Trouble::Disk(action, source) => HubError::io(action, &self.settings.cache, source),
         }
     }
 
@@ -228,7 +258,7 @@ impl<'a> Fetch<'a> {
             what: what.into(),
             repo: self.wanted.repo.clone(),
             revision: self.wanted.revision.clone(),
-            endpoint: self.endpoint.into(),
+            endpoint: self.settings.endpoint.address.as_str().into(),
             reason,
         }
     }
@@ -242,80 +272,19 @@ fn kind_name(kind: RepoType) -> &'static str {
     }
 }
 
-fn settings_cache(settings: &Settings) -> Cache {
-    Cache::new(settings.cache.clone())
-}
-
-fn status_of(error: &ApiError) -> Option<u16> {
-    match error {
-        ApiError::RequestError(request) => match **request {
-            ureq::Error::StatusCode(status) => Some(status),
-            _ => None,
-        },
-        ApiError::TooManyRetries(last) => status_of(last),
-        _ => None,
-    }
-}
-
-/// The innermost cause, on one line.
-fn reason_of(error: &ApiError) -> String {
-    let text = match error {
-        ApiError::RequestError(request) => match &**request {
-            ureq::Error::Io(error) => error.to_string(),
-            other => other.to_string(),
-        },
-        ApiError::IoError(error) => error.to_string(),
-        ApiError::TooManyRetries(last) => {
-            return format!(
-                "gave up after {DOWNLOAD_RETRIES} retries: {}",
-                reason_of(last)
-            );
-        }
-        other => other.to_string(),
-    };
-    text.replace('\n', " ").to_lowercase()
-}
-
-fn is_sha256(text: &str) -> bool {
-    text.len() == 64 && text.bytes().all(|byte| byte.is_ascii_hexdigit())
-}
-
-fn sha256_of(path: &Path) -> io::Result<String> {
-    let mut file = fs::File::open(path)?;
-    let mut hasher = Sha256::new();
-    let mut buffer = vec![0u8; HASH_BUFFER_BYTES];
-    loop {
-        let read = file.read(&mut buffer)?;
-        if read == 0 {
-            break;
-        }
-        hasher.update(&buffer[..read]);
-    }
-    let digest = hasher.finalize();
-    Ok(digest.iter().map(|byte| format!("{byte:02x}")).collect())
-}
-
-struct Meter<'a> {
-    name: &'a str,
-    done: u64,
-    total: u64,
-    report: &'a mut dyn FnMut(&str, u64, u64),
-}
-
-impl Progress for Meter<'_> {
-    fn init(&mut self, size: usize, _filename: &str) {
-        (self.done, self.total) = (0, size as u64);
-        (self.report)(self.name, 0, self.total);
-    }
-
-    fn update(&mut self, size: usize) {
-        self.done += size as u64;
-        (self.report)(self.name, self.done, self.total);
-    }
-
-    fn finish(&mut self) {
-        (self.report)(self.name, self.total, self.total);
-    }
+/// Makes `path`, in a snapshot, a relative link to `blob`, as Python's library has it. A link is
+/// made beside and renamed, so that nobody finds none.
+fn point(path: &Path, blob: &Path) -> std::io::Result<()> {
+    let folder = path.parent().unwrap_or(path);
+    fs::create_dir_all(folder)?;
+    let repo = blob.parent().and_then(Path::parent).unwrap_or(blob);
+    let inner = folder.strip_prefix(repo).unwrap_or(folder);
+    let up = inner.components().map(|_| Component::ParentDir);
+    let name = blob.file_name().unwrap_or_default();
+    let target: PathBuf = up.collect::<PathBuf>().join("blobs").join(name);
+    let beside = folder.join(format!(".gptq-{}.link", unmistakable()));
+    std::os::unix::fs::symlink(target, &beside)?;
+    fs::rename(&beside, path)
 }
 
 #[cfg(test)]
@@ -338,6 +307,8 @@ mod tests {
             "tokenizer.json",
             "tokenizer_config.json",
             "chat_template.jinja",
+            "NOTICE",
+            "USE_POLICY.md",
         ]
         .map(String::from)
         .to_vec();
@@ -350,6 +321,8 @@ mod tests {
                 "tokenizer.json",
                 "tokenizer_config.json",
                 "chat_template.jinja",
+                "NOTICE",
+                "USE_POLICY.md",
                 "model-00001-of-00002.safetensors",
                 "model-00002-of-00002.safetensors",
             ]

@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use gptq_packer::{LayoutError, SafetensorsError, StageError};
+use gptq_types::{OutsideNameError, StandIn};
 
 /// A model that could not be had. The text is the cause; advice is in [`HubError::hint`].
 #[derive(Debug, thiserror::Error)]
@@ -19,6 +20,16 @@ pub enum HubError {
     NoWeights(String),
     #[error("`{place}` holds `{file}` but no `*.safetensors` file; pickled weights are not read")]
     OnlyPickles { place: String, file: String },
+    #[error("`{place}` holds `{file}` but no `*.safetensors` file")]
+    OnlyGguf { place: String, file: String },
+    #[error("`{place}` is an adapter of `{base}`, not a model")]
+    Adapter { place: String, base: String },
+    #[error("`{path}` {what}")]
+    StandIn { path: PathBuf, what: StandIn },
+    #[error("`{folder}` {reason}")]
+    Names { folder: PathBuf, reason: String },
+    #[error("tensor `{tensor}` of type F8_E4M3 {reason}")]
+    EightBit { tensor: String, reason: String },
     #[error("`{folder}` holds several weight files and no index: {files}")]
     Ambiguous { folder: PathBuf, files: String },
     #[error("`{index}` names `{shard}`, but `{single}` lies beside it")]
@@ -43,6 +54,8 @@ pub enum HubError {
         first: PathBuf,
         second: PathBuf,
     },
+    #[error(transparent)]
+    OutsideName(#[from] OutsideNameError),
     #[error(transparent)]
     Safetensors(#[from] SafetensorsError),
     #[error("`{path}`: {reason}")]
@@ -156,6 +169,23 @@ impl HubError {
                 "turn it into a model folder first: gptq import {} -o FOLDER",
                 path.display()
             ),
+            HubError::OnlyGguf { file, .. } => {
+                format!("turn it into a model folder first: gptq import {file} -o FOLDER")
+            }
+            HubError::Adapter { .. } => {
+                "merge it into its base first (peft: merge_and_unload), and give the result".into()
+            }
+            HubError::StandIn { what, .. }
+            | HubError::Safetensors(SafetensorsError::StandIn { what, .. }) => what.hint().into(),
+            HubError::Names { .. } => {
+                "only plain decoders are read; save the language model alone".into()
+            }
+            HubError::EightBit { .. } => {
+                "give the checkpoint in bf16, as most are published too".into()
+            }
+            HubError::Ambiguous { .. } => {
+                "keep one, or name it as `model_file_base_name` in quantize_config.json".into()
+            }
             HubError::OnlyPickles { .. } => {
                 "convert the weights to safetensors, or take a revision that has them".into()
             }
@@ -177,8 +207,8 @@ impl HubError {
                   and set HF_TOKEN"
                     .into()
             }
-            HubError::Refused { status: 429, .. } => {
-                "too many requests: wait, or set HF_TOKEN".into()
+            HubError::Fetch { reason, .. } if reason.contains("status 429") => {
+                "too many requests: wait, or set HF_TOKEN; what was fetched is kept".into()
             }
             HubError::Fetch { .. } => {
                 "check the connection and HF_ENDPOINT; what was fetched is kept".into()

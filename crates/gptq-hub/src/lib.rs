@@ -11,11 +11,13 @@
 
 mod cache;
 mod checkpoint;
-#[cfg(test)]
-#[path = "../../../tests/support/data.rs"]
-mod data;
+#[cfg(feature = "hub")]
+mod client;
+mod companions;
 #[cfg(feature = "hub")]
 mod download;
+mod eight_bit;
+mod endpoint;
 mod error;
 mod folder;
 pub mod gguf;
@@ -23,13 +25,19 @@ mod push;
 mod reference;
 mod resolve;
 mod synth;
+mod tensor_names;
+mod text_file;
+#[cfg(feature = "hub")]
+mod transfer;
 #[cfg(feature = "hub")]
 mod upload;
+mod weight_files;
 
 pub use checkpoint::Checkpoint;
+pub use companions::is_companion;
 pub use error::HubError;
 pub use gguf::import::{ImportReport, import_gguf};
 pub use push::{Push, PushContent, PushFile, Pushed, push_branches};
 pub use reference::{ModelRef, parse_model_ref};
-pub use resolve::{ResolveOptions, fetch_dataset_file, resolve};
+pub use resolve::{Patience, ResolveOptions, fetch_dataset_file, resolve};
 pub use synth::{HalfType, ModelShape, SynthReport, SynthSpec, SynthWindows, synth};

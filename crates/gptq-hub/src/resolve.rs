@@ -4,9 +4,11 @@
 //! fetched before is not asked for again, so a run can be repeated on the same bytes.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use crate::HubError;
 use crate::cache::{CachedRepo, Missing, RepoKind, missing_in};
+use crate::endpoint::Endpoint;
 use crate::reference::{ModelRef, is_inside, is_repo, is_revision, parse_model_ref};
 
 const DEFAULT_ENDPOINT: &str = "https://huggingface.co";
@@ -22,6 +24,30 @@ pub struct ResolveOptions {
     pub endpoint: Option<String>,
     /// Sent to the hub as a bearer token; else `HF_TOKEN` or the file `token` beside the cache.
     pub token: Option<String>,
+    /// How long a hub that does not answer is waited for.
+    pub patience: Patience,
+}
+
+/// How long a hub that does not answer is waited for, and how often it is asked again.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Patience {
+    /// Without a byte, before a request counts as failed.
+    pub silence: Duration,
+    /// Before the second try; twice as long before each one after.
+    pub first_wait: Duration,
+    /// Tries after the first that brought nothing further.
+    pub retries: u32,
+}
+
+impl Default for Patience {
+    /// 30 s of silence, tries again after 1, 2, 4, 8 and 16 s.
+    fn default() -> Self {
+        Patience {
+            silence: Duration::from_secs(30),
+            first_wait: Duration::from_secs(1),
+            retries: 5,
+        }
+    }
 }
 
 impl std::fmt::Debug for ResolveOptions {
@@ -29,7 +55,13 @@ impl std::fmt::Debug for ResolveOptions {
         f.debug_struct("ResolveOptions")
             .field("offline", &self.offline)
             .field("cache_dir", &self.cache_dir)
-            .field("endpoint", &self.endpoint)
+            .field(
+                "endpoint",
+                &self
+                    .endpoint
+                    .as_ref()
+                    .map(|text| Endpoint::parse(text).address),
+            )
             .field("token", &self.token.as_ref().map(|_| "(set)"))
             .finish()
     }
@@ -40,8 +72,9 @@ impl std::fmt::Debug for ResolveOptions {
 pub(crate) struct Settings {
     pub offline: bool,
     pub cache: PathBuf,
-    pub endpoint: String,
+    pub endpoint: Endpoint,
     pub token: Option<String>,
+    pub patience: Patience,
 }
 
 pub(crate) type Environment<'a> = &'a dyn Fn(&str) -> Option<String>;
@@ -66,15 +99,27 @@ impl Settings {
             .or_else(|| set("HF_ENDPOINT"))
             .unwrap_or_else(|| DEFAULT_ENDPOINT.into());
         let token = options.token.clone().or_else(|| set("HF_TOKEN"));
+        let token = token.or_else(|| stored_token(&cache));
         Ok(Settings {
             offline,
-            // hf-hub links blobs relative to the cache and wants it absolute
             cache: std::path::absolute(&cache)
                 .map_err(|source| HubError::io("locate", cache, source))?,
-            endpoint: endpoint.trim_end_matches('/').to_string(),
+            endpoint: Endpoint::parse(&endpoint),
             token,
+            patience: options.patience,
         })
     }
+}
+
+/// What `hf auth login` left in the file `token` beside the cache.
+#[cfg(feature = "hub")]
+fn stored_token(cache: &Path) -> Option<String> {
+    hf_hub::Cache::new(cache.to_path_buf()).token()
+}
+
+#[cfg(not(feature = "hub"))]
+fn stored_token(_cache: &Path) -> Option<String> {
+    None
 }
 
 fn default_cache(set: &dyn Fn(&str) -> Option<String>) -> Option<PathBuf> {
@@ -298,7 +343,7 @@ mod tests {
         let settings = Settings::new(&ResolveOptions::default(), &environment).unwrap();
         assert!(settings.offline);
         assert_eq!(settings.cache, Path::new("/h/hub"));
-        assert_eq!(settings.endpoint, "http://mirror");
+        assert_eq!(settings.endpoint.address, "http://mirror");
 
         let both = |name: &str| match name {
             "HF_HUB_CACHE" => Some("/c".to_string()),

@@ -149,26 +149,20 @@ struct Hub<'a> {
 impl<'a> Hub<'a> {
     fn new(repo: &'a str, options: &ResolveOptions) -> Result<Self, HubError> {
         let settings = Settings::new(options, &|name| std::env::var(name).ok())?;
-        let stored = || {
-            let file = settings.cache.parent()?.join("token");
-            let token = std::fs::read_to_string(file).ok()?;
-            Some(token.trim().to_string()).filter(|token| !token.is_empty())
-        };
         if settings.offline {
             return Err(HubError::Push {
                 doing: format!("push to `{repo}`"),
                 reason: "offline".to_string(),
             });
         }
-        let token = settings.token.clone().or_else(stored);
         let config = Agent::config_builder()
             .http_status_as_error(false)
             .timeout_connect(Some(Duration::from_secs(CONNECT_SECONDS)))
             .build();
         Ok(Hub {
             agent: config.into(),
-            endpoint: settings.endpoint,
-            token: token.ok_or(HubError::NoToken)?,
+            endpoint: settings.endpoint.address,
+            token: settings.token.ok_or(HubError::NoToken)?,
             repo,
         })
     }

@@ -176,3 +176,138 @@ fn a_shard_cut_short_is_named() {
     let text = error_of(dir.path());
     assert!(text.contains(B) && text.contains("cut short"), "{text}");
 }
+
+#[test]
+fn what_is_no_model_folder_is_named() {
+    // an adapter was once "holds no `*.safetensors` file", or a tensor that is missing
+    let dir = tempfile::tempdir().unwrap();
+    write(dir.path(), "adapter_model.safetensors", &["a"]);
+    let config = r#"{"base_model_name_or_path": "acme/base", "peft_type": "LORA"}"#;
+    fs::write(dir.path().join("adapter_config.json"), config).unwrap();
+    assert!(error_of(dir.path()).ends_with("is an adapter of `acme/base`, not a model"));
+    // merged weights beside it are a model
+    write(dir.path(), "model.safetensors", &["a"]);
+    Checkpoint::open(dir.path()).unwrap();
+
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("model.Q4_0.gguf"), "GGUF").unwrap();
+    let error = Checkpoint::open(dir.path()).unwrap_err();
+    assert!(
+        error.to_string().contains("`model.Q4_0.gguf` but no"),
+        "{error}"
+    );
+    assert!(
+        error
+            .hint()
+            .unwrap()
+            .contains("gptq import model.Q4_0.gguf")
+    );
+}
+
+#[test]
+fn a_pointer_or_a_page_in_place_of_any_file_is_named() {
+    let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n";
+    for name in [
+        "tokenizer.json",
+        "config.json",
+        "model.safetensors",
+        INDEX,
+        "vocab.json",
+    ] {
+        for (text, what) in [
+            (pointer, "git-LFS pointer"),
+            ("<!DOCTYPE html>", "web page"),
+        ] {
+            let dir = tempfile::tempdir().unwrap();
+            write(dir.path(), "model.safetensors", &["a"]);
+            fs::write(dir.path().join("config.json"), "{}").unwrap();
+            fs::write(dir.path().join(name), text).unwrap();
+            let error = Checkpoint::open(dir.path()).unwrap_err();
+            let line = error.to_string();
+            assert!(line.contains(name) && line.contains(what), "{line}");
+            assert!(error.hint().is_some(), "{line}");
+        }
+    }
+}
+
+#[test]
+fn the_declared_file_is_chosen_among_several() {
+    let dir = tempfile::tempdir().unwrap();
+    write(dir.path(), "gptq_model-4bit-32g.safetensors", &["a"]);
+    write(dir.path(), "old.act-order.safetensors", &["b"]);
+    assert!(error_of(dir.path()).contains("several weight files"));
+    let settings = dir.path().join("quantize_config.json");
+    fs::write(
+        &settings,
+        r#"{"model_file_base_name": "gptq_model-4bit-32g"}"#,
+    )
+    .unwrap();
+    assert_eq!(Checkpoint::open(dir.path()).unwrap().names(), ["a"]);
+    fs::write(&settings, r#"{"model_file_base_name": "../other"}"#).unwrap();
+    assert!(error_of(dir.path()).contains("several weight files"));
+}
+
+#[test]
+fn eight_bit_floats_are_read_by_blocks() {
+    let dir = tempfile::tempdir().unwrap();
+    let info = |dtype, shape: &[usize]| TensorInfo {
+        dtype,
+        shape: shape.to_vec(),
+    };
+    let scales: Vec<u8> = [1.0f32, 2.0].iter().flat_map(|x| x.to_le_bytes()).collect();
+    let name = "model.layers.0.mlp.up_proj.weight";
+    let scale = format!("{name}_scale_inv");
+    let tensors = [
+        (
+            name,
+            info(Dtype::F8E4M3, &[1, 4]),
+            &[0x38, 0x38, 0x38, 0xb8][..],
+        ),
+        (scale.as_str(), info(Dtype::F32, &[1, 2]), &scales[..]),
+    ];
+    let path = dir.path().join("model.safetensors");
+    write_safetensors(&path, &tensors, &Default::default()).unwrap();
+    let config = r#"{"torch_dtype": "float32", "quantization_config":
+        {"quant_method": "fp8", "weight_block_size": [128, 2]}}"#;
+    fs::write(dir.path().join("config.json"), config).unwrap();
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    assert_eq!(checkpoint.names(), [name]);
+    assert_eq!(checkpoint.info(name).unwrap(), info(Dtype::F32, &[1, 4]));
+    let bytes = checkpoint.bytes(name).unwrap();
+    let values: Vec<f32> = (bytes.as_chunks::<4>().0.iter())
+        .map(|bytes| f32::from_le_bytes(*bytes))
+        .collect();
+    assert_eq!(values, [1.0, 1.0, 2.0, -2.0]);
+    let mut part = [0; 7];
+    checkpoint.read_at(name, 6, &mut part).unwrap();
+    assert_eq!(part, bytes[6..13]);
+    assert!(checkpoint.notes()[0].contains("F8_E4M3"));
+
+    write_safetensors(&path, &tensors[..1], &Default::default()).unwrap();
+    let error = Checkpoint::open(dir.path()).unwrap_err();
+    assert!(
+        error.to_string().contains("no `weight_scale_inv`"),
+        "{error}"
+    );
+    assert!(error.hint().is_some());
+}
+
+#[test]
+fn settings_left_beside_floats_are_said() {
+    // `quantize` once refused what `eval` took, and neither said why
+    let dir = tempfile::tempdir().unwrap();
+    let half = TensorInfo {
+        dtype: Dtype::F16,
+        shape: vec![1],
+    };
+    let tensors = [("model.norm.weight", half, &[0, 0][..])];
+    let path = dir.path().join("model.safetensors");
+    write_safetensors(&path, &tensors, &Default::default()).unwrap();
+    let config = r#"{"quantization_config": {"quant_method": "bitsandbytes"}}"#;
+    fs::write(dir.path().join("config.json"), config).unwrap();
+    let notes = Checkpoint::open(dir.path()).unwrap().notes();
+    assert!(
+        notes[0].contains("declares the quantization `bitsandbytes`"),
+        "{notes:?}"
+    );
+}

@@ -73,6 +73,7 @@ impl Hub {
             cache_dir: Some(cache.join("hub")),
             endpoint: Some(format!("http://{}", self.address)),
             token: token.map(str::to_string),
+            ..ResolveOptions::default()
         }
     }
 

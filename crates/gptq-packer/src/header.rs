@@ -66,7 +66,8 @@ impl Header {
 }
 
 struct Members {
-    metadata: Option<BTreeMap<String, String>>,
+    /// Inside: `null` is none, as the `safetensors` crate reads it.
+    metadata: Option<Option<BTreeMap<String, String>>>,
     tensors: Vec<(String, StoredInfo)>,
 }
 
@@ -116,7 +117,7 @@ pub(crate) fn parse(json: &[u8]) -> Result<Header, HeaderError> {
     tensors.sort_by_key(|(_, info)| info.data_offsets);
     Metadata::new(None, tensors.clone())?;
     Ok(Header {
-        metadata: metadata.unwrap_or_default(),
+        metadata: metadata.flatten().unwrap_or_default(),
         tensors: tensors
             .into_iter()
             .map(described)
@@ -281,6 +282,17 @@ mod tests {
             place(&[twice.clone(), twice]),
             Err(HeaderError::Duplicate(_))
         ));
+    }
+
+    #[test]
+    fn metadata_of_null_is_none() {
+        // refused once, though the safetensors crate itself reads such files
+        let json = br#"{"__metadata__":null,"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}"#;
+        let header = parse(json).unwrap();
+        assert!(header.metadata.is_empty());
+        assert_eq!(header.tensors.len(), 1);
+        let twice = br#"{"__metadata__":null,"__metadata__":{}}"#;
+        assert!(matches!(parse(twice), Err(HeaderError::Json(_))));
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use gptq_types::{SourceError, TensorInfo, TensorSource};
+use gptq_types::{STAND_IN_BYTES, SourceError, StandIn, TensorInfo, TensorSource};
 
 use crate::durable::replace_file;
 use crate::header::{self, HeaderError, LENGTH_BYTES, MAX_HEADER_BYTES};
@@ -17,6 +17,8 @@ use crate::header::{self, HeaderError, LENGTH_BYTES, MAX_HEADER_BYTES};
 pub enum SafetensorsError {
     #[error("cannot open `{}`: {source}", path.display())]
     Open { path: PathBuf, source: io::Error },
+    #[error("`{}` {what}", path.display())]
+    StandIn { path: PathBuf, what: StandIn },
     #[error("`{}`: the header has {length} bytes, more than {MAX_HEADER_BYTES}", path.display())]
     HeaderLength { path: PathBuf, length: u64 },
     #[error("`{}`: {source}", path.display())]
@@ -148,7 +150,8 @@ impl SafetensorsFile {
         out: &mut [u8],
     ) -> Result<(), SafetensorsError> {
         let found = self.tensors.get(name).zip(self.positions.get(name));
-        match found.filter(|(info, _)| offset + out.len() <= info.bytes()) {
+        let end = offset.checked_add(out.len());
+        match found.filter(|(info, _)| end.is_some_and(|end| end <= info.bytes())) {
             Some((_, &position)) => self.fill(name, out, position + offset as u64),
             None => Err(SafetensorsError::Missing {
                 path: self.path.clone(),
@@ -196,6 +199,14 @@ fn read_header(file: &File, found: u64, path: &Path) -> Result<Vec<u8>, Safetens
         path: path.to_path_buf(),
         source,
     };
+    // before the length: the first letters of a pointer are a length of 10^18
+    let mut first = [0; STAND_IN_BYTES];
+    let first = &mut first[..found.min(STAND_IN_BYTES as u64) as usize];
+    file.read_exact_at(first, 0).map_err(unreadable)?;
+    if let Some(what) = StandIn::of(first) {
+        let path = path.to_path_buf();
+        return Err(SafetensorsError::StandIn { path, what });
+    }
     if found < LENGTH_BYTES {
         return Err(truncated(LENGTH_BYTES));
     }
@@ -347,7 +358,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = sample(folder.path());
         let whole = std::fs::read(&path).unwrap();
-        for cut in [0, 7, 20, whole.len() - 1] {
+        for cut in [1, 7, 20, whole.len() - 1] {
             std::fs::write(&path, &whole[..cut]).unwrap();
             let error = SafetensorsFile::open(&path).unwrap_err();
             let SafetensorsError::Truncated { needed, found, .. } = &error else {
@@ -376,6 +387,26 @@ mod tests {
                 ..
             })
         ));
+    }
+
+    #[test]
+    fn what_lies_in_place_of_weights_is_named() {
+        // a clone without LFS once read "the header has 2336927755350992246 bytes"
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("model.safetensors");
+        let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 3\n";
+        for (text, what) in [
+            (pointer, StandIn::LfsPointer),
+            ("<!doctype html><html>", StandIn::WebPage),
+            ("", StandIn::Empty),
+        ] {
+            std::fs::write(&path, text).unwrap();
+            let error = SafetensorsFile::open(&path).unwrap_err();
+            let SafetensorsError::StandIn { what: found, .. } = error else {
+                panic!("{error}");
+            };
+            assert_eq!(found, what);
+        }
     }
 
     #[test]

@@ -63,15 +63,18 @@ pub fn check_shapes(
     Ok(warnings)
 }
 
-/// Refuses a model that is packed, or whose `config.json` (valid JSON) says that it is quantised in
-/// whatever way.
+/// Refuses a model that is packed, or whose `config.json` (valid JSON) says that it is quantized and
+/// whose tensors are not all float. Floats beside such a declaration are what merging an adapter
+/// into a quantized model leaves: they are quantized, and the source's notes say so.
 pub fn check_unquantised(
     source: &dyn TensorSource,
     config_json: &str,
 ) -> Result<(), PipelineError> {
+    let names = source.names();
     let is_packed = |name: &String| name.ends_with(".qweight");
-    let declared = QuantizeConfig::from_model_config(config_json);
-    if source.names().iter().any(is_packed) || !matches!(declared, Ok(None)) {
+    let is_float = |name: &String| source.info(name).is_none_or(|info| info.dtype.is_weight());
+    let declared = !matches!(QuantizeConfig::from_model_config(config_json), Ok(None));
+    if names.iter().any(is_packed) || (declared && !names.iter().all(is_float)) {
         return Err(PipelineError::AlreadyQuantised(source.place()));
     }
     Ok(())

@@ -34,6 +34,10 @@ pub fn quantize(
     job.spec.validate()?;
     let config = read_config(job)?;
     let mut warnings = check_shapes(&config, &job.spec)?;
+    warnings.extend(job.source.notes().into_iter().map(|text| Warning {
+        module: String::new(),
+        text,
+    }));
     if job.spec.method == Method::Gptq && job.windows.is_empty() {
         return Err(PipelineError::NoWindows);
     }

@@ -18,6 +18,7 @@ mod record;
 mod solved;
 mod source;
 mod spec;
+mod stand_in;
 
 pub use baseline::{
     BASELINE_SCHEMA, Baseline, EvaluationRequest, Figures, Inputs, LayerFigures, Overall, Recipe,
@@ -38,3 +39,4 @@ pub use record::{
 pub use solved::{LayerLoss, SolvedLayer};
 pub use source::{Dtype, SourceError, TensorInfo, TensorSource};
 pub use spec::{Bits, CheckpointFormat, ColumnOrder, GroupSize, Method, QuantSpec, SpecError};
+pub use stand_in::{STAND_IN_BYTES, StandIn};

@@ -17,6 +17,8 @@ pub enum Dtype {
     I16,
     I8,
     U8,
+    /// Eight-bit floats without infinities, as FP8 checkpoints hold them beside scales.
+    F8E4M3,
     Bool,
 }
 
@@ -27,7 +29,7 @@ impl Dtype {
             Dtype::F64 | Dtype::I64 => 8,
             Dtype::F32 | Dtype::I32 => 4,
             Dtype::F16 | Dtype::BF16 | Dtype::I16 => 2,
-            Dtype::I8 | Dtype::U8 | Dtype::Bool => 1,
+            Dtype::I8 | Dtype::U8 | Dtype::F8E4M3 | Dtype::Bool => 1,
         }
     }
 
@@ -43,6 +45,7 @@ impl Dtype {
             Dtype::I16 => "I16",
             Dtype::I8 => "I8",
             Dtype::U8 => "U8",
+            Dtype::F8E4M3 => "F8_E4M3",
             Dtype::Bool => "BOOL",
         }
     }
@@ -59,6 +62,7 @@ impl Dtype {
             Dtype::I16,
             Dtype::I8,
             Dtype::U8,
+            Dtype::F8E4M3,
             Dtype::Bool,
         ]
         .into_iter()
@@ -162,6 +166,11 @@ pub trait TensorSource: Send + Sync {
                 reason: format!("has no bytes {offset}..{}", offset + out.len()),
             }),
         }
+    }
+
+    /// What was read otherwise than it is stored, a sentence each, for the record of a run.
+    fn notes(&self) -> Vec<String> {
+        Vec::new()
     }
 
     /// Type and shape, or an error that names the place.

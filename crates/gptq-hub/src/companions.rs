@@ -1,0 +1,71 @@
+//! The small files beside the weights that travel with a model, into the hub's cache and out of it.
+
+/// Tokenizer, templates, settings of generation.
+const NAMES: [&str; 10] = [
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+];
+
+/// Beginnings of the names of what a licence asks to keep beside the model, in upper case.
+const TERMS: [&str; 5] = ["LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY"];
+const TERM_ENDS: [&str; 3] = ["TXT", "MD", "PDF"];
+
+/// Whether a file of this name, directly in a model folder, travels with the model: its tokenizer,
+/// chat template and settings of generation, and its licence, notice and use policy.
+///
+/// ```
+/// assert!(gptq_hub::is_companion("USE_POLICY.md") && gptq_hub::is_companion("merges.txt"));
+/// assert!(!gptq_hub::is_companion("config.json"));
+/// ```
+pub fn is_companion(name: &str) -> bool {
+    NAMES.contains(&name) || is_terms(name)
+}
+
+/// `LICENSE-MIT`, `LICENSE.txt`, but no `LICENSE.safetensors`.
+fn is_terms(name: &str) -> bool {
+    let name = name.to_ascii_uppercase();
+    let (stem, end) = name.rsplit_once('.').unwrap_or((&name, "TXT"));
+    let start = stem.split('-').next().unwrap_or(stem);
+    TERMS.contains(&start) && TERM_ENDS.contains(&end)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn terms_travel_whatever_their_ending() {
+        // `NOTICE` and `USE_POLICY.md`, which Llama's licence asks to keep, were once left behind
+        for name in [
+            "LICENSE",
+            "LICENSE.txt",
+            "LICENSE-MIT",
+            "license.md",
+            "NOTICE",
+            "Notice.txt",
+            "USE_POLICY.md",
+            "tokenizer.model",
+            "added_tokens.json",
+        ] {
+            assert!(is_companion(name), "{name}");
+        }
+        for name in [
+            "config.json",
+            "LICENSES.zip",
+            "LICENSE.safetensors",
+            "NOTICE.bin",
+            "model.safetensors",
+            "notices",
+        ] {
+            assert!(!is_companion(name), "{name}");
+        }
+    }
+}
