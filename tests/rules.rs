@@ -222,6 +222,33 @@ fn unsafe_code_stays_in_the_kernels() {
 /// Cut in two, so that the search does not find its own words.
 const UNSAFE: &str = concat!("un", "safe");
 
+/// Cut in two, as above: what a test may say by itself, and what `support/data.rs` records.
+const SKIPPED: &str = concat!("\"skip", "ped: ");
+const BESIDE: &str = concat!("../sha", "red");
+
+/// What is skipped elsewhere would be missing in the line that closes a run.
+#[test]
+fn tests_are_skipped_in_one_place() {
+    let mut skipping = Vec::new();
+    for path in files() {
+        if path.extension().is_none_or(|end| end != "rs") {
+            continue;
+        }
+        let text = fs::read_to_string(&path).unwrap();
+        if text.contains(SKIPPED) || text.contains(BESIDE) {
+            skipping.push(relative(&path));
+        }
+    }
+    assert_eq!(skipping, ["tests/support/data.rs"]);
+}
+
+/// `tests/skipped.rs` closes a run since its package is the last by name.
+#[test]
+fn the_package_that_closes_a_run_is_the_last() {
+    let packages = dependencies();
+    assert_eq!(packages.keys().next_back().unwrap(), "gptq-types");
+}
+
 #[test]
 fn no_file_knows_the_machine_it_was_written_on() {
     let homes: Vec<String> = ["root", "home", "work", "mnt", "Users", "scratch"]

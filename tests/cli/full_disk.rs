@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use crate::support::{Family, TinyModel, gptq, run, write_text};
+use crate::support::{Cause, Family, TinyModel, gptq, run, skipped, write_text};
 
 const NO_MOUNT: i32 = 77;
 
@@ -30,7 +30,7 @@ fn a_disk_without_room_is_found_before_the_work_and_nothing_stays() {
 
     let probe = Command::new("unshare").args(["-rm", "true"]).output();
     if !probe.is_ok_and(|output| output.status.success()) {
-        eprintln!("skipped: `unshare -rm` is not possible here, so no small disk can be mounted");
+        skipped(Cause::Machine, "`unshare -rm`, which mounts a small disk,");
         return;
     }
     let told = run(Command::new("unshare")
@@ -46,10 +46,7 @@ fn a_disk_without_room_is_found_before_the_work_and_nothing_stays() {
         .arg(&text)
         .args(["--group-size", "32", "--samples", "4", "--seq-len", "32"]));
     if told.code == Some(NO_MOUNT) {
-        eprintln!(
-            "skipped: no small disk can be mounted: {}",
-            told.stderr.trim()
-        );
+        skipped(Cause::Machine, "a small disk that can be mounted");
         return;
     }
     let told = told.ended_with(2);

@@ -6,7 +6,8 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::support::{
-    Family, TinyModel, gptq, json, refused, run, same_files, tensor_names, write_text,
+    Cause, Family, TinyModel, gptq, json, refused, run, same_files, skipped, tensor_names,
+    write_text,
 };
 
 const PLAN: &str = r#"
@@ -464,7 +465,7 @@ fn stock_git_and_git_lfs_clone_a_branch_that_loads() {
         output.is_ok_and(|output| output.status.success())
     };
     if !available(&["lfs", "version"]) {
-        eprintln!("skipped: no git-lfs");
+        skipped(Cause::Machine, "git-lfs");
         return;
     }
     let place = Place::new();

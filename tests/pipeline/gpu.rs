@@ -7,7 +7,7 @@ use gptq_types::Dtype;
 use serde_json::Value;
 
 use crate::support::{
-    Family, TinyModel, gptq, hashes, json, quantize, run, same_files, write_text,
+    Cause, Family, TinyModel, gptq, hashes, json, quantize, run, same_files, skipped, write_text,
 };
 
 /// Sixteen-bit activations against f32 ones.
@@ -20,7 +20,7 @@ const WORK: [&str; 6] = ["--group-size", "32", "--samples", "16", "--seq-len", "
 fn has_gpu() -> bool {
     let there = run(&mut gptq("doctor")).stdout.contains("\ncuda:0: ");
     if !there {
-        eprintln!("skipped: no GPU");
+        skipped(Cause::Machine, "a GPU");
     }
     there
 }

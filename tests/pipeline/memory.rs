@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use gptq_types::Dtype;
 
-use crate::support::{Family, TinyModel, gptq, quantize, write_text};
+use crate::support::{Cause, Family, TinyModel, gptq, quantize, skipped, write_text};
 
 /// How far the peaks of a small and a large run may lie apart.
 const TOLERANCE: f64 = 0.05;
@@ -19,7 +19,7 @@ const MAPPED_FROM: (&str, &str) = ("MALLOC_MMAP_THRESHOLD_", "1000000");
 #[test]
 fn the_peak_does_not_grow_with_the_blocks() {
     let (Some(shallow), Some(deep)) = (peak_kib(2), peak_kib(16)) else {
-        eprintln!("skipped: /proc/PID/status has no VmHWM here");
+        skipped(Cause::Machine, "VmHWM in /proc/PID/status");
         return;
     };
     let growth = deep as f64 / shallow as f64 - 1.0;
@@ -47,7 +47,7 @@ fn the_peak_does_not_grow_with_the_windows() {
         peak_kib_of(command.args(["--group-tokens", "2048"]))
     };
     let (Some(few), Some(many)) = (peak_kib("16"), peak_kib("128")) else {
-        eprintln!("skipped: /proc/PID/status has no VmHWM here");
+        skipped(Cause::Machine, "VmHWM in /proc/PID/status");
         return;
     };
     let growth = many as f64 / few as f64 - 1.0;

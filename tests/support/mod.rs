@@ -1,28 +1,19 @@
 //! Tiny models, texts, the command, and what it left on disk.
 
 mod command;
+mod data;
 mod folder;
 mod model;
 mod random;
 mod text;
 
 pub use command::{Run, gptq, json, quantize, refused, run};
+pub use data::{Cause, shared, skipped};
 pub use folder::{edit_json, edit_tensor, entries, hashes, same_files, tensor, tensor_names};
 pub use model::{Family, TinyModel, write_tensors};
 pub use text::write_text;
 
 use std::path::{Path, PathBuf};
-
-/// A file or folder of the data beside the project; says which one is absent.
-pub fn shared(path: &str) -> Option<PathBuf> {
-    let root = concat!(env!("CARGO_MANIFEST_DIR"), "/../../../shared");
-    let full = Path::new(root).join(path);
-    if !full.exists() {
-        eprintln!("skipped: {path} is absent");
-        return None;
-    }
-    Some(full)
-}
 
 /// The first `characters` of the text that stories260k was trained on.
 pub fn tiny_stories(characters: usize) -> Option<String> {

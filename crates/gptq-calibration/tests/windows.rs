@@ -1,6 +1,9 @@
 //! Sources to windows, end to end, on files made here and on the data where it is there.
 #![allow(clippy::print_stderr, missing_docs)]
 
+#[path = "../../../tests/support/data.rs"]
+mod data;
+
 use std::cell::RefCell;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -14,8 +17,6 @@ use gptq_calibration::{
 };
 use parquet::arrow::ArrowWriter;
 use sha2::Digest;
-
-const DATA: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../../shared/data");
 
 /// The end of every protocol.
 const SCORING: &str =
@@ -516,12 +517,7 @@ fn lambada_by_name_is_the_published_file() {
 }
 
 fn data(file: &str) -> Option<PathBuf> {
-    let path = Path::new(DATA).join(file);
-    if !path.exists() {
-        eprintln!("skipped: {file} is absent");
-        return None;
-    }
-    Some(path)
+    data::shared(&format!("data/{file}"))
 }
 
 /// 341,469 tokens (with the `<s>` in front) and 166 windows are what papers on Llama 2 report for

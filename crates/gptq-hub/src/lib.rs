@@ -14,6 +14,9 @@ mod checkpoint;
 #[cfg(feature = "hub")]
 mod client;
 mod companions;
+#[cfg(test)]
+#[path = "../../../tests/support/data.rs"]
+mod data;
 #[cfg(feature = "hub")]
 mod download;
 mod eight_bit;

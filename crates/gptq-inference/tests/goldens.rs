@@ -1,9 +1,12 @@
 //! Checkpoints written by GPTQModel 7.7.0 must give the logits computed from their own tensors.
-#![allow(clippy::print_stderr)]
 
-use std::path::{Path, PathBuf};
+#[path = "../../../tests/support/data.rs"]
+mod data;
+
+use std::path::Path;
 use std::sync::Arc;
 
+use data::shared;
 use gptq_inference::{compare, logits, open, score_reference, score_windows, summarise};
 use gptq_model::Device;
 use gptq_packer::SafetensorsFile;
@@ -11,17 +14,6 @@ use gptq_types::TensorSource;
 
 /// Logits of f32 arithmetic against f64.
 const LOGIT_TOLERANCE: f32 = 1e-3;
-
-fn shared(path: &str) -> Option<PathBuf> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("../../../shared")
-        .join(path);
-    if path.exists() {
-        return Some(path);
-    }
-    eprintln!("skipped: {} is absent", path.display());
-    None
-}
 
 fn decoder(dir: &Path) -> Box<dyn gptq_model::Decoder> {
     let source = Arc::new(SafetensorsFile::open(&dir.join("model.safetensors")).unwrap());

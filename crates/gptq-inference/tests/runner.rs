@@ -1,11 +1,12 @@
 //! Runners against the pass that streams blocks, on a true tiny model.
-#![allow(clippy::print_stderr)]
 
+#[path = "../../../tests/support/data.rs"]
+mod data;
 mod mixed;
 
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use data::shared;
 use gptq_inference::{OpenedModel, RunError, Runner, compare, logits, open};
 use gptq_model::Device;
 use gptq_packer::SafetensorsFile;
@@ -18,17 +19,6 @@ const IDS: [u32; 24] = [
     1, 403, 407, 261, 378, 286, 410, 352, 270, 290, 31, 77, 500, 402, 261, 13, 9, 280, 345, 260,
     267, 337, 335, 429,
 ];
-
-fn shared(path: &str) -> Option<PathBuf> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("../../../shared")
-        .join(path);
-    if path.exists() {
-        return Some(path);
-    }
-    eprintln!("skipped: {} is absent", path.display());
-    None
-}
 
 fn model(path: &str) -> Option<OpenedModel> {
     let file = SafetensorsFile::open(&shared(path)?.join("model.safetensors")).unwrap();

@@ -3,11 +3,13 @@
 #![cfg(feature = "cuda")]
 #![allow(clippy::print_stderr)]
 
+#[path = "../../../tests/support/data.rs"]
+mod data;
 mod mixed;
 
-use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use data::{Cause, shared, skipped};
 use gptq_inference::{OpenedModel, Runner, compare, logits, open};
 use gptq_kernels::cuda::devices;
 use gptq_model::Device;
@@ -29,20 +31,6 @@ const IDS: [u32; 24] = [
 fn alone() -> MutexGuard<'static, ()> {
     static TURN: Mutex<()> = Mutex::new(());
     TURN.lock().unwrap_or_else(|held| held.into_inner())
-}
-
-/// Below `GPTQ_SHARED` where the test runs on another machine than it was built on.
-fn shared(path: &str) -> Option<PathBuf> {
-    let here = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared");
-    let path = std::env::var_os("GPTQ_SHARED")
-        .filter(|given| !given.is_empty())
-        .map_or(here, PathBuf::from)
-        .join(path);
-    if path.exists() {
-        return Some(path);
-    }
-    eprintln!("skipped: {} is absent", path.display());
-    None
 }
 
 /// A file in which the channels of some linears belong to other groups: other weights, but good ones.
@@ -94,7 +82,7 @@ fn models() -> impl Iterator<Item = OpenedModel> {
             "golden/gptq_v2-4bit-64g-act1-sym0",
         ][..],
         true => {
-            eprintln!("skipped: no GPU");
+            skipped(Cause::Machine, "a GPU");
             &[]
         }
     };

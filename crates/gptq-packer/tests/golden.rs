@@ -1,8 +1,9 @@
 //! Checkpoints written by GPTQModel 7.7.0, and configs published by others.
-#![allow(clippy::print_stderr)]
 
-use std::path::{Path, PathBuf};
+#[path = "../../../tests/support/data.rs"]
+mod data;
 
+use data::shared;
 use gptq_packer::{
     QuantizeConfig, SafetensorsFile, ZeroConvention, config_json_with_quantization, pack,
     packed_layers, packed_tensors, read_layer, verify_layer, zero_convention,
@@ -11,15 +12,6 @@ use gptq_types::{
     Bits, CheckpointFormat, GroupSize, LayerName, QuantSpec, SolvedLayer, TensorSource,
 };
 use serde_json::{Map, Value};
-
-fn shared(path: &str) -> Option<PathBuf> {
-    let path = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../../shared")).join(path);
-    if path.exists() {
-        return Some(path);
-    }
-    eprintln!("skipped: {} is absent", path.display());
-    None
-}
 
 struct Golden {
     file: SafetensorsFile,

@@ -2,9 +2,13 @@
 //! rounding to nearest.
 #![allow(clippy::print_stderr)]
 
-use std::path::{Path, PathBuf};
+#[path = "../../../tests/support/data.rs"]
+mod data;
+
+use std::path::Path;
 use std::sync::Arc;
 
+use data::shared;
 use gptq_calibration::Tokenizer;
 use gptq_model::{DecoderConfig, Device, FloatWeights};
 use gptq_packer::SafetensorsFile;
@@ -22,17 +26,6 @@ const ORDERS: [ColumnOrder; 4] = [
     ColumnOrder::ActOrderStaticGroups,
     ColumnOrder::GroupAware,
 ];
-
-fn shared(path: &str) -> Option<PathBuf> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("../../../shared/data")
-        .join(path);
-    if path.exists() {
-        return Some(path);
-    }
-    eprintln!("skipped: {} is absent", path.display());
-    None
-}
 
 /// A linear, its weight `[K, N]` and the Hessian of its inputs.
 struct Case {
@@ -91,8 +84,8 @@ fn wide(x: &[f32]) -> Vec<f64> {
 #[test]
 fn errors_match_the_f64_reference_and_stay_below_rounding() {
     let (Some(model), Some(text)) = (
-        shared("stories260k"),
-        shared("tinystories/tinystories_head_944k.txt"),
+        shared("data/stories260k"),
+        shared("data/tinystories/tinystories_head_944k.txt"),
     ) else {
         return;
     };

@@ -3,6 +3,9 @@
 #![cfg(feature = "cuda")]
 #![allow(clippy::print_stderr)]
 
+#[path = "../../../tests/support/data.rs"]
+mod data;
+
 use std::sync::Arc;
 
 use gptq_kernels::cuda::{Buffer, Gpu};
@@ -66,7 +69,7 @@ fn gpu() -> Option<Arc<Gpu>> {
     match Gpu::open(0) {
         Ok(gpu) => Some(gpu),
         Err(error) => {
-            eprintln!("skipped: no GPU ({error})");
+            data::skipped(data::Cause::Machine, &format!("a GPU ({error})"));
             None
         }
     }

@@ -1,5 +1,7 @@
 //! Branches made here, read here and by stock git.
-#![allow(clippy::print_stderr)]
+
+#[path = "../../../tests/support/data.rs"]
+mod data;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -35,7 +37,7 @@ impl Place {
 
 fn git(folder: &Path, args: &[&str]) -> Option<String> {
     let Ok(output) = Command::new("git").current_dir(folder).args(args).output() else {
-        eprintln!("skipped: no git");
+        data::skipped(data::Cause::Machine, "git");
         return None;
     };
     assert!(output.status.success(), "git {args:?}: {output:?}");

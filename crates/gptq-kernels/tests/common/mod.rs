@@ -1,5 +1,8 @@
 //! What tests of kernels share: a GPU if there is one, and numbers that are the same every time.
 
+#[path = "../../../../tests/support/data.rs"]
+mod data;
+
 use std::sync::Arc;
 
 use gptq_kernels::cuda::Gpu;
@@ -9,7 +12,7 @@ pub fn gpu() -> Option<Arc<Gpu>> {
     match Gpu::open(0) {
         Ok(gpu) => Some(gpu),
         Err(error) => {
-            eprintln!("skipped: no GPU ({error})");
+            data::skipped(data::Cause::Machine, &format!("a GPU ({error})"));
             None
         }
     }
