@@ -6,6 +6,8 @@
 
 use std::path::PathBuf;
 
+use gptq_types::ContentHash;
+
 use crate::{HubError, ResolveOptions};
 
 /// What is to be pushed, and where to.
@@ -48,7 +50,7 @@ pub enum PushContent {
         /// Where it lies.
         file: PathBuf,
         /// sha256 of the content.
-        oid: String,
+        oid: ContentHash,
     },
 }
 

@@ -91,7 +91,7 @@ fn is_listed(file: &PushFile, there: &[Listed]) -> bool {
     there.iter().any(|listed| {
         listed.path == file.path
             && match (&file.content, &listed.lfs) {
-                (PushContent::Object { oid, .. }, Some(lfs)) => lfs.oid == *oid,
+                (PushContent::Object { oid, .. }, Some(lfs)) => lfs.oid == oid.as_str(),
                 (PushContent::Inline { git_oid, .. }, None) => listed.oid == *git_oid,
                 _ => false,
             }

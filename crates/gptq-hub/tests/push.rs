@@ -11,8 +11,8 @@ use std::thread::JoinHandle;
 
 use base64::Engine;
 use gptq_hub::{HubError, Push, PushContent, PushFile, Pushed, ResolveOptions, push_branches};
+use gptq_types::ContentHash;
 use serde_json::{Value, json};
-use sha2::{Digest, Sha256};
 
 const TOKEN: &str = "hf_secret";
 const REPO: &str = "me/model-GPTQ";
@@ -288,8 +288,7 @@ fn commit(branch: &str, body: &[u8], state: &mut State) -> (u16, String, String)
 }
 
 fn hex(bytes: &[u8]) -> String {
-    let digest = Sha256::digest(bytes);
-    digest.iter().map(|byte| format!("{byte:02x}")).collect()
+    ContentHash::of(bytes).to_string()
 }
 
 /// Any name that follows from the content will do for this server.
@@ -349,7 +348,7 @@ fn files(branch: &str, path: PathBuf, weights: &[u8]) -> Vec<PushFile> {
             size: weights.len() as u64,
             content: PushContent::Object {
                 file: path,
-                oid: hex(weights),
+                oid: ContentHash::of(weights),
             },
         },
     ]

@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use gptq_types::outside_name::OutsideNameError;
+
 /// A repository that cannot be read or written.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)]
@@ -12,16 +14,38 @@ pub enum RepositoryError {
     NotARepository(PathBuf),
     #[error("`{}` has no branch `{branch}`", path.display())]
     NoBranch { path: PathBuf, branch: String },
-    #[error("`{0}` cannot be the name of a branch")]
-    BranchName(String),
-    #[error("`{}` is a folder inside a checkpoint; branches hold files alone", .0.display())]
+    #[error("`{branch}` cannot be the name of a branch: {reason}")]
+    BranchName { branch: String, reason: String },
+    #[error("`{}` is not a file; branches hold files alone", .0.display())]
     Nested(PathBuf),
+    #[error("branch `{branch}`: {source}")]
+    Name {
+        branch: String,
+        source: OutsideNameError,
+    },
+    #[error("branch `{branch}`, `{file}`: {reason}")]
+    Entry {
+        branch: String,
+        file: String,
+        reason: String,
+    },
     #[error("branch `{branch}`, file `{file}`: the LFS object {oid} is missing or cut short")]
     MissingObject {
         branch: String,
         file: String,
         oid: String,
     },
+    #[error("branch `{branch}`, file `{file}`: the LFS object {oid} is damaged: sha256 {found}")]
+    DamagedObject {
+        branch: String,
+        file: String,
+        oid: String,
+        found: String,
+    },
+    #[error("SOURCE_DATE_EPOCH `{0}` is not a number of seconds")]
+    Date(String),
+    #[error("GIT_AUTHOR_NAME and GIT_AUTHOR_EMAIL sign no commit: {0}")]
+    Author(String),
     #[error("cannot {doing} `{}`: {source}", path.display())]
     Io {
         doing: &'static str,
@@ -42,8 +66,13 @@ impl RepositoryError {
         match self {
             RepositoryError::Occupied(_) => Some("name a folder that does not exist yet"),
             RepositoryError::NotARepository(_) => Some("`gptq matrix MODEL -o REPO` makes one"),
-            RepositoryError::MissingObject { .. } => {
-                Some("`git lfs fsck` lists what is missing; fetch it or make the branch again")
+            RepositoryError::MissingObject { .. } | RepositoryError::DamagedObject { .. } => {
+                Some("`git lfs fsck` lists what is wrong; fetch it or make the branch again")
+            }
+            RepositoryError::Io { source, .. }
+                if source.kind() == std::io::ErrorKind::StorageFull =>
+            {
+                Some("make room and repeat the command: it goes on where it stopped")
             }
             _ => None,
         }

@@ -1,26 +1,27 @@
 //! Git LFS: large files lie beside git's objects under their sha256, a pointer stands for each.
 //!
-//! Pointer and layout of the store: the specification of Git LFS, version 1.
+//! Pointer and layout of the store: the specification of Git LFS, version 1. An object is known by
+//! its hash and by nothing else: whatever is taken in or handed out is hashed on the way.
 
 use std::fs::{self, File};
-use std::io::Read;
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
-use sha2::{Digest, Sha256};
+use gptq_types::{ContentHash, ContentHasher};
 
 use crate::RepositoryError;
 
 /// Files above this size are refused by git hosts in plain git.
 const PLAIN_LIMIT: u64 = 10 << 20;
 const VERSION: &str = "version https://git-lfs.github.com/spec/v1";
-/// Pointers are a few lines.
-const MAX_POINTER: usize = 1024;
+/// Longest pointer, by the specification.
+pub(crate) const MAX_POINTER: usize = 1024;
+const PIECE_BYTES: usize = 4 << 20;
 
 /// What stands for a large file in git.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Pointer {
-    /// sha256 of the content, in hexadecimal.
-    pub oid: String,
+    pub oid: ContentHash,
     pub size: u64,
 }
 
@@ -29,22 +30,30 @@ impl Pointer {
         format!("{VERSION}\noid sha256:{}\nsize {}\n", self.oid, self.size)
     }
 
-    /// `None` for anything that is not a pointer.
-    pub fn parse(blob: &[u8]) -> Option<Self> {
+    /// `None` for anything that does not claim to be a pointer; an error for a damaged one, and for
+    /// one with further keys, whose content would not be that of the object.
+    pub fn parse(blob: &[u8]) -> Result<Option<Self>, &'static str> {
+        if !blob.starts_with(VERSION.as_bytes()) {
+            return Ok(None);
+        }
         if blob.len() > MAX_POINTER {
-            return None;
+            return Err("its LFS pointer has more than 1024 bytes");
         }
-        let mut lines = std::str::from_utf8(blob).ok()?.lines();
-        if lines.next()? != VERSION {
-            return None;
+        let damaged = "its LFS pointer is not three lines of version, oid and size";
+        let text = std::str::from_utf8(blob).map_err(|_| damaged)?;
+        let lines: Vec<&str> = text.lines().collect();
+        let [VERSION, oid, size] = lines[..] else {
+            return Err(damaged);
+        };
+        let oid = oid.strip_prefix("oid sha256:").ok_or(damaged)?;
+        let oid = ContentHash::try_from(oid.to_string())
+            .map_err(|_| "the oid of its LFS pointer is not a sha256")?;
+        let digits = size.strip_prefix("size ").ok_or(damaged)?;
+        let plain = !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit());
+        match digits.parse() {
+            Ok(size) if plain => Ok(Some(Pointer { oid, size })),
+            _ => Err("the size of its LFS pointer is not a number of bytes"),
         }
-        let oid = lines.next()?.strip_prefix("oid sha256:")?;
-        let size = lines.next()?.strip_prefix("size ")?.parse().ok()?;
-        let is_hash = oid.len() == 64 && oid.bytes().all(|byte| byte.is_ascii_hexdigit());
-        is_hash.then(|| Pointer {
-            oid: oid.to_string(),
-            size,
-        })
     }
 }
 
@@ -71,60 +80,65 @@ impl Store {
         Store(repository.join("lfs").join("objects"))
     }
 
-    pub fn path(&self, oid: &str) -> PathBuf {
-        self.0.join(&oid[..2]).join(&oid[2..4]).join(oid)
+    pub fn path(&self, oid: &ContentHash) -> PathBuf {
+        let digits = oid.as_str();
+        self.0.join(&digits[..2]).join(&digits[2..4]).join(digits)
     }
 
-    /// Takes in a file: a hard link where the file system has them, else a copy. The file stays.
+    /// Takes in a file: a hard link where the file system has them, else a copy. The file stays. An
+    /// object that is there is replaced: only what was hashed just now is known to be whole.
     pub fn take(&self, file: &Path) -> Result<Pointer, RepositoryError> {
-        let pointer = hash(file)?;
-        let place = self.path(&pointer.oid);
-        let parent = place.parent().unwrap_or(&self.0);
-        fs::create_dir_all(parent).map_err(RepositoryError::io("create", parent))?;
-        if self.holds(&pointer) {
-            return Ok(pointer);
-        }
+        fs::create_dir_all(&self.0).map_err(RepositoryError::io("create", &self.0))?;
         // A name of its own until it is whole: several processes may take the same file.
         let beside = tempfile::Builder::new()
             .prefix(".taking-")
-            .tempdir_in(parent)
-            .map_err(RepositoryError::io("write into", parent))?;
+            .tempdir_in(&self.0)
+            .map_err(RepositoryError::io("write into", &self.0))?;
         let part = beside.path().join("object");
-        if fs::hard_link(file, &part).is_err() {
-            fs::copy(file, &part).map_err(RepositoryError::io("copy", file))?;
-        }
+        let pointer = match fs::hard_link(file, &part) {
+            Ok(()) => {
+                hash_into(&part, &mut io::sink()).map_err(RepositoryError::io("read", file))?
+            }
+            Err(_) => {
+                let mut copy =
+                    File::create_new(&part).map_err(RepositoryError::io("write", &part))?;
+                hash_into(file, &mut copy).map_err(RepositoryError::io("copy", file))?
+            }
+        };
         let synced = File::open(&part).and_then(|part| part.sync_all());
         synced.map_err(RepositoryError::io("write", &part))?;
+        let place = self.path(&pointer.oid);
+        let parent = place.parent().unwrap_or(&self.0);
+        fs::create_dir_all(parent).map_err(RepositoryError::io("create", parent))?;
         fs::rename(&part, &place).map_err(RepositoryError::io("write", &place))?;
         let synced = File::open(parent).and_then(|folder| folder.sync_all());
         synced.map_err(RepositoryError::io("write", parent))?;
         Ok(pointer)
     }
 
-    /// Whether the object is there at its full length.
-    pub fn holds(&self, pointer: &Pointer) -> bool {
-        fs::metadata(self.path(&pointer.oid)).is_ok_and(|found| found.len() == pointer.size)
+    /// Whether something of its length lies where the object belongs.
+    pub fn may_hold(&self, pointer: &Pointer) -> bool {
+        fs::metadata(self.path(&pointer.oid))
+            .is_ok_and(|found| found.is_file() && found.len() == pointer.size)
     }
 }
 
-fn hash(file: &Path) -> Result<Pointer, RepositoryError> {
-    let mut reader = File::open(file).map_err(RepositoryError::io("read", file))?;
-    let mut sha = Sha256::new();
-    let mut buffer = vec![0; 4 << 20];
+/// Reads a file once, copies it to `out`, and says what it was.
+pub(crate) fn hash_into(file: &Path, out: &mut dyn Write) -> io::Result<Pointer> {
+    let mut reader = File::open(file)?;
+    let mut hasher = ContentHasher::default();
+    let mut buffer = vec![0; PIECE_BYTES];
     let mut size = 0;
     loop {
-        let read = (reader.read(&mut buffer)).map_err(RepositoryError::io("read", file))?;
+        let read = reader.read(&mut buffer)?;
         if read == 0 {
             break;
         }
-        sha.update(&buffer[..read]);
+        hasher.update(&buffer[..read]);
+        out.write_all(&buffer[..read])?;
         size += read as u64;
     }
-    let oid = sha
-        .finalize()
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect();
+    let oid = hasher.finish();
     Ok(Pointer { oid, size })
 }
 
@@ -135,12 +149,34 @@ mod tests {
     #[test]
     fn a_pointer_reads_back_and_nothing_else_is_one() {
         let pointer = Pointer {
-            oid: "ab".repeat(32),
+            oid: ContentHash::of(b"content"),
             size: 7,
         };
-        assert_eq!(Pointer::parse(pointer.text().as_bytes()), Some(pointer));
+        let read = Pointer::parse(pointer.text().as_bytes());
+        assert_eq!(read, Ok(Some(pointer)));
         for other in ["", "version 1", "{\"a\": 1}"] {
-            assert_eq!(Pointer::parse(other.as_bytes()), None);
+            assert_eq!(Pointer::parse(other.as_bytes()), Ok(None));
+        }
+    }
+
+    #[test]
+    fn a_damaged_pointer_is_not_a_plain_file() {
+        let oid = "ab".repeat(32);
+        for rest in [
+            String::new(),
+            format!("oid sha256:{oid}\n"),
+            format!("oid sha256:{oid}\nsize x\n"),
+            format!("oid sha256:{oid}\nsize +5\n"),
+            format!("oid sha256:{oid}\nsize 99999999999999999999\n"),
+            format!("oid sha256:{oid}\nsize -1\n"),
+            format!("oid md5:{oid}\nsize 5\n"),
+            "oid sha256:../../../../etc/passwd\nsize 5\n".to_string(),
+            format!("oid sha256:{}\nsize 5\n", oid.to_uppercase()),
+            format!("ext-0-foo sha256:{oid}\noid sha256:{oid}\nsize 5\n"),
+            format!("oid sha256:{oid}\nsize 5\n{}", "\n".repeat(1024)),
+        ] {
+            let text = format!("{VERSION}\n{rest}");
+            assert!(Pointer::parse(text.as_bytes()).is_err(), "{text}");
         }
     }
 

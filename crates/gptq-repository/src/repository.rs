@@ -1,12 +1,16 @@
 //! A bare repository: its branches and their files.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use git2::{ErrorCode, Repository as Git, RepositoryInitOptions};
+use git2::{ErrorCode, ObjectType, Repository as Git};
+use gptq_types::ContentHash;
+use gptq_types::outside_name::{file_name, shown};
 
-use crate::RepositoryError;
-use crate::lfs::{Pointer, Store};
+use crate::lfs::{Pointer, Store, hash_into};
+use crate::make::{is_vacant, make};
+use crate::{BranchFile, RepositoryError};
 
 /// A bare git repository on this machine.
 pub struct Repository {
@@ -15,42 +19,18 @@ pub struct Repository {
     path: PathBuf,
 }
 
-/// A file of a branch.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct BranchFile {
-    /// Its name; branches have no folders.
-    pub name: String,
-    /// Bytes of its content, wherever they lie.
-    pub bytes: u64,
-    /// Git's id of what stands in the tree: the content, or the pointer to it.
-    pub git_oid: String,
-    /// sha256 where the content lies in the LFS store.
-    pub oid: Option<String>,
-}
-
 impl Repository {
     /// Opens a repository or makes one in a folder that does not exist or is empty. `head` is the
-    /// branch that a clone without a name gets.
+    /// branch that a clone without a name gets. Several processes may do so at the same time.
     pub fn open_or_create(path: &Path, head: &str) -> Result<Self, RepositoryError> {
-        let occupied = match fs::read_dir(path) {
-            Ok(mut entries) => entries.next().is_some(),
-            Err(_) => path.exists(),
-        };
-        if occupied {
-            return match Self::open(path) {
-                Err(RepositoryError::NotARepository(_)) => {
-                    Err(RepositoryError::Occupied(path.to_path_buf()))
-                }
-                opened => opened,
-            };
+        if let Ok(opened) = Self::open(path) {
+            return Ok(opened);
         }
-        let mut options = RepositoryInitOptions::new();
-        options
-            .bare(true)
-            .initial_head(head)
-            .external_template(false);
-        let git = Git::init_opts(path, &options).map_err(failed("make a repository", path))?;
-        Ok(Self::with(git, path))
+        if !is_vacant(path) {
+            return Err(RepositoryError::Occupied(path.to_path_buf()));
+        }
+        make(path, head)?;
+        Self::open(path)
     }
 
     /// Opens a repository that is there.
@@ -81,8 +61,17 @@ impl Repository {
         let mut names = Vec::new();
         for reference in references {
             let reference = reference.map_err(self.failed("list branches"))?;
-            let name = reference.name().unwrap_or_default();
-            names.extend(name.strip_prefix("refs/heads/").map(str::to_string));
+            let name = String::from_utf8_lossy(reference.name_bytes()).into_owned();
+            let Some(branch) = name.strip_prefix("refs/heads/") else {
+                continue;
+            };
+            if name.as_bytes() != reference.name_bytes() {
+                return Err(RepositoryError::BranchName {
+                    branch: shown(branch, 80),
+                    reason: "it is not UTF-8".to_string(),
+                });
+            }
+            names.push(branch.to_string());
         }
         names.sort();
         Ok(names)
@@ -98,95 +87,115 @@ impl Repository {
         Ok(self.commit(branch)?.id().to_string())
     }
 
-    /// The files of a branch, by name.
-    pub fn files(&self, branch: &str) -> Result<Vec<BranchFile>, RepositoryError> {
-        let tree = self.tree(branch)?;
-        (tree.iter())
-            .map(|entry| {
-                let found = self.git.find_blob(entry.id());
-                let blob = found.map_err(self.failed(&format!("read branch `{branch}`")))?;
-                let pointer = Pointer::parse(blob.content());
-                Ok(BranchFile {
-                    name: entry.name().unwrap_or_default().to_string(),
-                    bytes: pointer.as_ref().map_or(blob.size() as u64, |p| p.size),
-                    git_oid: entry.id().to_string(),
-                    oid: pointer.map(|p| p.oid),
-                })
-            })
-            .collect()
-    }
-
-    /// Content of a small file as it stands in git; `None` where the branch has no such file.
-    pub fn read(&self, branch: &str, name: &str) -> Result<Option<Vec<u8>>, RepositoryError> {
-        let tree = self.tree(branch)?;
-        let Some(entry) = tree.get_name(name) else {
-            return Ok(None);
-        };
-        let blob =
-            (self.git.find_blob(entry.id())).map_err(self.failed(&format!("read `{name}`")))?;
-        Ok(Some(blob.content().to_vec()))
-    }
-
-    /// Writes the files of a branch into a new or empty folder; LFS objects are copied.
+    /// Writes the files of a branch into a folder that does not exist; LFS objects are copied, and
+    /// hashed on the way. All names are looked at before the first file is made; an error leaves
+    /// nothing.
     pub fn checkout(&self, branch: &str, folder: &Path) -> Result<(), RepositoryError> {
         let files = self.files(branch)?;
-        for file in files.iter().filter(|file| file.oid.is_some()) {
-            self.check_object(branch, file)?;
+        for file in &files {
+            self.check_presence(branch, file)?;
         }
-        fs::create_dir_all(folder).map_err(RepositoryError::io("create", folder))?;
-        for file in files {
-            let target = folder.join(&file.name);
-            match &file.oid {
-                Some(oid) => {
-                    let object = self.store.path(oid);
-                    fs::copy(&object, &target).map_err(RepositoryError::io("copy", &object))?;
-                }
-                None => {
-                    let content = self.read(branch, &file.name)?.unwrap_or_default();
-                    fs::write(&target, content).map_err(RepositoryError::io("write", &target))?;
-                }
+        fs::create_dir(folder).map_err(RepositoryError::io("create", folder))?;
+        let written = (files.iter()).try_for_each(|file| self.write_file(branch, file, folder));
+        if written.is_err() {
+            // What failed is the news; a folder that cannot be removed either is in plain sight.
+            let _ = fs::remove_dir_all(folder);
+        }
+        written
+    }
+
+    fn write_file(
+        &self,
+        branch: &str,
+        file: &BranchFile,
+        folder: &Path,
+    ) -> Result<(), RepositoryError> {
+        let named = file_name(&file.name).map_err(|source| RepositoryError::Name {
+            branch: branch.to_string(),
+            source,
+        })?;
+        let target = folder.join(named);
+        let mut out = File::create_new(&target).map_err(RepositoryError::io("write", &target))?;
+        match &file.oid {
+            Some(oid) => self.copy_object(branch, file, oid, &mut out)?,
+            None => {
+                let content = self.plain(branch, file)?;
+                (out.write_all(&content)).map_err(RepositoryError::io("write", &target))?;
             }
         }
-        Ok(())
+        out.sync_all()
+            .map_err(RepositoryError::io("write", &target))
     }
 
-    /// Where the content of an LFS file of a branch lies; it is there at its full length.
-    pub fn object(&self, branch: &str, file: &BranchFile) -> Result<PathBuf, RepositoryError> {
-        self.check_object(branch, file)?;
-        Ok(self.store.path(file.oid.as_deref().unwrap_or_default()))
+    /// Where the content of an LFS file of a branch lies, hashed just now; `None` for a file that
+    /// lies in git itself.
+    pub fn object(
+        &self,
+        branch: &str,
+        file: &BranchFile,
+    ) -> Result<Option<PathBuf>, RepositoryError> {
+        let Some(oid) = &file.oid else {
+            return Ok(None);
+        };
+        self.check_presence(branch, file)?;
+        self.copy_object(branch, file, oid, &mut std::io::sink())?;
+        Ok(Some(self.store.path(oid)))
     }
 
-    fn check_object(&self, branch: &str, file: &BranchFile) -> Result<(), RepositoryError> {
-        let oid = file.oid.clone().unwrap_or_default();
+    /// Cheap, so that what is plainly missing is named before gigabytes are copied.
+    fn check_presence(&self, branch: &str, file: &BranchFile) -> Result<(), RepositoryError> {
+        let Some(oid) = &file.oid else {
+            return Ok(());
+        };
         let pointer = Pointer {
             oid: oid.clone(),
             size: file.bytes,
         };
-        match self.store.holds(&pointer) {
+        match self.store.may_hold(&pointer) {
             true => Ok(()),
             false => Err(RepositoryError::MissingObject {
                 branch: branch.to_string(),
                 file: file.name.clone(),
-                oid,
+                oid: oid.to_string(),
+            }),
+        }
+    }
+
+    fn copy_object(
+        &self,
+        branch: &str,
+        file: &BranchFile,
+        oid: &ContentHash,
+        out: &mut dyn Write,
+    ) -> Result<(), RepositoryError> {
+        let object = self.store.path(oid);
+        let found = hash_into(&object, out).map_err(RepositoryError::io("copy", &object))?;
+        match found.oid == *oid {
+            true => Ok(()),
+            false => Err(RepositoryError::DamagedObject {
+                branch: branch.to_string(),
+                file: file.name.clone(),
+                oid: oid.to_string(),
+                found: found.oid.to_string(),
             }),
         }
     }
 
     pub(crate) fn commit(&self, branch: &str) -> Result<git2::Commit<'_>, RepositoryError> {
-        let reference = self.git.find_reference(&head_of(branch));
-        match reference {
-            Ok(reference) => (reference.peel_to_commit())
-                .map_err(self.failed(&format!("read branch `{branch}`"))),
-            Err(error) if error.code() == ErrorCode::NotFound => Err(RepositoryError::NoBranch {
-                path: self.path.clone(),
-                branch: branch.to_string(),
-            }),
-            Err(error) => Err(self.failed(&format!("read branch `{branch}`"))(error)),
-        }
-    }
-
-    pub(crate) fn tree(&self, branch: &str) -> Result<git2::Tree<'_>, RepositoryError> {
-        (self.commit(branch)?.tree()).map_err(self.failed(&format!("read branch `{branch}`")))
+        let doing = format!("read branch `{branch}`");
+        let id = match self.git.refname_to_id(&head_of(branch)) {
+            Ok(id) => id,
+            // A name that git refuses is that of no branch.
+            Err(error) if matches!(error.code(), ErrorCode::NotFound | ErrorCode::InvalidSpec) => {
+                return Err(RepositoryError::NoBranch {
+                    path: self.path.clone(),
+                    branch: shown(branch, 80),
+                });
+            }
+            Err(error) => return Err(self.failed(&doing)(error)),
+        };
+        self.check_small(branch, id, ObjectType::Commit)?;
+        self.git.find_commit(id).map_err(self.failed(&doing))
     }
 
     pub(crate) fn failed(&self, doing: &str) -> impl FnOnce(git2::Error) -> RepositoryError {
@@ -199,7 +208,7 @@ pub(crate) fn head_of(branch: &str) -> String {
     format!("refs/heads/{branch}")
 }
 
-fn failed(doing: &str, path: &Path) -> impl FnOnce(git2::Error) -> RepositoryError {
+pub(crate) fn failed(doing: &str, path: &Path) -> impl FnOnce(git2::Error) -> RepositoryError {
     let (doing, path) = (doing.to_string(), path.to_path_buf());
     move |source| RepositoryError::Git {
         doing,

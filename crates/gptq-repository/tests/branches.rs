@@ -118,9 +118,15 @@ fn what_is_missing_is_named() {
     assert!(error.to_string().contains("no branch `other`"), "{error}");
     let folder = place.checkpoint("one", b"weights");
     let error = repository.publish("a b", &folder, "made").unwrap_err();
-    assert!(matches!(error, RepositoryError::BranchName(_)), "{error}");
+    assert!(
+        matches!(error, RepositoryError::BranchName { .. }),
+        "{error}"
+    );
     let error = repository.publish("../x", &folder, "made").unwrap_err();
-    assert!(matches!(error, RepositoryError::BranchName(_)), "{error}");
+    assert!(
+        matches!(error, RepositoryError::BranchName { .. }),
+        "{error}"
+    );
     repository.publish("main", &folder, "made").unwrap();
     let objects = repository.path().join("lfs/objects");
     fs::remove_dir_all(objects).unwrap();

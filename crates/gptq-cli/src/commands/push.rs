@@ -50,12 +50,12 @@ pub fn run(args: &PushArgs) -> Result<Verdict, Failure> {
 fn files(repository: &Repository, branch: &str) -> Result<Vec<PushFile>, Failure> {
     (repository.files(branch)?.into_iter())
         .map(|file| {
-            let content = match &file.oid {
-                Some(oid) => PushContent::Object {
-                    file: repository.object(branch, &file)?,
+            let content = match (repository.object(branch, &file)?, &file.oid) {
+                (Some(object), Some(oid)) => PushContent::Object {
+                    file: object,
                     oid: oid.clone(),
                 },
-                None => PushContent::Inline {
+                _ => PushContent::Inline {
                     bytes: repository.read(branch, &file.name)?.unwrap_or_default(),
                     git_oid: file.git_oid.clone(),
                 },
