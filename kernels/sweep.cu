@@ -30,7 +30,8 @@ __device__ __forceinline__ float to_half(float x) {
     return z;
 }
 
-// The nearest f16 that is neither zero nor subnormal; 1 for an all-zero group.
+// The nearest f16 that is neither zero nor subnormal; 1 for an all-zero group. A scale beyond f16 is
+// infinite, and the host reports it.
 __device__ __forceinline__ float storable(float scale) {
     return scale == 0.0f ? 1.0f : to_half(fmaxf(scale, 6.103515625e-5f));
 }
@@ -42,6 +43,8 @@ __device__ __forceinline__ float2 fit_range(float low, float high, Rule rule) {
     }
     if (low == 0.0f && high == 0.0f) return make_float2(1.0f, fmaxf(rule.min_zero, 1.0f));
     float scale = storable(__fdiv_rn(high - low, rule.max_code));
+    // Its zero would be 0 and choose another scale, which says nothing of what went wrong.
+    if (scale > 65504.0f) return make_float2(scale, rule.min_zero);
     float zero = fminf(fmaxf(roundf(__fdiv_rn(-low, scale)), 0.0f), rule.max_code);
     if (zero >= rule.min_zero) return make_float2(scale, zero);
     return make_float2(storable(__fdiv_rn(high, rule.max_code - rule.min_zero)), rule.min_zero);
@@ -77,7 +80,8 @@ __device__ float2 fit(const float* w, long long stride, const unsigned* rows, co
         low = fminf(low, part[0][l][x]);
         high = fmaxf(high, part[1][l][x]);
     }
-    if (!rule.search) return fit_range(low, high, rule);
+    float2 whole = fit_range(low, high, rule);
+    if (!rule.search) return whole;
     float best = INFINITY, best_c = 0;
     if (live)
         for (int c = lane; c < CANDIDATES; c += LANES) {
@@ -106,6 +110,8 @@ __device__ float2 fit(const float* w, long long stride, const unsigned* rows, co
             best_c = c;
         }
     }
+    // A smaller share would clip the largest weight in silence.
+    if (whole.x > 65504.0f) return whole;
     float share = share_of(best_c, rule);
     return fit_range(low * share, high * share, rule);
 }

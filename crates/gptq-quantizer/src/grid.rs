@@ -12,6 +12,10 @@ pub struct Grid {
     pub zeros: Vec<f32>,
 }
 
+/// A scale that f16 cannot hold: the range of the weights cannot be stored.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ScaleOverflow(pub f32);
+
 /// What a spec says about grids, in the types the inner loop wants.
 #[derive(Clone, Copy, Debug)]
 pub struct GridRule {
@@ -37,20 +41,24 @@ impl GridRule {
 
     /// Grids of `outputs` columns from `weights`, rows of a group one after the other.
     #[inline(always)]
-    pub fn fit<'a>(&self, weights: impl Iterator<Item = &'a [f32]>, outputs: usize) -> Grid {
-        let mut grid = Grid::of(outputs);
-        self.cover(&Extent::of(weights, outputs), 1.0, &mut grid);
-        grid
+    pub fn fit<'a>(
+        &self,
+        weights: impl Iterator<Item = &'a [f32]>,
+        outputs: usize,
+    ) -> Result<Grid, ScaleOverflow> {
+        self.cover(&Extent::of(weights, outputs))
     }
 
-    /// Sets `grid` to cover a `share` of every column's extent.
+    /// Grids that cover every column's extent.
     #[inline(always)]
-    pub fn cover(&self, extent: &Extent, share: f32, grid: &mut Grid) {
+    pub fn cover(&self, extent: &Extent) -> Result<Grid, ScaleOverflow> {
+        let mut grid = Grid::of(extent.low.len());
         let columns = extent.low.iter().zip(&extent.high);
         let grids = grid.scales.iter_mut().zip(&mut grid.zeros);
         for ((low, high), (scale, zero)) in columns.zip(grids) {
-            (*scale, *zero) = self.fit_range(low * share, high * share);
+            (*scale, *zero) = self.fit_range(*low, *high)?;
         }
+        Ok(grid)
     }
 
     /// Scale and zero for weights in `low..=high`, with `low <= 0 <= high`.
@@ -58,35 +66,41 @@ impl GridRule {
     /// Symmetric: `scale = 2 max|w| / max_code`, also where all weights have one sign; the
     /// original code then halves the range. Asymmetric: `scale = (high - low) / max_code` and
     /// `zero = -low / scale`, at least what the format can store.
+    ///
+    /// # Errors
+    /// A scale beyond f16. It is an error at once: a zero computed with it would be 0, and choose
+    /// another scale that says nothing of what went wrong.
     #[inline(always)]
-    pub fn fit_range(&self, low: f32, high: f32) -> (f32, f32) {
+    pub fn fit_range(&self, low: f32, high: f32) -> Result<(f32, f32), ScaleOverflow> {
         if self.sym {
             let reach = high.max(-low);
             let zero = (self.max_code + 1.0) / 2.0;
-            return (storable(2.0 * reach / self.max_code), zero);
+            return Ok((storable(2.0 * reach / self.max_code)?, zero));
         }
         if low == 0.0 && high == 0.0 {
-            return (1.0, self.min_zero.max(1.0));
+            return Ok((1.0, self.min_zero.max(1.0)));
         }
-        let scale = storable((high - low) / self.max_code);
+        let scale = storable((high - low) / self.max_code)?;
         let zero = (-low / scale).round().clamp(0.0, self.max_code);
         if zero >= self.min_zero {
-            return (scale, zero);
+            return Ok((scale, zero));
         }
-        (
-            storable(high / (self.max_code - self.min_zero)),
-            self.min_zero,
-        )
+        let scale = storable(high / (self.max_code - self.min_zero))?;
+        Ok((scale, self.min_zero))
     }
 }
 
 /// The nearest f16 that is neither zero nor subnormal; 1 for the scale of an all-zero group.
-/// A scale beyond f16 stays infinite, for the caller to report.
-fn storable(scale: f32) -> f32 {
+#[inline(always)]
+fn storable(scale: f32) -> Result<f32, ScaleOverflow> {
     if scale == 0.0 {
-        return 1.0;
+        return Ok(1.0);
     }
-    f16::from_f32(scale.max(f16::MIN_POSITIVE.to_f32())).to_f32()
+    let stored = f16::from_f32(scale.max(f16::MIN_POSITIVE.to_f32())).to_f32();
+    match stored.is_finite() {
+        true => Ok(stored),
+        false => Err(ScaleOverflow(scale)),
+    }
 }
 
 /// Least and largest weight of each column, with 0 between them.
@@ -125,11 +139,6 @@ impl Grid {
             zeros: vec![0.0; outputs],
         }
     }
-
-    /// The first scale that f16 cannot hold.
-    pub fn overflow(&self) -> Option<f32> {
-        self.scales.iter().copied().find(|s| !s.is_finite())
-    }
 }
 
 /// Steps from the zero to the grid point nearest to `w`, half to even as torch rounds.
@@ -165,27 +174,37 @@ mod tests {
 
     #[test]
     fn a_one_sided_symmetric_group_keeps_its_full_range() {
-        let (scale, zero) = rule(true, CheckpointFormat::Gptq).fit_range(0.0, 7.5);
+        let (scale, zero) = rule(true, CheckpointFormat::Gptq)
+            .fit_range(0.0, 7.5)
+            .unwrap();
         assert_eq!((scale, zero), (1.0, 8.0));
     }
 
     #[test]
     fn v1_never_stores_a_zero_of_zero() {
-        let (scale, zero) = rule(false, CheckpointFormat::Gptq).fit_range(0.0, 14.0);
+        let (scale, zero) = rule(false, CheckpointFormat::Gptq)
+            .fit_range(0.0, 14.0)
+            .unwrap();
         assert_eq!((scale, zero), (1.0, 1.0));
-        let (scale, zero) = rule(false, CheckpointFormat::GptqV2).fit_range(0.0, 15.0);
+        let (scale, zero) = rule(false, CheckpointFormat::GptqV2)
+            .fit_range(0.0, 15.0)
+            .unwrap();
         assert_eq!((scale, zero), (1.0, 0.0));
     }
 
     #[test]
     fn scales_are_f16_values_and_never_zero() {
-        let (scale, _) = rule(true, CheckpointFormat::Gptq).fit_range(-0.1234, 0.1);
+        let (scale, _) = rule(true, CheckpointFormat::Gptq)
+            .fit_range(-0.1234, 0.1)
+            .unwrap();
         assert_eq!(scale, f16::from_f32(scale).to_f32());
-        let (tiny, _) = rule(true, CheckpointFormat::Gptq).fit_range(-1e-12, 0.0);
+        let (tiny, _) = rule(true, CheckpointFormat::Gptq)
+            .fit_range(-1e-12, 0.0)
+            .unwrap();
         assert!(tiny > 0.0);
         assert_eq!(
-            rule(true, CheckpointFormat::Gptq).fit_range(0.0, 0.0).0,
-            1.0
+            rule(true, CheckpointFormat::Gptq).fit_range(0.0, 0.0),
+            Ok((1.0, 8.0))
         );
     }
 
@@ -195,5 +214,36 @@ mod tests {
         assert_eq!(nearest(3.5, 1.0, 8.0, 15.0), 4.0);
         assert_eq!(nearest(99.0, 1.0, 8.0, 15.0), 7.0);
         assert_eq!(nearest(-99.0, 1.0, 8.0, 15.0), -8.0);
+    }
+
+    /// v1 asymmetric: the zero of an infinite scale is 0, which v1 cannot store, and the scale that
+    /// took its place fitted the other side alone: a weight of -2e6 became -0.009.
+    #[test]
+    fn a_range_beyond_f16_is_an_error_on_every_grid() {
+        for (sym, format) in [
+            (true, CheckpointFormat::Gptq),
+            (true, CheckpointFormat::GptqV2),
+            (false, CheckpointFormat::Gptq),
+            (false, CheckpointFormat::GptqV2),
+        ] {
+            let rule = rule(sym, format);
+            for (low, high) in [
+                (-2e6, 0.125),
+                (-0.125, 2e6),
+                (-2e6, 2e6),
+                (-2e6, 0.0),
+                (0.0, 2e6),
+                (f32::MIN, f32::MAX),
+                (f32::NEG_INFINITY, 0.0),
+            ] {
+                let fitted = rule.fit_range(low, high);
+                assert!(fitted.is_err(), "{sym} {format:?} {low} {high}: {fitted:?}");
+            }
+            let (scale, _) = rule.fit_range(-4e5, 4e5).unwrap();
+            assert!(scale.is_finite());
+        }
+        // The range fits, but not with the zero that v1 asks for.
+        let v1 = rule(false, CheckpointFormat::Gptq);
+        assert_eq!(v1.fit_range(0.0, 982_560.0), Err(ScaleOverflow(70182.86)));
     }
 }

@@ -56,7 +56,9 @@ pub fn gptq(
         let mut best = (f64::INFINITY, (0.0, 0.0));
         let mut rivals = f64::INFINITY;
         for share in shares(spec) {
-            let (scale, zero) = rule.fit_range(low * share, high * share);
+            let Ok((scale, zero)) = rule.fit_range(low * share, high * share) else {
+                continue; // the solver reports it
+            };
             let (scale, zero) = (f64::from(scale), f64::from(zero));
             let loss = |&r: &usize| {
                 let value = w[r * n + col];

@@ -5,7 +5,7 @@ use gptq_types::{QuantSpec, SolvedLayer};
 use half::f16;
 
 use crate::QuantizeError;
-use crate::grid::{GridRule, nearest};
+use crate::grid::{GridRule, ScaleOverflow, nearest};
 
 /// Rounds `weight [K, N]` to the grids of its groups in stored order.
 pub fn round_to_nearest(
@@ -37,10 +37,8 @@ pub fn round_to_nearest(
         let grid = vectorised(
             #[inline(always)]
             || rule.fit(rows.chunks_exact(n), n),
-        );
-        if let Some(scale) = grid.overflow() {
-            return Err(QuantizeError::ScaleOverflow { group, scale });
-        }
+        )
+        .map_err(|ScaleOverflow(scale)| QuantizeError::ScaleOverflow { group, scale })?;
         vectorised(
             #[inline(always)]
             || {

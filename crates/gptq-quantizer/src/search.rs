@@ -13,7 +13,7 @@
 
 use gptq_types::{Bits, QuantSpec};
 
-use crate::grid::{Extent, Grid, GridRule, steps};
+use crate::grid::{Extent, Grid, GridRule, ScaleOverflow, steps};
 
 /// Grids tried for every group and output.
 const CANDIDATES: usize = 46;
@@ -53,12 +53,19 @@ const LANES: usize = 16;
 
 /// For each of `outputs` columns the first grid of `shares` with the least error over `rows`.
 ///
-/// A grid that overflows f16 has an error that is not a number and is never preferred.
+/// # Errors
+/// Weights whose whole extent f16 cannot hold: a smaller share would clip the largest in silence. A
+/// share that overflows, as v1's zero may make it, has an error that is not a number and is never
+/// preferred.
 #[inline(always)]
-pub fn fit_best(rule: &GridRule, shares: &[f32], rows: &[Row<'_>], outputs: usize) -> Grid {
+pub fn fit_best(
+    rule: &GridRule,
+    shares: &[f32],
+    rows: &[Row<'_>],
+    outputs: usize,
+) -> Result<Grid, ScaleOverflow> {
     let extent = Extent::of(rows.iter().map(|row| row.weights), outputs);
-    let mut best = Grid::of(outputs);
-    rule.cover(&extent, 1.0, &mut best);
+    let mut best = rule.cover(&extent)?;
     if shares.len() > 1 {
         let search = Search {
             rule,
@@ -74,7 +81,7 @@ pub fn fit_best(rule: &GridRule, shares: &[f32], rows: &[Row<'_>], outputs: usiz
             search.improve::<1>(first, &mut best);
         }
     }
-    best
+    Ok(best)
 }
 
 struct Search<'a> {
@@ -93,7 +100,8 @@ impl Search<'_> {
             let (mut scales, mut zeros) = ([0.0; L], [0.0; L]);
             for (lane, (scale, zero)) in scales.iter_mut().zip(&mut zeros).enumerate() {
                 let (low, high) = self.extent.of_column(first + lane);
-                (*scale, *zero) = self.rule.fit_range(low * share, high * share);
+                let grid = self.rule.fit_range(low * share, high * share);
+                (*scale, *zero) = grid.unwrap_or((f32::NAN, 0.0));
             }
             let errors = self.errors(first, &scales, &zeros);
             for lane in 0..L {

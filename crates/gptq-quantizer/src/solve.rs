@@ -12,7 +12,7 @@ use gptq_types::{QuantSpec, SolvedLayer};
 use half::f16;
 use rayon::prelude::*;
 
-use crate::grid::{Grid, GridRule, nearest};
+use crate::grid::{Grid, GridRule, ScaleOverflow, nearest};
 use crate::search::{Row, fit_best, shares};
 use crate::{Factor, QuantizeError};
 
@@ -45,16 +45,18 @@ pub fn solve(
             out_features,
         });
     }
-    let panels: Vec<Panel> = (0..out_features)
+    let panels: Vec<Result<Panel, QuantizeError>> = (0..out_features)
         .into_par_iter()
         .step_by(PANEL)
         .map(|first| {
-            let mut panel = Panel::cut(weight, out_features, first, factor, spec);
-            panel.sweep();
-            panel
+            let mut panel = Panel::cut(weight, out_features, first, factor, spec)?;
+            panel.sweep()?;
+            Ok(panel)
         })
         .collect();
-    assemble(panels, out_features, factor, spec)
+    // The first error in the order of outputs, whichever thread was the first to meet one.
+    let panels = panels.into_iter().collect::<Result<Vec<Panel>, _>>()?;
+    Ok(assemble(&panels, out_features, factor, spec))
 }
 
 /// A run of outputs on its way through all channels.
@@ -76,7 +78,7 @@ impl<'a> Panel<'a> {
         first: usize,
         factor: &'a Factor,
         spec: &QuantSpec,
-    ) -> Self {
+    ) -> Result<Self, QuantizeError> {
         let k = factor.order.channels.len();
         let outputs = PANEL.min(out_features - first);
         let mut w = Vec::with_capacity(k * outputs);
@@ -94,28 +96,30 @@ impl<'a> Panel<'a> {
             compensated_error: 0.0,
         };
         if factor.order.fixed_grids {
-            panel.fix_grids();
+            panel.fix_grids()?;
         }
-        panel
+        Ok(panel)
     }
 
     /// Grids of all groups from the untouched weights.
-    fn fix_grids(&mut self) {
+    fn fix_grids(&mut self) -> Result<(), QuantizeError> {
         let mut members: Vec<Vec<usize>> = vec![Vec::new(); self.grids.len()];
         for (position, &group) in self.factor.order.groups.iter().enumerate() {
             members[group as usize].push(position);
         }
         for (group, members) in members.into_iter().enumerate() {
-            self.grids[group] = vectorised(
+            let grid = vectorised(
                 #[inline(always)]
                 || self.fit_grid(members.into_iter()),
             );
+            self.grids[group] = grid.map_err(overflow_in(group))?;
         }
+        Ok(())
     }
 
     /// The grid of a group from the weights at its `positions` as they are now.
     #[inline(always)]
-    fn fit_grid(&self, positions: impl Iterator<Item = usize>) -> Grid {
+    fn fit_grid(&self, positions: impl Iterator<Item = usize>) -> Result<Grid, ScaleOverflow> {
         let rows: Vec<Row> = positions
             .map(|p| Row {
                 weights: &self.w[p * self.outputs..][..self.outputs],
@@ -127,7 +131,7 @@ impl<'a> Panel<'a> {
 
     /// Rounds every channel in order. Blocks end where groups end, so that a grid is always
     /// fitted to weights that already carry every error passed on before it.
-    fn sweep(&mut self) {
+    fn sweep(&mut self) -> Result<(), QuantizeError> {
         let k = self.factor.order.channels.len();
         let mut errors = Vec::new();
         let mut first = 0;
@@ -138,20 +142,26 @@ impl<'a> Panel<'a> {
             vectorised(
                 #[inline(always)]
                 || self.sweep_block(first, last, &mut errors),
-            );
+            )?;
             self.update_trailing(first, last, &errors);
             first = last;
         }
+        Ok(())
     }
 
     /// Lines 5 to 10 of algorithm 1: quantise a channel, pass its error on inside the block.
     #[inline(always)]
-    fn sweep_block(&mut self, first: usize, last: usize, errors: &mut [f32]) {
+    fn sweep_block(
+        &mut self,
+        first: usize,
+        last: usize,
+        errors: &mut [f32],
+    ) -> Result<(), QuantizeError> {
         let k = self.factor.order.channels.len();
         let n = self.outputs;
         for i in first..last {
             if !self.factor.order.fixed_grids {
-                self.fit_grid_at(i);
+                self.fit_grid_at(i)?;
             }
             let u = &self.factor.u[i * k..(i + 1) * k];
             let error = &mut errors[(i - first) * n..][..n];
@@ -161,17 +171,20 @@ impl<'a> Panel<'a> {
                 axpy(row, -u_ij, error);
             }
         }
+        Ok(())
     }
 
     /// Fits the grid of the group that begins at position `i`, if one does.
     #[inline(always)]
-    fn fit_grid_at(&mut self, i: usize) {
+    fn fit_grid_at(&mut self, i: usize) -> Result<(), QuantizeError> {
         let groups = &self.factor.order.groups;
         if i > 0 && groups[i - 1] == groups[i] {
-            return;
+            return Ok(());
         }
         let end = self.factor.order.group_end(i);
-        self.grids[groups[i] as usize] = self.fit_grid(i..end);
+        let group = groups[i] as usize;
+        self.grids[group] = self.fit_grid(i..end).map_err(overflow_in(group))?;
+        Ok(())
     }
 
     /// Codes of channel `i` and `error = (w - q) / U_ii`.
@@ -217,23 +230,24 @@ impl<'a> Panel<'a> {
     }
 }
 
+fn overflow_in(group: usize) -> impl FnOnce(ScaleOverflow) -> QuantizeError {
+    move |ScaleOverflow(scale)| QuantizeError::ScaleOverflow { group, scale }
+}
+
 /// Panels side by side, channels back in stored order.
 fn assemble(
-    panels: Vec<Panel<'_>>,
+    panels: &[Panel<'_>],
     out_features: usize,
     factor: &Factor,
     spec: &QuantSpec,
-) -> Result<Solved, QuantizeError> {
+) -> Solved {
     let k = factor.order.channels.len();
     let groups = spec.group_size.count(k);
     let mut scales = Vec::with_capacity(groups * out_features);
     let mut zeros = Vec::with_capacity(groups * out_features);
     for group in 0..groups {
-        for panel in &panels {
+        for panel in panels {
             let grid = &panel.grids[group];
-            if let Some(scale) = grid.overflow() {
-                return Err(QuantizeError::ScaleOverflow { group, scale });
-            }
             scales.extend(grid.scales.iter().map(|&s| f16::from_f32(s)));
             zeros.extend(grid.zeros.iter().map(|&z| z as u16));
         }
@@ -244,11 +258,11 @@ fn assemble(
     }
     let mut codes = Vec::with_capacity(k * out_features);
     for position in position_of {
-        for panel in &panels {
+        for panel in panels {
             codes.extend_from_slice(&panel.codes[position * panel.outputs..][..panel.outputs]);
         }
     }
-    Ok(Solved {
+    Solved {
         compensated_error: panels.iter().map(|panel| panel.compensated_error).sum(),
         layer: SolvedLayer {
             bits: spec.bits,
@@ -259,5 +273,5 @@ fn assemble(
             zeros,
             g_idx: factor.order.g_idx(),
         },
-    })
+    }
 }
