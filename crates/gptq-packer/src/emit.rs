@@ -15,8 +15,8 @@ const SETTINGS_KEY: &str = "quantization_config";
 
 /// The settings that both files carry.
 ///
-/// `desc_act` is true only for [`ColumnOrder::ActOrder`], whose `g_idx` is a real permutation. The
-/// other orders leave a trivial `g_idx`, and readers pay for the word alone: vLLM replicates scales
+/// `desc_act` is true only where `g_idx` is a real permutation, [`QuantSpec::permutes_g_idx`]. The
+/// other orders, and one group a row, leave a trivial `g_idx`, and readers pay for the word alone: vLLM replicates scales
 /// over tensor-parallel ranks and reorders activations, AutoGPTQ's Marlin and BitBLAS refuse it.
 /// (AutoGPTQ itself writes true with static groups, though its `g_idx` is trivial too.)
 /// [`ColumnOrder::ActOrderStaticGroups`] is told by `static_groups`, [`ColumnOrder::GroupAware`] by
@@ -39,7 +39,7 @@ fn settings(spec: &QuantSpec, tool: &str, extra_meta: &Map<String, Value>) -> Ma
     let settings = json!({
         "bits": spec.bits,
         "group_size": spec.group_size,
-        "desc_act": spec.order == ColumnOrder::ActOrder,
+        "desc_act": spec.permutes_g_idx(),
         "sym": spec.sym,
         "static_groups": static_groups,
         "true_sequential": true,
@@ -82,8 +82,7 @@ fn into_object(value: Value) -> Map<String, Value> {
 /// finds `model.safetensors`.
 ///
 /// `tool` is name and version, `gptq-rs:0.1.0`; `extra_meta` is added to `meta` and prevails there.
-/// `desc_act` is true only for [`ColumnOrder::ActOrder`]: with static groups or group-aware order
-/// `g_idx` is trivial, and readers that see `desc_act` would be slower or refuse for nothing.
+/// `desc_act` is true only for [`QuantSpec::permutes_g_idx`]: else `g_idx` is trivial, and readers that see `desc_act` would be slower or refuse for nothing.
 pub fn quantize_config_json(
     spec: &QuantSpec,
     tool: &str,
@@ -293,7 +292,8 @@ mod tests {
         assert_eq!(config.group_size, spec.group_size);
         assert_eq!(config.format, spec.format);
         assert_eq!(config.sym, spec.sym);
-        assert_eq!(config.desc_act, spec.order == ColumnOrder::ActOrder);
+        let permuted = spec.order == ColumnOrder::ActOrder && spec.group_size != GroupSize::None;
+        assert_eq!(config.desc_act, permuted);
         assert_eq!(
             config.static_groups,
             Some(spec.order == ColumnOrder::ActOrderStaticGroups)

@@ -2,7 +2,7 @@
 //!
 //! The rules are those of the runtimes' own sources; docs/FORMAT.md names the files.
 
-use gptq_types::{Bits, CheckpointFormat, ColumnOrder, GroupSize, QuantSpec, Reading};
+use gptq_types::{Bits, CheckpointFormat, GroupSize, QuantSpec, Reading};
 
 /// A linear's input and output channels.
 type Shape = (usize, usize);
@@ -90,7 +90,7 @@ impl File<'_> {
 
     /// Whether `g_idx` is a permutation.
     fn permuted(&self) -> bool {
-        self.spec.order == ColumnOrder::ActOrder
+        self.spec.permutes_g_idx()
     }
 
     fn not_v1(&self) -> Option<String> {
@@ -119,6 +119,8 @@ impl File<'_> {
 
 #[cfg(test)]
 mod tests {
+    use gptq_types::ColumnOrder;
+
     use super::*;
 
     const LLAMA: [Shape; 3] = [(4096, 4096), (4096, 11008), (11008, 4096)];

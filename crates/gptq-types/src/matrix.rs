@@ -49,6 +49,7 @@ pub fn branch_name(spec: &QuantSpec) -> String {
 pub fn describe(spec: &QuantSpec) -> String {
     let order = match spec.order {
         ColumnOrder::Natural => "without act-order",
+        ColumnOrder::ActOrder if !spec.permutes_g_idx() => "with act-order: g_idx stays trivial",
         ColumnOrder::ActOrder => "with act-order: g_idx is a permutation, slower in some runtimes",
         ColumnOrder::ActOrderStaticGroups => "act-order with static groups: g_idx stays trivial",
         ColumnOrder::GroupAware => "channels reordered inside groups: g_idx stays trivial",
@@ -139,5 +140,18 @@ mod tests {
         assert_eq!(branch_name(&spec), "gptq-8bit--1g-actorder_True");
         spec.order = ColumnOrder::Natural;
         assert_eq!(branch_name(&spec), "gptq-8bit--1g-actorder_False");
+    }
+
+    /// The card once called a g_idx of zeros a permutation.
+    #[test]
+    fn only_several_groups_can_be_permuted() {
+        let mut spec = QuantSpec {
+            order: ColumnOrder::ActOrder,
+            ..QuantSpec::published()
+        };
+        assert!(describe(&spec).contains("is a permutation"));
+        spec.group_size = GroupSize::None;
+        assert!(!spec.permutes_g_idx());
+        assert!(describe(&spec).contains("trivial"), "{}", describe(&spec));
     }
 }

@@ -184,7 +184,8 @@ impl fmt::Display for CheckpointFormat {
 pub enum ColumnOrder {
     /// As stored; `g_idx` is trivial.
     Natural,
-    /// By falling Hessian diagonal, groups formed in that order; `g_idx` is a real permutation.
+    /// By falling Hessian diagonal, groups formed in that order; `g_idx` is a real permutation where
+    /// there are several groups.
     ActOrder,
     /// By falling Hessian diagonal over grids fixed beforehand in natural order; `g_idx` is trivial.
     ActOrderStaticGroups,
@@ -245,6 +246,12 @@ impl QuantSpec {
             return Err(SpecError::Conflict("method rtn", "a scale search"));
         }
         Ok(())
+    }
+
+    /// Whether `g_idx` of the result is a real permutation: with one group a row it is all 0,
+    /// whatever the order.
+    pub fn permutes_g_idx(&self) -> bool {
+        self.order == ColumnOrder::ActOrder && self.group_size != GroupSize::None
     }
 
     /// The smallest zero a file of this format can hold without touching its neighbours.
