@@ -23,6 +23,9 @@ const MOST_TRIES: u32 = 50;
 /// A hub that asks for more is not waited for.
 const MOST_RETRY_AFTER: Duration = Duration::from_secs(120);
 
+/// Names and values that a request sends.
+pub(crate) type Headers = Vec<(&'static str, String)>;
+
 /// Why one try did not succeed.
 #[derive(Debug)]
 pub(crate) enum Trouble {
@@ -96,7 +99,7 @@ impl Client {
     pub(crate) fn get(
         &self,
         url: &str,
-        headers: &mut dyn FnMut(&Said) -> Result<Vec<(&'static str, String)>, Trouble>,
+        headers: &mut dyn FnMut(&Said) -> Result<Headers, Trouble>,
     ) -> Result<Answer, Trouble> {
         let mut url = url.to_string();
         let mut said = Said::default();

@@ -16,7 +16,7 @@ use gptq_types::ContentHasher;
 use ureq::Body;
 use ureq::http::{HeaderMap, Response};
 
-use crate::client::{Answer, Client, Said, Trouble};
+use crate::client::{Answer, Client, Headers, Said, Trouble};
 
 const BUFFER_BYTES: usize = 1 << 20;
 /// Of a file whose length nobody declares; those are texts that a proxy compresses.
@@ -121,10 +121,10 @@ impl Transfer<'_> {
         }
         let Answer { response, said } = asked?;
         self.said = said;
-        if self.partial.is_none() {
-            if let Some(blob) = open_named(self.blobs, &self.said, &mut self.partial)? {
-                return Ok(Some(blob));
-            }
+        if self.partial.is_none()
+            && let Some(blob) = open_named(self.blobs, &self.said, &mut self.partial)?
+        {
+            return Ok(Some(blob));
         }
         if self.partial.is_none() {
             self.partial = Some(Partial::nameless(self.blobs)?);
@@ -137,7 +137,7 @@ impl Transfer<'_> {
     }
 
     /// Asks for the rest where what is there is known to be the beginning of the same file.
-    fn range(&self) -> Vec<(&'static str, String)> {
+    fn range(&self) -> Headers {
         let Some(partial) = self.partial.as_ref().filter(|partial| partial.have > 0) else {
             return Vec::new();
         };
