@@ -3,8 +3,10 @@
 mod bad_input;
 mod bad_model;
 mod device;
+mod files;
 mod full_disk;
 mod generate;
 mod help;
 mod report;
 mod streams;
+mod target;

@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use gptq_packer::SafetensorsFile;
+
 use crate::support::{
     Family, TinyModel, edit_tensor, entries, quantize, refused, run, same_files, small_model,
     write_text,
@@ -101,6 +103,19 @@ impl Place {
         }
         panic!("no {lines} lines in the journal after a minute");
     }
+}
+
+/// Flips a bit in the middle of a tensor.
+fn damage(shard: &Path, name: &str) {
+    let file = SafetensorsFile::open(shard).unwrap();
+    let stored = file.read(name).unwrap();
+    let mut bytes = fs::read(shard).unwrap();
+    let at = bytes
+        .windows(stored.len())
+        .position(|w| w == stored)
+        .unwrap();
+    bytes[at + stored.len() / 2] ^= 1;
+    fs::write(shard, bytes).unwrap();
 }
 
 fn killed_and_resumed(place: &Place, blocks: usize, flags: &[&str]) {
@@ -200,7 +215,7 @@ fn what_is_left_of_a_run_is_neither_taken_nor_overwritten_unasked() {
         place.folder.path(),
         &["another device:", "NVIDIA H200"],
     );
-    fs::write(&journal, begun).unwrap();
+    fs::write(&journal, &begun).unwrap();
 
     // Half of a model and half of another were once published as one.
     let original = fs::read(&weights).unwrap();
@@ -211,6 +226,27 @@ fn what_is_left_of_a_run_is_neither_taken_nor_overwritten_unasked() {
         &["another weights:"],
     );
     fs::write(&weights, original).unwrap();
+
+    // What is vouched for is what was written: a tensor, and every number of a line.
+    let shard = place.partial.join("model.safetensors");
+    let written = fs::read(&shard).unwrap();
+    let name = "model.layers.0.self_attn.q_proj.qweight";
+    damage(&shard, name);
+    let told = refused(
+        place.run_into(&place.out, &flags).arg("--resume"),
+        place.folder.path(),
+        &[name, "line 2"],
+    );
+    assert!(told.hint().is_some(), "{told:#?}");
+    fs::write(&shard, written).unwrap();
+    let edited = begun.replacen("\"error\":", "\"error\":1", 1);
+    fs::write(&journal, edited).unwrap();
+    refused(
+        place.run_into(&place.out, &flags).arg("--resume"),
+        place.folder.path(),
+        &["line 2", "damaged"],
+    );
+    fs::write(&journal, &begun).unwrap();
 
     // A line that the kill cut short was never a finished block.
     let mut text = fs::read_to_string(&journal).unwrap();

@@ -14,16 +14,6 @@ use std::path::Path;
 
 use crate::failure::Failure;
 
-/// A dataset by the name that may be published: where a file lay is nobody's business.
-pub fn public_name(dataset: &str) -> String {
-    match Path::new(dataset).file_name() {
-        Some(name) if dataset.contains('/') && !dataset.contains('=') => {
-            name.to_string_lossy().into_owned()
-        }
-        _ => dataset.to_string(),
-    }
-}
-
 /// The text of a file that the user named.
 pub fn read_text(path: &Path) -> Result<String, Failure> {
     std::fs::read_to_string(path)

@@ -5,8 +5,7 @@ use std::sync::Arc;
 
 use gptq_hub::{Checkpoint, ResolveOptions, resolve};
 use gptq_inference::OpenedModel;
-use gptq_types::TensorSource;
-use sha2::{Digest, Sha256};
+use gptq_types::{ContentHasher, TensorSource};
 
 use crate::args::HubArgs;
 use crate::failure::Failure;
@@ -26,13 +25,19 @@ pub fn options(hub: &HubArgs) -> ResolveOptions {
     }
 }
 
-/// Finds and opens the folder of `model`.
-pub fn find(model: &str, hub: &HubArgs) -> Result<Model, Failure> {
+/// Finds the folder of `model`, on the hub where it is none of this machine.
+pub fn folder(model: &str, hub: &HubArgs) -> Result<PathBuf, Failure> {
     let mut bar = Bytes::new();
     let folder = resolve(model, &options(hub), &mut |file, done, all| {
         bar.show(file, done, all);
     })?;
     bar.end();
+    Ok(folder)
+}
+
+/// Finds and opens the folder of `model`.
+pub fn find(model: &str, hub: &HubArgs) -> Result<Model, Failure> {
+    let folder = folder(model, hub)?;
     let checkpoint = Arc::new(Checkpoint::open(&folder)?);
     for note in checkpoint.notes() {
         eprintln!("note: {note}");
@@ -69,9 +74,10 @@ impl Model {
     /// sha256 of the configs and of each weight file's name, length and time of change: a digest
     /// of the weights themselves would take as long as a good part of an evaluation.
     pub fn identity(&self) -> Result<String, Failure> {
-        let mut digest = Sha256::new();
-        digest.update(&self.config_json);
-        digest.update(self.quantize_config_json()?.unwrap_or_default());
+        let mut hasher = ContentHasher::default();
+        hasher.update(self.config_json.as_bytes());
+        let settings = self.quantize_config_json()?.unwrap_or_default();
+        hasher.update(settings.as_bytes());
         for file in self.checkpoint.files() {
             let wrong = |error: std::io::Error| {
                 Failure::new(format!("cannot read `{}`: {error}", file.display()))
@@ -79,10 +85,9 @@ impl Model {
             let metadata = std::fs::metadata(&file).map_err(wrong)?;
             let changed = metadata.modified().map_err(wrong)?;
             let name = file.file_name().unwrap_or_default();
-            digest.update(format!("{name:?} {} {changed:?}\n", metadata.len()));
+            hasher.update(format!("{name:?} {} {changed:?}\n", metadata.len()).as_bytes());
         }
-        let digest = digest.finalize();
-        Ok(digest.iter().map(|byte| format!("{byte:02x}")).collect())
+        Ok(hasher.finish().to_string())
     }
 
     /// The folder.
@@ -93,5 +98,14 @@ impl Model {
     /// Tokenizer, generation and licence files that are there.
     pub fn companions(&self) -> Vec<PathBuf> {
         self.checkpoint.companions().to_vec()
+    }
+}
+
+/// A model by the name that may be published: of a folder its own name, never the path.
+pub fn public_model_name(model: &str) -> String {
+    let folder = std::fs::canonicalize(model).ok();
+    match folder.as_deref().and_then(Path::file_name) {
+        Some(name) => name.to_string_lossy().into_owned(),
+        None => model.to_string(),
     }
 }

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use gptq_packer::{FolderVerdict, PACKED_SUFFIXES};
 use gptq_types::{
     BranchRecord, CalibrationRequest, Permutation, RUN_RECORD_SCHEMA, RunRecord, TensorSource,
     branch_name, describe,
@@ -26,6 +27,29 @@ pub fn read_run(path: &Path) -> Result<RunRecord, Failure> {
     let run: RunRecord = read_json(path)?;
     check_schema(&run, &path.display().to_string())?;
     Ok(run)
+}
+
+/// All files of a folder that `quantize` made, against what its record lists of them.
+///
+/// # Errors
+/// A folder without a record, or with one of an older version, which lists no files; a file that
+/// cannot be read.
+pub fn check_folder(folder: &Path) -> Result<FolderVerdict, Failure> {
+    let path = folder.join(RUN_RECORD);
+    let run = read_run(&path)?;
+    if run.files.is_empty() {
+        return Err(Failure::with_hint(
+            format!(
+                "`{}` lists no files: an older version wrote it",
+                path.display()
+            ),
+            "compare logits instead, with --expect",
+        ));
+    }
+    let mut verdict = gptq_packer::check_files(folder, &run.files)
+        .map_err(|error| Failure::new(error.to_string()))?;
+    verdict.extra.retain(|name| name != RUN_RECORD);
+    Ok(verdict)
 }
 
 /// Refuses the record of a later version.
@@ -73,7 +97,7 @@ pub fn measured_nothing(folder: &Path, run: &RunRecord) -> Result<BranchRecord, 
 
 fn bits_per_weight(checkpoint: &gptq_hub::Checkpoint, run: &RunRecord) -> f64 {
     let bytes: usize = (run.layers.iter())
-        .flat_map(|row| ["qweight", "qzeros", "scales", "g_idx"].map(|s| row.layer.tensor(s)))
+        .flat_map(|row| PACKED_SUFFIXES.map(|s| row.layer.tensor(s)))
         .filter_map(|name| Some(checkpoint.info(&name)?.bytes()))
         .sum();
     let weights = run

@@ -63,6 +63,13 @@ impl<'a> Shown<'a> {
                     steps.set(done);
                 }
             }
+            Progress::AlreadyDone => eprintln!(
+                "done before: the folder holds the result of this run, every file as it was written"
+            ),
+            Progress::NothingToResume => {
+                eprintln!("there is no interrupted run to go on with: one begins");
+            }
+            Progress::Warning(text) => eprintln!("warning: {text}"),
             Progress::Published => {}
         }
     }

@@ -74,7 +74,7 @@ impl Checkpoint {
             tensors,
             companions,
             weight_bytes: bytes_of(&files)?,
-            notes: Vec::new(),
+            notes: left_out(dir, &listing),
         };
         checkpoint.read_as_floats()?;
         Ok(checkpoint)
@@ -199,6 +199,20 @@ fn companions(dir: &Path, listing: &[String]) -> Result<Vec<PathBuf>, HubError> 
     let files: Vec<PathBuf> = files.into_iter().filter(|file| file.is_file()).collect();
     files.iter().try_for_each(|file| refuse_stand_in(file))?;
     Ok(files)
+}
+
+/// A sentence on each that has the name of such a file and is none: some models keep their licences
+/// in a folder called LICENSE.
+fn left_out(dir: &Path, listing: &[String]) -> Vec<String> {
+    (listing.iter())
+        .filter(|name| is_companion(name) && !dir.join(name).is_file())
+        .map(|name| {
+            format!(
+                "`{}` is not a file and does not travel along",
+                shown(name, 80)
+            )
+        })
+        .collect()
 }
 
 fn bytes_of(files: &[PathBuf]) -> Result<u64, HubError> {

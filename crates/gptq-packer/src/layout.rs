@@ -223,6 +223,9 @@ fn lay_out_shard(
     Ok((shard, placed))
 }
 
+/// The tensors of every quantised linear, behind its name.
+pub const PACKED_SUFFIXES: [&str; 4] = ["qweight", "qzeros", "scales", "g_idx"];
+
 /// The tensors of one quantised linear: `qweight`, `qzeros`, `scales`, `g_idx` and, if it has one,
 /// `bias` (f16 `[N]`). Shapes are those of [`crate::PackedLayer`].
 pub fn packed_tensors(

@@ -1,7 +1,7 @@
 //! The shard files of a partial folder: made at full length, or found again.
 
 use std::collections::HashSet;
-use std::fs::{self, File, TryLockError};
+use std::fs::{self, File};
 use std::io::{self, ErrorKind, Write};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -13,9 +13,14 @@ use crate::stage::{StageError, io_error};
 
 static ZEROS: [u8; 1 << 20] = [0; 1 << 20];
 
-/// Makes every shard of the layout in an empty folder, and locks it.
-pub(crate) fn fill(partial: &Path, layout: &CheckpointLayout) -> Result<Vec<File>, StageError> {
-    let needed = layout.file_bytes();
+/// Makes every shard of the layout in an empty folder, on a disk with room for `beside_shards` bytes
+/// more.
+pub(crate) fn fill(
+    partial: &Path,
+    layout: &CheckpointLayout,
+    beside_shards: u64,
+) -> Result<Vec<File>, StageError> {
+    let needed = layout.file_bytes().saturating_add(beside_shards);
     let free = fs4::available_space(partial).map_err(io_error("measure", partial))?;
     let no_space = || StageError::NoSpace {
         path: partial.to_path_buf(),
@@ -36,7 +41,6 @@ pub(crate) fn fill(partial: &Path, layout: &CheckpointLayout) -> Result<Vec<File
         })?;
         files.push(made);
     }
-    lock(&files, partial)?;
     write_index(partial, layout)?;
     Ok(files)
 }
@@ -72,16 +76,6 @@ fn write_zeros(file: &File, bytes: u64) -> io::Result<()> {
     Ok(())
 }
 
-/// Keeps a second process out of the folder. Filesystems without locks cannot, and are let through.
-pub(crate) fn lock(files: &[File], partial: &Path) -> Result<(), StageError> {
-    match files.first().map(File::try_lock) {
-        None | Some(Ok(())) => Ok(()),
-        Some(Err(TryLockError::WouldBlock)) => Err(StageError::InUse(partial.to_path_buf())),
-        Some(Err(TryLockError::Error(error))) if error.kind() == ErrorKind::Unsupported => Ok(()),
-        Some(Err(TryLockError::Error(error))) => Err(io_error("lock", partial)(error)),
-    }
-}
-
 /// Writes the index that several shards need.
 pub(crate) fn write_index(partial: &Path, layout: &CheckpointLayout) -> Result<(), StageError> {
     let Some(index) = layout.index_json() else {
@@ -103,7 +97,7 @@ pub(crate) fn remove_leftovers(partial: &Path) -> Result<(), StageError> {
 }
 
 /// Names of all safetensors files in a partial folder, sorted.
-pub(crate) fn shard_names(partial: &Path) -> Result<Vec<String>, StageError> {
+fn shard_names(partial: &Path) -> Result<Vec<String>, StageError> {
     let mut names = file_names(partial)?;
     names.retain(|name| name.ends_with(".safetensors"));
     Ok(names)

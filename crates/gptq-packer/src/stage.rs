@@ -4,18 +4,23 @@
 //! found before hours of work and not after them. Tensors may be written in any order, from any
 //! thread, and again after a restart.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, Write};
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 
-use gptq_types::{SourceError, TensorInfo, TensorSource};
+use gptq_types::{ContentHash, FileRecord, SourceError, TensorInfo, TensorSource, outside_name};
 
-use crate::durable::{make_folders, parent_of, remove_empty, replace_file, sync_folder};
+use crate::durable::{parent_of, replace_file, sync_folder};
 use crate::layout::{CheckpointLayout, INDEX_FILE, Placement};
+use crate::lock::LockError;
+use crate::place::ClaimedPlace;
+use crate::shard_digests::ShardDigests;
 use crate::shard_files::{
-    fill, lock, refuse_foreign_shards, remove_leftovers, reopen_shard, shard_names, write_index,
+    fill, refuse_foreign_shards, remove_leftovers, reopen_shard, write_index,
 };
 
 /// A checkpoint that could not be staged.
@@ -26,14 +31,21 @@ pub enum StageError {
     BadName(PathBuf),
     #[error("`{}` exists and is not an empty folder", .0.display())]
     Occupied(PathBuf),
+    #[error("`{}` is a link to a place that does not exist", .0.display())]
+    LeadsNowhere(PathBuf),
     #[error("`{}` is a mount point and cannot be replaced by a rename", .0.display())]
     MountPoint(PathBuf),
     #[error("`{}` is left from an earlier run", .0.display())]
     PartialExists(PathBuf),
     #[error("`{}` does not exist", .0.display())]
     NoPartial(PathBuf),
-    #[error("`{}` is being written by another process", .0.display())]
-    InUse(PathBuf),
+    #[error(transparent)]
+    Locked(#[from] LockError),
+    #[error(
+        "`{}` exists and is not an empty folder; the finished checkpoint lies in `{}`",
+        out_dir.display(), partial.display()
+    )]
+    TargetTaken { out_dir: PathBuf, partial: PathBuf },
     #[error("`{}` needs {needed} bytes, {free} are free", path.display())]
     NoSpace {
         path: PathBuf,
@@ -80,79 +92,80 @@ pub(crate) fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Err
 /// [`StagedCheckpoint::reopen`].
 #[derive(Debug)]
 pub struct StagedCheckpoint {
-    out_dir: PathBuf,
-    partial: PathBuf,
-    /// Folders above the output that were made for it, the deepest first.
-    made: Vec<PathBuf>,
+    place: ClaimedPlace,
     layout: CheckpointLayout,
-    /// One per shard; the first is locked while this value lives.
+    /// One per shard.
     files: Vec<File>,
     /// One per tensor, by [`Placement`] number.
     written: Vec<AtomicBool>,
+    digests: ShardDigests,
+    /// The small files so far.
+    added: Mutex<BTreeMap<String, FileRecord>>,
 }
 
 impl StagedCheckpoint {
     /// Makes `.{name}.partial` beside `out_dir` and allocates every shard in it.
     ///
     /// # Errors
-    /// An `out_dir` that holds something, a partial folder of an earlier run, a disk without room.
+    /// Those of [`ClaimedPlace::claim`], a partial folder of an earlier run, a disk without room.
     /// Nothing is left behind then.
     pub fn create(out_dir: &Path, layout: &CheckpointLayout) -> Result<Self, StageError> {
-        let out_dir = vacant(out_dir)?;
-        let partial = partial_path(&out_dir)?;
-        let parent = parent_of(&out_dir);
-        let made = make_folders(&parent).map_err(io_error("create", &parent))?;
-        let filled = begin(&partial, layout);
-        if filled.is_err() {
-            remove_empty(&made);
-        }
-        Ok(Self::new(out_dir, partial, made, layout, filled?))
+        ClaimedPlace::claim(out_dir)?.create(layout, 0)
     }
 
     /// Takes up the partial folder of an earlier run. No tensor counts as written until
     /// [`StagedCheckpoint::mark_written`] or [`StagedCheckpoint::write`] says so.
     ///
     /// # Errors
-    /// Shards whose headers are not byte for byte those of `layout`; the difference is named.
+    /// Those of [`ClaimedPlace::claim`]; shards whose headers are not byte for byte those of
+    /// `layout`; the difference is named.
     pub fn reopen(out_dir: &Path, layout: &CheckpointLayout) -> Result<Self, StageError> {
-        let out_dir = vacant(out_dir)?;
-        let partial = partial_path(&out_dir)?;
+        ClaimedPlace::claim(out_dir)?.reopen(layout)
+    }
+
+    pub(crate) fn begin_in(
+        place: ClaimedPlace,
+        layout: &CheckpointLayout,
+        beside_shards: u64,
+    ) -> Result<Self, StageError> {
+        let files = begin(&place.partial, layout, beside_shards)?;
+        Ok(Self::new(place, layout, files))
+    }
+
+    pub(crate) fn reopen_in(
+        place: ClaimedPlace,
+        layout: &CheckpointLayout,
+    ) -> Result<Self, StageError> {
+        let partial = &place.partial;
         if !partial.is_dir() {
-            return Err(StageError::NoPartial(partial));
+            return Err(StageError::NoPartial(partial.clone()));
         }
-        refuse_foreign_shards(&partial, layout)?;
+        refuse_foreign_shards(partial, layout)?;
         let files = layout
             .shards()
             .iter()
-            .map(|shard| reopen_shard(&partial, shard))
+            .map(|shard| reopen_shard(partial, shard))
             .collect::<Result<Vec<_>, _>>()?;
-        lock(&files, &partial)?;
-        remove_leftovers(&partial)?;
-        write_index(&partial, layout)?;
-        Ok(Self::new(out_dir, partial, Vec::new(), layout, files))
+        remove_leftovers(partial)?;
+        write_index(partial, layout)?;
+        Ok(Self::new(place, layout, files))
     }
 
-    fn new(
-        out_dir: PathBuf,
-        partial: PathBuf,
-        made: Vec<PathBuf>,
-        layout: &CheckpointLayout,
-        files: Vec<File>,
-    ) -> Self {
+    fn new(place: ClaimedPlace, layout: &CheckpointLayout, files: Vec<File>) -> Self {
         let count = layout.tensors().len();
         StagedCheckpoint {
-            out_dir,
-            partial,
-            made,
+            place,
             layout: layout.clone(),
             files,
             written: (0..count).map(|_| AtomicBool::new(false)).collect(),
+            digests: ShardDigests::new(layout),
+            added: Mutex::default(),
         }
     }
 
     /// The folder that holds the files until they are published.
     pub fn partial_dir(&self) -> &Path {
-        &self.partial
+        &self.place.partial
     }
 
     /// The plan this checkpoint follows.
@@ -177,8 +190,14 @@ impl StagedCheckpoint {
         self.files[placement.shard]
             .write_all_at(bytes, placement.offset)
             .map_err(io_error("write", &self.shard_path(placement)))?;
-        self.written[placement.number].store(true, Ordering::Release);
+        self.note_written(placement);
         Ok(())
+    }
+
+    fn note_written(&self, placement: Placement) {
+        if self.written[placement.number].swap(true, Ordering::AcqRel) {
+            self.digests.spoil(placement.shard);
+        }
     }
 
     /// Puts a part of a tensor in its place, `start` bytes after the tensor's first. Several threads
@@ -207,7 +226,7 @@ impl StagedCheckpoint {
     /// are not looked at.
     pub fn mark_written(&self, name: &str) -> Result<(), StageError> {
         let placement = self.placement(name)?;
-        self.written[placement.number].store(true, Ordering::Release);
+        self.note_written(placement);
         Ok(())
     }
 
@@ -221,27 +240,75 @@ impl StagedCheckpoint {
     /// Makes everything written so far survive a power cut; to be called before a journal says so.
     pub fn sync(&self) -> Result<(), StageError> {
         for (file, shard) in self.files.iter().zip(self.layout.shards()) {
-            let path = self.partial.join(&shard.file_name);
+            let path = self.partial_dir().join(&shard.file_name);
             file.sync_all().map_err(io_error("sync", &path))?;
         }
+        sync_folder(self.partial_dir()).map_err(io_error("sync", self.partial_dir()))
+    }
+
+    /// Hashes the shards on, each up to its first tensor that is not yet written, so that less is
+    /// left for [`StagedCheckpoint::file_records`]. Beside everything else, from one thread.
+    pub fn hash_ahead(&self) -> Result<(), StageError> {
+        for (index, file) in self.files.iter().enumerate() {
+            (self.digests)
+                .advance(index, file, &|placement| self.has(placement))
+                .map_err(io_error("hash", &self.shard_file(index)))?;
+        }
         Ok(())
+    }
+
+    /// Length and sha256 of every file so far, by name; a thread a shard reads what was not hashed
+    /// before.
+    ///
+    /// # Errors
+    /// Tensors that were never written.
+    pub fn file_records(&self) -> Result<BTreeMap<String, FileRecord>, StageError> {
+        self.refuse_unwritten()?;
+        let hashes = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..self.files.len())
+                .map(|index| scope.spawn(move || self.finished_hash(index)))
+                .collect();
+            (threads.into_iter())
+                .map(|thread| thread.join().expect("hashing does not panic"))
+                .collect::<Result<Vec<ContentHash>, StageError>>()
+        })?;
+        let mut records = self.added().clone();
+        if let Some(index) = self.layout.index_json() {
+            records.insert(INDEX_FILE.to_string(), FileRecord::of(index.as_bytes()));
+        }
+        for (shard, sha256) in self.layout.shards().iter().zip(hashes) {
+            let bytes = shard.bytes;
+            records.insert(shard.file_name.clone(), FileRecord { bytes, sha256 });
+        }
+        Ok(records)
+    }
+
+    fn finished_hash(&self, index: usize) -> Result<ContentHash, StageError> {
+        let is_written = |placement| self.has(placement);
+        loop {
+            let hash = (self.digests).finish(index, &self.files[index], &is_written);
+            let path = self.shard_file(index);
+            if let Some(hash) = hash.map_err(io_error("hash", &path))? {
+                return Ok(hash);
+            }
+        }
+    }
+
+    fn added(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, FileRecord>> {
+        self.added.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn has(&self, placement: Placement) -> bool {
+        self.written[placement.number].load(Ordering::Acquire)
     }
 
     /// Adds a small file such as `config.json`; one of the same name is replaced.
     pub fn add_file(&self, file_name: &str, bytes: &[u8]) -> Result<(), StageError> {
         let path = self.extra_path(file_name)?;
-        replace_file(&path, |file| file.write_all(bytes)).map_err(io_error("write", &path))
-    }
-
-    /// Adds a copy of `source` under its own name. Only bytes are copied, not permissions: a
-    /// read-only original must not make the copy unreplaceable.
-    pub fn copy_file(&self, source: &Path) -> Result<(), StageError> {
-        let name = source.file_name().map(|name| name.to_string_lossy());
-        let name = name.ok_or_else(|| StageError::BadFileName(source.display().to_string()))?;
-        let path = self.extra_path(&name)?;
-        let mut from = File::open(source).map_err(io_error("open", source))?;
-        replace_file(&path, |file| io::copy(&mut from, file).map(drop))
-            .map_err(io_error("copy to", &path))
+        replace_file(&path, |file| file.write_all(bytes)).map_err(io_error("write", &path))?;
+        let record = FileRecord::of(bytes);
+        self.added().insert(file_name.to_string(), record);
+        Ok(())
     }
 
     /// Syncs everything and renames the partial folder to `out_dir`, in one step: readers see no
@@ -251,9 +318,18 @@ impl StagedCheckpoint {
     /// Tensors that were never written; an `out_dir` that has been filled meanwhile. The partial
     /// folder then stays.
     pub fn publish(self) -> Result<PathBuf, StageError> {
+        self.publish_without(&[])
+    }
+
+    /// The same; the files `scaffold`, which nobody needs once the folder has its name, are removed
+    /// after the rename. A process that is killed in between leaves a whole checkpoint beside them.
+    ///
+    /// # Errors
+    /// Those of [`StagedCheckpoint::publish`].
+    pub fn publish_without(self, scaffold: &[&str]) -> Result<PathBuf, StageError> {
         self.refuse_unwritten()?;
         self.sync()?;
-        self.publish_unsynced()
+        self.rename(scaffold)
     }
 
     /// The same without waiting for the disk to hold the shards: a killed process never leaves half
@@ -263,25 +339,40 @@ impl StagedCheckpoint {
     /// Those of [`StagedCheckpoint::publish`].
     pub fn publish_unsynced(self) -> Result<PathBuf, StageError> {
         self.refuse_unwritten()?;
-        sync_folder(&self.partial).map_err(io_error("sync", &self.partial))?;
+        sync_folder(self.partial_dir()).map_err(io_error("sync", self.partial_dir()))?;
+        self.rename(&[])
+    }
+
+    fn rename(self, scaffold: &[&str]) -> Result<PathBuf, StageError> {
+        let ClaimedPlace {
+            out_dir, partial, ..
+        } = &self.place;
         // rename(2) replaces an empty folder and refuses a full one.
-        fs::rename(&self.partial, &self.out_dir).map_err(|source| match source.kind() {
+        fs::rename(partial, out_dir).map_err(|source| match source.kind() {
             ErrorKind::DirectoryNotEmpty | ErrorKind::AlreadyExists | ErrorKind::NotADirectory => {
-                StageError::Occupied(self.out_dir.clone())
+                StageError::TargetTaken {
+                    out_dir: out_dir.clone(),
+                    partial: partial.clone(),
+                }
             }
-            _ => io_error("rename the partial folder to", &self.out_dir)(source),
+            _ => io_error("rename the partial folder to", out_dir)(source),
         })?;
-        let parent = parent_of(&self.out_dir);
+        let parent = parent_of(out_dir);
         sync_folder(&parent).map_err(io_error("sync", &parent))?;
-        Ok(self.out_dir)
+        for name in scaffold {
+            let path = out_dir.join(name);
+            fs::remove_file(&path).map_err(io_error("remove", &path))?;
+        }
+        sync_folder(out_dir).map_err(io_error("sync", out_dir))?;
+        let out_dir = out_dir.clone();
+        self.place.lock.release();
+        Ok(out_dir)
     }
 
     /// Removes the partial folder with everything in it, and the folders above that
-    /// [`StagedCheckpoint::create`] made, where nothing else lies in them.
+    /// [`ClaimedPlace::claim`] made, where nothing else lies in them.
     pub fn discard(self) -> Result<(), StageError> {
-        fs::remove_dir_all(&self.partial).map_err(io_error("remove", &self.partial))?;
-        remove_empty(&self.made);
-        Ok(())
+        self.place.discard_partial().map(drop)
     }
 
     fn refuse_unwritten(&self) -> Result<(), StageError> {
@@ -293,7 +384,7 @@ impl StagedCheckpoint {
         match missing.next() {
             None => Ok(()),
             Some(first) => Err(StageError::Unwritten {
-                path: self.partial.clone(),
+                path: self.place.partial.clone(),
                 first: first.clone(),
                 count: 1 + missing.count(),
             }),
@@ -304,29 +395,35 @@ impl StagedCheckpoint {
         self.layout
             .placement(name)
             .ok_or_else(|| StageError::Unknown {
-                path: self.partial.clone(),
+                path: self.place.partial.clone(),
                 name: name.to_string(),
             })
     }
 
     fn shard_path(&self, placement: Placement) -> PathBuf {
-        self.partial
-            .join(&self.layout.shards()[placement.shard].file_name)
+        self.shard_file(placement.shard)
+    }
+
+    fn shard_file(&self, shard: usize) -> PathBuf {
+        self.partial_dir()
+            .join(&self.layout.shards()[shard].file_name)
     }
 
     fn extra_path(&self, file_name: &str) -> Result<PathBuf, StageError> {
-        let plain = Path::new(file_name).file_name() == Some(file_name.as_ref());
-        if !plain || file_name == INDEX_FILE || file_name.ends_with(".safetensors") {
+        let Ok(plain) = outside_name::file_name(file_name) else {
+            return Err(StageError::BadFileName(outside_name::shown(file_name, 80)));
+        };
+        if file_name == INDEX_FILE || file_name.ends_with(".safetensors") {
             return Err(StageError::BadFileName(file_name.to_string()));
         }
-        Ok(self.partial.join(file_name))
+        Ok(self.partial_dir().join(plain))
     }
 }
 
 /// What was written can be read back before it is published.
 impl TensorSource for StagedCheckpoint {
     fn place(&self) -> String {
-        self.partial.display().to_string()
+        self.partial_dir().display().to_string()
     }
 
     fn names(&self) -> Vec<String> {
@@ -372,7 +469,11 @@ impl TensorSource for StagedCheckpoint {
 }
 
 /// Makes the partial folder and every shard in it, or nothing.
-fn begin(partial: &Path, layout: &CheckpointLayout) -> Result<Vec<File>, StageError> {
+fn begin(
+    partial: &Path,
+    layout: &CheckpointLayout,
+    beside_shards: u64,
+) -> Result<Vec<File>, StageError> {
     match fs::create_dir(partial) {
         Ok(()) => {}
         Err(error) if error.kind() == ErrorKind::AlreadyExists => {
@@ -380,69 +481,16 @@ fn begin(partial: &Path, layout: &CheckpointLayout) -> Result<Vec<File>, StageEr
         }
         Err(source) => return Err(io_error("create", partial)(source)),
     }
-    let filled = fill(partial, layout);
+    let filled = fill(partial, layout, beside_shards).and_then(|files| {
+        let parent = parent_of(partial);
+        sync_folder(&parent).map_err(io_error("sync", &parent))?;
+        Ok(files)
+    });
     if filled.is_err() {
         // The first error is the one to report; what remains is an empty promise either way.
         let _ = fs::remove_dir_all(partial);
     }
     filled
-}
-
-/// The folder in which a checkpoint for `out_dir` is built: `.{name}.partial` beside it, so that
-/// the final rename stays on one filesystem.
-pub fn partial_path(out_dir: &Path) -> Result<PathBuf, StageError> {
-    let name = out_dir
-        .file_name()
-        .ok_or_else(|| StageError::BadName(out_dir.to_path_buf()))?;
-    let mut partial = std::ffi::OsString::from(".");
-    partial.push(name);
-    partial.push(".partial");
-    Ok(out_dir.with_file_name(partial))
-}
-
-/// Removes the partial folder of an earlier run, if there is one; says whether there was.
-///
-/// # Errors
-/// A partial folder that another process is writing.
-pub fn discard_partial(out_dir: &Path) -> Result<bool, StageError> {
-    let partial = partial_path(&vacant(out_dir)?)?;
-    if !partial.is_dir() {
-        return Ok(false);
-    }
-    for name in shard_names(&partial)? {
-        let path = partial.join(name);
-        let file = File::open(&path).map_err(io_error("open", &path))?;
-        lock(std::slice::from_ref(&file), &partial)?;
-    }
-    fs::remove_dir_all(&partial).map_err(io_error("remove", &partial))?;
-    Ok(true)
-}
-
-/// The absolute path, which is free: nothing there, or an empty folder that a rename can replace.
-fn vacant(out_dir: &Path) -> Result<PathBuf, StageError> {
-    if !out_dir.exists() {
-        let path = std::path::absolute(out_dir).map_err(io_error("resolve", out_dir))?;
-        return match path.file_name() {
-            Some(_) => Ok(path),
-            None => Err(StageError::BadName(out_dir.to_path_buf())),
-        };
-    }
-    let path = fs::canonicalize(out_dir).map_err(io_error("resolve", out_dir))?;
-    let occupied = !path.is_dir()
-        || fs::read_dir(&path)
-            .map_err(io_error("read", &path))?
-            .next()
-            .is_some();
-    if occupied {
-        return Err(StageError::Occupied(path));
-    }
-    let device = |path: &Path| fs::metadata(path).map(|metadata| metadata.dev());
-    let here = device(&path).map_err(io_error("read", &path))?;
-    let above = device(&parent_of(&path)).map_err(io_error("read", &path))?;
-    if here != above {
-        return Err(StageError::MountPoint(path));
-    }
-    Ok(path)
 }
 
 #[cfg(test)]
@@ -451,6 +499,7 @@ mod tests {
 
     use super::*;
     use crate::SafetensorsFile;
+    use crate::place::discard_partial;
 
     fn layout(max_shard_bytes: u64) -> CheckpointLayout {
         layout_of(&[("a", 3), ("b", 8)], max_shard_bytes)
@@ -489,11 +538,20 @@ mod tests {
         staged.write("b", &[2; 8]).unwrap();
         staged.write("a", &[1; 3]).unwrap();
         staged.add_file("config.json", b"{}").unwrap();
-        let original = folder.path().join("tokenizer.json");
-        fs::write(&original, "[]").unwrap();
-        staged.copy_file(&original).unwrap();
+        staged.add_file("tokenizer.json", b"[]").unwrap();
         assert_eq!(staged.bytes("a").unwrap(), [1; 3]);
+        let records = staged.file_records().unwrap();
         let published = staged.publish().unwrap();
+        let found: BTreeMap<String, FileRecord> = entries(&published)
+            .into_iter()
+            .map(|name| {
+                (
+                    name.clone(),
+                    FileRecord::of(&fs::read(published.join(name)).unwrap()),
+                )
+            })
+            .collect();
+        assert_eq!(records, found);
         assert_eq!(
             entries(&published),
             [
@@ -549,7 +607,9 @@ mod tests {
         staged.write("a", &[1; 3]).unwrap();
         staged.write("b", &[2; 8]).unwrap();
         fs::write(out.join("precious"), "y").unwrap();
-        assert!(matches!(staged.publish(), Err(StageError::Occupied(_))));
+        let error = staged.publish().unwrap_err();
+        assert!(matches!(error, StageError::TargetTaken { .. }), "{error}");
+        assert!(error.to_string().contains(".out.partial"), "{error}");
         assert_eq!(fs::read_to_string(out.join("precious")).unwrap(), "y");
     }
 
@@ -560,18 +620,26 @@ mod tests {
         let staged = StagedCheckpoint::create(&out, &layout(100)).unwrap();
         assert!(matches!(
             StagedCheckpoint::create(&out, &layout(100)),
-            Err(StageError::PartialExists(_))
+            Err(StageError::Locked(_))
         ));
         assert!(matches!(
             StagedCheckpoint::reopen(&out, &layout(100)),
-            Err(StageError::InUse(_))
+            Err(StageError::Locked(_))
         ));
-        assert!(matches!(discard_partial(&out), Err(StageError::InUse(_))));
+        assert!(matches!(discard_partial(&out), Err(StageError::Locked(_))));
+        assert!(
+            staged.partial_dir().is_dir(),
+            "the loser took the winner's work away"
+        );
         staged.discard().unwrap();
         assert_eq!(entries(folder.path()), [""; 0]);
         assert!(!discard_partial(&out).unwrap());
         drop(StagedCheckpoint::create(&out, &layout(100)).unwrap());
         assert_eq!(entries(folder.path()), [".out.partial"]);
+        assert!(matches!(
+            StagedCheckpoint::create(&out, &layout(100)),
+            Err(StageError::PartialExists(_))
+        ));
         assert!(discard_partial(&out).unwrap());
         assert_eq!(entries(folder.path()), [""; 0]);
     }
@@ -707,5 +775,47 @@ mod tests {
             "{error}"
         );
         assert_eq!(entries(folder.path()), [""; 0]);
+    }
+
+    #[test]
+    fn what_is_hashed_ahead_and_written_again_is_hashed_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let out = folder.path().join("out");
+        let staged =
+            StagedCheckpoint::create(&out, &layout_of(&[("a", 3 << 20), ("b", 8)], 1 << 30));
+        let staged = staged.unwrap();
+        staged.hash_ahead().unwrap();
+        staged.write("a", &[1; 3 << 20]).unwrap();
+        staged.hash_ahead().unwrap();
+        staged.write("b", &[2; 8]).unwrap();
+        staged.write("a", &[3; 3 << 20]).unwrap();
+        staged.hash_ahead().unwrap();
+        staged.write("b", &[4; 8]).unwrap();
+        let records = staged.file_records().unwrap();
+        let published = staged.publish().unwrap();
+        let bytes = fs::read(published.join("model.safetensors")).unwrap();
+        assert_eq!(records["model.safetensors"], FileRecord::of(&bytes));
+    }
+
+    /// A journal that was removed before the rename left a complete result that nobody could publish.
+    #[test]
+    fn scaffolding_goes_after_the_rename() {
+        let folder = tempfile::tempdir().unwrap();
+        let out = folder.path().join("out");
+        let staged = StagedCheckpoint::create(&out, &layout(100)).unwrap();
+        staged.write("a", &[1; 3]).unwrap();
+        staged.write("b", &[2; 8]).unwrap();
+        fs::write(staged.partial_dir().join("journal"), "x").unwrap();
+        fs::create_dir(&out).unwrap();
+        fs::write(out.join("precious"), "y").unwrap();
+        staged.publish_without(&["journal"]).unwrap_err();
+        assert!(folder.path().join(".out.partial/journal").exists());
+        fs::remove_dir_all(&out).unwrap();
+        let staged = StagedCheckpoint::reopen(&out, &layout(100)).unwrap();
+        staged.mark_written("a").unwrap();
+        staged.mark_written("b").unwrap();
+        staged.publish_without(&["journal"]).unwrap();
+        assert_eq!(entries(&out), ["model.safetensors"]);
+        assert_eq!(entries(folder.path()), ["out"]);
     }
 }

@@ -49,6 +49,12 @@ pub enum Progress<'a> {
     Begin { blocks: usize, resumed: usize },
     /// A linear was quantised, written and read back.
     Layer { record: &'a LayerRecord },
+    /// The folder to write is the result of this very run.
+    AlreadyDone,
+    /// `resume` was asked for, and there was no interrupted run: one begins.
+    NothingToResume,
+    /// Something the user must know before the work.
+    Warning(&'a str),
     /// A block is done.
     Block { done: usize, blocks: usize },
     /// The folder has its final name.
@@ -123,11 +129,73 @@ pub enum PipelineError {
     },
     #[error("`{}`: {reason}", path.display())]
     Journal { path: PathBuf, reason: String },
+    #[error("line {line} of `{}` is damaged: {reason}", path.display())]
+    DamagedLine {
+        path: PathBuf,
+        line: usize,
+        reason: String,
+    },
+    #[error("tensor `{name}` in `{}` is not what line {line} of the journal vouches for", folder.display())]
+    DamagedTensor {
+        folder: PathBuf,
+        name: String,
+        line: usize,
+    },
+    #[error("`{}` is finished, but there is no journal that says of what", .0.display())]
+    Unvouched(PathBuf),
+    #[error("`{}` cannot go with the checkpoint: {reason}", path.display())]
+    Companion { path: PathBuf, reason: String },
+    #[error(transparent)]
+    FolderCheck(#[from] gptq_packer::FolderCheckError),
+    #[error("{source}")]
+    Kept {
+        folder: PathBuf,
+        finished: usize,
+        blocks: usize,
+        source: Box<PipelineError>,
+    },
 }
 
 impl PipelineError {
+    /// What went wrong, without what was kept.
+    pub(crate) fn cause(self) -> Self {
+        match self {
+            PipelineError::Kept { source, .. } => source.cause(),
+            other => other,
+        }
+    }
+
     /// Advice, apart from the cause.
-    pub fn hint(&self) -> Option<&'static str> {
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            PipelineError::Kept {
+                folder,
+                finished,
+                blocks,
+                source,
+            } => {
+                let kept = format!(
+                    "{finished} of {blocks} blocks are kept in `{}`; the same command with --resume goes on",
+                    folder.display()
+                );
+                Some(match source.hint() {
+                    Some(hint) => format!("{hint}; {kept}"),
+                    None => kept,
+                })
+            }
+            PipelineError::DamagedLine { line, .. } if *line > 1 => Some(redo_from(*line)),
+            PipelineError::DamagedTensor { line, .. } => Some(redo_from(*line)),
+            #[cfg(feature = "cuda")]
+            PipelineError::Model(ModelError::Cuda(error))
+            | PipelineError::Quantize {
+                source: QuantizeError::Cuda(error),
+                ..
+            } => error.hint().map(|hint| hint.to_string()),
+            _ => self.fixed_hint().map(str::to_string),
+        }
+    }
+
+    fn fixed_hint(&self) -> Option<&'static str> {
         match self {
             PipelineError::Stage(StageError::PartialExists(_)) => {
                 Some("pass --resume to go on with it, or delete the folder")
@@ -135,13 +203,20 @@ impl PipelineError {
             PipelineError::Stage(StageError::NoPartial(_)) => {
                 Some("there is no interrupted run; leave out --resume")
             }
-            PipelineError::Stage(StageError::Occupied(_)) => {
+            PipelineError::Stage(StageError::Occupied(_) | StageError::LeadsNowhere(_)) => {
                 Some("name a folder that does not exist yet")
             }
-            PipelineError::GroupTooLarge { .. } => Some("use a smaller group, or `none`"),
-            PipelineError::Journal { .. } => {
-                Some("a partial folder without a whole journal cannot be resumed: delete it")
+            PipelineError::Stage(StageError::TargetTaken { .. }) => {
+                Some("move what is in the way to another place")
             }
+            PipelineError::Stage(StageError::Locked(error)) => error.hint(),
+            PipelineError::GroupTooLarge { .. } => Some("use a smaller group, or `none`"),
+            PipelineError::DamagedLine { .. } => {
+                Some("what it says of the run cannot be known: delete the folder and begin anew")
+            }
+            PipelineError::Unvouched(_) => Some(
+                "an older version left it so: rename it to publish it, or delete it and begin anew",
+            ),
             PipelineError::Unpackable { .. } => Some("use 2, 4 or 8 bits"),
             PipelineError::OtherSettings { .. } => {
                 Some("repeat the settings of the interrupted run, or delete its folder")
@@ -150,13 +225,15 @@ impl PipelineError {
                 source: QuantizeError::Singular { .. },
                 ..
             } => Some("more or other calibration text makes the Hessian regular"),
-            #[cfg(feature = "cuda")]
-            PipelineError::Model(ModelError::Cuda(error))
-            | PipelineError::Quantize {
-                source: QuantizeError::Cuda(error),
-                ..
-            } => error.hint(),
             _ => None,
         }
     }
+}
+
+/// Lines of blocks build on those before, so that the last ones can be taken away.
+fn redo_from(line: usize) -> String {
+    format!(
+        "nothing was deleted; take lines {line} and later out of journal.jsonl, and --resume makes \
+         their blocks anew"
+    )
 }

@@ -1,31 +1,33 @@
 //! A whole run, from checks to the rename that publishes it.
 
+use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
 use gptq_model::{Decoder, DecoderConfig, Device, FloatWeights, WeightSource};
-use gptq_packer::{
-    QuantizeConfig, StagedCheckpoint, config_json_with_quantization, partial_path,
-    quantize_config_json, read_layer,
-};
+use gptq_packer::{ClaimedPlace, QuantizeConfig, StageError, StagedCheckpoint, read_layer};
 use gptq_quantizer::round_to_nearest;
 use gptq_types::{
     LayerRecord, Method, Phase, PhaseTimes, RUN_RECORD_SCHEMA, RunRecord, Stage, Warning, Weight,
 };
-use serde_json::{Map, Value, json};
 
-use crate::journal::{BlockEntry, Journal};
+use crate::journal::{BlockEntry, JOURNAL_FILE, Journal};
 use crate::layers::{After, LayerWork, observe};
 use crate::preflight::{check_shapes, check_unquantised};
+use crate::resume::{Begun, begin, finished, is_interrupted, settings};
+use crate::small_files::{SmallFiles, settings_text};
 use crate::weights::{CheckedWeights, check_weights};
 use crate::write::{Output, writing};
 use crate::{Job, OutputPlan, PipelineError, Progress};
 
 /// The run record's file name in the published folder.
-const RECORD_FILE: &str = "gptq_run.json";
+pub(crate) const RECORD_FILE: &str = "gptq_run.json";
 
-/// Quantises a model and publishes the folder. When it fails nothing of it stays, unless it was
-/// the continuation of an interrupted run.
+/// Quantizes a model and publishes the folder.
+///
+/// When it fails before the first block is finished nothing of it stays. Afterwards what is done is
+/// kept in the partial folder, [`PipelineError::Kept`], and the same job with `resume` goes on there.
 pub fn quantize(
     job: &Job,
     progress: &mut dyn FnMut(Progress<'_>),
@@ -41,20 +43,34 @@ pub fn quantize(
     if job.spec.method == Method::Gptq && job.windows.is_empty() {
         return Err(PipelineError::NoWindows);
     }
+    let files = SmallFiles::prepare(job)?;
+    let mut times = PhaseTimes::default();
+    let place = match ClaimedPlace::claim(&job.out_dir) {
+        Err(error @ StageError::Occupied(_)) => {
+            let checked = checked_weights(job, &mut times)?;
+            let record = finished(job, &checked, &files, false)?.ok_or(error)?;
+            progress(Progress::AlreadyDone);
+            return Ok(record);
+        }
+        claimed => claimed?,
+    };
+    if let Some(warning) = place.warning() {
+        progress(Progress::Warning(&warning));
+    }
+    if job.resume && !is_interrupted(&job.out_dir) {
+        progress(Progress::NothingToResume);
+    }
     let weights: Arc<dyn WeightSource> = Arc::new(FloatWeights::new(job.source.clone()));
     let mut decoder = gptq_model::open(weights.clone(), config.clone(), job.device)?;
-    let mut times = PhaseTimes::default();
     let checked = checked_weights(job, &mut times)?;
-    let settings = resume_settings(job, &checked);
-
+    let settings = settings(job, &checked, false);
     let plan = OutputPlan::new(job.source.as_ref(), &config, &job.spec, job.max_shard_bytes)?;
-    let staged = match job.resume {
-        true => {
-            Journal::check(&partial_path(&job.out_dir)?, &settings)?;
-            StagedCheckpoint::reopen(&job.out_dir, &plan.layout)?
-        }
-        false => StagedCheckpoint::create(&job.out_dir, &plan.layout)?,
-    };
+    let beside = beside_shards(&config, &files);
+    let Begun {
+        staged,
+        journal,
+        done,
+    } = begin(job, place, &config, &plan, &settings, beside)?;
     let mut run = Run {
         job,
         config: &config,
@@ -63,24 +79,65 @@ pub fn quantize(
         staged: &staged,
         times,
         layers: Vec::new(),
-        warnings: Vec::new(),
+        warnings,
     };
-    let outcome = run.blocks(&plan, &settings, progress);
-    let (layers, times) = (run.layers, run.times);
-    warnings.extend(run.warnings);
-    let record = record(job, &checked, layers, warnings, started, times);
-    match outcome.and_then(|journal| finish(job, &staged, journal, &record)) {
-        Ok(()) => {
-            staged.publish()?;
+    let outcome = run.blocks(&plan, journal, done, progress).and_then(|()| {
+        let (layers, warnings) = (run.layers, run.warnings);
+        let record = record(job, &checked, layers, warnings, started, run.times);
+        finish(&staged, &files, record)
+    });
+    match outcome {
+        Ok(record) => {
+            publish(staged, config.num_hidden_layers)?;
             progress(Progress::Published);
             Ok(record)
         }
-        Err(error) if job.resume => Err(error),
-        Err(error) => {
-            staged.discard()?;
-            Err(error)
-        }
+        Err(error) => Err(kept_or_discarded(staged, config.num_hidden_layers, error)),
     }
+}
+
+/// Gives the folder its name, and takes the journal away once it has it.
+pub(crate) fn publish(staged: StagedCheckpoint, blocks: usize) -> Result<(), PipelineError> {
+    let partial = staged.partial_dir().to_path_buf();
+    let published = staged.publish_without(&[JOURNAL_FILE]);
+    published.map(drop).map_err(|error| match partial.is_dir() {
+        true => kept(partial, blocks, blocks, error.into()),
+        // It has its name, whatever else went wrong.
+        false => error.into(),
+    })
+}
+
+/// What is left of a run that failed: its finished blocks, else nothing.
+pub(crate) fn kept_or_discarded(
+    staged: StagedCheckpoint,
+    blocks: usize,
+    error: PipelineError,
+) -> PipelineError {
+    let partial = staged.partial_dir().to_path_buf();
+    match Journal::blocks_in(&partial) {
+        0 => {
+            // The first error is the one to report.
+            let _ = staged.discard();
+            error
+        }
+        finished => kept(partial, finished, blocks, error),
+    }
+}
+
+fn kept(folder: PathBuf, finished: usize, blocks: usize, error: PipelineError) -> PipelineError {
+    PipelineError::Kept {
+        folder,
+        finished,
+        blocks,
+        source: Box::new(error),
+    }
+}
+
+/// Room for all but the weight files. A linear takes less than 1 kB in the journal and in the
+/// record.
+pub(crate) fn beside_shards(config: &DecoderConfig, files: &SmallFiles) -> u64 {
+    let linears = config.num_hidden_layers * config.block_linears(0).len();
+    files.bytes() + linears as u64 * 2048 + (1 << 16)
 }
 
 /// What a finished run leaves; the Hessians are its own.
@@ -110,6 +167,7 @@ pub(crate) fn record(
         shared_hessian: false,
         seconds: started.elapsed().as_secs_f64(),
         phases,
+        files: BTreeMap::new(),
     }
 }
 
@@ -124,7 +182,7 @@ pub(crate) fn checked_weights(
     }
 }
 
-fn device_name(device: Device) -> String {
+pub(crate) fn device_name(device: Device) -> String {
     match device {
         Device::Cpu => "cpu".to_string(),
         #[cfg(feature = "cuda")]
@@ -168,15 +226,13 @@ impl Run<'_> {
     fn blocks(
         &mut self,
         plan: &OutputPlan,
-        settings: &Map<String, Value>,
+        journal: Journal,
+        done: Vec<BlockEntry>,
         progress: &mut dyn FnMut(Progress<'_>),
-    ) -> Result<Journal, PipelineError> {
+    ) -> Result<(), PipelineError> {
         let blocks = self.config.num_hidden_layers;
-        let folder = self.staged.partial_dir();
-        let (journal, done) = match self.job.resume {
-            true => Journal::reopen(folder, settings)?,
-            false => (Journal::begin(folder, settings)?, Vec::new()),
-        };
+        // The hidden states are needed as long as a block is left.
+        let forward = self.job.spec.method == Method::Gptq && done.len() < blocks;
         progress(Progress::Begin {
             blocks,
             resumed: done.len(),
@@ -185,12 +241,12 @@ impl Run<'_> {
         let mut times = std::mem::take(&mut self.times);
         let outcome = writing(staged, job, journal, &mut times, |writer, times| {
             writer.copy(&plan.copied)?;
-            if job.spec.method == Method::Gptq {
+            if forward {
                 times.time(Phase::Load, || self.decoder.embed(&job.windows))?;
             }
             for index in 0..blocks {
                 match done.get(index) {
-                    Some(entry) => self.replay(index, entry, times)?,
+                    Some(entry) => self.replay(index, entry, forward, times)?,
                     None => {
                         let entry = match self.job.spec.method {
                             Method::Gptq => self.solve_block(index, writer, times, progress)?,
@@ -208,8 +264,7 @@ impl Run<'_> {
             Ok(())
         });
         self.times = times;
-        let ((), journal) = outcome?;
-        Ok(journal)
+        outcome
     }
 
     fn keep(&mut self, entry: BlockEntry) {
@@ -248,6 +303,7 @@ impl Run<'_> {
             block: index,
             layers,
             warnings,
+            tensors: BTreeMap::new(),
         })
     }
 
@@ -291,42 +347,37 @@ impl Run<'_> {
             block: index,
             layers,
             warnings: Vec::new(),
+            tensors: BTreeMap::new(),
         })
     }
 
-    /// A block of the interrupted run: its codes are read back, and the hidden states pass through
-    /// them exactly as they did.
+    /// A block of the interrupted run: while blocks are left its codes are read back, and the hidden
+    /// states pass through them exactly as they did.
     fn replay(
         &mut self,
         index: usize,
         entry: &BlockEntry,
+        forward: bool,
         times: &mut PhaseTimes,
     ) -> Result<(), PipelineError> {
-        let config = written_config(self.job)?;
-        let gptq = self.job.spec.method == Method::Gptq;
-        if gptq {
-            times.time(Phase::Load, || self.decoder.load_block(index))?;
+        self.keep(entry.clone());
+        if !forward {
+            return Ok(());
         }
+        let config = written_config(self.job)?;
+        times.time(Phase::Load, || self.decoder.load_block(index))?;
         for (layer, _, _) in self.config.block_linears(index) {
-            for suffix in ["qweight", "qzeros", "scales", "g_idx"] {
-                self.staged.mark_written(&layer.tensor(suffix))?;
-            }
             let solved = read_layer(self.staged, &layer, &config).map_err(|source| {
                 PipelineError::Reread {
                     layer: layer.clone(),
                     source,
                 }
             })?;
-            if gptq {
-                let weight = Weight::Host(solved.dequantise());
-                self.decoder.replace_weight(&layer, weight)?;
-            }
+            let weight = Weight::Host(solved.dequantise());
+            self.decoder.replace_weight(&layer, weight)?;
         }
-        if gptq {
-            count_forward(self.config, self.job, times);
-            times.time(Phase::Forward, || self.decoder.forward_block())?;
-        }
-        self.keep(entry.clone());
+        count_forward(self.config, self.job, times);
+        times.time(Phase::Forward, || self.decoder.forward_block())?;
         Ok(())
     }
 }
@@ -339,14 +390,6 @@ pub(crate) fn count_forward(config: &DecoderConfig, job: &Job, times: &mut Phase
     }
 }
 
-fn no_meta() -> Map<String, Value> {
-    Map::new()
-}
-
-fn settings_text(job: &Job) -> String {
-    quantize_config_json(&job.spec, &job.tool, &job.model_name, &no_meta())
-}
-
 fn written_config(job: &Job) -> Result<QuantizeConfig, PipelineError> {
     QuantizeConfig::from_quantize_config(&settings_text(job)).map_err(|source| {
         PipelineError::QuantizationConfig {
@@ -356,50 +399,18 @@ fn written_config(job: &Job) -> Result<QuantizeConfig, PipelineError> {
     })
 }
 
-/// What must not change between an interrupted run and its continuation.
-pub(crate) fn resume_settings(job: &Job, checked: &CheckedWeights) -> Map<String, Value> {
-    let tokens = job.calibration.as_ref().map(|record| &record.token_sha256);
-    let entries = [
-        ("tool", json!(job.tool)),
-        ("model", json!(job.model_name)),
-        ("weights", json!(checked.identity)),
-        ("config.json", json!(job.config_json)),
-        ("calibration tokens", json!(tokens)),
-        // Another device rounds its sums otherwise: half of each would be the result of neither.
-        ("device", json!(device_name(job.device))),
-    ];
-    let mut settings: Map<String, Value> = entries
-        .into_iter()
-        .map(|(name, value)| (name.to_string(), value))
-        .collect();
-    // Each under its own name, so that the one that differs can be named.
-    if let Value::Object(spec) = json!(job.spec) {
-        settings.extend(spec);
-    }
-    settings
-}
-
-/// The small files, after the last tensor.
+/// The small files, after the last tensor; the record, which lists all of them, is the last.
 pub(crate) fn finish(
-    job: &Job,
     staged: &StagedCheckpoint,
-    journal: Journal,
-    record: &RunRecord,
-) -> Result<(), PipelineError> {
-    let config = config_json_with_quantization(&job.config_json, &job.spec, &job.tool, &no_meta())
-        .map_err(|source| PipelineError::QuantizationConfig {
-            place: job.source.place(),
-            source,
-        })?;
-    staged.add_file("config.json", config.as_bytes())?;
-    staged.add_file("quantize_config.json", settings_text(job).as_bytes())?;
-    for file in &job.companions {
-        staged.copy_file(file)?;
-    }
-    let text = serde_json::to_string_pretty(record).map_err(|error| PipelineError::Journal {
-        path: job.out_dir.join(RECORD_FILE),
+    files: &SmallFiles,
+    mut record: RunRecord,
+) -> Result<RunRecord, PipelineError> {
+    files.add_to(staged)?;
+    record.files = staged.file_records()?;
+    let text = serde_json::to_string_pretty(&record).map_err(|error| PipelineError::Journal {
+        path: staged.partial_dir().join(RECORD_FILE),
         reason: error.to_string(),
     })?;
     staged.add_file(RECORD_FILE, text.as_bytes())?;
-    journal.end()
+    Ok(record)
 }

@@ -4,17 +4,23 @@
 //! No setting sees what another one did, nor what it did itself in earlier layers: errors of
 //! earlier layers are not made up for by later ones. That is the price of the time it saves.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
 use gptq_model::{Decoder, DecoderConfig, FloatWeights, WeightSource};
-use gptq_packer::StagedCheckpoint;
-use gptq_types::{LayerRecord, Method, Phase, PhaseTimes, RunRecord, Stage, Warning};
+use gptq_packer::{ClaimedPlace, StagedCheckpoint};
+use gptq_types::{Method, Phase, PhaseTimes, RunRecord, Stage, Warning};
 
 use crate::journal::{BlockEntry, Journal};
 use crate::layers::{After, LayerWork, observe};
 use crate::preflight::{check_shapes, check_unquantised};
-use crate::run::{checked_weights, count_forward, finish, read_config, record, resume_settings};
+use crate::resume::{begin, settings};
+use crate::run::{
+    beside_shards, checked_weights, count_forward, finish, kept_or_discarded, publish, read_config,
+    record,
+};
+use crate::small_files::SmallFiles;
 use crate::weights::CheckedWeights;
 use crate::write::{Output, writing};
 use crate::{Job, OutputPlan, PipelineError, Progress};
@@ -22,14 +28,18 @@ use crate::{Job, OutputPlan, PipelineError, Progress};
 /// One setting on its way to a folder.
 struct Target<'a> {
     job: &'a Job,
+    files: SmallFiles,
     staged: StagedCheckpoint,
     copied: Vec<String>,
-    layers: Vec<LayerRecord>,
+    done: Vec<BlockEntry>,
     warnings: Vec<Warning>,
 }
 
-/// Quantises one model under the settings of all `jobs`, which differ in nothing else but their
-/// folders. When it fails nothing of any of them stays; it does not resume.
+/// Quantizes one model under the settings of all `jobs`, which differ in nothing else but their
+/// folders.
+///
+/// When it fails, a job without a finished block leaves nothing; finished blocks of the others stay,
+/// and the same jobs with `resume` go on there.
 ///
 /// # Panics
 /// Without jobs, or with one of `method rtn`, which has no Hessian to share.
@@ -52,99 +62,118 @@ pub fn quantize_together(
     let mut decoder = gptq_model::open(weights, config.clone(), first.device)?;
     let mut times = PhaseTimes::default();
     let checked = checked_weights(first, &mut times)?;
-    let mut targets = Vec::new();
+    let (mut targets, mut journals) = (Vec::new(), Vec::new());
+    let blocks = config.num_hidden_layers;
     let outcome = (jobs.iter())
         .try_for_each(|job| {
-            targets.push(Target::new(job, &config)?);
+            let (target, journal) = Target::new(job, &config, &checked)?;
+            targets.push(target);
+            journals.push(journal);
             Ok(())
         })
         .and_then(|()| {
             run(
                 &config,
-                &checked,
                 decoder.as_mut(),
                 &mut targets,
+                journals,
                 &mut times,
                 progress,
             )
+        })
+        .and_then(|()| {
+            (targets.iter())
+                .map(|target| target.finish(&checked, &times, started))
+                .collect::<Result<Vec<RunRecord>, _>>()
         });
-    let journals = match outcome {
-        Ok(journals) => journals,
-        Err(error) => return Err(discard(targets, error)),
-    };
-    let mut records = Vec::new();
-    let mut journals = journals.into_iter();
-    while !targets.is_empty() {
-        let target = targets.remove(0);
-        let record = target.record(&checked, &times, started);
-        let journal = journals.next().expect("one for each target");
-        if let Err(error) = finish(target.job, &target.staged, journal, &record) {
-            targets.push(target);
-            return Err(discard(targets, error));
+    match outcome {
+        Ok(records) => {
+            for target in targets {
+                publish(target.staged, blocks)?;
+            }
+            progress(Progress::Published);
+            Ok(records)
         }
-        target.staged.publish()?;
-        records.push(record);
-    }
-    progress(Progress::Published);
-    Ok(records)
-}
-
-fn discard(targets: Vec<Target<'_>>, error: PipelineError) -> PipelineError {
-    for target in targets {
-        if let Err(left) = target.staged.discard() {
-            return left.into();
+        Err(mut error) => {
+            // One error for all of them; what it says last is of the first.
+            for target in targets.into_iter().rev() {
+                error = kept_or_discarded(target.staged, blocks, error.cause());
+            }
+            Err(error)
         }
     }
-    error
 }
 
 impl<'a> Target<'a> {
-    fn new(job: &'a Job, config: &DecoderConfig) -> Result<Self, PipelineError> {
+    fn new(
+        job: &'a Job,
+        config: &DecoderConfig,
+        checked: &CheckedWeights,
+    ) -> Result<(Self, Journal), PipelineError> {
         job.spec.validate()?;
         let warnings = check_shapes(config, &job.spec)?;
+        let files = SmallFiles::prepare(job)?;
         let plan = OutputPlan::new(job.source.as_ref(), config, &job.spec, job.max_shard_bytes)?;
-        Ok(Target {
-            staged: StagedCheckpoint::create(&job.out_dir, &plan.layout)?,
+        let place = ClaimedPlace::claim(&job.out_dir)?;
+        let settings = settings(job, checked, true);
+        let beside = beside_shards(config, &files);
+        let begun = begin(job, place, config, &plan, &settings, beside)?;
+        let target = Target {
+            staged: begun.staged,
+            done: begun.done,
             copied: plan.copied,
-            layers: Vec::new(),
+            files,
             warnings,
             job,
-        })
+        };
+        Ok((target, begun.journal))
     }
 
-    fn record(&self, checked: &CheckedWeights, times: &PhaseTimes, started: Instant) -> RunRecord {
-        let (layers, warnings) = (self.layers.clone(), self.warnings.clone());
-        RunRecord {
+    fn finish(
+        &self,
+        checked: &CheckedWeights,
+        times: &PhaseTimes,
+        started: Instant,
+    ) -> Result<RunRecord, PipelineError> {
+        let mut warnings = self.warnings.clone();
+        warnings.extend(self.done.iter().flat_map(|entry| entry.warnings.clone()));
+        let layers = self.done.iter().flat_map(|entry| entry.layers.clone());
+        let record = RunRecord {
             shared_hessian: true,
-            ..record(self.job, checked, layers, warnings, started, times.clone())
-        }
+            ..record(
+                self.job,
+                checked,
+                layers.collect(),
+                warnings,
+                started,
+                times.clone(),
+            )
+        };
+        finish(&self.staged, &self.files, record)
     }
 }
 
-/// All blocks, for all targets; their journals once all is on disk.
+/// All blocks, for all targets.
 fn run(
     config: &DecoderConfig,
-    checked: &CheckedWeights,
     decoder: &mut dyn Decoder,
     targets: &mut [Target<'_>],
+    journals: Vec<Journal>,
     times: &mut PhaseTimes,
     progress: &mut dyn FnMut(Progress<'_>),
-) -> Result<Vec<Journal>, PipelineError> {
-    let mut done: Vec<(Vec<LayerRecord>, Vec<Warning>)> = vec![Default::default(); targets.len()];
-    let journals = {
+) -> Result<(), PipelineError> {
+    let mut new: Vec<Vec<BlockEntry>> = vec![Vec::new(); targets.len()];
+    {
         let targets: &[Target<'_>] = targets;
         let mut work = |writers: &[&dyn Output], times: &mut PhaseTimes| {
-            blocks(
-                config, decoder, targets, writers, &mut done, times, progress,
-            )
+            blocks(config, decoder, targets, writers, &mut new, times, progress)
         };
-        with_writers(targets, checked, &[], times, &mut work)?
-    };
-    for (target, (layers, warnings)) in targets.iter_mut().zip(done) {
-        target.layers = layers;
-        target.warnings.extend(warnings);
+        with_writers(targets, &mut journals.into_iter(), &[], times, &mut work)?;
     }
-    Ok(journals)
+    for (target, new) in targets.iter_mut().zip(new) {
+        target.done.extend(new);
+    }
+    Ok(())
 }
 
 type Work<'a> = dyn FnMut(&[&dyn Output], &mut PhaseTimes) -> Result<(), PipelineError> + 'a;
@@ -152,30 +181,20 @@ type Work<'a> = dyn FnMut(&[&dyn Output], &mut PhaseTimes) -> Result<(), Pipelin
 /// Opens a writer for each of `targets`, each inside the one before, and then works.
 fn with_writers(
     targets: &[Target<'_>],
-    checked: &CheckedWeights,
+    journals: &mut dyn Iterator<Item = Journal>,
     open: &[&dyn Output],
     times: &mut PhaseTimes,
     work: &mut Work<'_>,
-) -> Result<Vec<Journal>, PipelineError> {
-    let Some((target, rest)) = targets.split_first() else {
-        work(open, times)?;
-        return Ok(Vec::new());
+) -> Result<(), PipelineError> {
+    let (Some((target, rest)), Some(journal)) = (targets.split_first(), journals.next()) else {
+        return work(open, times);
     };
-    let settings = resume_settings(target.job, checked);
-    let journal = Journal::begin(target.staged.partial_dir(), &settings)?;
-    let (mut inner, journal) = writing(
-        &target.staged,
-        target.job,
-        journal,
-        times,
-        |writer, times| {
-            writer.copy(&target.copied)?;
-            let open: Vec<&dyn Output> = open.iter().copied().chain([writer as _]).collect();
-            with_writers(rest, checked, &open, times, work)
-        },
-    )?;
-    inner.insert(0, journal);
-    Ok(inner)
+    let staged = &target.staged;
+    writing(staged, target.job, journal, times, |writer, times| {
+        writer.copy(&target.copied)?;
+        let open: Vec<&dyn Output> = open.iter().copied().chain([writer as _]).collect();
+        with_writers(rest, journals, &open, times, work)
+    })
 }
 
 fn blocks(
@@ -183,37 +202,50 @@ fn blocks(
     decoder: &mut dyn Decoder,
     targets: &[Target<'_>],
     writers: &[&dyn Output],
-    done: &mut [(Vec<LayerRecord>, Vec<Warning>)],
+    new: &mut [Vec<BlockEntry>],
     times: &mut PhaseTimes,
     progress: &mut dyn FnMut(Progress<'_>),
 ) -> Result<(), PipelineError> {
     let first = targets[0].job;
     let blocks = config.num_hidden_layers;
-    progress(Progress::Begin { blocks, resumed: 0 });
+    let least = targets.iter().map(|target| target.done.len()).min();
+    let resumed = least.unwrap_or(0);
+    progress(Progress::Begin { blocks, resumed });
+    if resumed == blocks {
+        return Ok(());
+    }
     times.time(Phase::Load, || decoder.embed(&first.windows))?;
     for index in 0..blocks {
         times.time(Phase::Load, || decoder.load_block(index))?;
         count_forward(config, first, times);
-        let mut works: Vec<LayerWork<'_>> = (targets.iter().zip(writers))
-            .map(|(target, writer)| LayerWork::new(target.job, *writer))
-            .collect();
-        for stage in Stage::ALL {
-            let linears = config.linears(index, stage);
-            let hessian = observe(decoder, first, &linears, stage, times)?;
-            for work in &mut works {
-                let hessian = hessian.as_ref();
-                work.solve(decoder, &linears, hessian, After::Keep, times, progress)?;
+        if index < resumed {
+            // No setting changes what the next block sees.
+            times.time(Phase::Forward, || decoder.forward_block())?;
+        } else {
+            let mut works: Vec<(usize, LayerWork<'_>)> = (targets.iter().zip(writers))
+                .enumerate()
+                .filter(|(_, (target, _))| target.done.len() <= index)
+                .map(|(at, (target, writer))| (at, LayerWork::new(target.job, *writer)))
+                .collect();
+            for stage in Stage::ALL {
+                let linears = config.linears(index, stage);
+                let hessian = observe(decoder, first, &linears, stage, times)?;
+                for (_, work) in &mut works {
+                    let hessian = hessian.as_ref();
+                    work.solve(decoder, &linears, hessian, After::Keep, times, progress)?;
+                }
             }
-        }
-        times.time(Phase::Forward, || decoder.finish_block())?;
-        for ((work, writer), done) in works.into_iter().zip(writers).zip(&mut *done) {
-            writer.end_block(BlockEntry {
-                block: index,
-                layers: work.layers.clone(),
-                warnings: work.warnings.clone(),
-            })?;
-            done.0.extend(work.layers);
-            done.1.extend(work.warnings);
+            times.time(Phase::Forward, || decoder.finish_block())?;
+            for (at, work) in works {
+                let entry = BlockEntry {
+                    block: index,
+                    layers: work.layers,
+                    warnings: work.warnings,
+                    tensors: BTreeMap::new(),
+                };
+                writers[at].end_block(entry.clone())?;
+                new[at].push(entry);
+            }
         }
         progress(Progress::Block {
             done: index + 1,

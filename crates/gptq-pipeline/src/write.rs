@@ -1,14 +1,15 @@
 //! Packing, writing and reading back: on a thread beside the work of a GPU, else in its place.
 
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::Instant;
 
 use gptq_model::Device;
-use gptq_packer::{StagedCheckpoint, pack, verify_layer};
+use gptq_packer::{PackedLayer, StagedCheckpoint, pack, verify_layer};
 use gptq_quantizer::Arriving;
-use gptq_types::{LayerName, Phase, PhaseTimes, QuantSpec, SolvedLayer, TensorSource};
+use gptq_types::{ContentHash, LayerName, Phase, PhaseTimes, QuantSpec, SolvedLayer, TensorSource};
 
 use crate::journal::{BlockEntry, Journal};
 use crate::{Job, PipelineError};
@@ -73,22 +74,43 @@ impl Output for Writer<'_> {
     }
 }
 
-/// Runs `work` with a writer for it; returns the journal once all is on disk.
+/// Runs `work` with a writer for it; all is on disk when it returns.
 pub fn writing<R>(
     staged: &StagedCheckpoint,
     job: &Job,
     journal: Journal,
     times: &mut PhaseTimes,
     work: impl FnOnce(&Writer<'_>, &mut PhaseTimes) -> Result<R, PipelineError>,
-) -> Result<(R, Journal), PipelineError> {
-    let writing = Writing {
-        source: job.source.as_ref(),
-        staged,
-        spec: &job.spec,
-        journal,
-        times: PhaseTimes::default(),
-    };
-    let (result, writing) = match job.device {
+) -> Result<R, PipelineError> {
+    std::thread::scope(|scope| {
+        let (hash_ahead, blocks) = sync_channel(1);
+        scope.spawn(move || hash_as_blocks_end(staged, &blocks));
+        let writing = Writing {
+            source: job.source.as_ref(),
+            staged,
+            spec: &job.spec,
+            journal,
+            tensors: BTreeMap::new(),
+            hash_ahead,
+            times: PhaseTimes::default(),
+        };
+        with_writer(writing, job.device, times, work)
+    })
+}
+
+/// The files' hashes go into the record; most of them is known when the last block ends.
+fn hash_as_blocks_end(staged: &StagedCheckpoint, blocks: &Receiver<()>) {
+    // What cannot be read here is read again at the end, and reported there.
+    while blocks.recv().is_ok() && staged.hash_ahead().is_ok() {}
+}
+
+fn with_writer<'a, R>(
+    writing: Writing<'a>,
+    device: Device,
+    times: &mut PhaseTimes,
+    work: impl FnOnce(&Writer<'_>, &mut PhaseTimes) -> Result<R, PipelineError>,
+) -> Result<R, PipelineError> {
+    let (result, writing) = match device {
         Device::Cpu => {
             let writer = Writer::Here(RefCell::new(writing));
             let result = work(&writer, times);
@@ -103,7 +125,7 @@ pub fn writing<R>(
     for (phase, seconds) in &writing.times.seconds {
         *times.seconds.entry(*phase).or_default() += seconds;
     }
-    Ok((result?, writing.journal))
+    result
 }
 
 #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
@@ -132,6 +154,10 @@ pub struct Writing<'a> {
     staged: &'a StagedCheckpoint,
     spec: &'a QuantSpec,
     journal: Journal,
+    /// Of the block at hand, as they were written.
+    tensors: BTreeMap<String, ContentHash>,
+    /// Tells that a block ended.
+    hash_ahead: SyncSender<()>,
     times: PhaseTimes,
 }
 
@@ -155,7 +181,7 @@ impl Writing<'_> {
                 })?;
                 self.store(&layer, &solved)
             }
-            Message::Block(entry) => self.end_block(&entry),
+            Message::Block(entry) => self.end_block(entry),
             Message::Plain(names) => self.copy(&names),
         }
     }
@@ -170,11 +196,27 @@ impl Writing<'_> {
                 layer: layer.clone(),
                 source,
             })?;
+        // One thread hashes while the others write and read back: the longer work by far.
+        let (tensors, stored) = rayon::join(
+            || hashes(&packed.tensors(layer)),
+            || self.write_and_verify(layer, solved, &packed),
+        );
+        self.tensors.extend(tensors);
+        stored
+    }
+
+    fn write_and_verify(
+        &mut self,
+        layer: &LayerName,
+        solved: &SolvedLayer,
+        packed: &PackedLayer,
+    ) -> Result<(), PipelineError> {
         let start = Instant::now();
         for (name, bytes) in packed.tensors(layer) {
             self.staged.write(&name, bytes)?;
         }
         self.times.add(Phase::Write, start.elapsed());
+        let format = self.spec.format;
         self.times
             .time(Phase::Verify, || {
                 verify_layer(self.staged, layer, solved, format)
@@ -194,8 +236,18 @@ impl Writing<'_> {
         Ok(())
     }
 
-    fn end_block(&mut self, entry: &BlockEntry) -> Result<(), PipelineError> {
+    fn end_block(&mut self, mut entry: BlockEntry) -> Result<(), PipelineError> {
         self.times.time(Phase::Write, || self.staged.sync())?;
-        self.journal.record(entry)
+        entry.tensors = std::mem::take(&mut self.tensors);
+        self.journal.record(&entry)?;
+        // A thread that is still at the block before hears of this one at the next.
+        let _ = self.hash_ahead.try_send(());
+        Ok(())
     }
+}
+
+fn hashes(tensors: &[(String, &[u8])]) -> BTreeMap<String, ContentHash> {
+    (tensors.iter())
+        .map(|(name, bytes)| (name.clone(), ContentHash::of(bytes)))
+        .collect()
 }

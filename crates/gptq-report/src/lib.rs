@@ -25,7 +25,7 @@ pub use regression::{
 };
 pub use report::{
     Damped, Dead, Degraded, Found, FoundRun, Made, Report, ReportError, Row, Score, Text, Warned,
-    Worse,
+    Worse, quoted,
 };
 pub use summary::summary;
 

@@ -23,5 +23,6 @@ mod table;
 mod tests;
 mod words;
 
+pub use command::quoted;
 pub use data::{Found, FoundRun, Made, Report, ReportError, Row, Score, Text};
 pub use degraded::{Damped, Dead, Degraded, Warned, Worse};

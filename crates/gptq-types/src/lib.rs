@@ -33,8 +33,8 @@ pub use matrix::{
 pub use outside_name::OutsideNameError;
 pub use quiet::{PanicMessage, quietly};
 pub use record::{
-    Accuracy, CalibrationRecord, EvalRecord, LayerRecord, PairedDifference, Phase, PhaseTimes,
-    RUN_RECORD_SCHEMA, RunRecord, Speed, Warning,
+    Accuracy, CalibrationRecord, EvalRecord, FileRecord, LayerRecord, PairedDifference, Phase,
+    PhaseTimes, RUN_RECORD_SCHEMA, RunRecord, Speed, Warning,
 };
 pub use solved::{LayerLoss, SolvedLayer};
 pub use source::{Dtype, SourceError, TensorInfo, TensorSource};

@@ -200,6 +200,28 @@ pub struct RunRecord {
     /// Seconds per phase; likewise.
     #[serde(default, skip_serializing_if = "PhaseTimes::is_empty")]
     pub phases: PhaseTimes,
+    /// Every file that the run wrote beside this record, by name; absent in older records.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub files: BTreeMap<String, FileRecord>,
+}
+
+/// A file as it was written.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileRecord {
+    /// Length.
+    pub bytes: u64,
+    /// Of all bytes.
+    pub sha256: ContentHash,
+}
+
+impl FileRecord {
+    /// Of a file that holds `bytes`.
+    pub fn of(bytes: &[u8]) -> Self {
+        FileRecord {
+            bytes: bytes.len() as u64,
+            sha256: ContentHash::of(bytes),
+        }
+    }
 }
 
 impl RunRecord {

@@ -7,7 +7,7 @@ use clap::Args;
 use super::{DeviceArg, HubArgs};
 
 #[derive(Args)]
-#[group(id = "mode", required = true, multiple = false, args = ["expect", "write"])]
+#[group(id = "mode", required = false, multiple = false, args = ["expect", "write"])]
 pub struct VerifyArgs {
     /// The checkpoint
     pub model: String,
@@ -18,13 +18,18 @@ pub struct VerifyArgs {
     #[arg(long, value_name = "FILE", requires = "ids")]
     pub write: Option<PathBuf>,
     /// Token ids for --write, separated by commas
-    #[arg(long, value_delimiter = ',', conflicts_with = "expect")]
+    #[arg(long, value_delimiter = ',', requires = "write")]
     pub ids: Vec<u32>,
-    /// Largest absolute difference of a logit
-    #[arg(long, default_value_t = 1e-3)]
+    /// Largest absolute difference of a logit, a number of 0 or more
+    #[arg(
+        long,
+        default_value_t = 1e-3,
+        requires = "expect",
+        allow_hyphen_values = true
+    )]
     pub tolerance: f32,
     /// `cpu` computes in f32; `cuda:N` in the model's sixteen-bit type, which needs another tolerance
-    #[arg(long, default_value = "cpu", value_name = "DEVICE")]
+    #[arg(long, default_value = "cpu", value_name = "DEVICE", requires = "mode")]
     pub device: DeviceArg,
     #[command(flatten)]
     pub hub: HubArgs,

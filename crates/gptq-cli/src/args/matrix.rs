@@ -73,9 +73,14 @@ pub struct MatrixArgs {
     /// A minijinja template in place of the built-in card
     #[arg(long, value_name = "FILE")]
     pub template: Option<PathBuf>,
-    /// Largest weight file, in GB (10^9 bytes); 0.001 at least
-    #[arg(long, default_value_t = 4.0, value_name = "GB")]
-    pub max_shard_size: f64,
+    /// Largest weight file: 4GB, 500MB; a bare number is in GB (10^9 bytes)
+    #[arg(
+        long,
+        default_value = "4GB",
+        value_name = "SIZE",
+        allow_hyphen_values = true
+    )]
+    pub max_shard_size: String,
     /// Devices, separated by commas: each takes the next branch; `auto` is one. A GPU named twice
     /// works on two branches abreast, a fifth faster, with memory for two
     #[arg(

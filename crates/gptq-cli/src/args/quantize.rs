@@ -40,7 +40,8 @@ pub struct QuantizeArgs {
     /// Input channels that share one scale, 16 to 1024, or `none` for one group a row
     #[arg(long, default_value = "128", allow_hyphen_values = true)]
     pub group_size: GroupSize,
-    /// Act-order: round channels by falling Hessian diagonal; g_idx becomes a permutation
+    /// Act-order: round channels by falling Hessian diagonal; g_idx becomes a permutation where there
+    /// are several groups
     #[arg(long)]
     pub desc_act: bool,
     /// With --desc-act: fix all grids beforehand, so that g_idx stays trivial
@@ -83,9 +84,14 @@ pub struct QuantizeArgs {
     /// Zero-point convention of the file
     #[arg(long, value_enum, default_value = "gptq")]
     pub format: FormatArg,
-    /// Largest weight file, in GB (10^9 bytes); 0.001 at least
-    #[arg(long, default_value_t = 4.0, value_name = "GB")]
-    pub max_shard_size: f64,
+    /// Largest weight file: 4GB, 500MB; a bare number is in GB (10^9 bytes)
+    #[arg(
+        long,
+        default_value = "4GB",
+        value_name = "SIZE",
+        allow_hyphen_values = true
+    )]
+    pub max_shard_size: String,
     #[command(flatten)]
     pub device: DeviceArgs,
     /// Go on where an interrupted run into the same folder stopped

@@ -13,11 +13,11 @@ use gptq_types::{CalibrationRequest, Method, Permutation, PlannedBranch};
 use crate::Verdict;
 use crate::args::{MatrixArgs, PresetArg, shard_bytes};
 use crate::calibrate::calibrate;
+use crate::datasets::public_name;
 use crate::device;
 use crate::failure::Failure;
 use crate::matrix::{
-    Evaluation, Shared, State, card_info, make_all, make_together, public_name, read_branches,
-    read_text, render,
+    Evaluation, Shared, State, card_info, make_all, make_together, read_branches, read_text, render,
 };
 use crate::models::{Model, find};
 use crate::output::{print, print_json};
@@ -29,12 +29,13 @@ const TEMPERATURE: f32 = 1.0;
 const CARD_FILE: &str = "README.md";
 
 pub fn run(args: &MatrixArgs) -> Result<Verdict, Failure> {
-    let max_shard_bytes = shard_bytes(args.max_shard_size)?;
+    let max_shard_bytes = shard_bytes(&args.max_shard_size)?;
     let asked = permutations(args)?;
     let model = find(&args.model, &args.hub)?;
     let config = DecoderConfig::parse(&model.config_json)
         .map_err(|error| Failure::new(format!("{}: {error}", model.dir().display())))?;
     check_unquantised(model.checkpoint.as_ref(), &model.config_json)?;
+    let companions = model.companions();
     let source = model.checkpoint.as_ref();
     let planned = plan_matrix(source, &config, asked, max_shard_bytes)?;
     if args.dry_run {
@@ -91,6 +92,7 @@ pub fn run(args: &MatrixArgs) -> Result<Verdict, Failure> {
                 model_name: &model_name,
                 text,
                 max_shard_bytes,
+                companions,
                 repository: path,
                 side_by_side: devices.len() > 1,
             };

@@ -1,24 +1,31 @@
 //! `gptq quantize`.
 
+use std::path::Path;
 use std::thread;
 
 use gptq_model::{DecoderConfig, Device};
-use gptq_pipeline::{CheckedWeights, Job, check_shapes, check_unquantised, check_weights};
+use gptq_packer::{ClaimedPlace, StageError};
+use gptq_pipeline::{
+    CheckedWeights, Job, PipelineError, check_beside, check_shapes, check_unquantised,
+    check_weights, may_be_finished,
+};
+use gptq_report::quoted;
 use gptq_types::{Method, RunRecord};
 
 use crate::Verdict;
 use crate::args::{QuantizeArgs, shard_bytes};
 use crate::calibrate::calibrate;
+use crate::datasets::public_name;
 use crate::device;
 use crate::failure::Failure;
-use crate::models::{Model, find};
-use crate::output::{check_vacant, print, print_json};
-use crate::watch::{TOOL, watch};
+use crate::models::{Model, find, public_model_name};
+use crate::output::{print, print_json};
+use crate::watch::{TOOL, try_watch};
 
 pub fn run(args: &QuantizeArgs) -> Result<Verdict, Failure> {
     let spec = args.spec()?;
-    check_vacant(&args.out)?;
-    let max_shard_bytes = shard_bytes(args.max_shard_size)?;
+    check_target(&args.out, args.resume)?;
+    let max_shard_bytes = shard_bytes(&args.max_shard_size)?;
     let model = find(&args.model, &args.hub)?;
     let config = DecoderConfig::parse(&model.config_json)
         .map_err(|error| Failure::new(format!("{}: {error}", model.dir().display())))?;
@@ -29,7 +36,8 @@ pub fn run(args: &QuantizeArgs) -> Result<Verdict, Failure> {
         Method::Gptq => device::resolve(&args.device)?,
         Method::Rtn => Device::Cpu,
     };
-    let windows = || match spec.method {
+    let method = spec.method;
+    let windows = || match method {
         Method::Gptq => {
             let request = args.calibration();
             let temperature = args.temperature;
@@ -37,28 +45,60 @@ pub fn run(args: &QuantizeArgs) -> Result<Verdict, Failure> {
         }
         Method::Rtn => Ok(None),
     };
-    let (windows, checked) = beside_the_check(&model, windows)?;
-    let (windows, calibration) = match windows {
-        Some(windows) => (windows.ids, Some(windows.record)),
-        None => (Vec::new(), None),
-    };
-    let job = Job {
+    let mut job = Job {
         source: model.checkpoint.clone(),
         config_json: model.config_json.clone(),
-        model_name: args.model.clone(),
+        model_name: public_model_name(&args.model),
         spec,
-        windows,
-        calibration,
+        windows: Vec::new(),
+        calibration: None,
         companions: model.companions(),
         out_dir: args.out.clone(),
         max_shard_bytes,
         device,
         resume: args.resume,
-        checked: Some(checked),
+        checked: None,
         tool: TOOL.to_string(),
     };
-    let record = watch(&job, "blocks", false)?;
+    check_beside(&job)?;
+    let (windows, checked) = beside_the_check(&model, windows)?;
+    job.checked = Some(checked);
+    if let Some(windows) = windows {
+        job.windows = windows.ids;
+        job.calibration = Some(windows.record);
+        if let Some(record) = &mut job.calibration {
+            record.dataset = public_name(&record.dataset);
+        }
+    }
+    let record = try_watch(&job, "blocks", false).map_err(|error| with_command(*error))?;
     report(args, &record)
+}
+
+/// Refuses at once what could not be published, or what another process writes.
+fn check_target(out: &Path, resume: bool) -> Result<(), Failure> {
+    match ClaimedPlace::claim(out) {
+        Err(StageError::Occupied(_)) if may_be_finished(out, resume) => Ok(()),
+        Err(error) => Err(PipelineError::from(error).into()),
+        Ok(place) if !resume && place.partial_dir().exists() => {
+            let partial = place.partial_dir().to_path_buf();
+            Err(PipelineError::from(StageError::PartialExists(partial)).into())
+        }
+        Ok(_) => Ok(()),
+    }
+}
+
+/// Says how to go on where something is kept.
+fn with_command(error: PipelineError) -> Failure {
+    let is_kept = matches!(error, PipelineError::Kept { .. });
+    let mut failure = Failure::from(error);
+    if let Some(hint) = failure.hint.as_mut().filter(|_| is_kept) {
+        let mut words: Vec<String> = std::env::args().map(|word| quoted(&word)).collect();
+        if !words.iter().any(|word| word == "--resume") {
+            words.push("--resume".to_string());
+        }
+        *hint += &format!(": {}", words.join(" "));
+    }
+    failure
 }
 
 /// All weights are read once while `work` is done, which reads little.

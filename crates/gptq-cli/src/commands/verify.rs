@@ -11,13 +11,24 @@ use crate::Verdict;
 use crate::args::VerifyArgs;
 use crate::device;
 use crate::failure::Failure;
-use crate::models::find;
+use crate::models::{find, folder};
 use crate::output::print;
+use crate::records::check_folder;
 
 /// GPU memory that one short sequence may take.
 const WORKSPACE: usize = 10_000_000_000;
 
 pub fn run(args: &VerifyArgs) -> Result<Verdict, Failure> {
+    if args.write.is_none() && args.expect.is_none() {
+        return files(&folder(&args.model, &args.hub)?);
+    }
+    if !args.tolerance.is_finite() || args.tolerance < 0.0 {
+        let text = format!(
+            "--tolerance {} is not a number of 0 or more",
+            args.tolerance
+        );
+        return Err(Failure::new(text));
+    }
     let opened = find(&args.model, &args.hub)?.open()?;
     let vocab = opened.config.vocab_size;
     let mut decoder = opened.decoder(device::pick(args.device, WORKSPACE)?)?;
@@ -29,7 +40,17 @@ pub fn run(args: &VerifyArgs) -> Result<Verdict, Failure> {
     }
     let path = args.expect.as_deref().unwrap_or(Path::new(""));
     let (ids, expected) = read(path, vocab)?;
-    let found = compare(&logits(decoder.as_mut(), &ids)?, &expected, vocab);
+    let got = logits(decoder.as_mut(), &ids)?;
+    if let Some(at) = got.iter().position(|logit| !logit.is_finite()) {
+        print(&format!(
+            "the logit at token {}, entry {} is {}\n",
+            at / vocab,
+            at % vocab,
+            got[at]
+        ))?;
+        return Ok(Verdict::No);
+    }
+    let found = compare(&got, &expected, vocab);
     print(&format!(
         "largest difference {:.3e} (got {}, expected {}) at token {}, entry {}; same top token {:.2} %\n",
         found.max_difference,
@@ -40,6 +61,29 @@ pub fn run(args: &VerifyArgs) -> Result<Verdict, Failure> {
         100.0 * found.top1_agreement
     ))?;
     match found.max_difference <= args.tolerance {
+        true => Ok(Verdict::Yes),
+        false => Ok(Verdict::No),
+    }
+}
+
+/// Every file against the sha256 that the folder's record lists.
+fn files(folder: &Path) -> Result<Verdict, Failure> {
+    let verdict = check_folder(folder)?;
+    for (name, how) in &verdict.differing {
+        print(&format!("{name} {how}\n"))?;
+    }
+    for name in &verdict.missing {
+        print(&format!("{name} is missing\n"))?;
+    }
+    for name in &verdict.extra {
+        print(&format!("{name} is not in the record: not checked\n"))?;
+    }
+    let all = verdict.sound.len() + verdict.differing.len() + verdict.missing.len();
+    print(&format!(
+        "{} of {all} files are as they were written\n",
+        verdict.sound.len()
+    ))?;
+    match verdict.is_sound() {
         true => Ok(Verdict::Yes),
         false => Ok(Verdict::No),
     }
@@ -71,8 +115,17 @@ fn read(path: &Path, vocab: usize) -> Result<(Vec<u32>, Vec<f32>), Failure> {
             .map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]))
             .collect()
     };
-    let logits = words(&logits).into_iter().map(f32::from_bits).collect();
-    Ok((words(&ids), logits))
+    let logits: Vec<f32> = words(&logits).into_iter().map(f32::from_bits).collect();
+    match logits.iter().position(|logit| !logit.is_finite()) {
+        None => Ok((words(&ids), logits)),
+        Some(at) => Err(Failure::new(format!(
+            "`{}`: the logit at token {}, entry {} is {}",
+            path.display(),
+            at / vocab,
+            at % vocab,
+            logits[at]
+        ))),
+    }
 }
 
 fn write(path: &Path, ids: &[u32], logits: &[f32], vocab: usize) -> Result<(), Failure> {

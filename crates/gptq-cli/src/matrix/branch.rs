@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use gptq_calibration::{EvaluationWindows, Windows};
@@ -15,8 +15,9 @@ use gptq_types::{
     BranchEvaluation, BranchRecord, EvalRecord, Method, Permutation, PlannedBranch, RunRecord,
 };
 
+use super::read_text;
 use super::state::{State, replace};
-use super::{public_name, read_text};
+use crate::datasets::public_name;
 use crate::failure::Failure;
 use crate::models::Model;
 use crate::records::{BRANCH_RECORD, RUN_RECORD};
@@ -35,6 +36,8 @@ pub struct Shared<'a> {
     /// What branches are scored on.
     pub text: Option<EvaluationWindows>,
     pub max_shard_bytes: u64,
+    /// Files that go with every branch.
+    pub companions: Vec<PathBuf>,
     pub repository: &'a Path,
     /// Several branches are made side by side.
     pub side_by_side: bool,
@@ -152,7 +155,7 @@ impl<'a> Maker<'a> {
             spec: permutation.spec.clone(),
             windows: windows.map_or(Vec::new(), |windows| windows.ids.clone()),
             calibration: windows.map(|windows| windows.record.clone()),
-            companions: model.companions(),
+            companions: self.shared.companions.clone(),
             out_dir: work.to_path_buf(),
             max_shard_bytes: self.shared.max_shard_bytes,
             checked: Some(self.shared.checked.clone()),

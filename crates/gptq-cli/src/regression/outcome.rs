@@ -20,7 +20,7 @@ use sha2::{Digest, Sha256};
 
 use super::Place;
 use super::inputs::{hash_model, hex};
-use crate::args::{HubArgs, shard_bytes};
+use crate::args::HubArgs;
 use crate::calibrate::calibrate;
 use crate::device::processor;
 use crate::failure::Failure;
@@ -31,7 +31,7 @@ use crate::watch::{TOOL, try_watch};
 
 const RECORD_FILE: &str = "gptq_run.json";
 /// What `gptq quantize` does without flags.
-const SHARD_GB: f64 = 4.0;
+const SHARD_BYTES: u64 = 4_000_000_000;
 const TEMPERATURE: f32 = 1.0;
 /// Of an evaluation: a spread over one window is none.
 const LEAST_WINDOWS: usize = 2;
@@ -113,7 +113,7 @@ impl<'a> Bench<'a> {
             calibration: Some(self.windows.record.clone()),
             companions: self.model.companions(),
             out_dir: out.clone(),
-            max_shard_bytes: shard_bytes(SHARD_GB)?,
+            max_shard_bytes: SHARD_BYTES,
             device: Device::Cpu,
             resume: false,
             checked: Some(self.checked.clone()),

@@ -43,7 +43,7 @@ pub(super) fn quantize_command(run: &RunRecord, out: &str) -> String {
 }
 
 /// A word as a shell reads it back.
-fn quoted(word: &str) -> String {
+pub fn quoted(word: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "._-/:=+,@%".contains(c);
     match !word.is_empty() && word.chars().all(plain) {
         true => word.to_string(),

@@ -75,6 +75,7 @@ fn run(group: usize) -> RunRecord {
         shared_hessian: false,
         seconds: 12.5,
         phases: Default::default(),
+        files: Default::default(),
     }
 }
 

@@ -1,0 +1,222 @@
+//! What an interrupted run left: whether it is of the same job, and whether it is still what its
+//! journal vouches for.
+
+use std::path::Path;
+
+use gptq_model::DecoderConfig;
+use gptq_packer::{ClaimedPlace, PACKED_SUFFIXES, StagedCheckpoint, check_files, partial_path};
+use gptq_types::{ContentHash, ContentHasher, RunRecord, TensorSource};
+use rayon::iter::{IntoParallelIterator, ParallelIterator};
+use serde_json::{Map, Value, json};
+
+use crate::journal::{BlockEntry, JOURNAL_FILE, Journal};
+use crate::run::{RECORD_FILE, device_name};
+use crate::small_files::SmallFiles;
+use crate::weights::CheckedWeights;
+use crate::{Job, OutputPlan, PipelineError};
+
+/// Bytes of a tensor hashed at a time.
+const PIECE: usize = 1 << 20;
+/// The largest record that is read.
+const MAX_RECORD_BYTES: u64 = 256 << 20;
+
+/// A staged checkpoint with its journal, begun or taken up.
+pub struct Begun {
+    /// The folder under construction.
+    pub staged: StagedCheckpoint,
+    /// Open for the next block.
+    pub journal: Journal,
+    /// Blocks that need no more work.
+    pub done: Vec<BlockEntry>,
+}
+
+/// Takes up what an interrupted run left in a claimed place, where the job asks for it, or begins.
+/// The disk must have room for `beside_shards` bytes beside the weight files.
+pub fn begin(
+    job: &Job,
+    place: ClaimedPlace,
+    config: &DecoderConfig,
+    plan: &OutputPlan,
+    settings: &Map<String, Value>,
+    beside_shards: u64,
+) -> Result<Begun, PipelineError> {
+    let partial = place.partial_dir().to_path_buf();
+    if job.resume && partial.is_dir() {
+        if let Some((journal, done)) = Journal::reopen(&partial, settings)? {
+            check_entries(&partial, &done, config)?;
+            let staged = place.reopen(&plan.layout)?;
+            check_tensors(&staged, &done)?;
+            return Ok(Begun {
+                staged,
+                journal,
+                done,
+            });
+        }
+        if partial.join(RECORD_FILE).exists() {
+            return Err(PipelineError::Unvouched(partial));
+        }
+        // It was interrupted before its first line: there is nothing to go on with.
+        place.discard_partial()?;
+    }
+    let staged = place.create(&plan.layout, beside_shards)?;
+    match Journal::begin(staged.partial_dir(), settings) {
+        Ok(journal) => Ok(Begun {
+            staged,
+            journal,
+            done: Vec::new(),
+        }),
+        Err(error) => {
+            // The first error is the one to report.
+            let _ = staged.discard();
+            Err(error)
+        }
+    }
+}
+
+/// What must not change between an interrupted run and its continuation.
+pub fn settings(job: &Job, checked: &CheckedWeights, shared_hessian: bool) -> Map<String, Value> {
+    let tokens = job.calibration.as_ref().map(|record| &record.token_sha256);
+    let entries = [
+        ("tool", json!(job.tool)),
+        ("model", json!(job.model_name)),
+        ("weights", json!(checked.identity)),
+        ("config.json", json!(job.config_json)),
+        ("calibration tokens", json!(tokens)),
+        // Another device rounds its sums otherwise: half of each would be the result of neither.
+        ("device", json!(device_name(job.device))),
+        ("shared Hessian", json!(shared_hessian)),
+    ];
+    let mut settings: Map<String, Value> = entries
+        .into_iter()
+        .map(|(name, value)| (name.to_string(), value))
+        .collect();
+    // Each under its own name, so that the one that differs can be named.
+    if let Value::Object(spec) = json!(job.spec) {
+        settings.extend(spec);
+    }
+    settings
+}
+
+/// Whether a folder that is in the way may be the result of the very run that is asked for:
+/// interrupted after its rename, or repeated by a scheduler.
+pub fn may_be_finished(out_dir: &Path, resume: bool) -> bool {
+    out_dir.join(RECORD_FILE).is_file() && (resume || out_dir.join(JOURNAL_FILE).is_file())
+}
+
+/// The record of a folder that is the result of this job, every file of it as it was written. What
+/// an interruption after the rename left of the making is removed.
+pub fn finished(
+    job: &Job,
+    checked: &CheckedWeights,
+    files: &SmallFiles,
+    shared_hessian: bool,
+) -> Result<Option<RunRecord>, PipelineError> {
+    if !may_be_finished(&job.out_dir, job.resume) {
+        return Ok(None);
+    }
+    let path = job.out_dir.join(RECORD_FILE);
+    let small = std::fs::metadata(&path).is_ok_and(|found| found.len() <= MAX_RECORD_BYTES);
+    let text = small.then(|| std::fs::read_to_string(&path).ok()).flatten();
+    let record: Option<RunRecord> = text.and_then(|text| serde_json::from_str(&text).ok());
+    let Some(record) = record.filter(|record| {
+        record.tool == job.tool
+            && record.model == job.model_name
+            && record.weights_sha256.as_ref() == Some(&checked.identity)
+            && record.spec == job.spec
+            && record.calibration == job.calibration
+            && record.device == device_name(job.device)
+            && record.shared_hessian == shared_hessian
+            && files.are_among(&record.files)
+    }) else {
+        return Ok(None);
+    };
+    if !check_files(&job.out_dir, &record.files)?.is_sound() {
+        return Ok(None);
+    }
+    let journal = job.out_dir.join(JOURNAL_FILE);
+    match std::fs::remove_file(&journal) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(PipelineError::Journal {
+            path: journal,
+            reason: error.to_string(),
+        }),
+        _ => Ok(Some(record)),
+    }
+}
+
+/// Whether there is a run to go on with.
+pub fn is_interrupted(out_dir: &Path) -> bool {
+    partial_path(out_dir).is_ok_and(|partial| partial.join(JOURNAL_FILE).exists())
+}
+
+/// The lines must be of this model: its blocks, in each its linears with all their tensors.
+fn check_entries(
+    partial: &Path,
+    done: &[BlockEntry],
+    config: &DecoderConfig,
+) -> Result<(), PipelineError> {
+    let damaged = |line: usize, reason: String| PipelineError::DamagedLine {
+        path: partial.join(JOURNAL_FILE),
+        line,
+        reason,
+    };
+    let blocks = config.num_hidden_layers;
+    if done.len() > blocks {
+        let reason = format!("block {blocks} of a model with {blocks}");
+        return Err(damaged(blocks + 2, reason));
+    }
+    for entry in done {
+        let linears = config.block_linears(entry.block);
+        let listed =
+            (entry.layers.iter()).map(|row| (&row.layer, row.in_features, row.out_features));
+        let same = listed.eq(linears.iter().map(|(layer, k, n)| (layer, *k, *n)));
+        let mut names: Vec<String> = (linears.iter())
+            .flat_map(|(layer, _, _)| PACKED_SUFFIXES.map(|suffix| layer.tensor(suffix)))
+            .collect();
+        names.sort();
+        if !same || !entry.tensors.keys().eq(names.iter()) {
+            let reason = format!("its layers are not those of block {}", entry.block);
+            return Err(damaged(entry.block + 2, reason));
+        }
+    }
+    Ok(())
+}
+
+/// Every tensor that the journal vouches for, against its sha256, on all threads.
+fn check_tensors(staged: &StagedCheckpoint, done: &[BlockEntry]) -> Result<(), PipelineError> {
+    let vouched: Vec<(usize, &String, &ContentHash)> = (done.iter())
+        .flat_map(|entry| {
+            entry
+                .tensors
+                .iter()
+                .map(|(name, hash)| (entry.block, name, hash))
+        })
+        .collect();
+    for (_, name, _) in &vouched {
+        staged.mark_written(name)?;
+    }
+    let found: Vec<Result<(), PipelineError>> = (vouched.into_par_iter())
+        .map(
+            |(block, name, hash)| match hash_stored(staged, name)? == *hash {
+                true => Ok(()),
+                false => Err(PipelineError::DamagedTensor {
+                    folder: staged.partial_dir().to_path_buf(),
+                    name: name.clone(),
+                    line: block + 2,
+                }),
+            },
+        )
+        .collect();
+    found.into_iter().collect()
+}
+
+fn hash_stored(source: &dyn TensorSource, name: &str) -> Result<ContentHash, PipelineError> {
+    let bytes = source.require(name)?.bytes();
+    let mut hasher = ContentHasher::default();
+    let mut buffer = vec![0; PIECE.min(bytes)];
+    for start in (0..bytes).step_by(PIECE) {
+        let piece = &mut buffer[..PIECE.min(bytes - start)];
+        source.read_at(name, start, piece)?;
+        hasher.update(piece);
+    }
+    Ok(hasher.finish())
+}
