@@ -28,6 +28,12 @@ pub fn run(args: &ImportArgs) -> Result<Verdict, Failure> {
         report.parameters,
         report.weight_bytes
     );
+    for (kind, narrowing) in report.narrowed.iter().filter(|(_, n)| n.changed > 0) {
+        eprintln!(
+            "warning: {} of {} {kind} values change when rounded to f16; {} of them become 0",
+            narrowing.changed, narrowing.values, narrowing.zeroed
+        );
+    }
     for note in &report.notes {
         eprintln!("note: {note}");
     }

@@ -7,7 +7,6 @@ use std::fmt;
 
 use bytemuck::{Pod, Zeroable};
 use half::{bf16, f16};
-use rayon::prelude::*;
 
 /// Elements of the small blocks.
 const SMALL: usize = 32;
@@ -218,57 +217,6 @@ pub fn dequantise(kind: BlockType, blocks: &[u8], out: &mut [f32]) {
         BlockType::Q5_K => each(blocks, out, q5_k),
         BlockType::Q6_K => each(blocks, out, q6_k),
     }
-}
-
-/// A value that f16 cannot hold: its position and itself.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Unfit {
-    /// Position in the tensor, row-major.
-    pub element: usize,
-    /// The value, infinite or NaN or too large.
-    pub value: f32,
-}
-
-/// Decodes whole blocks and rounds to the nearest f16, as little-endian bytes.
-///
-/// Fails on the first value that is not finite in f16.
-pub fn to_f16_bytes(kind: BlockType, blocks: &[u8]) -> Result<Vec<u8>, Unfit> {
-    /// Elements decoded at a time: a multiple of every block, small enough for the L1 cache.
-    const CHUNK: usize = 4096;
-    let count = blocks.len() / kind.block_bytes();
-    let elements = count * kind.block_elements();
-    let mut bytes = vec![0u8; elements * 2];
-    let chunk_bytes = CHUNK / kind.block_elements() * kind.block_bytes();
-    let first_unfit = bytes
-        .par_chunks_mut(CHUNK * 2)
-        .zip(blocks.par_chunks(chunk_bytes))
-        .enumerate()
-        .filter_map(|(chunk, (out, blocks))| {
-            let mut values = [0.0f32; CHUNK];
-            let values = &mut values[..out.len() / 2];
-            dequantise(kind, blocks, values);
-            round_to_f16(values, out).map(|unfit| Unfit {
-                element: chunk * CHUNK + unfit.element,
-                ..unfit
-            })
-        })
-        .min_by_key(|unfit| unfit.element);
-    if let Some(unfit) = first_unfit {
-        return Err(unfit);
-    }
-    Ok(bytes)
-}
-
-/// Returns the first value that f16 cannot hold, if any.
-fn round_to_f16(values: &[f32], out: &mut [u8]) -> Option<Unfit> {
-    for (element, (out, &value)) in out.chunks_exact_mut(2).zip(values).enumerate() {
-        let rounded = f16::from_f32(value);
-        if !rounded.is_finite() {
-            return Some(Unfit { element, value });
-        }
-        out.copy_from_slice(&rounded.to_le_bytes());
-    }
-    None
 }
 
 fn plain<const N: usize>(bytes: &[u8], out: &mut [f32], decode: impl Fn([u8; N]) -> f32) {

@@ -9,13 +9,13 @@ use std::path::{Path, PathBuf};
 
 use gptq_packer::{CheckpointLayout, StagedCheckpoint};
 use gptq_types::{Dtype, TensorInfo};
-use serde_json::Value as Json;
 
 use crate::HubError;
 use crate::folder::{add_json, make_folder};
 use crate::gguf::config::{Dimensions, config_json, generation_json};
-use crate::gguf::dequant::{dequantise, to_f16_bytes};
+use crate::gguf::dequant::dequantise;
 use crate::gguf::names::{Move, ROPE_DIVISORS, plan_moves};
+use crate::gguf::narrow::{Narrowing, to_f16_bytes};
 use crate::gguf::read::GgufFile;
 use crate::gguf::rope::unrope;
 use crate::gguf::tokenizer;
@@ -39,6 +39,8 @@ pub struct ImportReport {
     pub weight_bytes: u64,
     /// Tensors per storage type of the source, such as `Q4_K`.
     pub source_types: BTreeMap<String, usize>,
+    /// What rounding to f16 lost, by storage type of the source.
+    pub narrowed: BTreeMap<String, Narrowing>,
     /// What had to be assumed or left out.
     pub notes: Vec<String>,
 }
@@ -50,7 +52,8 @@ pub struct ImportReport {
 /// Fails on architectures, tokenizers, keys, tensors and storage types that are not known, each by
 /// name; on values that f16 cannot hold; and when `out` cannot be written.
 ///
-/// Not exact: 4- to 8-bit types are decoded in f32 and rounded to f16.
+/// Not exact: values are decoded in f32 and rounded to f16; [`ImportReport::narrowed`] counts what
+/// changes by that.
 pub fn import_gguf(
     src: &Path,
     out: &Path,
@@ -69,10 +72,20 @@ pub fn import_gguf(
         ("tokenizer.json", tokens.tokenizer),
         ("tokenizer_config.json", tokens.config),
     ];
+    let mut narrowed = BTreeMap::new();
     let folder = make_folder(
         out,
         &layout,
-        |stage| fill(stage, &file, &moves, &texts, dims.head_dim, progress),
+        |stage| {
+            let filling = Filling {
+                stage,
+                file: &file,
+                head_dim: dims.head_dim,
+            };
+            narrowed = filling.tensors(&moves, progress)?;
+            let mut texts = texts.iter();
+            texts.try_for_each(|(name, json)| add_json(stage, name, json))
+        },
         StagedCheckpoint::publish,
     )?;
     let mut source_types = BTreeMap::new();
@@ -88,6 +101,7 @@ pub fn import_gguf(
         parameters: moves.iter().map(|m| m.source.elements() as u64).sum(),
         weight_bytes: layout.file_bytes(),
         source_types,
+        narrowed,
         notes: tokens.notes,
     })
 }
@@ -119,44 +133,51 @@ fn rope_divisors(file: &GgufFile, count: usize) -> Result<Option<Vec<f32>>, HubE
     Ok(Some(values))
 }
 
-fn fill(
-    stage: &StagedCheckpoint,
-    file: &GgufFile,
-    moves: &[Move],
-    texts: &[(&str, Json)],
+/// Where tensors come from and go to.
+struct Filling<'a> {
+    stage: &'a StagedCheckpoint,
+    file: &'a GgufFile,
     head_dim: usize,
-    progress: &mut dyn FnMut(&str, u64, u64),
-) -> Result<(), HubError> {
-    let total = stage.layout().tensor_bytes();
-    let mut done = 0;
-    for step in moves {
-        let bytes = converted(file, step, head_dim)?;
-        stage.write(&step.target, &bytes)?;
-        done += bytes.len() as u64;
-        progress(&step.target, done, total);
-    }
-    for (name, json) in texts {
-        add_json(stage, name, json)?;
-    }
-    Ok(())
 }
 
-/// The tensor as f16 in the order of its new name.
-fn converted(file: &GgufFile, step: &Move, head_dim: usize) -> Result<Vec<u8>, HubError> {
-    let source = step.source;
-    let stored = file.read(source)?;
-    let bytes = to_f16_bytes(source.block_type, &stored).map_err(|unfit| {
-        let reason = format!(
-            "holds {} at element {}, which f16 cannot hold",
-            unfit.value, unfit.element
-        );
-        file.tensor_error(&source.name, reason)
-    })?;
-    if !step.unrope {
-        return Ok(bytes);
+impl Filling<'_> {
+    fn tensors(
+        &self,
+        moves: &[Move],
+        progress: &mut dyn FnMut(&str, u64, u64),
+    ) -> Result<BTreeMap<String, Narrowing>, HubError> {
+        let total = self.stage.layout().tensor_bytes();
+        let mut done = 0;
+        let mut narrowed: BTreeMap<String, Narrowing> = BTreeMap::new();
+        for step in moves {
+            let (bytes, narrowing) = self.converted(step)?;
+            let kind = step.source.block_type.to_string();
+            *narrowed.entry(kind).or_default() += narrowing;
+            self.stage.write(&step.target, &bytes)?;
+            done += bytes.len() as u64;
+            progress(&step.target, done, total);
+        }
+        Ok(narrowed)
     }
-    let row_elements: usize = source.shape[1..].iter().product();
-    Ok(unrope(&bytes, head_dim, row_elements * F16_BYTES))
+
+    /// The tensor as f16 in the order of its new name.
+    fn converted(&self, step: &Move) -> Result<(Vec<u8>, Narrowing), HubError> {
+        let source = step.source;
+        let stored = self.file.read(source)?;
+        let (bytes, narrowing) = to_f16_bytes(source.block_type, &stored).map_err(|unfit| {
+            let reason = format!(
+                "holds {} at element {}, which f16 cannot hold",
+                unfit.value, unfit.element
+            );
+            self.file.tensor_error(&source.name, reason)
+        })?;
+        if !step.unrope {
+            return Ok((bytes, narrowing));
+        }
+        let row_elements: usize = source.shape[1..].iter().product();
+        let bytes = unrope(&bytes, self.head_dim, row_elements * F16_BYTES);
+        Ok((bytes, narrowing))
+    }
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@
 //! "GGUF" | u32 version | u64 tensors | u64 keys | keys and values | tensor infos | padding | data
 //! ```
 //!
-//! `header` parses and checks the header, [`read`] the bytes, [`dequant`] knows the block types, `names` and `config`
+//! `header` parses and checks the header, [`read`] the bytes, [`dequant`] knows the block types, [`narrow`] f16, `names` and `config`
 //! the architectures, `tokenizer` the vocabularies, [`import`] puts a folder together.
 
 mod config;
@@ -12,6 +12,7 @@ pub mod dequant;
 mod header;
 pub mod import;
 mod names;
+pub mod narrow;
 mod pretokenizer;
 pub mod read;
 mod rope;

@@ -6,9 +6,14 @@ use std::io::BufReader;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use gptq_types::outside_name::shown;
+
 use crate::HubError;
 use crate::gguf::header::Header;
 use crate::gguf::{BlockType, Value};
+
+/// Of what a file says, in an error.
+const SHOWN_CHARACTERS: usize = 200;
 
 /// Where a tensor lies and how it is stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -54,7 +59,7 @@ impl GgufFile {
             .len();
         let bad = |reason: String| HubError::Gguf {
             path: path.to_path_buf(),
-            reason,
+            reason: shown(&reason, SHOWN_CHARACTERS),
         };
         let mut header = Header::new(BufReader::with_capacity(1 << 20, &file), length);
         let (metadata, tensors) = header.parse().map_err(bad)?;
@@ -95,16 +100,16 @@ impl GgufFile {
     pub(crate) fn metadata_error(&self, key: &str, reason: impl Into<String>) -> HubError {
         HubError::Metadata {
             path: self.path.clone(),
-            key: key.to_string(),
-            reason: reason.into(),
+            key: shown(key, SHOWN_CHARACTERS),
+            reason: shown(&reason.into(), SHOWN_CHARACTERS),
         }
     }
 
     pub(crate) fn tensor_error(&self, tensor: &str, reason: impl Into<String>) -> HubError {
         HubError::Tensor {
             path: self.path.clone(),
-            tensor: tensor.to_string(),
-            reason: reason.into(),
+            tensor: shown(tensor, SHOWN_CHARACTERS),
+            reason: shown(&reason.into(), SHOWN_CHARACTERS),
         }
     }
 

@@ -4,11 +4,12 @@
 //! `tokenizer.ggml.pre`) and `llama` (SentencePiece; merges follow from the scores). The file does
 //! not say whether a special token swallows the spaces beside it; none does here.
 
+use gptq_types::outside_name::shown;
 use serde_json::{Map, Value as Json, json};
 
 use crate::HubError;
 use crate::gguf::config::SpecialIds;
-use crate::gguf::pretokenizer::{Family, family};
+use crate::gguf::pretokenizer::{FAMILIES, Family, family};
 use crate::gguf::read::GgufFile;
 use crate::gguf::sentencepiece;
 use crate::gguf::vocabulary::{MERGES, TOKENS, Vocabulary};
@@ -80,15 +81,18 @@ struct Parts {
 fn byte_level_parts(vocabulary: &Vocabulary) -> Result<Parts, HubError> {
     let file = vocabulary.file;
     let key = "tokenizer.ggml.pre";
-    let pre = file.require(key, file.optional_str(key)?)?;
+    let stored = file.optional_str(key)?;
+    let pre = stored.unwrap_or("default");
     let prefix = file.optional_bool("tokenizer.ggml.add_space_prefix")?;
     let family = family(pre, prefix.unwrap_or(false)).ok_or_else(|| {
-        let known = "`smollm`, `gpt-2`, `default`, `llama-bpe`, `qwen2`";
-        file.metadata_error(key, format!("`{pre}` is not one of {known}"))
+        let pre = shown(pre, 40);
+        file.metadata_error(key, format!("`{pre}` is not one of {FAMILIES}"))
     })?;
     let mut notes = Vec::new();
     if pre == "default" {
-        notes.push(format!("`{key}` is `default`: text is cut as GPT-2 does"));
+        // files from before May 2024 have no such key
+        let is = stored.map_or("is missing", |_| "is `default`");
+        notes.push(format!("`{key}` {is}: text is cut as GPT-2 does"));
     }
     let merges = file.require(MERGES, vocabulary.stored_merges()?)?;
     Ok(Parts {

@@ -100,11 +100,11 @@ impl<'a> Vocabulary<'a> {
             return Err(self.file.metadata_error(SCORES, reason));
         }
         let normal = |id: usize| self.kinds[id] == TokenKind::Normal;
-        Ok(sentencepiece::merges_from_scores(
-            &self.tokens,
-            &scores,
-            normal,
-        ))
+        let merges = sentencepiece::merges_from_scores(&self.tokens, &scores, normal);
+        merges.ok_or_else(|| {
+            let reason = "implies more merges than any vocabulary has";
+            self.file.metadata_error(TOKENS, reason)
+        })
     }
 
     /// Token to id, in the order of the ids. Rows that only pad the embedding have no token.

@@ -1,4 +1,5 @@
 use super::*;
+use crate::gguf::narrow::to_f16_bytes;
 
 /// f16 of 0.5, -2 and 1.
 const HALF: [u8; 2] = [0x00, 0x38];
@@ -142,7 +143,7 @@ fn f16_rounding_names_the_first_value_that_does_not_fit() {
     let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
     let unfit = to_f16_bytes(BlockType::F32, &bytes).unwrap_err();
     assert_eq!((unfit.element, unfit.value), (5_000, 65_520.0));
-    let half = to_f16_bytes(BlockType::F32, &bytes[..40]).unwrap();
+    let (half, _) = to_f16_bytes(BlockType::F32, &bytes[..40]).unwrap();
     assert_eq!(half[..2], f16::from_f32(0.1).to_le_bytes());
     assert_eq!(half.len(), 20);
 }

@@ -4,6 +4,7 @@ use crate::gguf::Value;
 use crate::gguf::fixture::{GgufBuilder, strings, text};
 use gptq_types::TensorSource;
 use half::f16;
+use serde_json::Value as Json;
 use std::fs;
 
 const HIDDEN: u64 = 8;
@@ -112,6 +113,11 @@ fn a_llama_comes_out_in_hugging_face_order() {
     let import = imported(&tiny("llama")).unwrap();
     assert_eq!(import.report.tensors, 11);
     assert_eq!(import.report.source_types["F32"], 11);
+    let narrowed = import.report.narrowed["F32"];
+    assert_eq!(
+        (narrowed.values, narrowed.changed),
+        (import.report.parameters, 0)
+    );
     assert_eq!(import.report.weight_bytes, import.checkpoint.weight_bytes());
     // rows of 8: stored rows 0 1 2 3 of a head are its rows 0 2 1 3
     let q = import.first_column("model.layers.0.self_attn.q_proj.weight");
