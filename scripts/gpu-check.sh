@@ -7,7 +7,7 @@
 # run does more where more is there: MODEL (a float model folder) with WINDOWS (safetensors, input_ids) and TEST (text) for
 # the perplexity rows; GPTQModel importable by python3 for its own reading of our files (of those rows, and of files/* on the
 # token ids of ids.txt, a sequence a line); compute-sanitizer on the PATH; PLAN (of a matrix of MODEL), git with git-lfs.
-# SHARED (stories260k and the goldens as the tests want them) for the runner's tests; LAMBADA (a file of its passages).
+# LAMBADA (a file of its passages).
 # MATRIX picks among the ways of the matrix step: one exact abreast shared two four (default: all).
 # STEPS picks among: tests sanitizer linears text theirs seven variants long bytes matrix six rows loads formats (default: all).
 set -euo pipefail
@@ -31,6 +31,7 @@ pack() {
   cp "$(executable -p gptq-inference --features cuda --test runner_device)" "$folder/runner_tests"
   cp "$tests" "$folder/device_tests"
   cp "$whole" "$folder/whole_tests"
+  cp -r "$here/tests/fixtures" "$folder/fixtures"
   strip "$folder"/{gptq,gpu_speed,gpu_linear,{device,packed,text,runner,whole}_tests}
   cp "$0" "$here"/scripts/peer_*.py "$folder/"
   echo "packed $(du -sh "$folder" | cut -f1) into $folder"
@@ -103,7 +104,7 @@ run() {
     timeout 120 ./device_tests --test-threads=1 2>&1 | tail -7 || failed="$failed device_tests"
     timeout 120 ./packed_tests --test-threads=1 2>&1 | tail -7 || failed="$failed packed_tests"
     timeout 120 ./text_tests --test-threads=1 2>&1 | tail -7 || failed="$failed text_tests"
-    GPTQ_SHARED=${SHARED:-} timeout 120 ./runner_tests --test-threads=1 --nocapture 2>&1 |
+    GPTQ_FIXTURES=$PWD/fixtures timeout 120 ./runner_tests --test-threads=1 --nocapture 2>&1 |
       grep -E '^test|mean|skipped|panicked|result' || failed="$failed runner_tests"
     GPTQ_COMMAND=$PWD/gptq timeout 200 ./whole_tests pipeline::gpu --test-threads=1 2>&1 | tail -20 || failed="$failed whole_tests"
   fi

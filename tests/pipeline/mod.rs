@@ -14,3 +14,4 @@ mod resume;
 mod runners;
 mod same_bytes;
 mod synthetic;
+mod witness;

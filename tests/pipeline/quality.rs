@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::support::{gptq, json, quantize, run, shared, tiny_stories};
+use crate::support::{fixture, gptq, json, quantize, run};
 
 /// Evaluated on text that was not calibrated on.
 #[test]
@@ -17,17 +17,11 @@ fn gptq_beats_rounding_to_nearest_in_4_bits() {
 
 fn gptq_beats_rounding_to_nearest(bits: &str) {
     let kind = ["--bits", bits, "--group-size", "32"];
-    let (Some(model), Some(story)) = (shared("data/stories260k"), tiny_stories(120_000)) else {
-        return;
-    };
+    let (model, calibration) = (fixture("verne"), fixture("verne-calibration.txt"));
     let folder = tempfile::tempdir().unwrap();
     let place = |name: &str| folder.path().join(name);
-    let (calibration, held_out) = story.split_at(story.char_indices().nth(80_000).unwrap().0);
-    std::fs::write(place("calibration.txt"), calibration).unwrap();
-    std::fs::write(place("held_out.txt"), held_out).unwrap();
-
     let (solved, rounded) = (place("gptq"), place("rtn"));
-    let mut command = quantize(&model, &solved, &place("calibration.txt"));
+    let mut command = quantize(&model, &solved, &calibration);
     command
         .args(kind)
         .args(["--samples", "32", "--seq-len", "256"]);
@@ -44,7 +38,7 @@ fn gptq_beats_rounding_to_nearest(bits: &str) {
         assert_eq!(layer["tokens"], 32 * 256);
     }
 
-    let records = evaluate(&[&model, &solved, &rounded], &place("held_out.txt"));
+    let records = evaluate(&[&model, &solved, &rounded], &fixture("verne-held-out.txt"));
     let of = |index: usize, key: &str| records[index][key].as_f64().unwrap();
     let (float, gptq, rtn) = (
         of(0, "perplexity"),

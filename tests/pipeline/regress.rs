@@ -9,13 +9,8 @@ use half::f16;
 use serde_json::{Value, json};
 
 use crate::support::{
-    Family, TinyModel, edit_json, edit_tensor, gptq, refused, run, shared, tiny_stories, write_text,
+    Family, TinyModel, edit_json, edit_tensor, fixture, gptq, refused, run, write_text,
 };
-
-const COMMITTED: &str = concat!(
-    env!("CARGO_MANIFEST_DIR"),
-    "/../../tests/regression/stories260k.json"
-);
 
 /// A linear that is neither the first nor the last.
 const LAYER: &str = "model.layers.2.self_attn.v_proj";
@@ -28,18 +23,16 @@ fn regress(baseline: &Path) -> Command {
     command
 }
 
-/// The committed baseline of stories260k, where its model and its text are.
-fn committed() -> Option<PathBuf> {
-    shared("data/stories260k")?;
-    tiny_stories(1)?;
-    Some(PathBuf::from(COMMITTED))
+/// The committed baseline, which names its model and its texts among the fixtures.
+fn committed() -> PathBuf {
+    fixture("../regression/verne.json")
 }
 
 /// It, changed, in another folder.
 fn committed_with(folder: &Path, edit: impl FnOnce(&mut Value)) -> PathBuf {
     let path = folder.join("changed.json");
-    fs::copy(COMMITTED, &path).unwrap();
-    let home = Path::new(COMMITTED).parent().unwrap();
+    fs::copy(committed(), &path).unwrap();
+    let home = fixture("../regression");
     edit_json(&path, |baseline| {
         let recipe = &mut baseline["recipe"];
         let texts = ["/model", "/calibration/dataset", "/evaluation/dataset"];
@@ -54,10 +47,10 @@ fn committed_with(folder: &Path, edit: impl FnOnce(&mut Value)) -> PathBuf {
 
 /// What `quantize` makes of the committed recipe.
 fn packed(folder: &Path) -> PathBuf {
-    let recipe: Value = serde_json::from_slice(&fs::read(COMMITTED).unwrap()).unwrap();
+    let recipe: Value = serde_json::from_slice(&fs::read(committed()).unwrap()).unwrap();
     let recipe = &recipe["recipe"];
     assert_eq!(recipe["spec"]["bits"], 4);
-    let home = Path::new(COMMITTED).parent().unwrap();
+    let home = fixture("../regression");
     let (calibration, out) = (&recipe["calibration"], folder.join("packed"));
     let mut command = gptq("quantize");
     command
@@ -89,9 +82,7 @@ fn worse(verdict: &Value) -> Vec<&str> {
 
 #[test]
 fn the_committed_baseline_is_green() {
-    let Some(baseline) = committed() else {
-        return;
-    };
+    let baseline = committed();
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("junit.xml");
     let told = run(regress(&baseline).arg("--junit").arg(&file)).done();
@@ -115,9 +106,7 @@ fn judged_worse(baseline: &Path, folder: &Path) -> Value {
 
 #[test]
 fn scales_of_one_linear_off_by_2_percent_are_named() {
-    let Some(baseline) = committed() else {
-        return;
-    };
+    let baseline = committed();
     let folder = tempfile::tempdir().unwrap();
     let packed = packed(folder.path());
     run(regress(&baseline).arg("--checkpoint").arg(&packed)).done();
@@ -137,9 +126,7 @@ fn scales_of_one_linear_off_by_2_percent_are_named() {
 
 #[test]
 fn two_codes_that_changed_places_are_named() {
-    let Some(baseline) = committed() else {
-        return;
-    };
+    let baseline = committed();
     let folder = tempfile::tempdir().unwrap();
     let packed = packed(folder.path());
     // One pair in the whole linear, and next to each other on the grid: no larger than rounding.
@@ -154,9 +141,6 @@ fn two_codes_that_changed_places_are_named() {
 
 #[test]
 fn another_damping_is_named() {
-    if committed().is_none() {
-        return;
-    }
     let folder = tempfile::tempdir().unwrap();
     let changed = committed_with(folder.path(), |baseline| {
         baseline["recipe"]["spec"]["damp_percent"] = json!(0.2);

@@ -6,7 +6,7 @@ mod data;
 use std::path::Path;
 use std::sync::Arc;
 
-use data::shared;
+use data::{fixture, shared};
 use gptq_inference::{compare, logits, open, score_reference, score_windows, summarise};
 use gptq_model::Device;
 use gptq_packer::SafetensorsFile;
@@ -50,6 +50,20 @@ fn check(model: &Path, expected: &Path) {
     );
 }
 
+/// Floats, and every width and format that GPTQModel writes.
+#[test]
+fn fixtures_give_the_logits_of_their_own_tensors() {
+    let verne = fixture("verne");
+    check(&verne, &verne.join("logits.safetensors"));
+    let folders = std::fs::read_dir(fixture("gptqmodel")).unwrap();
+    let mut checked = 0;
+    for folder in folders.map(|entry| entry.unwrap().path()) {
+        check(&folder, &folder.join("logits.safetensors"));
+        checked += 1;
+    }
+    assert_eq!(checked, 16);
+}
+
 #[test]
 fn golden_v1_sym() {
     let Some(dir) = shared("golden/gptq-4bit-32g-act0-sym1") else {
@@ -81,9 +95,7 @@ fn golden_unquantised() {
 /// likelihoods as its logits.
 #[test]
 fn evaluation_agrees_with_the_logits() {
-    let Some(dir) = shared("data/stories260k") else {
-        return;
-    };
+    let dir = fixture("verne");
     let windows = vec![vec![1, 403, 407, 261, 378], vec![1, 410, 352, 270, 290]];
     let mut model = decoder(&dir);
     let mut passes = 0;

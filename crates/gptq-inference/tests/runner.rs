@@ -4,9 +4,10 @@
 mod data;
 mod mixed;
 
+use std::path::Path;
 use std::sync::Arc;
 
-use data::shared;
+use data::{fixture, shared};
 use gptq_inference::{OpenedModel, RunError, Runner, compare, logits, open};
 use gptq_model::Device;
 use gptq_packer::SafetensorsFile;
@@ -20,34 +21,31 @@ const IDS: [u32; 24] = [
     267, 337, 335, 429,
 ];
 
-fn model(path: &str) -> Option<OpenedModel> {
-    let file = SafetensorsFile::open(&shared(path)?.join("model.safetensors")).unwrap();
-    opened(path, Arc::new(file))
+fn model(dir: &Path) -> OpenedModel {
+    let file = SafetensorsFile::open(&dir.join("model.safetensors")).unwrap();
+    opened(dir, Arc::new(file))
 }
 
-/// The golden `path` with some linears as stories260k has them.
-fn mixed(path: &str) -> Option<OpenedModel> {
-    let source = mixed::Mixed::open(&shared(path)?, &shared("data/stories260k")?);
-    opened(path, Arc::new(source))
-}
-
-fn opened(path: &str, source: Arc<dyn TensorSource>) -> Option<OpenedModel> {
-    let dir = shared(path)?;
+fn opened(dir: &Path, source: Arc<dyn TensorSource>) -> OpenedModel {
     let text = |name: &str| std::fs::read_to_string(dir.join(name)).ok();
     let quantize_config = text("quantize_config.json");
     let config = text("config.json").unwrap();
-    Some(open(source, &config, quantize_config.as_deref()).unwrap())
+    open(source, &config, quantize_config.as_deref()).unwrap()
 }
 
-/// stories260k as floats, packed with natural groups, and packed with act-order.
+/// Packed with natural groups in every width, and with act-order.
+const PACKED: [&str; 5] = [
+    "gptqmodel/4bit-32g-v1-sym",
+    "gptqmodel/4bit-64g-v2-asym-act",
+    "gptqmodel/2bit-32g-v2-sym",
+    "gptqmodel/3bit-32g-v1-asym-act",
+    "gptqmodel/8bit-64g-v1-sym-act",
+];
+
+/// As floats and packed.
 fn models() -> impl Iterator<Item = OpenedModel> {
-    [
-        "data/stories260k",
-        "golden/gptq-4bit-32g-act0-sym1",
-        "golden/gptq_v2-4bit-64g-act1-sym0",
-    ]
-    .into_iter()
-    .filter_map(model)
+    let all = ["verne"].into_iter().chain(PACKED);
+    all.map(|name| model(&fixture(name)))
 }
 
 #[track_caller]
@@ -69,27 +67,45 @@ fn runner(model: &OpenedModel, batch: usize, capacity: usize) -> Box<dyn Runner>
 #[test]
 fn prompts_and_steps_give_the_logits_of_the_streaming_pass() {
     for model in models() {
-        let want = streamed(&model, &IDS);
-        let row = |at: usize| &want[at * VOCAB..][..VOCAB];
-        let last = IDS.len() - 1;
+        prompts_and_steps(&model);
+    }
+}
 
-        let mut whole = runner(&model, 1, IDS.len());
-        close(&whole.prefill(0, &IDS).unwrap(), row(last));
-
-        // Two prompts, so that the second looks back, then tokens one by one.
-        let mut steps = runner(&model, 1, IDS.len());
-        steps.prefill(0, &IDS[..3]).unwrap();
-        close(&steps.prefill(0, &IDS[3..8]).unwrap(), row(7));
-        for at in 8..IDS.len() {
-            close(steps.step(&IDS[at..=at]).unwrap(), row(at));
+/// 172 channels, of which the last group and the last word are not full.
+#[test]
+fn widths_that_no_group_divides_are_run_as_they_are() {
+    for name in [
+        "data/stories260k",
+        "golden/gptq-4bit-32g-act0-sym1",
+        "golden/gptq_v2-4bit-64g-act1-sym0",
+    ] {
+        if let Some(dir) = shared(name) {
+            prompts_and_steps(&model(&dir));
         }
-        assert!(steps.peak_memory() > 0);
+    }
+}
 
-        // No prompt at all.
-        let mut steps = runner(&model, 1, 4);
-        for at in 0..4 {
-            close(steps.step(&IDS[at..=at]).unwrap(), row(at));
-        }
+fn prompts_and_steps(model: &OpenedModel) {
+    let want = streamed(model, &IDS);
+    let row = |at: usize| &want[at * VOCAB..][..VOCAB];
+    let last = IDS.len() - 1;
+
+    let mut whole = runner(model, 1, IDS.len());
+    close(&whole.prefill(0, &IDS).unwrap(), row(last));
+
+    // Two prompts, so that the second looks back, then tokens one by one.
+    let mut steps = runner(model, 1, IDS.len());
+    steps.prefill(0, &IDS[..3]).unwrap();
+    close(&steps.prefill(0, &IDS[3..8]).unwrap(), row(7));
+    for at in 8..IDS.len() {
+        close(steps.step(&IDS[at..=at]).unwrap(), row(at));
+    }
+    assert!(steps.peak_memory() > 0);
+
+    // No prompt at all.
+    let mut steps = runner(model, 1, 4);
+    for at in 0..4 {
+        close(steps.step(&IDS[at..=at]).unwrap(), row(at));
     }
 }
 
@@ -141,9 +157,7 @@ fn a_reset_forgets_and_threads_change_nothing() {
 
 #[test]
 fn calls_that_cannot_be_met_are_refused_with_their_numbers() {
-    let Some(model) = model("data/stories260k") else {
-        return;
-    };
+    let model = model(&fixture("verne"));
     let mut runner = runner(&model, 2, 4);
     let refused = |result: Result<(), RunError>, text: &str| {
         assert_eq!(result.unwrap_err().to_string(), text);
@@ -178,13 +192,10 @@ fn calls_that_cannot_be_met_are_refused_with_their_numbers() {
 
 #[test]
 fn packed_beside_float_linears_are_read_as_they_are() {
-    for path in [
-        "golden/gptq-4bit-32g-act0-sym1",
-        "golden/gptq_v2-4bit-64g-act1-sym0",
-    ] {
-        let (Some(model), Some(packed)) = (mixed(path), model(path)) else {
-            continue;
-        };
+    for name in PACKED {
+        let (dir, float) = (fixture(name), fixture("verne"));
+        let packed = model(&dir);
+        let model = opened(&dir, Arc::new(mixed::Mixed::open(&dir, &float)));
         let want = streamed(&model, &IDS);
         assert_ne!(want, streamed(&packed, &IDS), "the floats are read");
         let row = |at: usize| &want[at * VOCAB..][..VOCAB];

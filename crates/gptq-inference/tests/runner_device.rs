@@ -9,7 +9,7 @@ mod mixed;
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use data::{Cause, shared, skipped};
+use data::{Cause, fixture, skipped};
 use gptq_inference::{OpenedModel, Runner, compare, logits, open};
 use gptq_kernels::cuda::devices;
 use gptq_model::Device;
@@ -60,33 +60,43 @@ impl TensorSource for Regrouped {
     }
 }
 
-fn model(path: &str) -> Option<OpenedModel> {
-    let file = SafetensorsFile::open(&shared(path)?.join("model.safetensors")).unwrap();
-    opened(path, Arc::new(file))
+fn weights(path: &str) -> SafetensorsFile {
+    SafetensorsFile::open(&fixture(path).join("model.safetensors")).unwrap()
 }
 
-fn opened(path: &str, source: Arc<dyn TensorSource>) -> Option<OpenedModel> {
-    let dir = shared(path)?;
+fn opened(path: &str, source: Arc<dyn TensorSource>) -> OpenedModel {
+    let dir = fixture(path);
     let text = |name: &str| std::fs::read_to_string(dir.join(name)).ok();
     let quantize_config = text("quantize_config.json");
     let config = text("config.json").unwrap();
-    Some(open(source, &config, quantize_config.as_deref()).unwrap())
+    open(source, &config, quantize_config.as_deref()).unwrap()
 }
 
-/// stories260k as floats, packed with natural groups, and packed with act-order.
-fn models() -> impl Iterator<Item = OpenedModel> {
-    let found = match devices().is_empty() {
-        false => &[
-            "data/stories260k",
-            "golden/gptq-4bit-32g-act0-sym1",
-            "golden/gptq_v2-4bit-64g-act1-sym0",
-        ][..],
+/// Floats, packed with natural groups, and packed with act-order.
+const MODELS: [&str; 3] = [
+    "verne",
+    "gptqmodel/4bit-32g-v1-sym",
+    "gptqmodel/4bit-64g-v2-asym-act",
+];
+
+/// `paths`, where there is a GPU.
+fn with_a_gpu(paths: &'static [&'static str]) -> &'static [&'static str] {
+    match devices().is_empty() {
+        false => paths,
         true => {
             skipped(Cause::Machine, "a GPU");
             &[]
         }
-    };
-    found.iter().filter_map(|path| model(path))
+    }
+}
+
+fn models() -> impl Iterator<Item = OpenedModel> {
+    let found = with_a_gpu(&MODELS).iter();
+    found.map(|path| opened(path, Arc::new(weights(path))))
+}
+
+fn packed() -> &'static [&'static str] {
+    with_a_gpu(&MODELS[1..])
 }
 
 /// KL(want || got) of one position, nats.
@@ -224,17 +234,8 @@ fn sequences_of_different_lengths_do_not_see_each_other() {
 #[test]
 fn linears_of_a_stage_with_other_groups_are_read_as_they_are() {
     let _alone = alone();
-    for path in [
-        "golden/gptq-4bit-32g-act0-sym1",
-        "golden/gptq_v2-4bit-64g-act1-sym0",
-    ] {
-        let (Some(file), false) = (shared(path), devices().is_empty()) else {
-            continue;
-        };
-        let file = SafetensorsFile::open(&file.join("model.safetensors")).unwrap();
-        let Some(model) = opened(path, Arc::new(Regrouped(file))) else {
-            continue;
-        };
+    for path in packed() {
+        let model = opened(path, Arc::new(Regrouped(weights(path))));
         let mut seen = Seen::of(&model);
         let want = wanted(&model, &IDS);
         let row = |at: usize| &want[at * VOCAB..][..VOCAB];
@@ -251,21 +252,9 @@ fn linears_of_a_stage_with_other_groups_are_read_as_they_are() {
 #[test]
 fn packed_beside_float_linears_are_read_as_they_are() {
     let _alone = alone();
-    for path in [
-        "golden/gptq-4bit-32g-act0-sym1",
-        "golden/gptq_v2-4bit-64g-act1-sym0",
-    ] {
-        let (Some(packed), Some(float), false) = (
-            shared(path),
-            shared("data/stories260k"),
-            devices().is_empty(),
-        ) else {
-            continue;
-        };
-        let mixed = mixed::Mixed::open(&packed, &float);
-        let Some(model) = opened(path, Arc::new(mixed)) else {
-            continue;
-        };
+    for path in packed() {
+        let mixed = mixed::Mixed::open(&fixture(path), &fixture("verne"));
+        let model = opened(path, Arc::new(mixed));
         let mut seen = Seen::of(&model);
         let want = wanted(&model, &IDS);
         let row = |at: usize| &want[at * VOCAB..][..VOCAB];

@@ -36,7 +36,13 @@ impl Place {
 }
 
 fn git(folder: &Path, args: &[&str]) -> Option<String> {
-    let Ok(output) = Command::new("git").current_dir(folder).args(args).output() else {
+    let Ok(output) = Command::new("git")
+        .current_dir(folder)
+        .args(args)
+        // not the settings of who runs the tests
+        .env("GIT_CONFIG_GLOBAL", "/dev/null")
+        .output()
+    else {
         data::skipped(data::Cause::Machine, "git");
         return None;
     };
