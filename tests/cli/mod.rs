@@ -10,3 +10,4 @@ mod help;
 mod report;
 mod streams;
 mod target;
+mod templates;

@@ -39,4 +39,4 @@ pub use material::DatasetFiles;
 pub use python_random::PythonRandom;
 pub use sample::{WindowSpec, Windows, windows};
 pub use source::{Format, Origin, Source};
-pub use tokenizer::Tokenizer;
+pub use tokenizer::{Tokenizer, special_tokens};

@@ -1,5 +1,6 @@
 //! A model's `tokenizer.json`, and the ids that its configuration files name.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
@@ -9,6 +10,7 @@ use crate::error::one_line;
 
 const TOKENIZER_FILE: &str = "tokenizer.json";
 const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+const SPECIAL_TOKENS_MAP: &str = "special_tokens_map.json";
 const MODEL_CONFIG: &str = "config.json";
 const GENERATION_CONFIG: &str = "generation_config.json";
 
@@ -175,11 +177,10 @@ struct Marks {
 impl Marks {
     fn read(dir: &Path, tokenizer: &tokenizers::Tokenizer) -> Result<Self, CalibrationError> {
         let mut marks = Self::default();
-        if let Some(config) = read_json_if_there(&dir.join(TOKENIZER_CONFIG))? {
-            let id = |name: &str| tokenizer.token_to_id(token_text(config.get(name)?)?);
-            marks.bos_id = id("bos_token");
-            marks.eos_ids.extend(id("eos_token"));
-        }
+        let named = special_tokens(dir)?;
+        let id = |name: &str| tokenizer.token_to_id(named.get(name)?);
+        marks.bos_id = id("bos_token");
+        marks.eos_ids.extend(id("eos_token"));
         for file in [GENERATION_CONFIG, MODEL_CONFIG] {
             if let Some(config) = read_json_if_there(&dir.join(file))? {
                 marks.bos_id = marks
@@ -192,6 +193,25 @@ impl Marks {
         marks.eos_ids.dedup();
         Ok(marks)
     }
+}
+
+/// The tokens that a model folder names, such as `bos_token`, and their texts: those of
+/// `tokenizer_config.json`, and of `special_tokens_map.json` what that one lacks, as in older
+/// repositories.
+///
+/// Fails when one of the files is there and is not JSON.
+pub fn special_tokens(dir: &Path) -> Result<BTreeMap<String, String>, CalibrationError> {
+    let mut tokens = BTreeMap::new();
+    for file in [TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP] {
+        let config = read_json_if_there(&dir.join(file))?.unwrap_or(Value::Null);
+        for (name, token) in config.as_object().into_iter().flatten() {
+            if let (true, Some(text)) = (name.ends_with("_token"), token_text(token)) {
+                let entry = tokens.entry(name.clone());
+                entry.or_insert_with(|| text.to_string());
+            }
+        }
+    }
+    Ok(tokens)
 }
 
 /// A token is a string or an object with its `content`.

@@ -1,7 +1,9 @@
 //! The `gptq` command: arguments, progress, hints, exit codes. It wires the libraries together and
 //! computes nothing.
 //!
-//! Exit codes: 0 done; 1 ran, and the answer is no; 2 usage, input or internal error.
+//! Exit codes: 0 done; 1 ran, and the answer is no (`matrix`: a branch is missing; `doctor`: a GPU
+//! cannot be used; `inspect`, `verify`, `regress`, `--max-degraded`); 2 usage, input or internal error;
+//! 130 broken off by Ctrl-C.
 #![allow(clippy::print_stderr)]
 
 mod args;
@@ -11,6 +13,7 @@ mod datasets;
 mod device;
 mod failure;
 mod interrupt;
+mod isolation;
 mod matrix;
 mod models;
 mod output;
@@ -76,5 +79,6 @@ fn run(cli: Cli) -> Result<Verdict, Failure> {
         Command::Inspect(args) => commands::inspect::run(&args),
         Command::Report(args) => commands::report::run(&args),
         Command::Doctor => commands::doctor::run(),
+        Command::RenderTemplates => isolation::serve(),
     }
 }

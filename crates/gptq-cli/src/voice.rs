@@ -3,15 +3,15 @@
 use std::fs;
 use std::ops::ControlFlow;
 use std::path::Path;
-use std::time::SystemTime;
 
-use gptq_calibration::Tokenizer;
-use gptq_inference::{ChatTemplate, Finish, Limits, Message, Reply, Sampling, Session};
+use gptq_calibration::{Tokenizer, special_tokens};
+use gptq_inference::{Finish, Limits, Message, Reply, Sampling, Session};
 use serde_json::Value;
 
 use crate::args::TextArgs;
 use crate::failure::Failure;
 use crate::interrupt::Interrupt;
+use crate::isolation::ChatRenderer;
 use crate::models::Model;
 use crate::output::print_piece;
 
@@ -146,7 +146,7 @@ fn sampling(dir: &Path, args: &TextArgs) -> Result<Sampling, Failure> {
 }
 
 /// The chat template of a checkpoint, wherever it keeps it; nothing where it has none.
-pub fn chat_template(dir: &Path) -> Result<Option<ChatTemplate>, Failure> {
+pub fn chat_template(dir: &Path) -> Result<Option<ChatRenderer>, Failure> {
     let config = read_json(&dir.join("tokenizer_config.json"))?.unwrap_or(Value::Null);
     let apart = read_json(&dir.join("chat_template.json"))?.unwrap_or(Value::Null);
     let source = read_text(&dir.join("chat_template.jinja"))?
@@ -155,12 +155,8 @@ pub fn chat_template(dir: &Path) -> Result<Option<ChatTemplate>, Failure> {
     let Some(source) = source else {
         return Ok(None);
     };
-    let tokens = (config.as_object().into_iter().flatten())
-        .filter(|(name, _)| name.ends_with("_token"))
-        .filter_map(|(name, token)| Some((name.clone(), token_text(token)?)))
-        .collect();
-    let template = ChatTemplate::parse(&source, tokens, SystemTime::now())?;
-    Ok(Some(template))
+    let tokens = special_tokens(dir)?.into_iter().collect();
+    Ok(Some(ChatRenderer::new(source, tokens)?))
 }
 
 /// A string, or of several named templates the one called `default`.
@@ -170,12 +166,6 @@ fn template_text(value: &Value) -> Option<String> {
         Value::Array(all) => Some(all.iter().find(default)?["template"].as_str()?.to_string()),
         one => Some(one.as_str()?.to_string()),
     }
-}
-
-/// A token is a string or an object with its `content`.
-fn token_text(token: &Value) -> Option<String> {
-    let text = token.as_str().or_else(|| token["content"].as_str());
-    text.map(str::to_string)
 }
 
 /// The turn of the user, after what the model is told beforehand.

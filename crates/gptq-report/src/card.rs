@@ -1,7 +1,8 @@
 //! The model card of a repository of branches, or of a single checkpoint.
 
+use gptq_types::outside_name::shown;
 use gptq_types::{Branch, ColumnOrder, EvalRecord, GroupSize, Reading};
-use minijinja::{Environment, UndefinedBehavior, context};
+use minijinja::{Environment, ErrorKind, UndefinedBehavior, context};
 use serde::{Deserialize, Serialize};
 
 use crate::size;
@@ -9,6 +10,11 @@ use crate::size;
 /// The template that is used where no other is given.
 const TEMPLATE: &str = include_str!("../templates/card.md.jinja");
 const DEFAULT_ENDPOINT: &str = "https://huggingface.co";
+
+/// Instructions of minijinja that a card may take; the built-in one takes some thousands.
+const MAX_STEPS: u64 = 5_000_000;
+/// Characters of an error of a template that are repeated.
+const SHOWN_CHARACTERS: usize = 160;
 
 /// A card that could not be rendered.
 #[derive(Debug, thiserror::Error)]
@@ -98,6 +104,7 @@ pub fn card(
     let mut environment = Environment::new();
     environment.set_undefined_behavior(UndefinedBehavior::Strict);
     environment.set_trim_blocks(false);
+    environment.set_fuel(Some(MAX_STEPS));
     let rendered = environment.render_str(
         template.unwrap_or(TEMPLATE),
         context! {
@@ -125,9 +132,13 @@ pub fn card(
     );
     rendered.map_err(|error| CardError::Template {
         line: error.line().unwrap_or(0),
-        reason: error
-            .detail()
-            .map_or_else(|| error.to_string(), str::to_string),
+        reason: match error.detail() {
+            _ if error.kind() == ErrorKind::OutOfFuel => {
+                format!("it takes more than {MAX_STEPS} steps")
+            }
+            Some(detail) => shown(detail, SHOWN_CHARACTERS),
+            None => shown(&error.to_string(), SHOWN_CHARACTERS),
+        },
     })
 }
 

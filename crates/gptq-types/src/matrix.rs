@@ -95,7 +95,7 @@ pub struct BranchRecord {
 }
 
 /// A finished branch: its record and that of its run.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Branch {
     /// What it is.
     pub record: BranchRecord,

@@ -65,4 +65,7 @@ pub enum Command {
     Inspect(InspectArgs),
     /// Say which devices and libraries this machine has, and what a missing one costs
     Doctor,
+    /// Render templates for another process of this program, within its limits
+    #[command(hide = true, name = crate::isolation::SUBCOMMAND)]
+    RenderTemplates,
 }

@@ -2,12 +2,13 @@
 
 use std::io::{BufRead, IsTerminal};
 
-use gptq_inference::{ChatTemplate, Message, Session, fill_prompt};
+use gptq_inference::{Message, Session, fill_prompt};
 
 use crate::Verdict;
 use crate::args::ChatArgs;
 use crate::device;
 use crate::failure::Failure;
+use crate::isolation::ChatRenderer;
 use crate::models::find;
 use crate::voice::{Voice, chat_template, context, no_template, opening, summary};
 
@@ -26,7 +27,7 @@ pub fn run(args: &ChatArgs) -> Result<Verdict, Failure> {
         None => {
             let template = chat_template(model.dir())?;
             let template = template.ok_or_else(|| no_template(model.dir()))?;
-            Wording::Chat(Box::new(template))
+            Wording::Chat(template)
         }
     };
     let trained = context(&opened.config);
@@ -61,7 +62,7 @@ pub fn run(args: &ChatArgs) -> Result<Verdict, Failure> {
 /// How a conversation becomes text.
 enum Wording {
     /// The checkpoint's own.
-    Chat(Box<ChatTemplate>),
+    Chat(ChatRenderer),
     /// A card's, each turn in its own copy.
     Card(String),
 }

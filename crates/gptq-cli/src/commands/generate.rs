@@ -31,7 +31,7 @@ pub fn run(args: &GenerateArgs) -> Result<Verdict, Failure> {
     }
     let device = device::resolve_whole(&args.device)?;
     let mut runner = opened.runner(device)?;
-    let capacity = context.min(ids.len() + args.text.max_new_tokens);
+    let capacity = context.min(ids.len().saturating_add(args.text.max_new_tokens));
     let mut session = Session::new(runner.as_mut(), capacity, voice.sampling)?;
     let reply = voice.reply(&mut session, &ids, !args.json)?;
     eprintln!("{}", summary(&reply));

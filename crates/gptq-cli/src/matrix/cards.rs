@@ -9,6 +9,7 @@ use serde::de::DeserializeOwned;
 
 use super::read_text;
 use crate::failure::Failure;
+use crate::isolation::render_card;
 use crate::records::{BRANCH_RECORD, RUN_RECORD};
 
 /// Finished branches, in the order of `wanted`; others after them, by name.
@@ -91,13 +92,10 @@ pub fn render(
     branches: &[Branch],
     template: Option<&Path>,
 ) -> Result<String, Failure> {
-    let template = template.map(read_text).transpose()?;
-    Ok(gptq_report::card(
-        info,
-        model_type,
-        branches,
-        template.as_deref(),
-    )?)
+    match template {
+        Some(file) => render_card(read_text(file)?, info, model_type, branches),
+        None => Ok(gptq_report::card(info, model_type, branches, None)?),
+    }
 }
 
 #[cfg(test)]

@@ -1,18 +1,33 @@
 //! Prompts from templates: a card's `...{prompt}...`, or the chat template of a checkpoint.
 
+mod generation_tag;
+mod to_json;
+
+use std::fmt::Write as _;
+use std::io;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use chrono::format::{Item, StrftimeItems};
-use chrono::{DateTime, Utc};
-use minijinja::value::{Kwargs, Value};
+use chrono::{DateTime, Local, TimeZone};
+use gptq_types::outside_name::shown;
+use minijinja::value::Value;
 use minijinja::{Environment, Error, ErrorKind};
-use serde::Serialize;
-use serde_json::ser::{CompactFormatter, Formatter, PrettyFormatter};
+use serde::{Deserialize, Serialize};
+
+use generation_tag::replace_generation_tags;
 
 /// The place of the prompt in a card's template.
 const PLACE: &str = "{prompt}";
 const NAME: &str = "chat";
+/// Largest template; published ones have up to 20 kB.
+const MAX_SOURCE_BYTES: usize = 1 << 20;
+/// Largest text that a template gives: a context of a million tokens. A tokenizer takes about a
+/// hundred times as much memory for it.
+const MAX_TEXT_BYTES: usize = 1 << 22;
+/// Instructions of minijinja that a text may take, a second of them; a turn takes about a hundred.
+const MAX_STEPS: u64 = 5_000_000;
+/// Characters of a template's own words that an error repeats.
+const SHOWN_CHARACTERS: usize = 160;
 
 /// A template that gives no prompt.
 #[derive(Debug, thiserror::Error)]
@@ -24,18 +39,24 @@ pub enum TemplateError {
     Syntax(String),
     #[error("the chat template refuses: {0}")]
     Refused(String),
+    #[error("the chat template has {0} bytes, the limit is {MAX_SOURCE_BYTES}")]
+    SourceTooLong(usize),
+    #[error("the chat template takes more than {MAX_STEPS} steps")]
+    TooManySteps,
+    #[error("the chat template gives more than {MAX_TEXT_BYTES} bytes")]
+    TextTooLong,
 }
 
 /// `template` with the prompt in its place. A card's `\n` is a line's end.
 pub fn fill_prompt(template: &str, prompt: &str) -> Result<String, TemplateError> {
     match template.contains(PLACE) {
         true => Ok(template.replace("\\n", "\n").replace(PLACE, prompt)),
-        false => Err(TemplateError::NoPlace(template.to_string())),
+        false => Err(TemplateError::NoPlace(shown(template, SHOWN_CHARACTERS))),
     }
 }
 
 /// One turn of a conversation.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Message {
     /// `system`, `user` or `assistant`.
     pub role: String,
@@ -54,7 +75,11 @@ impl Message {
 }
 
 /// A Jinja template with the surroundings that `apply_chat_template` of transformers gives it:
-/// trimmed blocks, Python's string methods, `raise_exception`, `strftime_now`, `tojson`.
+/// trimmed blocks, Python's string methods, `{% generation %}`, `raise_exception`, `strftime_now` in
+/// local time, `tojson`.
+///
+/// Steps and the text are bounded. What one step takes is not: a string doubles 30 times in 30 steps.
+/// Whoever renders the template of a stranger does it in a process with limits of its own.
 pub struct ChatTemplate {
     environment: Environment<'static>,
     special_tokens: Vec<(String, String)>,
@@ -62,26 +87,31 @@ pub struct ChatTemplate {
 
 impl ChatTemplate {
     /// Parses `source`. `special_tokens` are the variables beside the messages, such as `bos_token`
-    /// and its text; `now` is what `strftime_now` tells, in UTC.
+    /// and its text; `now` is what `strftime_now` tells, in the time zone of `TZ` or of the machine.
     pub fn parse(
         source: &str,
         special_tokens: Vec<(String, String)>,
         now: SystemTime,
     ) -> Result<Self, TemplateError> {
+        if source.len() > MAX_SOURCE_BYTES {
+            return Err(TemplateError::SourceTooLong(source.len()));
+        }
+        let now = DateTime::<Local>::from(now);
         let mut environment = Environment::new();
+        environment.set_fuel(Some(MAX_STEPS));
         environment.set_trim_blocks(true);
         environment.set_lstrip_blocks(true);
         environment
             .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.add_filter("tojson", to_json);
+        environment.add_filter("tojson", to_json::to_json);
         environment.add_function("raise_exception", |text: String| -> Result<Value, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, text))
         });
         environment.add_function("strftime_now", move |format: String| {
-            format_time(now.into(), &format)
+            format_time(&now, &format)
         });
         environment
-            .add_template_owned(NAME, source.to_string())
+            .add_template_owned(NAME, replace_generation_tags(source))
             .map_err(|error| TemplateError::Syntax(one_line(&error)))?;
         Ok(ChatTemplate {
             environment,
@@ -100,10 +130,15 @@ impl ChatTemplate {
         variables.push(("tools".into(), Value::from(())));
         variables.push(("documents".into(), Value::from(())));
         let variables: Value = variables.into_iter().collect();
-        self.environment
-            .get_template(NAME)
-            .and_then(|template| template.render(variables))
-            .map_err(|error| TemplateError::Refused(one_line(&error)))
+        let mut text = BoundedText::default();
+        let rendered = (self.environment.get_template(NAME))
+            .and_then(|template| template.render_captured_to(variables, &mut text).map(drop));
+        match rendered {
+            Ok(()) => Ok(String::from_utf8(text.bytes).expect("a template writes text")),
+            Err(_) if text.full => Err(TemplateError::TextTooLong),
+            Err(error) if error.kind() == ErrorKind::OutOfFuel => Err(TemplateError::TooManySteps),
+            Err(error) => Err(TemplateError::Refused(one_line(&error))),
+        }
     }
 }
 
@@ -113,70 +148,48 @@ fn one_line(error: &Error) -> String {
         None => error.kind().to_string(),
     };
     let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    let text = shown(&text, SHOWN_CHARACTERS);
     match error.line() {
         Some(line) => format!("{text}, in its line {line}"),
         None => text,
     }
 }
 
-fn format_time(now: DateTime<Utc>, format: &str) -> Result<String, Error> {
-    let items: Vec<Item<'_>> = StrftimeItems::new(format).collect();
-    if items.iter().any(|item| matches!(item, Item::Error)) {
-        let text = format!("`{format}` is no format of a time");
-        return Err(Error::new(ErrorKind::InvalidOperation, text));
-    }
-    Ok(now.format_with_items(items.into_iter()).to_string())
+fn format_time<Tz: TimeZone>(now: &DateTime<Tz>, format: &str) -> Result<String, Error>
+where
+    Tz::Offset: std::fmt::Display,
+{
+    let mut text = String::new();
+    // A format that is none fails only when it is written.
+    write!(text, "{}", now.format(format)).map_err(|_| {
+        let text = format!(
+            "`{}` is no format of a time",
+            shown(format, SHOWN_CHARACTERS)
+        );
+        Error::new(ErrorKind::InvalidOperation, text)
+    })?;
+    Ok(text)
 }
 
-/// As `json.dumps(value, ensure_ascii=False, indent=indent)` writes it, and nothing escaped for
-/// HTML, as Jinja's own filter would.
-fn to_json(value: Value, options: Kwargs) -> Result<Value, Error> {
-    let indent: Option<usize> = options.get("indent")?;
-    let _: Option<bool> = options.get("ensure_ascii")?;
-    options.assert_all_used()?;
-    let text = match indent {
-        Some(width) => write_json(&value, PrettyFormatter::with_indent(&b" ".repeat(width))),
-        None => write_json(&value, PythonFormatter(CompactFormatter)),
-    };
-    text.map(Value::from_safe_string)
-        .map_err(|error| Error::new(ErrorKind::BadSerialization, error.to_string()))
+/// A text that grows to [`MAX_TEXT_BYTES`] and no further.
+#[derive(Default)]
+struct BoundedText {
+    bytes: Vec<u8>,
+    full: bool,
 }
 
-fn write_json(value: &Value, formatter: impl Formatter) -> Result<String, serde_json::Error> {
-    let mut bytes = Vec::new();
-    let mut serializer = serde_json::Serializer::with_formatter(&mut bytes, formatter);
-    value.serialize(&mut serializer)?;
-    Ok(String::from_utf8(bytes).expect("JSON is text"))
-}
-
-/// A space after commas and colons.
-struct PythonFormatter(CompactFormatter);
-
-impl Formatter for PythonFormatter {
-    fn begin_array_value<W: ?Sized + std::io::Write>(
-        &mut self,
-        writer: &mut W,
-        first: bool,
-    ) -> std::io::Result<()> {
-        match first {
-            true => Ok(()),
-            false => writer.write_all(b", "),
+impl io::Write for BoundedText {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.bytes.len() + bytes.len() > MAX_TEXT_BYTES {
+            self.full = true;
+            return Err(io::ErrorKind::StorageFull.into());
         }
+        self.bytes.extend_from_slice(bytes);
+        Ok(bytes.len())
     }
 
-    fn begin_object_key<W: ?Sized + std::io::Write>(
-        &mut self,
-        writer: &mut W,
-        first: bool,
-    ) -> std::io::Result<()> {
-        self.begin_array_value(writer, first)
-    }
-
-    fn begin_object_value<W: ?Sized + std::io::Write>(
-        &mut self,
-        writer: &mut W,
-    ) -> std::io::Result<()> {
-        writer.write_all(b": ")
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 
@@ -186,11 +199,13 @@ mod tests {
 
     use super::*;
 
+    /// 2024-07-09 12:00 UTC.
+    const NOW: u64 = 1_720_526_400;
+
     fn template(source: &str) -> Result<ChatTemplate, TemplateError> {
         let tokens = [("bos_token", "<s>"), ("eos_token", "</s>")];
         let tokens = tokens.map(|(name, text)| (name.to_string(), text.to_string()));
-        // 2024-07-09 12:00 UTC.
-        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_720_526_400);
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(NOW);
         ChatTemplate::parse(source, tokens.to_vec(), now)
     }
 
@@ -263,9 +278,47 @@ mod tests {
 
     #[test]
     fn the_date_is_the_one_that_was_given() {
-        assert_eq!(render("{{ strftime_now('%d %b %Y') }}", &[]), "09 Jul 2024");
+        let local = DateTime::<Local>::from(SystemTime::UNIX_EPOCH + Duration::from_secs(NOW));
+        let want = local.format("%d %b %Y, %H").to_string();
+        assert_eq!(render("{{ strftime_now('%d %b %Y, %H') }}", &[]), want);
         let refused = template("{{ strftime_now('%!') }}").unwrap().render(&[]);
         assert!(refused.unwrap_err().to_string().contains("`%!`"));
+    }
+
+    /// Templates of trained models keep the tag; minijinja: "unknown statement generation".
+    #[test]
+    fn what_the_generation_tag_marks_is_rendered() {
+        let source = "{% set x = 1 %}{% for m in messages %}\n\
+                      {%- if m.role == 'assistant' %}\n\
+                      {% generation %}\n\
+                      {% set x = 2 %}[{{ m.content }}{{ x }}]\n\
+                      {% endgeneration %}\n\
+                      {% else %}{{ m.content }}{% endif %}{% endfor %}{{ x }}";
+        let said = [hello()[0].clone(), Message::new("assistant", "Hi")];
+        assert_eq!(render(source, &said), "Hello <b>[Hi2]\n1");
+    }
+
+    /// A text of 100 MB took the tokenizer 10 GB; loops in loops never ended.
+    #[test]
+    fn steps_and_texts_are_bounded() {
+        let refused = |source: &str| template(source).unwrap().render(&hello()).unwrap_err();
+        let forever =
+            "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}";
+        assert!(matches!(refused(forever), TemplateError::TooManySteps));
+        for long in [
+            "{{ 'a' * 10**7 }}",
+            "{% for i in range(9999) %}{{ 'a' * 999 }}{% endfor %}",
+        ] {
+            assert!(
+                matches!(refused(long), TemplateError::TextTooLong),
+                "{long}"
+            );
+        }
+        let long = "x".repeat(MAX_SOURCE_BYTES + 1);
+        assert!(matches!(
+            template(&long),
+            Err(TemplateError::SourceTooLong(_))
+        ));
     }
 
     #[test]
