@@ -1,5 +1,5 @@
-//! The `gptq` command: arguments, progress, hints, exit codes. It wires the libraries together and
-//! computes nothing.
+//! The `gptq` command: arguments, progress, hints, exit codes. It wires the libraries together; the
+//! order of work of `matrix`, `eval` and `regress` is kept here too, their arithmetic is not.
 //!
 //! Exit codes: 0 done; 1 ran, and the answer is no (`matrix`: a branch is missing; `doctor`: a GPU
 //! cannot be used; `inspect`, `verify`, `regress`, `--max-degraded`); 2 usage, input or internal error;
