@@ -434,3 +434,19 @@ fn a_gguf_file_that_is_none() {
     let run = refused(command.arg(&file), place.path(), &["model.gguf"]);
     assert!(run.hint().unwrap().contains("gptq import"), "{run:#?}");
 }
+
+/// A tensor was called `\u{1b}[31m` and 100 kB of letters more; the error steered the terminal and
+/// filled it.
+#[test]
+fn names_from_a_file_neither_steer_nor_fill_the_terminal() {
+    let place = Place::sharded();
+    let index = place.model.join("model.safetensors.index.json");
+    let name = format!("\u{1b}[31m\nerror: {}", "x".repeat(100_000));
+    edit_json(&index, |index| {
+        let first = index["weight_map"].as_object().unwrap().values().next();
+        let file = first.unwrap().clone();
+        index["weight_map"][&name] = file;
+    });
+    let run = refused(&mut place.quantize(), place.path(), &["\\u{1b}[31m"]);
+    assert!(run.error_line().len() < 1_200, "{}", run.error_line().len());
+}

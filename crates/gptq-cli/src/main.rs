@@ -31,6 +31,11 @@ use clap::Parser;
 
 use args::{Cli, Command};
 use failure::Failure;
+use gptq_types::outside_name::shown;
+
+/// Longest line about an error. Texts of libraries and names from files are cut where they are quoted;
+/// what slips through there neither fills the terminal nor steers it.
+const LINE_CHARACTERS: usize = 1000;
 
 /// What a command that ran has to say.
 pub(crate) enum Verdict {
@@ -47,9 +52,9 @@ fn main() -> ExitCode {
         Ok(Verdict::No) => ExitCode::from(1),
         Ok(Verdict::Interrupted) => ExitCode::from(interrupt::EXIT_CODE),
         Err(failure) => {
-            eprintln!("error: {}", failure.text);
+            eprintln!("error: {}", shown(&failure.text, LINE_CHARACTERS));
             if let Some(hint) = failure.hint {
-                eprintln!("hint: {hint}");
+                eprintln!("hint: {}", shown(&hint, LINE_CHARACTERS));
             }
             ExitCode::from(2)
         }

@@ -25,6 +25,9 @@ const WRITTEN: [&str; 7] = [
     ".out.lock",
 ];
 
+/// How often what is slow is tried again.
+const TRIES: usize = 2;
+
 /// A changed file and the command that is to read it.
 #[derive(Clone, Debug)]
 pub struct Input {
@@ -149,13 +152,17 @@ impl<'a> Worker<'a> {
         found
     }
 
-    /// Runs the command on an input. What is slow is tried once more: the machine may have stalled.
+    /// Runs the command on an input. What is slow is tried again: the machine may have stalled, and
+    /// a run beside others on a busy one gets a small share of it.
     pub fn run(&mut self, input: &Input) -> Result<Verdict, String> {
-        let verdict = self.run_once(input)?;
-        match verdict.took.seconds > MOST_SECONDS {
-            true => self.run_once(input),
-            false => Ok(verdict),
+        let mut verdict = self.run_once(input)?;
+        for _ in 0..TRIES {
+            if verdict.took.seconds <= MOST_SECONDS {
+                break;
+            }
+            verdict = self.run_once(input)?;
         }
+        Ok(verdict)
     }
 
     fn run_once(&mut self, input: &Input) -> Result<Verdict, String> {
