@@ -17,6 +17,11 @@ pub const SUBCOMMAND: &str = "watch-one-run";
 const MOST_ADDRESS_SPACE: u64 = 8 << 30;
 const LARGEST_FILE: u64 = 1 << 30;
 
+/// Until then nobody asks what a run waited for.
+const SOON: Duration = Duration::from_millis(200);
+/// Of wall time, however busy the machine is.
+const LONGEST: Duration = Duration::from_secs(150);
+
 /// What a run took.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Took {
@@ -24,7 +29,7 @@ pub struct Took {
     pub code: Option<i32>,
     /// That signal; 9 also where it ran for too long.
     pub signal: Option<i32>,
-    /// Wall time.
+    /// Wall time, without what it waited for a processor that others had.
     pub seconds: f64,
     /// Largest resident memory, in MB (10^6 bytes).
     pub megabytes: f64,
@@ -55,7 +60,7 @@ impl Took {
 }
 
 /// `watch-one-run REPORT SECONDS PROGRAM ARGUMENT...`: runs the program and writes a `Took` into
-/// REPORT. The program is killed after SECONDS.
+/// REPORT. The program is killed after SECONDS, those apart in which others had the processor.
 pub fn main(arguments: &[String]) -> ExitCode {
     let [report, seconds, program, rest @ ..] = arguments else {
         return ExitCode::from(2);
@@ -70,6 +75,7 @@ pub fn main(arguments: &[String]) -> ExitCode {
         setrlimit(resource, limit, limit).expect("limits can be lowered");
     }
     let begin = Instant::now();
+    let mut waited = Duration::ZERO;
     let mut command = Command::new(program);
     let mut child = command
         .args(rest)
@@ -80,19 +86,35 @@ pub fn main(arguments: &[String]) -> ExitCode {
         if let Some(status) = child.try_wait().expect("a child can be waited for") {
             break status;
         }
-        if begin.elapsed() > limit {
+        if begin.elapsed() > SOON {
+            waited = waited.max(waited_for_a_processor(child.id()));
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        if begin.elapsed().saturating_sub(waited) > limit || begin.elapsed() > LONGEST {
             child.kill().expect("a child can be killed");
         }
         std::thread::sleep(Duration::from_millis(1));
     };
+    let seconds = begin.elapsed().saturating_sub(waited).as_secs_f64();
     let usage = getrusage(UsageWho::RUSAGE_CHILDREN).expect("the system counts");
     let took = Took {
         code: status.code(),
         signal: status.signal(),
-        seconds: begin.elapsed().as_secs_f64(),
+        seconds,
         // Linux counts in 1024 bytes.
         megabytes: usage.max_rss() as f64 * 1024.0 / 1e6,
     };
     std::fs::write(report, took.to_string()).expect("the report can be written");
     ExitCode::SUCCESS
+}
+
+/// How long the threads of a process were ready and did not run; the kernel counts it in
+/// `schedstat`, as nanoseconds in the second place.
+fn waited_for_a_processor(process: u32) -> Duration {
+    let tasks = std::fs::read_dir(format!("/proc/{process}/task"));
+    let waited = tasks.into_iter().flatten().flatten().filter_map(|task| {
+        let text = std::fs::read_to_string(task.path().join("schedstat")).ok()?;
+        text.split_whitespace().nth(1)?.parse::<u64>().ok()
+    });
+    Duration::from_nanos(waited.sum())
 }
