@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod bad_model;
+mod brought;
 mod device;
 mod files;
 mod full_disk;

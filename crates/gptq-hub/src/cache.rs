@@ -8,7 +8,9 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::reference::{is_commit, is_inside};
+use gptq_types::outside_name::file_name;
+
+use crate::reference::is_commit;
 use crate::weight_files::indexed_shards;
 
 /// A repository's folder in the cache.
@@ -43,7 +45,7 @@ impl CachedRepo {
             Err(_) => return None,
         };
         let snapshot = self.folder.join("snapshots").join(&commit);
-        (is_inside(&commit) && snapshot.is_dir()).then_some(snapshot)
+        (file_name(&commit).is_ok() && snapshot.is_dir()).then_some(snapshot)
     }
 
     /// A file of a snapshot, if it is there in full (a dangling link is not).

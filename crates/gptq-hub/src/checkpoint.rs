@@ -197,7 +197,9 @@ fn companions(dir: &Path, listing: &[String]) -> Result<Vec<PathBuf>, HubError> 
     let names = listing.iter().filter(|name| is_companion(name));
     let files: Vec<PathBuf> = names.map(|name| dir.join(name)).collect();
     let files: Vec<PathBuf> = files.into_iter().filter(|file| file.is_file()).collect();
-    files.iter().try_for_each(|file| refuse_stand_in(file))?;
+    let settings = Some(dir.join("quantize_config.json")).filter(|file| file.is_file());
+    let mut read = files.iter().chain(&settings);
+    read.try_for_each(|file| refuse_stand_in(file))?;
     Ok(files)
 }
 

@@ -4,6 +4,7 @@
 //! than by the HTTP library, because the hub says a large file's hash on the way, and because the
 //! login may go to the hub's own host only.
 
+use std::cell::Cell;
 use std::io;
 use std::thread::sleep;
 use std::time::Duration;
@@ -62,6 +63,8 @@ pub(crate) struct Client {
     address: String,
     authorization: Option<String>,
     patience: Patience,
+    /// Something answered once: from then on it is worth waiting for.
+    answered: Cell<bool>,
 }
 
 impl Client {
@@ -86,6 +89,7 @@ impl Client {
             // as Python's `requests` has it: what stands in the address prevails
             authorization: basic.or(bearer.map(|token| format!("Bearer {token}"))),
             patience: settings.patience,
+            answered: Cell::new(false),
         }
     }
 
@@ -113,6 +117,7 @@ impl Client {
                 request = request.header(name, value);
             }
             let response = request.call().map_err(|error| self.trouble(&error))?;
+            self.answered.set(true);
             if own {
                 said.add(response.headers());
             }
@@ -132,7 +137,7 @@ impl Client {
     }
 
     /// Tries until it succeeds, the trouble lasts or the patience ends. `done` tells how far it got:
-    /// a try that got further does not count.
+    /// a try that got further does not count. An address where nothing ever answered is tried twice.
     pub(crate) fn persist<T>(
         &self,
         mut attempt: impl FnMut() -> Result<T, Trouble>,
@@ -147,7 +152,11 @@ impl Client {
             if done() > reached {
                 (vain, reached) = (0, done());
             }
-            if vain >= self.patience.retries || tries >= MOST_TRIES {
+            let most = match self.answered.get() {
+                true => self.patience.retries,
+                false => self.patience.retries.min(1),
+            };
+            if vain >= most || tries >= MOST_TRIES {
                 return Err(Trouble::Lasting(format!(
                     "gave up after {tries} tries: {reason}"
                 )));

@@ -189,6 +189,7 @@ impl HubError {
             HubError::OnlyPickles { .. } => {
                 "convert the weights to safetensors, or take a revision that has them".into()
             }
+            HubError::NotAFolder(_) => "give the folder that holds it".into(),
             HubError::FolderMissing(_) | HubError::Reference(_) => {
                 "give a folder, `owner/name` or `owner/name:branch`".into()
             }

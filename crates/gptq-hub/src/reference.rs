@@ -1,5 +1,7 @@
 //! What `owner/name:branch` means, and which names may become part of a path or an address.
 
+use gptq_types::outside_name::{relative_path, shown};
+
 use crate::HubError;
 
 /// Longest owner or name on the hub.
@@ -27,7 +29,7 @@ pub struct ModelRef {
 pub fn parse_model_ref(model: &str) -> Result<ModelRef, HubError> {
     let (repo, revision) = model.split_once(':').unwrap_or((model, "main"));
     if !is_repo(repo) || !is_revision(revision) {
-        return Err(HubError::Reference(model.to_string()));
+        return Err(HubError::Reference(shown(model, 160)));
     }
     Ok(ModelRef {
         repo: repo.to_string(),
@@ -55,7 +57,7 @@ fn is_name_byte(byte: u8) -> bool {
 
 /// Whether the text may name a branch, tag or commit, and so a file below `refs`.
 pub(crate) fn is_revision(revision: &str) -> bool {
-    revision.len() <= MAX_REVISION_BYTES && is_inside(revision) && {
+    revision.len() <= MAX_REVISION_BYTES && relative_path(revision).is_ok() && {
         revision
             .bytes()
             .all(|byte| is_name_byte(byte) || matches!(byte, b'/' | b'+'))
@@ -65,14 +67,6 @@ pub(crate) fn is_revision(revision: &str) -> bool {
 /// Whether a commit id: 40 hexadecimal digits.
 pub(crate) fn is_commit(text: &str) -> bool {
     text.len() == 40 && text.bytes().all(|byte| byte.is_ascii_hexdigit())
-}
-
-/// Whether a relative path with `/` between its parts stays where it begins.
-pub(crate) fn is_inside(path: &str) -> bool {
-    !path.contains(['\\', '\0', ':'])
-        && path
-            .split('/')
-            .all(|part| !part.is_empty() && part != "." && part != "..")
 }
 
 #[cfg(test)]

@@ -3,13 +3,16 @@
 //! An existing folder wins over the hub, and the hub's cache over the network: a branch that was
 //! fetched before is not asked for again, so a run can be repeated on the same bytes.
 
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+
+use gptq_types::outside_name::{relative_path, shown};
 
 use crate::HubError;
 use crate::cache::{CachedRepo, Missing, RepoKind, missing_in};
 use crate::endpoint::Endpoint;
-use crate::reference::{ModelRef, is_inside, is_repo, is_revision, parse_model_ref};
+use crate::reference::{ModelRef, is_repo, is_revision, parse_model_ref};
 
 const DEFAULT_ENDPOINT: &str = "https://huggingface.co";
 
@@ -40,12 +43,12 @@ pub struct Patience {
 }
 
 impl Default for Patience {
-    /// 30 s of silence, tries again after 1, 2, 4, 8 and 16 s.
+    /// 20 s of silence, tries again after 1, 2, 4 and 8 s.
     fn default() -> Self {
         Patience {
-            silence: Duration::from_secs(30),
+            silence: Duration::from_secs(20),
             first_wait: Duration::from_secs(1),
-            retries: 5,
+            retries: 4,
         }
     }
 }
@@ -188,8 +191,15 @@ fn resolve_with(
 }
 
 fn is_gguf(path: &Path) -> bool {
-    path.extension()
-        .is_some_and(|end| end.eq_ignore_ascii_case("gguf"))
+    let named = path.extension();
+    named.is_some_and(|end| end.eq_ignore_ascii_case("gguf")) || begins_as_gguf(path)
+}
+
+/// Whatever its name: the hub's cache names files by their hash.
+fn begins_as_gguf(path: &Path) -> bool {
+    let mut first = [0; 4];
+    let file = std::fs::File::open(path);
+    file.is_ok_and(|mut file| file.read_exact(&mut first).is_ok()) && first == *b"GGUF"
 }
 
 fn not_cached(model: &ModelRef, missing: String) -> HubError {
@@ -209,9 +219,13 @@ pub fn fetch_dataset_file(
     file: &str,
     options: &ResolveOptions,
 ) -> Result<PathBuf, HubError> {
-    if !is_repo(repo) || !is_revision(revision) || !is_inside(file) {
-        return Err(HubError::Reference(format!("{repo}:{revision}/{file}")));
+    if !is_repo(repo) || !is_revision(revision) {
+        return Err(HubError::Reference(shown(
+            &format!("{repo}:{revision}"),
+            160,
+        )));
     }
+    relative_path(file)?;
     let settings = Settings::new(options, &|name| std::env::var(name).ok())?;
     let dataset = ModelRef {
         repo: repo.to_string(),

@@ -11,6 +11,7 @@ use gptq_types::outside_name::shown;
 use crate::HubError;
 use crate::gguf::header::Header;
 use crate::gguf::{BlockType, Value};
+use crate::text_file::refuse_stand_in;
 
 /// Of what a file says, in an error.
 const SHOWN_CHARACTERS: usize = 200;
@@ -52,6 +53,7 @@ impl GgufFile {
     /// Fails on another magic, version or byte order, on counts over the caps, on a file that ends
     /// early, on storage types that cannot be read, and on tensors that overlap.
     pub fn open(path: &Path) -> Result<Self, HubError> {
+        refuse_stand_in(path)?;
         let file = File::open(path).map_err(|source| HubError::io("open", path, source))?;
         let length = file
             .metadata()
