@@ -10,6 +10,7 @@ mod memory;
 mod published;
 mod quality;
 mod regress;
+mod repository;
 mod resume;
 mod runners;
 mod same_bytes;

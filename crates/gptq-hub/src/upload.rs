@@ -6,6 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use base64::Engine;
+use gptq_types::outside_name::{file_name, relative_path, shown};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use ureq::http::Response;
@@ -17,6 +18,8 @@ use crate::reference::{is_repo, is_revision};
 use crate::resolve::{ResolveOptions, Settings};
 
 const CONNECT_SECONDS: u64 = 30;
+/// A store may hash gigabytes before it answers.
+const ANSWER_SECONDS: u64 = 600;
 const LFS: &str = "application/vnd.git-lfs+json";
 const NDJSON: &str = "application/x-ndjson";
 /// The hub puts it into every new repository.
@@ -31,11 +34,53 @@ pub(crate) fn push(
     options: &ResolveOptions,
     progress: Progress<'_>,
 ) -> Result<Vec<(String, Pushed)>, HubError> {
-    let names = push.branches.iter().map(|(name, _)| name);
-    if !is_repo(push.repo) || names.clone().any(|name| !is_revision(name)) {
+    check_names(push)?;
+    let hub = Hub::new(push.repo, options)?;
+    // Whatever the hub answers: it has the token, and may repeat it.
+    push_to(&hub, push, progress).map_err(|error| without(error, &hub.token))
+}
+
+/// The same error, with the token nowhere in it.
+fn without(error: HubError, token: &str) -> HubError {
+    let clean = |reason: String| reason.replace(token, "***");
+    match error {
+        HubError::Push { doing, reason } => HubError::Push {
+            doing,
+            reason: clean(reason),
+        },
+        HubError::NotAllowed {
+            doing,
+            status,
+            reason,
+        } => HubError::NotAllowed {
+            doing,
+            status,
+            reason: clean(reason),
+        },
+        other => other,
+    }
+}
+
+fn check_names(push: &Push<'_>) -> Result<(), HubError> {
+    if !is_repo(push.repo) {
         return Err(HubError::Reference(push.repo.to_string()));
     }
-    let hub = Hub::new(push.repo, options)?;
+    for (branch, files) in &push.branches {
+        if !is_revision(branch) {
+            return Err(HubError::Reference(format!("{}:{branch}", push.repo)));
+        }
+        for file in files {
+            file_name(&file.path).map_err(|error| failed("push", &error.to_string()))?;
+        }
+    }
+    Ok(())
+}
+
+fn push_to(
+    hub: &Hub<'_>,
+    push: &Push<'_>,
+    progress: Progress<'_>,
+) -> Result<Vec<(String, Pushed)>, HubError> {
     hub.make_repository(push.private)?;
     // All branches are looked at before the first byte is sent.
     let mut found = Vec::new();
@@ -158,6 +203,8 @@ impl<'a> Hub<'a> {
         let config = Agent::config_builder()
             .http_status_as_error(false)
             .timeout_connect(Some(Duration::from_secs(CONNECT_SECONDS)))
+            .timeout_recv_response(Some(Duration::from_secs(ANSWER_SECONDS)))
+            .timeout_recv_body(Some(Duration::from_secs(ANSWER_SECONDS)))
             .build();
         Ok(Hub {
             agent: config.into(),
@@ -197,6 +244,9 @@ impl<'a> Hub<'a> {
         }
         let text = accepted(answer, &doing)?;
         let listed: Vec<Listed> = parse(&text, &doing)?;
+        for file in &listed {
+            relative_path(&file.path).map_err(|error| failed(&doing, &error.to_string()))?;
+        }
         let files = listed.into_iter().filter(|listed| listed.kind == "file");
         Ok(Some(files.collect()))
     }
@@ -250,7 +300,7 @@ impl<'a> Hub<'a> {
                 return Err(failed(&doing, "the hub's answer does not name it"));
             };
             if let Some(error) = &object.error {
-                return Err(failed(&doing, &error.to_string()));
+                return Err(failed(&doing, &shown(&error.to_string(), MOST_REASON)));
             }
             let Some(actions) = &object.actions else {
                 continue; // it is there
@@ -328,7 +378,10 @@ impl<'a> Hub<'a> {
             .map_or_else(|| size.to_string(), str::to_string);
         let size: u64 = match text.parse() {
             Ok(size) if size > 0 => size,
-            _ => return Err(failed(doing, &format!("chunk_size `{text}` is not a size"))),
+            _ => {
+                let text = shown(&text, MOST_REASON);
+                return Err(failed(doing, &format!("chunk_size `{text}` is not a size")));
+            }
         };
         let mut addresses: Vec<(u64, &str)> = (upload.header.iter())
             .filter_map(|(number, address)| Some((number.parse().ok()?, address.as_str()?)))
@@ -463,7 +516,10 @@ fn parse<T: for<'de> Deserialize<'de>>(text: &str, doing: &str) -> Result<T, Hub
     serde_json::from_str(text).map_err(|error| {
         failed(
             doing,
-            &format!("the hub's answer is not understood: {error}"),
+            &format!(
+                "the hub's answer is not understood: {}",
+                shown(&error.to_string(), MOST_REASON)
+            ),
         )
     })
 }
@@ -480,7 +536,7 @@ fn broken(doing: &str, error: &ureq::Error) -> HubError {
         ureq::Error::Io(error) => error.to_string(),
         other => other.to_string(),
     };
-    failed(doing, &reason.replace('\n', " ").to_lowercase())
+    failed(doing, &shown(&reason, MOST_REASON))
 }
 
 struct Metered<'a, R> {

@@ -46,7 +46,7 @@ pub use layout::{
 pub use lock::{FolderLock, LockError};
 pub use pack::{PackError, PackedLayer, pack};
 pub use place::{ClaimedPlace, discard_partial, partial_path};
-pub use readers::readings;
+pub use readers::{GPTQMODEL_GROUPS, readings};
 pub use safetensors_file::{SafetensorsError, SafetensorsFile, write_safetensors};
 pub use stage::{StageError, StagedCheckpoint};
 pub use unpack::unpack;

@@ -1,8 +1,13 @@
 //! Which runtimes load a checkpoint, from its settings and shapes alone.
 //!
-//! The rules are those of the runtimes' own sources; docs/FORMAT.md names the files.
+//! The rules are those of the runtimes' own sources; docs/FORMAT.md names the files. Two runtimes were
+//! run as well, in the versions named here: what their rows say was tried on files of this tool, though
+//! not with every setting and shape.
 
 use gptq_types::{Bits, CheckpointFormat, GroupSize, QuantSpec, Reading};
+
+/// Sizes of groups, or -1 for none, that GPTQModel's Torch kernel takes.
+pub const GPTQMODEL_GROUPS: [i64; 8] = [-1, 16, 32, 64, 128, 256, 512, 1024];
 
 /// A linear's input and output channels.
 type Shape = (usize, usize);
@@ -10,18 +15,30 @@ type Shape = (usize, usize);
 /// Each runtime, with the reason where it refuses `spec` on linears of `shapes`.
 pub fn readings(spec: &QuantSpec, shapes: &[Shape]) -> Vec<Reading> {
     let file = File { spec, shapes };
+    let vllm = file.marlin();
     let all = [
-        ("AutoGPTQ", file.autogptq()),
-        ("GPTQModel, Transformers", file.gptqmodel()),
-        ("ExLlama", file.exllama()),
-        ("ExLlamaV2", file.exllamav2()),
-        ("vLLM, SGLang", file.vllm()),
-        ("TGI", file.tgi()),
+        ("AutoGPTQ", file.autogptq(), None),
+        (
+            "GPTQModel, Transformers",
+            file.gptqmodel(),
+            Some("GPTQModel 7.7.0"),
+        ),
+        ("ExLlama", file.exllama(), None),
+        ("ExLlamaV2", file.exllamav2(), None),
+        ("vLLM before 0.30", vllm.clone(), Some("vLLM 0.26.0")),
+        (
+            "vLLM 0.30 and later",
+            file.no_permuted_groups().or_else(|| vllm.clone()),
+            None,
+        ),
+        ("SGLang", vllm, None),
+        ("TGI", file.tgi(), None),
     ];
     (all.into_iter())
-        .map(|(reader, refusal)| Reading {
+        .map(|(reader, refusal, run)| Reading {
             reader: reader.to_string(),
             refusal,
+            run: run.map(str::to_string),
         })
         .collect()
 }
@@ -40,10 +57,18 @@ impl File<'_> {
         self.not_v1().or_else(|| self.sides(32, 32))
     }
 
+    /// Its Torch kernel, the one that takes most.
     fn gptqmodel(&self) -> Option<String> {
         let size = i64::from(self.spec.group_size);
-        let known = [-1, 16, 32, 64, 128, 256, 512, 1024];
-        because(!known.contains(&size), format!("group size {size}"))
+        let known = GPTQMODEL_GROUPS.contains(&size);
+        because(!known, format!("group size {size}"))
+    }
+
+    /// Since 0.30: "GPTQ group activation ordering (desc_act=True) is no longer supported". Without
+    /// groups the permutation means nothing and is accepted.
+    fn no_permuted_groups(&self) -> Option<String> {
+        let grouped = self.spec.group_size != GroupSize::None;
+        because(self.permuted() && grouped, "act-order with groups")
     }
 
     fn exllama(&self) -> Option<String> {
@@ -66,8 +91,8 @@ impl File<'_> {
             .or_else(|| self.uneven_groups())
     }
 
-    /// Their Marlin kernels; the older kernel for 2 and 3 bits was dropped in 2026.
-    fn vllm(&self) -> Option<String> {
+    /// The Marlin kernels of vLLM and SGLang; the older kernel for 2 and 3 bits was dropped in 2026.
+    fn marlin(&self) -> Option<String> {
         let size = i64::from(self.spec.group_size);
         let wide = matches!(self.spec.bits, Bits::Four | Bits::Eight);
         // Shapes are padded there, but not together with a permutation.
@@ -151,7 +176,8 @@ mod tests {
             format: CheckpointFormat::GptqV2,
             ..QuantSpec::published()
         };
-        let refused = ["AutoGPTQ", "ExLlama", "vLLM, SGLang", "TGI"];
+        let marlin = ["vLLM before 0.30", "vLLM 0.30 and later", "SGLang"];
+        let refused = [&["AutoGPTQ", "ExLlama"][..], &marlin, &["TGI"]].concat();
         assert_eq!(refusing(&asym, &LLAMA), refused);
         let single = QuantSpec {
             order: ColumnOrder::ActOrder,
@@ -159,6 +185,34 @@ mod tests {
             ..QuantSpec::published()
         };
         assert_eq!(refusing(&single, &LLAMA), ["ExLlama"]);
+    }
+
+    /// The card called such a branch readable by vLLM, which has refused it since 0.30.
+    #[test]
+    fn act_order_with_groups_is_not_for_later_vllm() {
+        let mut spec = QuantSpec {
+            order: ColumnOrder::ActOrder,
+            ..QuantSpec::published()
+        };
+        assert_eq!(refusing(&spec, &LLAMA), ["vLLM 0.30 and later"]);
+        for order in [ColumnOrder::ActOrderStaticGroups, ColumnOrder::GroupAware] {
+            spec.order = order;
+            assert!(refusing(&spec, &LLAMA).is_empty());
+        }
+        let run: Vec<String> = (readings(&spec, &LLAMA).into_iter())
+            .filter_map(|reading| reading.run)
+            .collect();
+        assert_eq!(run, ["GPTQModel 7.7.0", "vLLM 0.26.0"]);
+    }
+
+    #[test]
+    fn groups_that_gptqmodel_refuses_are_named() {
+        let spec = QuantSpec {
+            group_size: GroupSize::Channels(48),
+            ..QuantSpec::published()
+        };
+        let refused = refusing(&spec, &[(96, 96)]);
+        assert!(refused.contains(&"GPTQModel, Transformers".to_string()));
     }
 
     #[test]

@@ -22,7 +22,8 @@ mod weights;
 mod write;
 
 pub use job::{Job, PipelineError, Progress};
-pub use matrix::{PlanError, Preset, plan_matrix, read_plan};
+pub use journal::JOURNAL_FILE;
+pub use matrix::{PlanError, Preset, check_permutations, plan_matrix, read_plan};
 pub use measure::{FilesToMeasure, MeasuredLayer, measure_files};
 pub use plan::OutputPlan;
 pub use preflight::{check_shapes, check_unquantised};

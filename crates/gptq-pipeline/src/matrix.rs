@@ -12,7 +12,7 @@ use gptq_types::{Method, Permutation, PlannedBranch, TensorSource};
 
 use crate::{OutputPlan, PipelineError, check_shapes};
 
-pub use plan_file::{PlanError, read_plan};
+pub use plan_file::{PlanError, check_permutations, read_plan};
 pub use presets::Preset;
 
 /// Sizes and readers of every branch, from headers alone; why a branch cannot be made.

@@ -1,8 +1,10 @@
 //! What can be known before the first hour is spent.
 
 use gptq_model::DecoderConfig;
-use gptq_packer::QuantizeConfig;
-use gptq_types::{Bits, CheckpointFormat, GroupSize, QuantSpec, TensorSource, Warning};
+use gptq_packer::{GPTQMODEL_GROUPS, QuantizeConfig};
+use gptq_types::{
+    Bits, CheckpointFormat, ColumnOrder, GroupSize, QuantSpec, TensorSource, Warning,
+};
 
 use crate::PipelineError;
 
@@ -12,7 +14,11 @@ pub fn check_shapes(
     config: &DecoderConfig,
     spec: &QuantSpec,
 ) -> Result<Vec<Warning>, PipelineError> {
-    let mut warnings = Vec::new();
+    let mut warnings = refused_settings(spec);
+    let torch = match GPTQMODEL_GROUPS.contains(&i64::from(spec.group_size)) {
+        true => ", GPTQModel's torch kernel reads it",
+        false => "",
+    };
     // All blocks have the shapes of the first.
     for (layer, in_features, out_features) in config.block_linears(0) {
         if let GroupSize::Channels(group_size) = spec.group_size {
@@ -26,7 +32,7 @@ pub fn check_shapes(
             if !in_features.is_multiple_of(group_size) {
                 let text = format!(
                     "in_features {in_features} is not a multiple of group size {group_size}: \
-                     ExLlama, vLLM and TGI refuse it, GPTQModel's torch kernel reads it"
+                     ExLlama, vLLM and TGI refuse it{torch}"
                 );
                 warnings.push(Warning {
                     module: layer.to_string(),
@@ -45,7 +51,7 @@ pub fn check_shapes(
             }
             let text = format!(
                 "{in_features} x {out_features} is not a multiple of 32: AutoGPTQ, ExLlama and \
-                 Marlin refuse it, GPTQModel's torch kernel reads it"
+                 Marlin refuse it{torch}"
             );
             warnings.push(Warning {
                 module: layer.to_string(),
@@ -53,14 +59,43 @@ pub fn check_shapes(
             });
         }
     }
-    if spec.format == CheckpointFormat::GptqV2 {
-        warnings.push(Warning {
-            module: String::new(),
-            text: "checkpoint_format gptq_v2 is read by GPTQModel, vLLM and ExLlamaV2, not by AutoGPTQ"
-                .to_string(),
-        });
-    }
     Ok(warnings)
+}
+
+/// What readers refuse whatever the shapes are, by their source.
+fn refused_settings(spec: &QuantSpec) -> Vec<Warning> {
+    let group = i64::from(spec.group_size);
+    let mut texts = Vec::new();
+    if spec.order == ColumnOrder::ActOrder && spec.group_size != GroupSize::None {
+        texts.push(
+            "act-order with groups: vLLM 0.30 and later refuse it by their source, and read static \
+             groups and group-aware order"
+                .to_string(),
+        );
+    }
+    if !matches!(spec.bits, Bits::Four | Bits::Eight) || !spec.sym {
+        let kind = if spec.sym { "symmetric" } else { "asymmetric" };
+        texts.push(format!(
+            "{} bits, {kind}: vLLM and SGLang read 4 and 8 bits, symmetric, by their source",
+            spec.bits
+        ));
+    }
+    if !GPTQMODEL_GROUPS.contains(&group) {
+        texts.push(format!(
+            "groups of {group}: GPTQModel's torch kernel takes 16, 32, 64, 128, 256, 512, 1024 or none"
+        ));
+    }
+    if spec.format == CheckpointFormat::GptqV2 {
+        texts.push(
+            "checkpoint_format gptq_v2 is read by GPTQModel, vLLM and ExLlamaV2, not by AutoGPTQ"
+                .to_string(),
+        );
+    }
+    let warning = |text| Warning {
+        module: String::new(),
+        text,
+    };
+    texts.into_iter().map(warning).collect()
 }
 
 /// Refuses a model that is packed, or whose `config.json` (valid JSON) says that it is quantized and

@@ -5,6 +5,7 @@ use gptq_types::{Branch, ColumnOrder, EvalRecord, GroupSize, Reading};
 use minijinja::{Environment, ErrorKind, UndefinedBehavior, context};
 use serde::{Deserialize, Serialize};
 
+use crate::markup::{code, plain, prose};
 use crate::size;
 
 /// The template that is used where no other is given.
@@ -22,6 +23,12 @@ pub enum CardError {
     /// No finished branch.
     #[error("a card needs at least one finished branch")]
     Empty,
+    /// A link that a browser would not open as a page, or run.
+    #[error("card: `{0}` is not an address of http or https")]
+    Link(String),
+    /// No name of a repository on the hub.
+    #[error("card: repo `{0}` is not `owner/name`")]
+    Repo(String),
     /// A mistake in the template.
     #[error("card template, line {line}: {reason}")]
     Template {
@@ -98,13 +105,25 @@ pub fn card(
 ) -> Result<String, CardError> {
     let first = branches.first().ok_or(CardError::Empty)?;
     let endpoint = info.endpoint.as_deref().unwrap_or(DEFAULT_ENDPOINT);
-    let link = |id: &String| format!("{endpoint}/{id}");
+    let creator_link = info
+        .model_creator_link
+        .as_deref()
+        .map(address)
+        .transpose()?;
+    let endpoint = address(endpoint)?;
+    if let Some(repo) = info.repo.as_ref().filter(|repo| !is_repo(repo)) {
+        return Err(CardError::Repo(shown(repo, 80)));
+    }
+    let link = |id: &String| format!("{endpoint}/{}", in_address(id));
     let reference = (branches.iter()).find_map(|b| Some(&b.record.evaluation.as_ref()?.reference));
     let last = branches.last().unwrap_or(first);
     let mut environment = Environment::new();
     environment.set_undefined_behavior(UndefinedBehavior::Strict);
     environment.set_trim_blocks(false);
     environment.set_fuel(Some(MAX_STEPS));
+    environment.add_filter("plain", |text: String| plain(&text));
+    environment.add_filter("code", |text: String| code(&text));
+    environment.add_filter("prose", |text: String| prose(&text));
     let rendered = environment.render_str(
         template.unwrap_or(TEMPLATE),
         context! {
@@ -112,6 +131,9 @@ pub fn card(
             model_type,
             branches => rows(branches, info.repo.as_ref().map(link)),
             readers => readers(first),
+            were_run => were_run(first),
+            creator_link,
+            prompt_fence => prompt_fence(info),
             bit_widths => bit_widths(branches),
             tool => &first.run.tool,
             reference => reference.map(|record| context! {
@@ -157,7 +179,7 @@ impl Row {
         let exllama = record.readings.iter().find(|r| r.reader == "ExLlama");
         Row {
             name: permutation.branch.clone(),
-            link: repo_link.map(|link| format!("{link}/tree/{}", permutation.branch)),
+            link: repo_link.map(|link| format!("{link}/tree/{}", in_address(&permutation.branch))),
             bits: spec.bits.width(),
             group_size: match spec.group_size {
                 GroupSize::None => "None".to_string(),
@@ -253,6 +275,46 @@ fn readers(branch: &Branch) -> Vec<String> {
     readings.map(|reading| reading.reader.clone()).collect()
 }
 
+/// Runtimes that read files of these settings here, with their versions; those of the others are
+/// known from their source.
+fn were_run(branch: &Branch) -> Vec<String> {
+    let readings = branch.record.readings.iter();
+    readings.filter_map(|reading| reading.run.clone()).collect()
+}
+
+/// It becomes part of commands that a reader copies into a shell.
+fn is_repo(repo: &str) -> bool {
+    let known = |c: char| c.is_ascii_alphanumeric() || "._-/".contains(c);
+    repo.chars().all(known) && repo.matches('/').count() == 1
+}
+
+/// An address that may stand in a link.
+fn address(text: &str) -> Result<String, CardError> {
+    match text.starts_with("https://") || text.starts_with("http://") {
+        true => Ok(in_address(text)),
+        false => Err(CardError::Link(shown(text, 80))),
+    }
+}
+
+/// A text as part of an address: what ends a link in Markdown or an attribute in HTML is spelled out.
+fn in_address(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c.is_control() || c.is_whitespace() || "()<>[]\"'`\\|".contains(c) {
+            true => out.extend(c.to_string().bytes().map(|byte| format!("%{byte:02X}"))),
+            false => out.push(c),
+        }
+    }
+    out
+}
+
+/// A fence that the prompt's own backticks do not end.
+fn prompt_fence(info: &CardInfo) -> String {
+    let template = info.prompt_template.as_deref().unwrap_or_default();
+    let runs = template.split(|c| c != '`').map(str::len);
+    "`".repeat(runs.max().unwrap_or(0).max(2) + 1)
+}
+
 fn bit_widths(branches: &[Branch]) -> String {
     let mut widths: Vec<u32> = (branches.iter())
         .map(|branch| branch.record.permutation.spec.bits.width())
@@ -285,5 +347,64 @@ fn python_prompt(info: &CardInfo) -> String {
             let quoted = serde_json::to_string(template).unwrap_or_default();
             format!("{quoted}.replace(\"{{prompt}}\", prompt)")
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn branch(text: &str) -> Branch {
+        let quoted = serde_json::to_string(text).unwrap();
+        let spec = serde_json::to_string(&gptq_types::QuantSpec::published()).unwrap();
+        let record = format!(
+            r#"{{"permutation": {{"branch": "main", "spec": {spec}, "desc": {quoted}, "calibration":
+            {{"dataset": {quoted}, "samples": 1, "seq_len": 1, "seed": 0}}}}, "weight_bytes": 1,
+            "bits_per_weight": 4.5, "readings": [{{"reader": {quoted}, "refusal": {quoted}}}],
+            "evaluation": null}}"#
+        );
+        let run = format!(
+            r#"{{"schema": 1, "tool": {quoted}, "model": {quoted}, "spec": {spec}, "calibration": null,
+            "device": {quoted}, "layers": [], "warnings": []}}"#
+        );
+        Branch {
+            record: serde_json::from_str(&record).unwrap(),
+            run: serde_json::from_str(&run).unwrap(),
+        }
+    }
+
+    /// A description, a dataset or a device of a record was printed as it was: a row of the table
+    /// ended there, and tags became HTML.
+    #[test]
+    fn texts_of_records_and_cards_cannot_become_markup() {
+        let evil = "x | y\n<script>`[a](javascript:b)";
+        let info = CardInfo {
+            model_name: evil.to_string(),
+            model_creator: Some(evil.to_string()),
+            base_model: Some(format!("a/{evil}")),
+            prompt_template: Some("```\n{prompt}".to_string()),
+            ..CardInfo::default()
+        };
+        let text = card(&info, evil, &[branch(evil)], None).unwrap();
+        assert!(!text.contains("<script>"), "{text}");
+        assert!(!text.contains("](javascript:"), "{text}");
+        assert!(text.contains("````\n```\n{prompt}\n````"), "{text}");
+        let row = text.lines().find(|line| line.starts_with("| main | 4 "));
+        let cells = row.unwrap().replace("\\|", "").matches('|').count();
+        assert_eq!(cells, 14, "{text}");
+        let linked = CardInfo {
+            model_creator_link: Some("javascript:alert(1)".to_string()),
+            ..CardInfo::default()
+        };
+        let error = card(&linked, "llama", &[branch("x")], None).unwrap_err();
+        assert!(matches!(error, CardError::Link(_)), "{error}");
+    }
+
+    #[test]
+    fn a_template_without_an_end_is_stopped() {
+        let endless =
+            "{% for a in range(10000) %}{% for b in range(10000) %}{% endfor %}{% endfor %}";
+        let error = card(&CardInfo::default(), "llama", &[branch("x")], Some(endless)).unwrap_err();
+        assert!(matches!(error, CardError::Template { .. }), "{error}");
     }
 }

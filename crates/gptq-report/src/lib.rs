@@ -9,6 +9,7 @@
 
 mod card;
 mod comparison;
+mod markup;
 mod matrix;
 mod profile;
 mod regression;

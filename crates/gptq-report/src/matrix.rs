@@ -2,6 +2,7 @@
 
 use gptq_types::{GroupSize, Method, PlannedBranch};
 
+use crate::markup::plain;
 use crate::size;
 
 /// Markdown of what each branch will be; `gflops` is the rate that times are estimated with.
@@ -21,19 +22,19 @@ pub fn matrix_table(branches: &[PlannedBranch], gflops: f64) -> String {
         let (dataset, windows) = match spec.method {
             Method::Rtn => ("none".to_string(), String::new()),
             Method::Gptq => (
-                calibration.dataset.clone(),
+                plain(&calibration.dataset),
                 format!("{} x {}", calibration.samples, calibration.seq_len),
             ),
         };
         out += &format!(
             "| {} | {} | {group} | {} | {} | {dataset} | {windows} | ",
-            permutation.branch,
+            plain(&permutation.branch),
             spec.bits,
             order.as_str().unwrap_or_default(),
             spec.damp_percent,
         );
         out += &match &branch.refusal {
-            Some(reason) => format!("impossible: {reason} | | | | |\n"),
+            Some(reason) => format!("impossible: {} | | | | |\n", plain(reason)),
             None => format!(
                 "{} | {:.2} | {} | {} | {} |\n",
                 size(branch.weight_bytes),
@@ -44,7 +45,23 @@ pub fn matrix_table(branches: &[PlannedBranch], gflops: f64) -> String {
             ),
         };
     }
-    out
+    out + &were_run(branches)
+}
+
+/// Which of the readers were run, in other words than those whose source alone was read.
+fn were_run(branches: &[PlannedBranch]) -> String {
+    let Some(readings) = (branches.iter().map(|branch| &branch.readings)).find(|r| !r.is_empty())
+    else {
+        return String::new();
+    };
+    let run: Vec<&str> = readings
+        .iter()
+        .filter_map(|reading| reading.run.as_deref())
+        .collect();
+    format!(
+        "\n{} were run on files of this tool. What the others read is known from their source alone.\n",
+        run.join(" and ")
+    )
 }
 
 fn refusing(branch: &PlannedBranch) -> String {

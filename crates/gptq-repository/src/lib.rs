@@ -13,6 +13,7 @@
 
 mod branch_name;
 mod error;
+mod folder;
 mod lfs;
 mod make;
 mod publish;
@@ -21,6 +22,7 @@ mod tree;
 
 pub use branch_name::check_branch_names;
 pub use error::RepositoryError;
+pub use folder::{FolderContent, FolderFile, folder_files};
 pub use publish::check_signature;
 pub use repository::Repository;
 pub use tree::BranchFile;

@@ -8,11 +8,11 @@ use std::time::{Duration, Instant};
 use git2::{ErrorCode, Oid, Signature, Time};
 use gptq_types::outside_name::{file_name, shown};
 
+use crate::folder::ATTRIBUTES;
 use crate::lfs::{attributes, is_large};
 use crate::repository::head_of;
 use crate::{Repository, RepositoryError, check_branch_names};
 
-const ATTRIBUTES: &str = ".gitattributes";
 const FILE_MODE: i32 = 0o100_644;
 /// How long git's lock of a reference is waited for; a process holds it while it writes 41 bytes.
 const LOCK_PATIENCE: Duration = Duration::from_secs(5);

@@ -27,7 +27,8 @@ impl Repository {
             return Ok(opened);
         }
         if !is_vacant(path) {
-            return Err(RepositoryError::Occupied(path.to_path_buf()));
+            // Or another process has finished it since.
+            return Self::open(path).map_err(|_| RepositoryError::Occupied(path.to_path_buf()));
         }
         make(path, head)?;
         Self::open(path)

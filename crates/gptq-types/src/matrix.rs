@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{ColumnOrder, EvalRecord, GroupSize, Method, QuantSpec, RunRecord};
+use crate::{ColumnOrder, ContentHash, EvalRecord, GroupSize, Method, QuantSpec, RunRecord};
 
 /// Which calibration tokens a permutation sees.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -68,6 +68,9 @@ pub struct Reading {
     pub reader: String,
     /// Why it does not; absent where it does.
     pub refusal: Option<String>,
+    /// The version that was run on files of this tool; absent where its source alone was read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub run: Option<String>,
 }
 
 /// Scores of a branch and of the model that it was made from, on the same tokens.
@@ -84,6 +87,9 @@ pub struct BranchEvaluation {
 pub struct BranchRecord {
     /// What was asked for.
     pub permutation: Permutation,
+    /// [`crate::model_identity`] of the float weights; absent in older records.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub weights_sha256: Option<ContentHash>,
     /// Bytes of its weight files.
     pub weight_bytes: u64,
     /// Bits for each weight of the quantised linears, grids and g_idx included.

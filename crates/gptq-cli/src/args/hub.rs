@@ -25,11 +25,12 @@ pub struct PullArgs {
 
 #[derive(Args)]
 pub struct PushArgs {
-    /// A repository that `matrix` made
-    pub repository: PathBuf,
-    /// `owner/name` on the hub; made where it does not exist. HF_TOKEN must be allowed to write
+    /// A repository that `matrix` made, or a folder that `quantize` wrote
+    pub place: PathBuf,
+    /// `owner/name` on the hub, for a folder also `owner/name:branch` (else `main`); made where it
+    /// does not exist. HF_TOKEN must be allowed to write
     pub target: String,
-    /// Push this branch alone; can be repeated [default: all]
+    /// Push this branch of a repository alone; can be repeated [default: all]
     #[arg(long, value_name = "BRANCH")]
     pub branch: Vec<String>,
     /// A repository that is made now is for its owner alone

@@ -43,7 +43,7 @@ pub enum Command {
     Card(CardArgs),
     /// Write a branch of a repository into a folder
     Pull(PullArgs),
-    /// Upload the branches of a repository to the hub
+    /// Upload the branches of a repository, or one checkpoint, to the hub
     Push(PushArgs),
     /// Turn a GGUF file into a model folder that `quantize` takes
     Import(ImportArgs),

@@ -1,13 +1,15 @@
 //! `gptq matrix`.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 use std::thread;
 
 use gptq_calibration::{EvaluationWindows, Windows};
 use gptq_model::{DecoderConfig, Device};
-use gptq_pipeline::{Preset, check_unquantised, check_weights, plan_matrix, read_plan};
-use gptq_repository::Repository;
+use gptq_pipeline::{
+    Preset, check_permutations, check_unquantised, check_weights, plan_matrix, read_plan,
+};
+use gptq_repository::{Repository, check_branch_names, check_signature};
 use gptq_types::{CalibrationRequest, Method, Permutation, PlannedBranch};
 
 use crate::Verdict;
@@ -46,9 +48,10 @@ pub fn run(args: &MatrixArgs) -> Result<Verdict, Failure> {
     let path = (args.out.as_deref()).ok_or_else(|| Failure::new("--out is missing"))?;
     let info = card_info(args.card.as_deref(), model.dir(), &args.model)?;
     let model_name = info.base_model.clone().unwrap_or(info.model_name.clone());
-    let state = State {
+    let mut state = State {
         model: model_name.clone(),
-        config_sha256: State::hash(&model.config_json),
+        weights_sha256: None,
+        files: State::hash_files(&model)?,
         tool: TOOL.to_string(),
         model_type: model_type(&model.config_json),
         branches: planned
@@ -62,8 +65,14 @@ pub fn run(args: &MatrixArgs) -> Result<Verdict, Failure> {
     let head = planned
         .first()
         .map_or("main", |branch| &branch.permutation.branch);
+    state.refuse_other(path)?;
+    check_signature()?;
     let repository = Repository::open_or_create(path, head)?;
-    state.keep(path)?;
+    let there = repository.branches()?;
+    let all: BTreeSet<&str> = (there.iter().map(String::as_str))
+        .chain(state.branches.iter().map(|b| b.branch.as_str()))
+        .collect();
+    check_branch_names(all)?;
 
     let missing: Vec<&PlannedBranch> = match args.assemble {
         true => Vec::new(),
@@ -72,7 +81,14 @@ pub fn run(args: &MatrixArgs) -> Result<Verdict, Failure> {
             .collect(),
     };
     let failed = match missing.is_empty() {
-        true => 0,
+        true => {
+            // Nothing to make; but it is still the matrix of one model alone.
+            if !args.assemble {
+                state.weights_sha256 = Some(check_weights(source)?.identity);
+            }
+            state.keep(path)?;
+            0
+        }
         false => {
             // Reading all weights once takes seconds; so does what else must be there first.
             let devices = devices(args)?;
@@ -85,6 +101,8 @@ pub fn run(args: &MatrixArgs) -> Result<Verdict, Failure> {
             let (text, windows) = prepared?;
             let checked = checked
                 .map_err(|_| Failure::new("the check of the weights ended in a panic"))??;
+            state.weights_sha256 = Some(checked.identity.clone());
+            state.keep(path)?;
             let shared = Shared {
                 windows,
                 model: &model,
@@ -98,7 +116,7 @@ pub fn run(args: &MatrixArgs) -> Result<Verdict, Failure> {
             };
             match args.shared_hessian {
                 true => make_together(&missing, &shared, &devices)?,
-                false => make_all(&missing, &shared, &devices)?,
+                false => make_all(&missing, Vec::new(), &shared, &devices)?,
             }
         }
     };
@@ -171,6 +189,8 @@ fn permutations(args: &MatrixArgs) -> Result<Vec<Permutation>, Failure> {
         *seq_len = args.seq_len.unwrap_or(*seq_len);
         *seed = args.seed.unwrap_or(*seed);
     }
+    check_permutations(&permutations)?;
+    check_branch_names(permutations.iter().map(|p| p.branch.as_str()))?;
     Ok(permutations)
 }
 

@@ -10,6 +10,7 @@ use crate::args::PullArgs;
 use crate::failure::Failure;
 use crate::models::find;
 use crate::output::check_vacant;
+use crate::records::{RUN_RECORD, check_branch_files, check_folder, read_run};
 
 pub fn run(args: &PullArgs) -> Result<Verdict, Failure> {
     check_vacant(&args.out)?;
@@ -32,8 +33,14 @@ pub fn run(args: &PullArgs) -> Result<Verdict, Failure> {
         .map_err(|error| failed("write into", &parent, error))?;
     let part = beside.path().join("branch");
     match (local, snapshot) {
-        (Some((repository, branch)), _) => repository.checkout(&branch, &part)?,
-        (None, Some(model)) => copy(model.dir(), &part)?,
+        (Some((repository, branch)), _) => {
+            check_branch_files(&repository, &branch)?;
+            repository.checkout(&branch, &part)?;
+        }
+        (None, Some(model)) => {
+            copy(model.dir(), &part)?;
+            check_copy(&part, &args.source)?;
+        }
         (None, None) => {}
     }
     sync(&part).map_err(|error| failed("write", &part, error))?;
@@ -57,6 +64,27 @@ fn local(source: &str) -> Result<Option<(Repository, String)>, Failure> {
         }
     }
     Ok(None)
+}
+
+/// What came from the hub is what a run wrote, where its record is there to say so.
+fn check_copy(folder: &Path, source: &str) -> Result<(), Failure> {
+    let record = folder.join(RUN_RECORD);
+    if !record.exists() || read_run(&record)?.files.is_empty() {
+        return Ok(());
+    }
+    let verdict = check_folder(folder)?;
+    let missing = verdict
+        .missing
+        .iter()
+        .map(|name| format!("`{name}` is missing"));
+    let differing = verdict
+        .differing
+        .iter()
+        .map(|(name, how)| format!("`{name}` {how}"));
+    match missing.chain(differing).next() {
+        None => Ok(()),
+        Some(wrong) => Err(Failure::new(format!("`{source}`: {wrong}"))),
+    }
 }
 
 fn copy(folder: &Path, to: &Path) -> Result<(), Failure> {

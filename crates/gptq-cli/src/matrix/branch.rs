@@ -9,18 +9,17 @@ use gptq_calibration::{EvaluationWindows, Windows};
 use gptq_hub::Checkpoint;
 use gptq_model::Device;
 use gptq_packer::{discard_partial, partial_path};
-use gptq_pipeline::{CheckedWeights, Job};
+use gptq_pipeline::{CheckedWeights, JOURNAL_FILE, Job};
 use gptq_repository::Repository;
 use gptq_types::{
     BranchEvaluation, BranchRecord, EvalRecord, Method, Permutation, PlannedBranch, RunRecord,
 };
 
-use super::read_text;
 use super::state::{State, replace};
 use crate::datasets::public_name;
 use crate::failure::Failure;
 use crate::models::Model;
-use crate::records::{BRANCH_RECORD, RUN_RECORD};
+use crate::records::{BRANCH_RECORD, RUN_RECORD, check_folder, read_json};
 use crate::scoring::Scorer;
 use crate::watch::{TOOL, watch, watch_together};
 
@@ -73,13 +72,15 @@ impl<'a> Maker<'a> {
     pub fn make(&mut self, planned: &PlannedBranch) -> Result<(), Failure> {
         let branch = &planned.permutation.branch;
         let work = State::work(self.shared.repository, branch);
-        if !work.exists() {
-            self.quantize(&planned.permutation, &work)?;
+        match work.exists() {
+            false => self.quantize(&planned.permutation, &work)?,
+            true => check_found(&work)?,
         }
         self.keep(branch, &work)?;
         let evaluation = self.score(branch, &work)?;
         let record = BranchRecord {
             permutation: published(&planned.permutation),
+            weights_sha256: Some(self.shared.checked.identity.clone()),
             weight_bytes: planned.weight_bytes,
             bits_per_weight: planned.bits_per_weight,
             readings: planned.readings.clone(),
@@ -92,7 +93,7 @@ impl<'a> Maker<'a> {
     fn quantize(&self, permutation: &Permutation, work: &Path) -> Result<(), Failure> {
         let branch = &permutation.branch;
         let journal = partial_path(work)
-            .map(|partial| partial.join("journal.jsonl"))
+            .map(|partial| partial.join(JOURNAL_FILE))
             .is_ok_and(|journal| journal.exists());
         if !journal {
             // Killed before its first block: there is nothing to go on with.
@@ -106,7 +107,7 @@ impl<'a> Maker<'a> {
     /// which differ from run to run. A run that was killed in between left it with times.
     fn keep(&self, branch: &str, work: &Path) -> Result<(), Failure> {
         let place = work.join(RUN_RECORD);
-        let record: RunRecord = serde_json::from_str(&read_text(&place)?)?;
+        let record: RunRecord = read_json(&place)?;
         let timeless = record.clone().timeless();
         if record == timeless {
             return Ok(());
@@ -203,6 +204,33 @@ pub fn publish(repository: &Repository, planned: &PlannedBranch) -> Result<(), F
     repository.publish(branch, &work, &message)?;
     fs::remove_dir_all(&work)
         .map_err(|error| Failure::new(format!("cannot remove `{}`: {error}", work.display())))
+}
+
+/// What an earlier start finished is as it was written, and nothing is left beside it.
+fn check_found(work: &Path) -> Result<(), Failure> {
+    let journal = work.join(JOURNAL_FILE);
+    if journal.exists() {
+        // Killed between the last rename and the end.
+        fs::remove_file(&journal).map_err(|error| {
+            Failure::new(format!("cannot remove `{}`: {error}", journal.display()))
+        })?;
+    }
+    let verdict = check_folder(work)?;
+    let missing = verdict
+        .missing
+        .iter()
+        .map(|name| format!("`{name}` is missing"));
+    let differing = verdict
+        .differing
+        .iter()
+        .map(|(name, how)| format!("`{name}` {how}"));
+    match missing.chain(differing).next() {
+        None => Ok(()),
+        Some(wrong) => Err(Failure::with_hint(
+            format!("`{}`: {wrong}", work.display()),
+            "delete the folder, and the same command makes it again",
+        )),
+    }
 }
 
 fn published(permutation: &Permutation) -> Permutation {

@@ -4,27 +4,55 @@ use std::path::Path;
 
 use gptq_report::CardInfo;
 use gptq_repository::Repository;
+use gptq_types::outside_name::shown;
 use gptq_types::{Branch, BranchRecord, RunRecord};
 use serde::de::DeserializeOwned;
 
 use super::read_text;
 use crate::failure::Failure;
 use crate::isolation::render_card;
-use crate::records::{BRANCH_RECORD, RUN_RECORD};
+use crate::records::{BRANCH_RECORD, RUN_RECORD, check_branch, check_schema};
 
 /// Finished branches, in the order of `wanted`; others after them, by name.
 pub fn read_branches(repository: &Repository, wanted: &[String]) -> Result<Vec<Branch>, Failure> {
     let mut names = repository.branches()?;
     let place = |name: &String| wanted.iter().position(|wanted| wanted == name);
     names.sort_by_key(|name| (place(name).unwrap_or(usize::MAX), name.clone()));
-    (names.iter())
-        .map(|name| {
-            Ok(Branch {
-                record: read::<BranchRecord>(repository, name, BRANCH_RECORD)?,
-                run: read::<RunRecord>(repository, name, RUN_RECORD)?,
-            })
-        })
-        .collect()
+    let mut branches = Vec::new();
+    for name in &names {
+        let branch = Branch {
+            record: read::<BranchRecord>(repository, name, BRANCH_RECORD)?,
+            run: read::<RunRecord>(repository, name, RUN_RECORD)?,
+        };
+        let checked = check_schema(&branch.run, &format!("{name}: {RUN_RECORD}"));
+        checked
+            .and_then(|()| check_branch(&branch, name))
+            .map_err(|failure| {
+                let place = repository.path().display();
+                Failure::new(format!("branch `{name}` of `{place}`: {}", failure.text))
+            })?;
+        branches.push(branch);
+    }
+    refuse_two_models(repository, &branches)?;
+    Ok(branches)
+}
+
+/// A card presents its branches as one model's.
+fn refuse_two_models(repository: &Repository, branches: &[Branch]) -> Result<(), Failure> {
+    let mut known = (branches.iter())
+        .filter_map(|branch| Some((branch, branch.record.weights_sha256.as_ref()?)));
+    let Some((first, identity)) = known.next() else {
+        return Ok(());
+    };
+    match known.find(|(_, other)| *other != identity) {
+        None => Ok(()),
+        Some((other, found)) => Err(Failure::new(format!(
+            "`{}` holds branches of two models: `{}` of identity {identity}, `{}` of {found}",
+            repository.path().display(),
+            first.record.permutation.branch,
+            other.record.permutation.branch,
+        ))),
+    }
 }
 
 fn read<T: DeserializeOwned>(
@@ -35,8 +63,10 @@ fn read<T: DeserializeOwned>(
     let place = format!("branch `{branch}` of `{}`", repository.path().display());
     let content = (repository.read(branch, file)?)
         .ok_or_else(|| Failure::new(format!("{place} has no `{file}`")))?;
-    serde_json::from_slice(&content)
-        .map_err(|error| Failure::new(format!("{place}, `{file}`: {error}")))
+    serde_json::from_slice(&content).map_err(|error| {
+        let error = shown(&error.to_string(), 200);
+        Failure::new(format!("{place}, `{file}`: {error}"))
+    })
 }
 
 /// What the user says of the model, over what its own card says.

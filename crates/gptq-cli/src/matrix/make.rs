@@ -1,6 +1,8 @@
 //! All branches that are missing, on all devices.
 
 use std::cmp::Reverse;
+use std::collections::VecDeque;
+use std::path::Path;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -10,6 +12,7 @@ use gptq_repository::Repository;
 use gptq_types::{Method, PlannedBranch};
 
 use super::branch::{Maker, Shared, publish};
+use super::lock::{Asked, Lock};
 use crate::failure::Failure;
 
 /// Threads that publish, and branches that may wait for them. A branch of several GB takes seconds
@@ -17,19 +20,89 @@ use crate::failure::Failure;
 const PUBLISHERS: usize = 6;
 const WAITING: usize = 1;
 
-/// Each device takes the next branch; threads beside them hash and commit what they finish. A branch that fails is named and left
-/// out; how many did.
-pub fn make_all(
-    missing: &[&PlannedBranch],
-    shared: &Shared<'_>,
+/// A branch that this process alone works on.
+type Task<'a> = (&'a PlannedBranch, Lock);
+
+/// What is still to be made. Branches that another process is making come last: it may die, or fail.
+struct Queue<'a> {
+    repository: &'a Path,
+    taken: Vec<Task<'a>>,
+    open: VecDeque<&'a PlannedBranch>,
+    held: VecDeque<&'a PlannedBranch>,
+}
+
+impl<'a> Queue<'a> {
+    fn new(missing: &[&'a PlannedBranch], taken: Vec<Task<'a>>, repository: &'a Path) -> Self {
+        Queue {
+            repository,
+            taken,
+            open: large_and_small(missing, |branch| branch.weight_bytes).into(),
+            held: VecDeque::new(),
+        }
+    }
+
+    /// The next one that is free.
+    fn free(&mut self) -> Result<Option<Task<'a>>, Failure> {
+        if let Some(task) = self.taken.pop() {
+            return Ok(Some(task));
+        }
+        while let Some(branch) = self.open.pop_front() {
+            let name = &branch.permutation.branch;
+            match Lock::ask(self.repository, name)? {
+                Asked::Taken(lock) => return Ok(Some((branch, lock))),
+                Asked::Held(why) => {
+                    eprintln!("{name}: {why}, which is waited for");
+                    self.held.push_back(branch);
+                }
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// The next branch that is absent and free, or becomes free; one that another process made
+/// meanwhile is left out.
+fn next<'a>(
+    queue: &Mutex<Queue<'a>>,
+    repository: &Repository,
+) -> Result<Option<Task<'a>>, Failure> {
+    let poisoned = || Failure::new("a worker of the matrix ended in a panic");
+    loop {
+        let (free, held) = {
+            let mut queue = queue.lock().map_err(|_| poisoned())?;
+            match queue.free()? {
+                Some(task) => (Some(task), None),
+                None => (None, queue.held.pop_front()),
+            }
+        };
+        let task = match (free, held) {
+            (Some(task), _) => task,
+            (None, Some(branch)) => {
+                let lock = Lock::wait(repository.path(), &branch.permutation.branch)?;
+                (branch, lock)
+            }
+            (None, None) => return Ok(None),
+        };
+        if !repository.has(&task.0.permutation.branch) {
+            return Ok(Some(task));
+        }
+    }
+}
+
+/// Each device takes the next branch; threads beside them hash and commit what they finish. A branch
+/// that fails is named and left out; how many did. `taken` are those whose locks are held.
+pub fn make_all<'a>(
+    missing: &[&'a PlannedBranch],
+    taken: Vec<Task<'a>>,
+    shared: &'a Shared<'a>,
     devices: &[Device],
 ) -> Result<usize, Failure> {
-    let queue = Mutex::new(large_and_small(missing, |branch| branch.weight_bytes).into_iter());
-    let next = || queue.lock().ok().and_then(|mut queue| queue.next());
+    let all = missing.len() + taken.len();
+    let queue = Mutex::new(Queue::new(missing, taken, shared.repository));
     thread::scope(|scope| {
         let (sender, receiver) = sync_channel(WAITING);
         let receiver = Arc::new(Mutex::new(receiver));
-        let publishers: Vec<_> = (0..PUBLISHERS.min(missing.len()))
+        let publishers: Vec<_> = (0..PUBLISHERS.min(all))
             .map(|_| {
                 let receiver = receiver.clone();
                 scope.spawn(move || publish_all(&receiver, shared))
@@ -38,8 +111,8 @@ pub fn make_all(
         drop(receiver); // publishers that all left with an error must not keep a device waiting
         let workers: Vec<_> = (devices.iter())
             .map(|&device| {
-                let (next, sender) = (&next, sender.clone());
-                scope.spawn(move || work(device, shared, next, &sender))
+                let (queue, sender) = (&queue, sender.clone());
+                scope.spawn(move || work(device, shared, queue, &sender))
             })
             .collect();
         drop(sender);
@@ -73,16 +146,17 @@ fn large_and_small<T: Copy>(items: &[T], bytes: impl Fn(T) -> u64) -> Vec<T> {
 fn work<'a>(
     device: Device,
     shared: &Shared<'_>,
-    next: &dyn Fn() -> Option<&'a PlannedBranch>,
-    finished: &SyncSender<&'a PlannedBranch>,
+    queue: &Mutex<Queue<'a>>,
+    finished: &SyncSender<Task<'a>>,
 ) -> Result<usize, Failure> {
+    let repository = Repository::open(shared.repository)?;
     let mut maker = Maker::new(shared, device);
     let mut failed = 0;
-    while let Some(branch) = next() {
+    while let Some((branch, lock)) = next(queue, &repository)? {
         eprintln!("{}: {}", branch.permutation.branch, branch.permutation.desc);
         match maker.make(branch) {
             // The publisher left with an error of its own.
-            Ok(()) if finished.send(branch).is_err() => break,
+            Ok(()) if finished.send((branch, lock)).is_err() => break,
             Ok(()) => {}
             Err(failure) => {
                 failed += 1;
@@ -94,13 +168,13 @@ fn work<'a>(
 }
 
 fn publish_all(
-    finished: &Mutex<Receiver<&PlannedBranch>>,
+    finished: &Mutex<Receiver<Task<'_>>>,
     shared: &Shared<'_>,
 ) -> Result<usize, Failure> {
     let repository = Repository::open(shared.repository)?;
     let next = || finished.lock().ok().and_then(|queue| queue.recv().ok());
     let mut failed = 0;
-    while let Some(branch) = next() {
+    while let Some((branch, _lock)) = next() {
         if let Err(failure) = publish(&repository, branch) {
             failed += 1;
             tell(branch, &failure);
@@ -116,20 +190,46 @@ fn tell(branch: &PlannedBranch, failure: &Failure) {
     }
 }
 
-/// Branches with the same tokens are quantized in one pass each, then scored one by one.
-pub fn make_together(
-    missing: &[&PlannedBranch],
-    shared: &Shared<'_>,
+/// Branches with the same tokens are quantized in one pass each, then scored one by one. Those that
+/// another process is making are waited for: a branch is the same in whatever company it is made.
+pub fn make_together<'a>(
+    missing: &[&'a PlannedBranch],
+    shared: &'a Shared<'a>,
     devices: &[Device],
 ) -> Result<usize, Failure> {
     let [device] = devices else {
         let text = "--shared-hessian makes all branches on one device";
         return Err(Failure::with_hint(text, "name one with --device"));
     };
-    let maker = Maker::new(shared, *device);
+    let repository = Repository::open(shared.repository)?;
+    let queue = Mutex::new(Queue::new(missing, Vec::new(), shared.repository));
+    let mut free = Vec::new();
+    while let Some(task) = (queue.lock().ok()).map_or(Ok(None), |mut queue| queue.free())? {
+        if !repository.has(&task.0.permutation.branch) {
+            free.push(task);
+        }
+    }
+    let mut failed = pass_together(free, shared, *device)?;
+    let mut left = Vec::new();
+    while let Some(task) = next(&queue, &repository)? {
+        left.push(task);
+    }
+    failed += pass_together(left, shared, *device)?;
+    Ok(failed)
+}
+
+fn pass_together<'a>(
+    tasks: Vec<Task<'a>>,
+    shared: &'a Shared<'a>,
+    device: Device,
+) -> Result<usize, Failure> {
+    if tasks.is_empty() {
+        return Ok(0);
+    }
+    let maker = Maker::new(shared, device);
     let mut passes: Vec<(String, Vec<&PlannedBranch>)> = Vec::new();
     let solved = |branch: &&PlannedBranch| branch.permutation.spec.method == Method::Gptq;
-    for branch in missing.iter().copied().filter(solved) {
+    for branch in tasks.iter().map(|&(branch, _)| branch).filter(solved) {
         let key = Shared::key(&branch.permutation);
         match passes.iter_mut().find(|(found, _)| *found == key) {
             Some((_, branches)) => branches.push(branch),
@@ -139,7 +239,7 @@ pub fn make_together(
     for (_, branches) in &passes {
         maker.quantize_together(branches)?;
     }
-    make_all(missing, shared, devices)
+    make_all(&[], tasks, shared, &[device])
 }
 
 #[cfg(test)]

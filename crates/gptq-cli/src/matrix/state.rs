@@ -1,17 +1,24 @@
 //! What a repository remembers of its matrix, so that the same command goes on where it stopped.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use gptq_pipeline::check_permutations;
 use gptq_report::CardInfo;
-use gptq_types::Permutation;
+use gptq_repository::check_branch_names;
+use gptq_types::outside_name::shown;
+use gptq_types::{ContentHash, Permutation};
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
+use super::lock::Lock;
 use crate::failure::Failure;
+use crate::models::Model;
 
 const FOLDER: &str = "gptq";
 const FILE: &str = "matrix.json";
+/// Largest file that is read back: the record of a model with 100,000 linears has 50 MB.
+const MAX_BYTES: u64 = 64 << 20;
 
 /// Which text the branches are scored on.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -26,8 +33,14 @@ pub struct Evaluation {
 pub struct State {
     /// The model as published.
     pub model: String,
-    /// sha256 of its config.json.
-    pub config_sha256: String,
+    /// Identity of its weights; unknown in repositories from before it was kept, and until the
+    /// weights were read.
+    #[serde(default)]
+    pub weights_sha256: Option<ContentHash>,
+    /// sha256 of its config.json, its tokenizer and what else travels with it, by file; empty in
+    /// repositories from before it was kept.
+    #[serde(default)]
+    pub files: BTreeMap<String, ContentHash>,
     pub tool: String,
     pub model_type: String,
     pub branches: Vec<Permutation>,
@@ -56,9 +69,21 @@ impl State {
         Self::folder(repository).join("records").join(name)
     }
 
-    pub fn hash(config_json: &str) -> String {
-        let digest = Sha256::digest(config_json.as_bytes());
-        digest.iter().map(|byte| format!("{byte:02x}")).collect()
+    /// What identifies a model beside its weights.
+    pub fn hash_files(model: &Model) -> Result<BTreeMap<String, ContentHash>, Failure> {
+        let mut files = BTreeMap::new();
+        files.insert(
+            "config.json".to_string(),
+            ContentHash::of(model.config_json.as_bytes()),
+        );
+        for path in model.companions() {
+            let content = fs::read(&path).map_err(|error| {
+                Failure::new(format!("cannot read `{}`: {error}", path.display()))
+            })?;
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            files.insert(name.into_owned(), ContentHash::of(&content));
+        }
+        Ok(files)
     }
 
     /// What is there; `None` in a repository without a matrix.
@@ -67,15 +92,31 @@ impl State {
         if !path.exists() {
             return Ok(None);
         }
-        let text = super::read_text(&path)?;
-        let state = serde_json::from_str(&text)
-            .map_err(|error| Failure::new(format!("`{}`: {error}", path.display())))?;
+        let wrong = |reason: &str| {
+            let reason = shown(reason, 200);
+            Failure::new(format!("`{}`: {reason}", path.display()))
+        };
+        let text = read_own(&path)?;
+        let state: State =
+            serde_json::from_str(&text).map_err(|error| wrong(&error.to_string()))?;
+        check_permutations(&state.branches).map_err(|error| wrong(&error.to_string()))?;
+        let names = state.branches.iter().map(|branch| branch.branch.as_str());
+        check_branch_names(names).map_err(|error| wrong(&error.to_string()))?;
         Ok(Some(state))
+    }
+
+    /// Refuses to go on with the matrix of another model, text or setting.
+    pub fn refuse_other(&self, repository: &Path) -> Result<(), Failure> {
+        match Self::read(repository)? {
+            Some(before) => before.check(self, repository),
+            None => Ok(()),
+        }
     }
 
     /// Keeps the state; refuses to go on with another one. Branches may be added, and the card may
     /// change.
     pub fn keep(&self, repository: &Path) -> Result<(), Failure> {
+        let _lock = Lock::of_state(repository)?;
         let before = Self::read(repository)?;
         if before.as_ref() == Some(self) {
             return Ok(());
@@ -83,9 +124,12 @@ impl State {
         let mut kept = self.clone();
         if let Some(before) = before {
             before.check(self, repository)?;
+            kept.weights_sha256 = kept.weights_sha256.or(before.weights_sha256);
             let gone = (before.branches.into_iter())
                 .filter(|branch| self.branches.iter().all(|b| b.branch != branch.branch));
             kept.branches.extend(gone);
+            // One that was there and one that is asked for now may exclude each other.
+            check_branch_names(kept.branches.iter().map(|branch| branch.branch.as_str()))?;
         }
         let folder = Self::folder(repository);
         let failed = |error: std::io::Error| {
@@ -101,8 +145,10 @@ impl State {
     fn check(&self, now: &State, repository: &Path) -> Result<(), Failure> {
         let differs = |what: String, found: String, wanted: String| {
             let text = format!(
-                "the matrix in `{}` has another {what}: {found}, now {wanted}",
-                repository.display()
+                "the matrix in `{}` has another {what}: {}, now {}",
+                repository.display(),
+                shown(&found, 200),
+                shown(&wanted, 200)
             );
             Err(Failure::with_hint(
                 text,
@@ -111,12 +157,37 @@ impl State {
         };
         for (what, found, wanted) in [
             ("model", &self.model, &now.model),
-            ("config.json", &self.config_sha256, &now.config_sha256),
             ("tool", &self.tool, &now.tool),
         ] {
             if found != wanted {
                 return differs(what.to_string(), found.clone(), wanted.clone());
             }
+        }
+        // Files that no one asked about then are no reason to stop now.
+        for (name, found) in &self.files {
+            let wanted = now.files.get(name);
+            if wanted != Some(found) {
+                let wanted = wanted.map_or("absent".to_string(), ContentHash::to_string);
+                return differs(format!("`{name}`"), format!("sha256 {found}"), wanted);
+            }
+        }
+        if let Some(name) = now
+            .files
+            .keys()
+            .find(|name| !self.files.contains_key(*name))
+            && !self.files.is_empty()
+        {
+            return differs(
+                format!("`{name}`"),
+                "absent".to_string(),
+                "there".to_string(),
+            );
+        }
+        if let (Some(found), Some(wanted)) = (&self.weights_sha256, &now.weights_sha256)
+            && found != wanted
+        {
+            let text = |hash: &ContentHash| format!("identity {hash}");
+            return differs("model's weights".to_string(), text(found), text(wanted));
         }
         if self.shared_hessian != now.shared_hessian {
             let text = |shared: bool| if shared { "shared" } else { "exact" }.to_string();
@@ -141,6 +212,16 @@ impl State {
             }
         }
         Ok(())
+    }
+}
+
+/// A file that this tool wrote: no pipe, and of no more bytes than it ever has.
+pub fn read_own(path: &Path) -> Result<String, Failure> {
+    let failed = |reason: &str| Failure::new(format!("cannot read `{}`: {reason}", path.display()));
+    let found = fs::metadata(path).map_err(|error| failed(&error.to_string()))?;
+    match found.is_file() && found.len() <= MAX_BYTES {
+        true => fs::read_to_string(path).map_err(|error| failed(&error.to_string())),
+        false => Err(failed("it is no file of at most 64 MB")),
     }
 }
 

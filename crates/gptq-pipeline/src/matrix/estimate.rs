@@ -4,7 +4,7 @@ use gptq_model::DecoderConfig;
 use gptq_types::{Method, Permutation, Stage};
 
 /// Bytes that a process holds whatever it works on.
-const FIXED: usize = 150 << 20;
+const FIXED: u128 = 150 << 20;
 
 /// Floating-point operations: one forward pass, the Hessians, the factors, the sweeps.
 pub(super) fn flop(config: &DecoderConfig, permutation: &Permutation) -> f64 {
@@ -13,7 +13,7 @@ pub(super) fn flop(config: &DecoderConfig, permutation: &Permutation) -> f64 {
         return 0.0;
     }
     let calibration = &permutation.calibration;
-    let tokens = (calibration.samples * calibration.seq_len) as f64;
+    let tokens = calibration.samples as f64 * calibration.seq_len as f64;
     let mut block = config.block_flop(calibration.samples, calibration.seq_len);
     for stage in Stage::ALL {
         let linears = config.linears(0, stage);
@@ -26,18 +26,29 @@ pub(super) fn flop(config: &DecoderConfig, permutation: &Permutation) -> f64 {
     blocks * block
 }
 
-/// Bytes resident on the processor, as docs/ARCHITECTURE.md counts them.
+/// Bytes resident on the processor, as docs/ARCHITECTURE.md counts them. Shapes and windows may be
+/// of any size here, so that a plan is refused for what it would take and not for an overflow.
 pub(super) fn memory(config: &DecoderConfig, permutation: &Permutation) -> u64 {
     let linears = config.block_linears(0);
-    let block: usize = linears.iter().map(|(_, k, n)| k * n).sum();
-    let widest = linears.iter().map(|&(_, k, _)| k).max().unwrap_or(0);
-    let largest = linears.iter().map(|(_, k, n)| k * n).max().unwrap_or(0);
+    let product = |(_, k, n): &(_, usize, usize)| (*k as u128).saturating_mul(*n as u128);
+    let block = linears.iter().map(product).fold(0, u128::saturating_add);
+    let largest = linears.iter().map(product).max().unwrap_or(0);
+    let widest = linears
+        .iter()
+        .map(|&(_, k, _)| k as u128)
+        .max()
+        .unwrap_or(0);
     let calibration = &permutation.calibration;
     let tokens = match permutation.spec.method {
-        Method::Gptq => calibration.samples * calibration.seq_len,
+        Method::Gptq => (calibration.samples as u128).saturating_mul(calibration.seq_len as u128),
         Method::Rtn => 0,
     };
-    let activations = tokens * (config.hidden_size + widest) * 4;
-    let solver = widest * widest * (2 * 4 + 2 * 8) + 3 * largest * 4;
-    (FIXED + block * 4 + activations + solver) as u64
+    let width = (config.hidden_size as u128).saturating_add(widest);
+    let activations = tokens.saturating_mul(width).saturating_mul(4);
+    let solver = (widest.saturating_mul(widest).saturating_mul(2 * 4 + 2 * 8))
+        .saturating_add(largest.saturating_mul(3 * 4));
+    let all = (block.saturating_mul(4).saturating_add(activations))
+        .saturating_add(solver)
+        .saturating_add(FIXED);
+    u64::try_from(all).unwrap_or(u64::MAX)
 }

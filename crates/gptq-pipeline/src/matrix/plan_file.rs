@@ -4,9 +4,22 @@ use std::collections::BTreeSet;
 
 use gptq_types::{
     Bits, CalibrationRequest, CheckpointFormat, ColumnOrder, GroupSize, Method, Permutation,
-    QuantSpec, SpecError, branch_name, describe,
+    QuantSpec, SpecError, branch_name, describe, outside_name::shown,
 };
 use serde::Deserialize;
+
+/// Most branches of a matrix; published ones have six.
+const MAX_BRANCHES: usize = 256;
+/// Most windows, and most tokens in one: their product and what is estimated from it stay exact.
+const MAX_SAMPLES: usize = 1 << 20;
+const MAX_SEQ_LEN: usize = 1 << 24;
+/// Bytes of a plan file, of a dataset's name or path, and of a description.
+const MAX_PLAN_BYTES: usize = 1 << 20;
+const MAX_DATASET_BYTES: usize = 4096;
+const MAX_DESC_BYTES: usize = 1000;
+/// Characters of a plan that an error repeats.
+const SHOWN: usize = 80;
+const SHOWN_REASON: usize = 200;
 
 /// A plan that cannot be read.
 #[derive(Debug, thiserror::Error)]
@@ -18,8 +31,6 @@ pub enum PlanError {
     Empty,
     #[error("branch `{0}` is listed twice")]
     Twice(String),
-    #[error("branch `{branch}`: {source}")]
-    Spec { branch: String, source: SpecError },
     #[error("branch `{branch}`: {reason}")]
     Branch { branch: String, reason: String },
 }
@@ -116,12 +127,18 @@ enum FormatName {
 /// Reads a plan. Top-level `dataset`, `samples`, `seq_len`, `seed` and `damp` are for all branches;
 /// a `[[branch]]` has `bits`, `group_size`, and any flag of `gptq quantize` by its long name.
 pub fn read_plan(text: &str) -> Result<Vec<Permutation>, PlanError> {
+    if text.len() > MAX_PLAN_BYTES {
+        let bytes = text.len();
+        return Err(PlanError::Toml(format!(
+            "it has {bytes} bytes; a plan has {MAX_PLAN_BYTES} at most"
+        )));
+    }
     let plan: PlanFile = toml::from_str(text).map_err(|error| {
         let place = error.span().map_or(String::new(), |span| {
             let line = 1 + text[..span.start].matches('\n').count();
             format!("line {line}: ")
         });
-        PlanError::Toml(format!("{place}{}", error.message()))
+        PlanError::Toml(format!("{place}{}", shown(error.message(), SHOWN_REASON)))
     })?;
     if plan.branch.is_empty() {
         return Err(PlanError::Empty);
@@ -135,10 +152,56 @@ pub fn read_plan(text: &str) -> Result<Vec<Permutation>, PlanError> {
             let permutation = entry.permutation(&defaults)?;
             match names.insert(permutation.branch.clone()) {
                 true => Ok(permutation),
-                false => Err(PlanError::Twice(permutation.branch)),
+                false => Err(PlanError::Twice(shown(&permutation.branch, SHOWN))),
             }
         })
         .collect()
+}
+
+/// Refuses what no matrix can be, wherever it comes from: a preset, a plan, flags, or what a
+/// repository remembers.
+pub fn check_permutations(permutations: &[Permutation]) -> Result<(), PlanError> {
+    if permutations.len() > MAX_BRANCHES {
+        let count = permutations.len();
+        let text = format!("{count} branches; a matrix has {MAX_BRANCHES} at most");
+        return Err(PlanError::Toml(text));
+    }
+    for permutation in permutations {
+        check(permutation).map_err(|reason| PlanError::Branch {
+            branch: shown(&permutation.branch, SHOWN),
+            reason,
+        })?;
+    }
+    Ok(())
+}
+
+fn check(permutation: &Permutation) -> Result<(), String> {
+    (permutation.spec.validate()).map_err(|error| shown(&error.to_string(), SHOWN_REASON))?;
+    let tokens = &permutation.calibration;
+    for (what, value, most) in [
+        ("samples", tokens.samples, MAX_SAMPLES),
+        ("seq_len", tokens.seq_len, MAX_SEQ_LEN),
+    ] {
+        // A record of rounding to nearest has no tokens.
+        let least = usize::from(permutation.spec.method == Method::Gptq);
+        if !(least..=most).contains(&value) {
+            return Err(format!("{what} `{value}` is not between 1 and {most}"));
+        }
+    }
+    for (what, text, most) in [
+        ("dataset", &tokens.dataset, MAX_DATASET_BYTES),
+        ("desc", &permutation.desc, MAX_DESC_BYTES),
+    ] {
+        if text.len() > most {
+            return Err(format!("{what} has {} bytes, {most} at most", text.len()));
+        }
+        // It becomes part of a commit's message, a table, a path.
+        if text.chars().any(char::is_control) {
+            let text = shown(text, SHOWN);
+            return Err(format!("{what} `{text}` holds a control character"));
+        }
+    }
+    Ok(())
 }
 
 impl Tokens {
@@ -161,14 +224,13 @@ impl BranchEntry {
             };
             format!("{} bits, group {group}", self.bits)
         });
-        let wrong = |source| PlanError::Spec {
-            branch: place.clone(),
-            source,
-        };
-        let order = self.order().map_err(|reason| PlanError::Branch {
+        let place = shown(&place, SHOWN);
+        let branch_wrong = |reason: String| PlanError::Branch {
             branch: place.clone(),
             reason,
-        })?;
+        };
+        let wrong = |error: SpecError| branch_wrong(shown(&error.to_string(), SHOWN_REASON));
+        let order = self.order().map_err(branch_wrong)?;
         let method = match self.method {
             MethodName::Gptq => Method::Gptq,
             MethodName::Rtn => Method::Rtn,
@@ -255,6 +317,50 @@ mod tests {
             (16, 512)
         );
         assert_eq!(eight.spec.damp_percent, 0.01);
+    }
+
+    /// `samples = 4611686018427387904` wrapped: the plan said `0 s | 158 MB`.
+    #[test]
+    fn what_no_run_can_have_is_refused_before_any_is_estimated() {
+        let checked = |rest: &str| {
+            let plan = format!("[[branch]]\nbits = 4\ngroup_size = 64\n{rest}");
+            let asked = read_plan(&plan)?;
+            check_permutations(&asked)
+        };
+        checked("samples = 1048576").unwrap();
+        let long = format!("desc = '{}'", "x".repeat(1001));
+        for (rest, named) in [
+            (
+                "samples = 4611686018427387904",
+                "samples `4611686018427387904`",
+            ),
+            ("samples = 0", "samples `0`"),
+            ("samples = -1", "line 4"),
+            ("samples = 99999999999999999999", "line"),
+            (
+                "seq_len = 9223372036854775807",
+                "seq_len `9223372036854775807`",
+            ),
+            ("seq_len = 0", "seq_len `0`"),
+            ("damp = nan", "damp"),
+            ("damp = inf", "damp"),
+            ("dataset = \"a\\u0000b\"", "holds a control character"),
+            ("desc = \"a\\nb\"", "holds a control character"),
+            (&long, "desc has 1001 bytes"),
+            ("unknown = 1", "unknown field `unknown`"),
+            ("samples = 1\nsamples = 2", "duplicate"),
+        ] {
+            let error = checked(rest).expect_err(rest).to_string();
+            assert!(error.contains(named), "{error}");
+            assert!(!error.contains('\n') && error.len() < 400, "{error}");
+        }
+        let many = "[[branch]]\nbits = 4\ngroup_size = 64\nname = 'X'\n";
+        let many: String = (0..300)
+            .map(|index| many.replace('X', &format!("b{index}")))
+            .collect();
+        let error = check_permutations(&read_plan(&many).unwrap()).unwrap_err();
+        assert!(error.to_string().contains("300 branches"), "{error}");
+        assert!(read_plan(&"#".repeat(MAX_PLAN_BYTES + 1)).is_err());
     }
 
     #[test]

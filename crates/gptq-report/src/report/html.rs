@@ -11,9 +11,8 @@ use super::figures::{self, Figure};
 use super::format::ABSENT;
 use super::marks::{escape, mark_alone, sample};
 use super::table::{self, Table};
-use super::words::{
-    Fact, Listed, degradations, own_facts, parts, shared_facts, text_facts, verdict,
-};
+use super::words::{Fact, Listed, degradations, own_facts, shared_facts, text_facts, verdict};
+use crate::markup::parts;
 
 const PAGE: (&str, &str) = (
     "report.html",

@@ -4,7 +4,8 @@ use super::command::quantize_command;
 use super::data::{Report, Row};
 use super::format::ABSENT;
 use super::table::{self, BRANCH, Table};
-use super::words::{Fact, degradations, own_facts, parts, shared_facts, text_facts, verdict};
+use super::words::{Fact, degradations, own_facts, shared_facts, text_facts, verdict};
+use crate::markup::{block, code, plain, prose};
 
 impl Report {
     /// Tables and lists, for places that show no HTML.
@@ -143,60 +144,7 @@ fn made(report: &Report, row: &Row) -> String {
     let mut out = format!("### {}\n", code(&row.name));
     if let Some(run) = &row.run {
         let command = quantize_command(run, &row.name);
-        let command = command.replace(char::is_control, " ");
-        let fence = "`".repeat(longest_run(&command, '`').max(2) + 1);
-        out += &format!("{fence}shell\n{command}\n{fence}\n");
+        out += &block("shell", &command.replace(char::is_control, " "));
     }
     out + &fact_list(&own_facts(report, row)) + "\n"
-}
-
-/// Text with its code in the type of code.
-fn prose(text: &str) -> String {
-    let parts = parts(text).into_iter();
-    parts
-        .map(|(is_code, part)| if is_code { code(part) } else { plain(part) })
-        .collect()
-}
-
-/// Text that Markdown shows as it is, on one line.
-fn plain(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    for c in text.chars() {
-        match c {
-            '&' => out.push_str("&amp;"),
-            '<' => out.push_str("&lt;"),
-            '>' => out.push_str("&gt;"),
-            '\\' | '`' | '*' | '_' | '[' | ']' | '|' | '#' | '~' => out.extend(['\\', c]),
-            c if c.is_control() => out.push(' '),
-            c => out.push(c),
-        }
-    }
-    out
-}
-
-/// A name in the type of code, also in a table.
-fn code(name: &str) -> String {
-    let name = name.replace(char::is_control, " ").replace('|', "\\|");
-    let fence = "`".repeat(longest_run(&name, '`') + 1);
-    match name.starts_with('`') || name.ends_with('`') || name.is_empty() {
-        true => format!("{fence} {name} {fence}"),
-        false => format!("{fence}{name}{fence}"),
-    }
-}
-
-fn longest_run(text: &str, wanted: char) -> usize {
-    let runs = text.split(|c| c != wanted);
-    runs.map(str::len).max().unwrap_or(0)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn text_cannot_become_markup() {
-        assert_eq!(plain("a|b\n<i>_x_"), "a\\|b &lt;i&gt;\\_x\\_");
-        assert_eq!(code("a`b|c"), "``a`b\\|c``");
-        assert_eq!(code("`"), "`` ` ``");
-    }
 }

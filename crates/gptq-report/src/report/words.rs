@@ -101,19 +101,6 @@ pub(super) fn own_facts(report: &Report, row: &Row) -> Vec<Fact> {
     facts
 }
 
-/// Parts of a text, those between backticks marked as code.
-pub(super) fn parts(text: &str) -> Vec<(bool, &str)> {
-    let parts: Vec<&str> = text.split('`').collect();
-    match parts.len() % 2 {
-        // An even number of parts: one backtick stands alone and means nothing.
-        0 => vec![(false, text)],
-        _ => (parts.into_iter().enumerate())
-            .map(|(index, part)| (index % 2 == 1, part))
-            .filter(|(_, part)| !part.is_empty())
-            .collect(),
-    }
-}
-
 /// How a branch was made.
 fn facts(report: &Report, row: &Row) -> Vec<Fact> {
     let mut facts: Vec<(&str, String)> = Vec::new();

@@ -98,16 +98,19 @@ fn a_branch_and_a_file_tell_of_one_score() {
             },
             desc: "4-bit".into(),
         },
+        weights_sha256: None,
         weight_bytes: 4_100_000_000,
         bits_per_weight: 4.156,
         readings: vec![
             Reading {
                 reader: "one".into(),
                 refusal: None,
+                run: Some("one 1.0".into()),
             },
             Reading {
                 reader: "two".into(),
                 refusal: Some("4 bits".into()),
+                run: None,
             },
         ],
         evaluation: Some(BranchEvaluation {
