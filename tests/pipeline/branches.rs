@@ -480,6 +480,9 @@ fn stock_git_and_git_lfs_clone_a_branch_that_loads() {
         "filter.lfs.required=true",
     ];
     let mut git = Command::new("git");
+    // not the settings of who runs the tests, nor a repository whose hook does
+    git.env("GIT_CONFIG_GLOBAL", "/dev/null")
+        .env_remove("GIT_DIR");
     git.args(filters)
         .args(["clone", "-q", "--single-branch", "--branch", EIGHT]);
     let output = git.arg(place.path("repo")).arg(&clone).output().unwrap();

@@ -46,7 +46,8 @@ fn check(model: &Path, expected: &Path) {
     let comparison = compare(&got, &want, 512);
     assert!(
         comparison.max_difference < LOGIT_TOLERANCE,
-        "{comparison:?}"
+        "{}: {comparison:?}",
+        model.display()
     );
 }
 

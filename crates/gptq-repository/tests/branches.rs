@@ -41,6 +41,7 @@ fn git(folder: &Path, args: &[&str]) -> Option<String> {
         .args(args)
         // not the settings of who runs the tests
         .env("GIT_CONFIG_GLOBAL", "/dev/null")
+        .env_remove("GIT_DIR")
         .output()
     else {
         data::skipped(data::Cause::Machine, "git");
