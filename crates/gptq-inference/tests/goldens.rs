@@ -82,7 +82,7 @@ fn golden_v2_act_order_asym() {
 }
 
 #[test]
-fn golden_unquantised() {
+fn golden_unquantized() {
     let Some(dir) = shared("data/stories260k") else {
         return;
     };
