@@ -285,7 +285,8 @@ fn what_cannot_be_understood_is_a_usage_error() {
         (&["report", "r"], "--out"),
         (&["eval", "m", "--lambada-examples", "5"], "--lambada"),
         (&["eval", "m", "--group-tokens", "0"], "--group-tokens"),
-        (&["verify", "m"], "--expect"),
+        (&["verify", "m", "--ids", "1"], "--write"),
+        (&["verify", "m", "--tolerance", "1"], "--expect"),
         (&["verify", "m", "--write", "f"], "--ids"),
         (
             &["verify", "m", "--write", "f", "--expect", "g"],

@@ -255,3 +255,33 @@ fn what_is_left_of_a_run_is_neither_taken_nor_overwritten_unasked() {
     run(place.run_into(&place.out, &flags).arg("--resume")).done();
     same_files(&whole, &place.out);
 }
+
+/// Each was an error after the last block, and hours of work went with it.
+#[test]
+fn what_fails_at_the_end_costs_no_finished_block() {
+    let place = Place::new();
+    let flags = &["--group-size", "32"];
+    let whole = place.folder.path().join("whole");
+    run(&mut place.run_into(&whole, flags)).done();
+    for name in ["config.json", "tokenizer.json", "gptq_run.json"] {
+        let mut command = place.run_into(&place.out, flags);
+        command.stdout(Stdio::null()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        place.wait_for_lines(&mut child, 2);
+        // Nothing can be written in its place.
+        let in_the_way = place.partial.join(format!(".{name}.partial"));
+        fs::create_dir(&in_the_way).unwrap();
+        let output = child.wait_with_output().unwrap();
+        let told = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{told}");
+        assert!(told.contains(name), "{told}");
+        assert!(
+            told.contains("blocks are kept in") && told.contains("--resume"),
+            "{told}"
+        );
+        fs::remove_dir(&in_the_way).unwrap();
+        run(place.run_into(&place.out, flags).arg("--resume")).done();
+        same_files(&whole, &place.out);
+        fs::remove_dir_all(&place.out).unwrap();
+    }
+}

@@ -65,7 +65,8 @@ pub fn open(
             source,
         })?
         .ok_or(OpenError::NoSettings(place))?;
-    let weights = Arc::new(PackedWeights::new(source, settings.clone()));
+    let weights = PackedWeights::new(source, settings.clone());
+    let weights = Arc::new(weights.declared_by(config_json));
     Ok(OpenedModel {
         weights: weights.clone(),
         packed: Some(weights),

@@ -12,6 +12,7 @@ pub struct PackedWeights {
     source: Arc<dyn TensorSource>,
     float: FloatWeights,
     config: QuantizeConfig,
+    declared: Option<Dtype>,
 }
 
 impl PackedWeights {
@@ -21,7 +22,22 @@ impl PackedWeights {
             float: FloatWeights::new(source.clone()),
             source,
             config,
+            declared: None,
         }
+    }
+
+    /// The same, with the element type that the text of `config.json` declares: readers compute in
+    /// it, whatever the plain tensors are stored in. Quantizing a bf16 model leaves bf16 embeddings
+    /// under `float16`.
+    pub fn declared_by(mut self, config_json: &str) -> Self {
+        let json: serde_json::Value = serde_json::from_str(config_json).unwrap_or_default();
+        let declared = ["dtype", "torch_dtype"].map(|key| json[key].as_str().unwrap_or_default());
+        self.declared = declared.iter().find_map(|name| match *name {
+            "float16" => Some(Dtype::F16),
+            "bfloat16" => Some(Dtype::BF16),
+            _ => None,
+        });
+        self
     }
 
     /// Codes, scales, zeros and groups of a linear; nothing where it is stored as floats.
@@ -89,6 +105,10 @@ impl WeightSource for PackedWeights {
 
     fn dtype(&self, name: &str) -> Option<Dtype> {
         self.float.dtype(name)
+    }
+
+    fn computing_type(&self) -> Option<Dtype> {
+        self.declared.or_else(|| self.float.computing_type())
     }
 
     fn linear_tensors(&self, layer: &LayerName, bias: bool) -> Vec<String> {

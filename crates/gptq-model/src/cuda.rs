@@ -65,11 +65,6 @@ pub(crate) fn selected() -> Option<Arc<Gpu>> {
     SELECTED.with_borrow(|selected| Some(selected.as_ref()?.gpu.clone()))
 }
 
-/// The type that a model's plain tensors have.
-pub(crate) fn is_bf16(source: &dyn WeightSource) -> bool {
-    source.dtype("model.embed_tokens.weight") == Some(Dtype::BF16)
-}
-
 fn gpu() -> Arc<Gpu> {
     selected().expect("a device was selected when the decoder was opened")
 }

@@ -144,9 +144,11 @@ pub fn open(
         #[cfg(feature = "cuda")]
         Device::Cuda { ordinal, memory } => {
             cuda::select(ordinal, memory)?;
-            match cuda::is_bf16(source.as_ref()) {
-                true => Ok(Box::new(engine::Engine::<cuda::Bf16>::new(source, config)?)),
-                false => Ok(Box::new(engine::Engine::<cuda::F16>::new(source, config)?)),
+            match source.computing_type() {
+                Some(gptq_types::Dtype::BF16) => {
+                    Ok(Box::new(engine::Engine::<cuda::Bf16>::new(source, config)?))
+                }
+                _ => Ok(Box::new(engine::Engine::<cuda::F16>::new(source, config)?)),
             }
         }
     }

@@ -84,6 +84,12 @@ pub trait WeightSource: Send + Sync {
     /// The type of a plain tensor.
     fn dtype(&self, name: &str) -> Option<Dtype>;
 
+    /// The type that a GPU computes in, BF16 or else F16: that of the embedding, unless the
+    /// checkpoint declares another one, in which its readers will run it.
+    fn computing_type(&self) -> Option<Dtype> {
+        self.dtype("model.embed_tokens.weight")
+    }
+
     /// The stored names that make up a linear.
     fn linear_tensors(&self, layer: &LayerName, bias: bool) -> Vec<String>;
 

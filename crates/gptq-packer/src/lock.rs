@@ -64,7 +64,7 @@ struct Holder {
 #[derive(Debug)]
 pub struct FolderLock {
     path: PathBuf,
-    _locked: File,
+    file: File,
     found: bool,
     line_only: bool,
 }
@@ -80,7 +80,7 @@ impl FolderLock {
             source,
         };
         loop {
-            let mut file = open(path).map_err(failed)?;
+            let file = open(path).map_err(failed)?;
             let line_only = match file.try_lock() {
                 Ok(()) => false,
                 Err(TryLockError::WouldBlock) => return Err(held(path)),
@@ -97,13 +97,15 @@ impl FolderLock {
                 _ => {}
             }
             let found = file.metadata().map_err(failed)?.len() > 0;
-            write_holder(&mut file).map_err(failed)?;
-            return Ok(FolderLock {
+            let mut lock = FolderLock {
                 path: path.to_path_buf(),
-                _locked: file,
+                file,
                 found,
                 line_only,
-            });
+            };
+            // On a full disk the file goes again with the value.
+            write_holder(&mut lock.file).map_err(failed)?;
+            return Ok(lock);
         }
     }
 

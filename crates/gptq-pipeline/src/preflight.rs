@@ -3,7 +3,7 @@
 use gptq_model::DecoderConfig;
 use gptq_packer::{GPTQMODEL_GROUPS, QuantizeConfig};
 use gptq_types::{
-    Bits, CheckpointFormat, ColumnOrder, GroupSize, QuantSpec, TensorSource, Warning,
+    Bits, CheckpointFormat, ColumnOrder, Dtype, GroupSize, QuantSpec, TensorSource, Warning,
 };
 
 use crate::PipelineError;
@@ -96,6 +96,22 @@ fn refused_settings(spec: &QuantSpec) -> Vec<Warning> {
         text,
     };
     texts.into_iter().map(warning).collect()
+}
+
+/// What to know of a bf16 model, whose checkpoint is declared float16;
+/// [`gptq_packer::config_json_with_quantization`] says why.
+pub fn check_declared_type(source: &dyn TensorSource) -> Option<Warning> {
+    let of = |name: &String| source.info(name).map(|info| info.dtype);
+    let is_bf16 = source
+        .names()
+        .iter()
+        .any(|name| of(name) == Some(Dtype::BF16));
+    is_bf16.then(|| Warning {
+        module: String::new(),
+        text: "the weights are bf16, and config.json declares float16, in which readers compute: \
+               activations beyond 65504 overflow there"
+            .to_string(),
+    })
 }
 
 /// Refuses a model that is packed, or whose `config.json` (valid JSON) says that it is quantized and

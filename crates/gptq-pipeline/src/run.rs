@@ -14,7 +14,7 @@ use gptq_types::{
 
 use crate::journal::{BlockEntry, JOURNAL_FILE, Journal};
 use crate::layers::{After, LayerWork, observe};
-use crate::preflight::{check_shapes, check_unquantised};
+use crate::preflight::{check_declared_type, check_shapes, check_unquantised};
 use crate::resume::{Begun, begin, finished, is_interrupted, settings};
 use crate::small_files::{SmallFiles, settings_text};
 use crate::weights::{CheckedWeights, check_weights};
@@ -40,6 +40,7 @@ pub fn quantize(
         module: String::new(),
         text,
     }));
+    warnings.extend(check_declared_type(job.source.as_ref()));
     if job.spec.method == Method::Gptq && job.windows.is_empty() {
         return Err(PipelineError::NoWindows);
     }

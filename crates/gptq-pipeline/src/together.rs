@@ -14,7 +14,7 @@ use gptq_types::{Method, Phase, PhaseTimes, RunRecord, Stage, Warning};
 
 use crate::journal::{BlockEntry, Journal};
 use crate::layers::{After, LayerWork, observe};
-use crate::preflight::{check_shapes, check_unquantised};
+use crate::preflight::{check_declared_type, check_shapes, check_unquantised};
 use crate::resume::{begin, settings};
 use crate::run::{
     beside_shards, checked_weights, count_forward, finish, kept_or_discarded, publish, read_config,
@@ -111,7 +111,8 @@ impl<'a> Target<'a> {
         checked: &CheckedWeights,
     ) -> Result<(Self, Journal), PipelineError> {
         job.spec.validate()?;
-        let warnings = check_shapes(config, &job.spec)?;
+        let mut warnings = check_shapes(config, &job.spec)?;
+        warnings.extend(check_declared_type(job.source.as_ref()));
         let files = SmallFiles::prepare(job)?;
         let plan = OutputPlan::new(job.source.as_ref(), config, &job.spec, job.max_shard_bytes)?;
         let place = ClaimedPlace::claim(&job.out_dir)?;

@@ -57,7 +57,7 @@ pub enum Command {
     Eval(EvalArgs),
     /// Write one page on finished checkpoints, with tables and figures, from their records alone
     Report(ReportArgs),
-    /// Compare a checkpoint's logits with stored ones, or store them
+    /// Compare a checkpoint's files with its record, or its logits with stored ones, or store these
     Verify(VerifyArgs),
     /// Run the recipe of a baseline again and say what got worse
     Regress(RegressArgs),

@@ -94,7 +94,7 @@ pub struct QuantizeArgs {
     pub max_shard_size: String,
     #[command(flatten)]
     pub device: DeviceArgs,
-    /// Go on where an interrupted run into the same folder stopped
+    /// Go on where an interrupted run into the same folder stopped; begin where there is none
     #[arg(long)]
     pub resume: bool,
     /// Print where the time went, against this machine's own sgemm

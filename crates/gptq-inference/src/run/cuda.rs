@@ -108,8 +108,8 @@ impl GpuRunner {
         gpu.keep_library_space()?;
         let config = model.config.clone();
         let embedding = model.embedding()?;
-        let dtype = match embedding.dtype {
-            Dtype::BF16 => Dtype::BF16,
+        let dtype = match model.weights.computing_type() {
+            Some(Dtype::BF16) => Dtype::BF16,
             _ => Dtype::F16,
         };
         let (vocab, hidden) = (config.vocab_size, config.hidden_size);
