@@ -15,6 +15,7 @@ mod branch_name;
 mod error;
 mod folder;
 mod lfs;
+mod loose;
 mod make;
 mod publish;
 mod repository;

@@ -8,6 +8,7 @@ use gptq_types::ContentHash;
 use gptq_types::outside_name::{file_name, shown};
 
 use crate::lfs::{MAX_POINTER, Pointer};
+use crate::loose::check_loose;
 use crate::{Repository, RepositoryError};
 
 /// Largest commit or tree that is read, bytes; one of ours has less than a kilobyte.
@@ -174,6 +175,13 @@ impl Repository {
     }
 
     fn header(&self, branch: &str, id: Oid) -> Result<(usize, ObjectType), RepositoryError> {
+        check_loose(&self.git.path().join("objects"), id).map_err(|error| {
+            RepositoryError::Entry {
+                branch: branch.to_string(),
+                file: id.to_string(),
+                reason: format!("its object is damaged: {error}"),
+            }
+        })?;
         let header = (self.git.odb()).and_then(|objects| objects.read_header(id));
         header.map_err(self.failed(&format!("read branch `{branch}`")))
     }

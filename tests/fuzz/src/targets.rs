@@ -398,7 +398,28 @@ pub const TARGETS: &[Target] = &[
             "card packed",
             "report packed --out out",
             "report packed/gptq_run.json --out out",
+            "verify packed",
         ],
+        ..PLAIN
+    },
+    Target {
+        name: "vouched-weights",
+        beside: PACKED,
+        seeds: &["packed/model.safetensors"],
+        file: "packed/model.safetensors",
+        kind: Kind::Safetensors,
+        commands: &["verify packed"],
+        hashed: true,
+        ..PLAIN
+    },
+    Target {
+        name: "vouched-config",
+        beside: PACKED,
+        seeds: &["packed/quantize_config.json"],
+        file: "packed/quantize_config.json",
+        kind: Kind::Text,
+        commands: &["verify packed"],
+        hashed: true,
         ..PLAIN
     },
     Target {
