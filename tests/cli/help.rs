@@ -28,6 +28,7 @@ const FLAGS: &[(&str, &[&str])] = &[
             "--assemble",
             "--shared-hessian",
             "--dataset",
+            "--column",
             "--samples",
             "--seq-len",
             "--seed",
@@ -61,6 +62,7 @@ const FLAGS: &[(&str, &[&str])] = &[
             "--method",
             "--no-scale-search",
             "--dataset",
+            "--column",
             "--samples",
             "--seq-len",
             "--seed",
@@ -134,6 +136,7 @@ const FLAGS: &[(&str, &[&str])] = &[
         &[
             "<MODELS>...",
             "--dataset",
+            "--column",
             "--seq-len",
             "--max-windows",
             "--lambada",

@@ -3,6 +3,7 @@
 mod bad_input;
 mod bad_model;
 mod brought;
+mod calibration;
 mod device;
 mod files;
 mod full_disk;

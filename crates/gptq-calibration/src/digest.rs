@@ -1,11 +1,10 @@
 //! Hashes of tokens and of files.
 
-use std::fmt::Write;
 use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
-use sha2::{Digest, Sha256};
+use gptq_types::ContentHasher;
 
 use crate::CalibrationError;
 
@@ -20,12 +19,12 @@ const READ_BYTES: usize = 1 << 20;
 /// assert_eq!(joined, gptq_calibration::token_sha256(&[vec![1], vec![2, 3]]));
 /// ```
 pub fn token_sha256(ids: &[Vec<u32>]) -> String {
-    let mut hasher = Sha256::new();
+    let mut hasher = ContentHasher::default();
     for window in ids {
         let bytes: Vec<u8> = window.iter().flat_map(|id| id.to_le_bytes()).collect();
         hasher.update(&bytes);
     }
-    hex(&hasher.finalize())
+    hasher.finish().into()
 }
 
 /// Refuses a file whose sha256 is not the `expected` lower-case hex.
@@ -44,24 +43,15 @@ pub(crate) fn verify_file(path: &Path, expected: &str) -> Result<(), Calibration
 /// sha256 of a file's bytes, in lower-case hexadecimal.
 pub fn file_sha256(path: &Path) -> std::io::Result<String> {
     let mut file = File::open(path)?;
-    let mut hasher = Sha256::new();
+    let mut hasher = ContentHasher::default();
     let mut piece = vec![0u8; READ_BYTES];
     loop {
         let read = file.read(&mut piece)?;
         if read == 0 {
-            return Ok(hex(&hasher.finalize()));
+            return Ok(hasher.finish().into());
         }
         hasher.update(&piece[..read]);
     }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    let mut text = String::with_capacity(bytes.len() * 2);
-    for byte in bytes {
-        // writing to a `String` cannot fail
-        let _ = write!(text, "{byte:02x}");
-    }
-    text
 }
 
 #[cfg(test)]

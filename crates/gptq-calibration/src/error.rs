@@ -3,6 +3,11 @@
 use std::fmt::Display;
 use std::path::Path;
 
+use gptq_types::outside_name::shown;
+
+/// Characters of a cause that an error repeats.
+const SHOWN_CHARACTERS: usize = 200;
+
 /// Windows that could not be made.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)]
@@ -53,6 +58,8 @@ pub enum CalibrationError {
     Generated,
     #[error("manifest `{name}`: {reason}")]
     Manifest { name: String, reason: String },
+    #[error("dataset `{dataset}`: {reason}")]
+    Dataset { dataset: String, reason: String },
     #[error("file `{file}` of dataset `{repo}` at `{revision}`: {reason}")]
     Fetch {
         repo: String,
@@ -66,24 +73,38 @@ pub enum CalibrationError {
         found: String,
         expected: String,
     },
-    #[error("column `text` or `content` is missing from {path}, which has {found}")]
-    Column { path: String, found: String },
+    #[error("{place} {reason}")]
+    Row {
+        /// The row in words.
+        place: String,
+        /// From 1.
+        row: usize,
+        reason: String,
+    },
+    #[error("{place} {reason}")]
+    NoColumn { place: String, reason: String },
     #[error("column `{column}` of {path} has type {found}, expected strings")]
     ColumnType {
         path: String,
         column: String,
         found: String,
     },
-    #[error("row {row} of {path} holds no text in column `{column}`")]
-    NullText {
-        path: String,
-        row: usize,
-        column: String,
-    },
+    #[error(
+        "`--column {column}` chooses among the columns of rows, and {given} has none to choose"
+    )]
+    NoRows { column: String, given: String },
+    #[error("column `{column}` holds conversations, and the model has no chat template")]
+    NoChatTemplate { column: String },
+    #[error("{0}")]
+    ChatTemplate(String),
     #[error("{path}: {reason}")]
     Malformed { path: String, reason: String },
-    #[error("{path} is not UTF-8 at byte {offset}")]
-    NotUtf8 { path: String, offset: usize },
+    #[error("{path} is not UTF-8 at byte {offset}, in line {line}")]
+    NotUtf8 {
+        path: String,
+        offset: usize,
+        line: usize,
+    },
     #[error("{path} holds {bytes} bytes or more of text, the limit is {limit}")]
     TooLarge {
         path: String,
@@ -131,6 +152,9 @@ impl CalibrationError {
             Self::Vocabulary { .. } | Self::TokenOutOfRange { .. } => {
                 "the tokenizer belongs to another model, or tokens were added to it and not to the model"
             }
+            Self::UnknownFormat { .. } => {
+                "what is there as a file or folder is not looked for on the hub"
+            }
             Self::UnknownSource { .. } => {
                 "a local file is given as a path, or as NAME=PATH under the rule of a named dataset"
             }
@@ -138,6 +162,12 @@ impl CalibrationError {
             Self::Hash { .. } => "remove the cached file and fetch it again",
             Self::TooShort { .. } | Self::NoLongDocument { .. } => {
                 "give a longer text or ask for shorter windows"
+            }
+            Self::NoColumn { .. } => {
+                "--column NAME names one; read without it are `text`, `content`, conversations in `messages` or `conversations`, and `instruction`/`input`/`output`, `prompt`/`completion`, `prompt`/`response`, `question`/`answer`"
+            }
+            Self::NoChatTemplate { .. } => {
+                "give rows of text, or the model's chat_template.jinja beside its tokenizer; --column NAME names another column"
             }
             Self::TooLarge { .. } => "give a part of the text: a run needs a few megabytes",
             _ => return None,
@@ -157,30 +187,11 @@ impl CalibrationError {
             reason: one_line(reason),
         }
     }
-
-    pub(crate) fn column(path: &Path, found: impl IntoIterator<Item = impl Display>) -> Self {
-        let names: Vec<String> = found.into_iter().map(|name| format!("`{name}`")).collect();
-        Self::Column {
-            path: path.display().to_string(),
-            found: if names.is_empty() {
-                "no columns".to_string()
-            } else {
-                names.join(", ")
-            },
-        }
-    }
-
-    pub(crate) fn null_text(path: &Path, row: usize, column: &str) -> Self {
-        Self::NullText {
-            path: path.display().to_string(),
-            row,
-            column: column.to_string(),
-        }
-    }
 }
 
-/// Causes from other libraries may span lines; an error here is one line.
+/// Causes from other libraries may span lines and repeat the data; an error here is one line.
 pub(crate) fn one_line(reason: impl Display) -> String {
     let text = reason.to_string();
-    text.split_whitespace().collect::<Vec<_>>().join(" ")
+    let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    shown(&text, SHOWN_CHARACTERS)
 }

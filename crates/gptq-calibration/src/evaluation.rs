@@ -3,9 +3,9 @@
 use crate::CalibrationError;
 use crate::digest::token_sha256;
 use crate::manifest::Rule;
-use crate::material::{Content, DatasetFiles, Material, Purpose, join};
+use crate::material::{Content, Material, Means, Purpose, join};
 use crate::rows::Rows;
-use crate::sample::{WindowSpec, check_ids, draw_documents};
+use crate::sample::{WindowSpec, check_ids, draw_documents, encode};
 use crate::source::Source;
 use crate::tokenizer::Tokenizer;
 
@@ -50,28 +50,40 @@ pub fn evaluation_windows(
     source: &Source,
     seq_len: usize,
     max_windows: Option<usize>,
-    tokenizer: &Tokenizer,
-    files: &dyn DatasetFiles,
+    means: &Means<'_>,
 ) -> Result<EvaluationWindows, CalibrationError> {
     check(seq_len, max_windows)?;
-    let material = Material::read(source, Purpose::Evaluation, files)?;
+    let tokens = max_windows.unwrap_or(1).saturating_mul(seq_len);
+    let purpose = Purpose::Evaluation;
+    let material = Material::read(source, purpose, tokens, means.chat, means.files)?;
     let most = max_windows.unwrap_or(usize::MAX);
     let (ids, how) = match (&material.content, material.rule) {
         (Content::Windows(ids), _) => stored(ids, most, &material)?,
         (Content::Rows(rows), Rule::Documents) => {
-            documents(rows, seq_len, most, &material, tokenizer)?
+            documents(rows, seq_len, most, &material, means.tokenizer)?
         }
         (Content::Rows(rows), Rule::Joined) => {
             let text = join(rows, &material.path)?;
-            let join = "rows joined with \"\\n\\n\" as one string";
-            cut(&text, join, seq_len, most, &material, tokenizer)?
+            let tokens = encode(&text, rows.is_rendered(), means.tokenizer)?;
+            let join = match rows.is_rendered() {
+                true => "rows one after the other as one string",
+                false => "rows joined with \"\\n\\n\" as one string",
+            };
+            let special = special_tokens(rows.is_rendered(), means.tokenizer)?;
+            cut(&tokens, &special, join, seq_len, most, &material)?
         }
         (Content::Whole(text), _) => {
-            cut(text, "as one string", seq_len, most, &material, tokenizer)?
+            let tokens = encode(text, false, means.tokenizer)?;
+            let special = special_tokens(false, means.tokenizer)?;
+            cut(&tokens, &special, "as one string", seq_len, most, &material)?
         }
     };
     Ok(EvaluationWindows {
-        protocol: format!("{}, {how}; {SCORING}", material.title),
+        protocol: format!(
+            "{}, {}{how}; {SCORING}",
+            material.title,
+            material.rows_words()
+        ),
         token_sha256: token_sha256(&ids),
         ids,
     })
@@ -114,14 +126,13 @@ fn stored(
 }
 
 fn cut(
-    text: &str,
+    tokens: &[u32],
+    special: &str,
     join: &str,
     seq_len: usize,
     most: usize,
     material: &Material,
-    tokenizer: &Tokenizer,
 ) -> Result<(Vec<Vec<u32>>, String), CalibrationError> {
-    let tokens = tokenizer.encode(text)?;
     let total = tokens.len() / seq_len;
     if total == 0 {
         return Err(CalibrationError::TooShort {
@@ -138,7 +149,7 @@ fn cut(
     let how = format!(
         "{join} of {} tokens ({}), non-overlapping windows of {seq_len}, {}, remainder dropped",
         tokens.len(),
-        special_tokens(tokenizer)?,
+        special,
         count(ids.len(), total)
     );
     Ok((ids, how))
@@ -157,17 +168,20 @@ fn documents(
         seed: DOCUMENT_SEED,
     };
     spec.check()?;
-    let encode = |text: &str| tokenizer.encode(text);
+    let encode = |text: &str| encode(text, rows.is_rendered(), tokenizer);
     let ids = draw_documents(rows, &spec, &material.place(), encode)?.ids;
     let how = format!(
         "one window of {seq_len} tokens ({}) at random in each of {DOCUMENT_WINDOWS} documents, drawn at random with replacement among those longer than it, seed {DOCUMENT_SEED}, {}",
-        special_tokens(tokenizer)?,
+        special_tokens(rows.is_rendered(), tokenizer)?,
         count(ids.len(), DOCUMENT_WINDOWS)
     );
     Ok((ids, how))
 }
 
-fn special_tokens(tokenizer: &Tokenizer) -> Result<String, CalibrationError> {
+fn special_tokens(is_rendered: bool, tokenizer: &Tokenizer) -> Result<String, CalibrationError> {
+    if is_rendered {
+        return Ok("special tokens as the chat template sets them".to_string());
+    }
     Ok(match tokenizer.special_ids()?.len() {
         0 => "no special tokens".to_string(),
         1 => "1 special token added".to_string(),

@@ -1,45 +1,65 @@
-//! Rows from JSON: an object per line, or one array of objects.
+//! Rows from JSON: a row per line, or one array of them; a row is an object or a string.
 
-use std::io::{BufRead, Read};
+use std::io::{BufRead, Cursor, Read};
 use std::path::Path;
-
-use serde::Deserialize;
-use serde_json::{Map, Value};
 
 use crate::CalibrationError;
 use crate::document::MAX_TEXT_BYTES;
-use crate::rows::{Rows, limit};
+use crate::json_row::{Outline, cells, outline};
+use crate::rows::{Reading, RowReader, Rows, limit};
 
-/// The two names under which datasets keep their text, in the order in which they are tried.
-pub(crate) const TEXT_COLUMNS: [&str; 2] = ["text", "content"];
+/// Editors of one system put it in front of every file.
+pub(crate) const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
-/// An array of objects is built in memory as a whole.
-const MAX_ARRAY_BYTES: usize = 1 << 28;
-
-/// The usual row; its other fields are skipped without being built.
-#[derive(Deserialize)]
-struct Row {
-    text: Option<String>,
+/// Reads the text of every row. Blank lines are no rows; rows count from 1 in errors.
+pub(crate) fn read_rows(
+    mut reader: impl BufRead,
+    path: &Path,
+    reading: Reading<'_>,
+) -> Result<Rows, CalibrationError> {
+    let mut rows = RowReader::new(path, reading);
+    let (mut line, mut number) = (Vec::new(), 0);
+    while !rows.is_full() && read_line(&mut reader, &mut line, path)? {
+        number += 1;
+        let start = match number {
+            1 if line.starts_with(BYTE_ORDER_MARK) => BYTE_ORDER_MARK.len(),
+            _ => 0,
+        };
+        let row = line[start..].trim_ascii();
+        match row.first() {
+            None => continue,
+            Some(b'[') if rows.is_empty() => {
+                let rest = Cursor::new(row[1..].to_vec()).chain(Cursor::new(b"\n").chain(reader));
+                return read_array(rest, rows, path);
+            }
+            Some(_) => push(&mut rows.at_line(number), row)?,
+        }
+    }
+    Ok(rows.finish())
 }
 
-/// Reads the text column of every row. Blank lines are no rows; rows count from 1 in errors.
-pub(crate) fn read_rows(mut reader: impl BufRead, path: &Path) -> Result<Rows, CalibrationError> {
-    let mut rows = Rows::default();
-    let mut line = Vec::new();
-    let mut number = 0;
-    while read_line(&mut reader, &mut line, path)? {
-        number += 1;
-        let content = line.trim_ascii();
-        if content.is_empty() {
-            continue;
+/// The first row says what all are.
+fn push(rows: &mut RowReader<'_>, row: &[u8]) -> Result<(), CalibrationError> {
+    if rows.is_empty() {
+        match outline(row).map_err(|reason| rows.wrong(reason))? {
+            Outline::Text(_) => rows.begin_strings(),
+            Outline::Fields(fields) => {
+                let names: Vec<&str> = fields.iter().map(|(name, _)| name.as_str()).collect();
+                let is_list = |name: &str| fields.contains(&(name.to_string(), true));
+                rows.begin(rows.place(), &names, is_list)?;
+            }
         }
-        if content[0] == b'[' && rows.len() == 0 {
-            return read_array(line, reader, path);
-        }
-        let row = text_of(content, rows.len() + 1, number, path)?;
-        rows.push(&row, path)?;
     }
-    Ok(rows)
+    if rows.are_strings() {
+        return match outline(row).map_err(|reason| rows.wrong(reason))? {
+            Outline::Text(text) => rows.push_text(&text),
+            Outline::Fields(_) => {
+                Err(rows.wrong("is an object, where the first row is a string".to_string()))
+            }
+        };
+    }
+    let cells = cells(row, &rows.columns()).map_err(|reason| rows.wrong(reason))?;
+    rows.push(cells)
 }
 
 fn read_line(
@@ -57,67 +77,79 @@ fn read_line(
     Ok(read > 0)
 }
 
-fn text_of(json: &[u8], row: usize, line: usize, path: &Path) -> Result<String, CalibrationError> {
-    let wrong = |error| CalibrationError::malformed(path, format!("line {line}: {error}"));
-    let parsed: Row = serde_json::from_slice(json).map_err(wrong)?;
-    if let Some(text) = parsed.text {
-        return Ok(text);
-    }
-    let object = serde_json::from_slice(json).map_err(wrong)?;
-    cell(&object, row, path).map(str::to_string)
-}
-
-fn cell<'a>(
-    object: &'a Map<String, Value>,
-    row: usize,
+/// The rows of an array, one at a time: the array may be as long as the file.
+fn read_array(
+    mut reader: impl BufRead,
+    mut rows: RowReader<'_>,
     path: &Path,
-) -> Result<&'a str, CalibrationError> {
-    TEXT_COLUMNS
-        .iter()
-        .find_map(|name| object.get(*name)?.as_str())
-        .ok_or_else(|| why_no_text(object, row, path))
-}
-
-/// An array is read whole: it has no lines at which it could be cut.
-fn read_array(start: Vec<u8>, reader: impl BufRead, path: &Path) -> Result<Rows, CalibrationError> {
-    let mut bytes = start;
-    reader
-        .take(MAX_ARRAY_BYTES as u64 + 1)
-        .read_to_end(&mut bytes)
-        .map_err(|source| CalibrationError::read(path, source))?;
-    limit(path, bytes.len(), MAX_ARRAY_BYTES)?;
-    let objects: Vec<Map<String, Value>> =
-        serde_json::from_slice(&bytes).map_err(|error| CalibrationError::malformed(path, error))?;
-    let mut rows = Rows::default();
-    for (index, object) in objects.iter().enumerate() {
-        rows.push(cell(object, index + 1, path)?, path)?;
+) -> Result<Rows, CalibrationError> {
+    let (mut row, mut is_last) = (Vec::new(), false);
+    while !is_last && !rows.is_full() {
+        is_last = match read_element(&mut reader, &mut row, path)? {
+            Some(end) => end == b']',
+            None => return Err(rows.wrong("breaks off: the array has no end".to_string())),
+        };
+        match row.trim_ascii() {
+            [] if is_last && rows.is_empty() => {}
+            [] => return Err(rows.wrong("is empty: a comma too many".to_string())),
+            row => push(&mut rows, row)?,
+        }
     }
-    Ok(rows)
-}
-
-fn why_no_text(object: &Map<String, Value>, row: usize, path: &Path) -> CalibrationError {
-    let column = TEXT_COLUMNS
-        .into_iter()
-        .find_map(|name| Some((name, object.get(name)?)));
-    match column {
-        Some((name, Value::Null)) => CalibrationError::null_text(path, row, name),
-        Some((name, value)) => CalibrationError::ColumnType {
-            path: path.display().to_string(),
-            column: name.to_string(),
-            found: kind(value).to_string(),
-        },
-        None => CalibrationError::column(path, object.keys()),
+    if is_last {
+        let mut rest = Vec::new();
+        while read_line(&mut reader, &mut rest, path)? {
+            if !rest.trim_ascii().is_empty() {
+                return Err(CalibrationError::malformed(
+                    path,
+                    "more follows after the array",
+                ));
+            }
+        }
     }
+    Ok(rows.finish())
 }
 
-fn kind(value: &Value) -> &'static str {
-    match value {
-        Value::Null => "null",
-        Value::Bool(_) => "boolean",
-        Value::Number(_) => "number",
-        Value::String(_) => "string",
-        Value::Array(_) => "array",
-        Value::Object(_) => "object",
+/// Fills `element` with the bytes up to the comma or bracket that ends it, and returns which;
+/// `None` where the file ends first.
+fn read_element(
+    reader: &mut impl BufRead,
+    element: &mut Vec<u8>,
+    path: &Path,
+) -> Result<Option<u8>, CalibrationError> {
+    element.clear();
+    let (mut depth, mut in_string, mut is_escaped) = (0usize, false, false);
+    loop {
+        let wrong = |source| CalibrationError::read(path, source);
+        let piece = reader.fill_buf().map_err(wrong)?;
+        if piece.is_empty() {
+            return Ok(None);
+        }
+        let end = piece.iter().position(|&byte| {
+            if in_string {
+                (in_string, is_escaped) = match byte {
+                    _ if is_escaped => (true, false),
+                    b'\\' => (true, true),
+                    byte => (byte != b'"', false),
+                };
+                return false;
+            }
+            match byte {
+                b'"' => in_string = true,
+                b'[' | b'{' => depth += 1,
+                b',' | b']' if depth == 0 => return true,
+                b']' | b'}' => depth = depth.saturating_sub(1),
+                _ => {}
+            }
+            false
+        });
+        element.extend_from_slice(&piece[..end.unwrap_or(piece.len())]);
+        limit(path, element.len(), MAX_TEXT_BYTES)?;
+        let found = end.map(|end| piece[end]);
+        let used = end.map_or(piece.len(), |end| end + 1);
+        reader.consume(used);
+        if found.is_some() {
+            return Ok(found);
+        }
     }
 }
 
@@ -125,9 +157,15 @@ fn kind(value: &Value) -> &'static str {
 mod tests {
     use super::*;
 
-    fn rows(json: &str) -> Result<Vec<String>, CalibrationError> {
-        let rows = read_rows(json.as_bytes(), Path::new("t.jsonl"))?;
+    fn rows(json: impl AsRef<[u8]>) -> Result<Vec<String>, CalibrationError> {
+        let rows = read_rows(json.as_ref(), Path::new("t.jsonl"), Reading::plain())?;
         Ok((0..rows.len()).map(|i| rows.get(i).to_string()).collect())
+    }
+
+    fn error(json: impl AsRef<[u8]>) -> String {
+        let error = rows(json).unwrap_err().to_string();
+        assert!(error.len() < 300 && !error.contains('\n'), "{error}");
+        error
     }
 
     #[test]
@@ -139,61 +177,81 @@ mod tests {
         assert_eq!(rows(array).unwrap(), expected);
         assert!(rows("").unwrap().is_empty());
         assert!(rows("[]").unwrap().is_empty());
+        assert!(rows("[ \n ]\n").unwrap().is_empty());
     }
 
     #[test]
-    fn a_missing_column_names_those_found() {
+    fn rows_may_be_strings() {
+        let expected = ["a, [\"b\"]", "c"];
+        assert_eq!(rows("[\"a, [\\\"b\\\"]\",\n\"c\"]").unwrap(), expected);
+        assert_eq!(rows("\"a, [\\\"b\\\"]\"\n\"c\"\n").unwrap(), expected);
+        assert!(error("\"a\"\n{\"text\": \"b\"}").contains("row 2 of t.jsonl is an object"));
+        assert!(
+            error("{\"text\": \"b\"}\n\"a\"").contains("row 2 of t.jsonl cannot be read: a string")
+        );
+        assert!(error("3").contains("row 1 of t.jsonl cannot be read"));
+    }
+
+    #[test]
+    fn a_missing_column_names_its_row() {
         for json in [
             "{\"url\": 1, \"body\": \"x\"}",
             "[{\"url\": 1, \"body\": \"x\"}]",
         ] {
             assert_eq!(
-                rows(json).unwrap_err().to_string(),
-                "column `text` or `content` is missing from t.jsonl, which has `url`, `body`"
+                error(json),
+                "row 1 of t.jsonl has no column of text that is known (`text`, `content`, conversations, questions), it has `url`, `body`"
             );
         }
-        let error = rows("{}").unwrap_err();
-        assert!(
-            error.to_string().ends_with("which has no columns"),
-            "{error}"
+        assert!(error("{}").ends_with("it has no columns"));
+        let rows = ["{\"text\": \"a\"}"; 150].join("\n");
+        let late = error(format!("{rows}\n\n{{\"prompt\": \"x\"}}\n{rows}"));
+        assert_eq!(
+            late,
+            "row 151 (line 152) of t.jsonl has no column `text` or `content`"
         );
     }
 
     #[test]
     fn null_and_numbers_are_no_text() {
-        let null = "{\"text\": \"a\"}\n{\"text\": null}";
-        for json in [null, "[{\"text\": \"a\"}, {\"text\": null}]"] {
+        for json in [
+            "{\"text\": \"a\"}\n{\"text\": null}",
+            "[{\"text\": \"a\"}, {\"text\": null}]",
+        ] {
             assert_eq!(
-                rows(json).unwrap_err().to_string(),
+                error(json),
                 "row 2 of t.jsonl holds no text in column `text`"
             );
         }
-        let error = rows("[{\"text\": 3}]").unwrap_err();
-        assert!(
-            matches!(error, CalibrationError::ColumnType { .. }),
-            "{error}"
-        );
-        let error = rows("{\"text\": \"a\"}\n{\"text\": 3}").unwrap_err();
-        assert!(
-            error.to_string().starts_with("t.jsonl: line 2: "),
-            "{error}"
+        assert_eq!(
+            error("{\"text\": \"a\"}\n{\"text\": 3}"),
+            "row 2 of t.jsonl holds a number in column `text`, expected a string"
         );
     }
 
     #[test]
-    fn broken_json_names_its_line() {
-        let error = rows("{\"text\": \"a\"}\n{\"text\": ").unwrap_err();
+    fn broken_json_names_its_row_and_repeats_little() {
         assert!(
-            error.to_string().starts_with("t.jsonl: line 2: "),
-            "{error}"
+            error("{\"text\": \"a\"}\n{\"text\": ").starts_with("row 2 of t.jsonl cannot be read")
         );
-        assert!(matches!(
-            rows("[{").unwrap_err(),
-            CalibrationError::Malformed { .. }
-        ));
-        assert!(matches!(
-            rows("\"a\"").unwrap_err(),
-            CalibrationError::Malformed { .. }
-        ));
+        assert!(error("[{\"text\": \"a\"}, {").starts_with("row 2 of t.jsonl breaks off"));
+        assert!(error("[{\"text\": \"a\"},]").starts_with("row 2 of t.jsonl is empty"));
+        assert!(error("[{\"text\": \"a\"}] x").contains("more follows"));
+        assert!(error(b"{\"text\": \"a\"}\n{\"text\": \"\xff\"}").starts_with("row 2 of"));
+        assert!(error("{\"text\": \"a\"}\n{\"text\": \"\\ud83d\"}").starts_with("row 2 of"));
+        let long = format!(
+            "{{\"text\": \"a\"}}\n{{\"{}\": 3}}",
+            "word ".repeat(100_000)
+        );
+        assert!(error(long).starts_with("row 2 of"));
+        let long = format!("{{\"{}\": 3}}", "word ".repeat(100_000));
+        assert!(error(long).starts_with("row 1 of"));
+    }
+
+    #[test]
+    fn a_byte_order_mark_and_nan_are_read_over() {
+        let lines = "\u{feff}{\"text\": \"a\"}\n{\"text\": \"b\", \"score\": NaN}";
+        assert_eq!(rows(lines).unwrap(), ["a", "b"]);
+        assert_eq!(rows("\u{feff}[\"a\"]").unwrap(), ["a"]);
     }
 }

@@ -6,10 +6,12 @@
 //! one string, and the word's tokens are those by which it is longer than its context.
 
 use crate::CalibrationError;
+use crate::conversation::NoTemplate;
 use crate::digest::token_sha256;
 use crate::document::open;
 use crate::json;
 use crate::material::{Content, DatasetFiles, Material, Purpose, fetch_checked};
+use crate::rows::Reading;
 use crate::sample::check_ids;
 use crate::source::{Format, Origin, Packing, Source};
 use crate::tokenizer::Tokenizer;
@@ -63,14 +65,16 @@ impl Passages {
             NAME => {
                 let path = fetch_checked(REPO, REVISION, FILE, Some(SHA256), files)?;
                 // A cache may store blobs without their names, so the name here says the format.
-                let rows = json::read_rows(open(&path, Packing::Plain)?, &path)?;
+                let rows = json::read_rows(open(&path, Packing::Plain)?, &path, Reading::plain())?;
                 (rows, format!("`{NAME}`"), path.display().to_string())
             }
             path => {
-                let material = Material::read(&file(path)?, Purpose::Evaluation, files)?;
+                let material =
+                    Material::read(&file(path)?, Purpose::Evaluation, 0, &NoTemplate, files)?;
                 let (title, place) = (material.title.clone(), material.place());
                 match material.content {
-                    Content::Rows(rows) => (rows, title, place),
+                    Content::Rows(rows) if rows.is_plain() => (rows, title, place),
+                    Content::Rows(_) => return Err(wrong_kind(path, "question and answer")),
                     _ => return Err(wrong_kind(path, "text")),
                 }
             }

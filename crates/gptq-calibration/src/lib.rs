@@ -6,22 +6,28 @@
 //! passages of LAMBADA as lm-evaluation-harness cuts them ([`Passages`]), and the
 //! hash by which two runs can tell that they saw the same tokens ([`token_sha256`]).
 //!
-//! Does not know: the network (files of the registry come through [`DatasetFiles`]), models,
-//! devices, and where generated windows come from: [`Windows::from_ids`] takes them as they are.
+//! Does not know: the network (files of the hub come through [`DatasetFiles`]), models and
+//! their templates ([`ChatTemplate`]), devices, and where generated windows come from: [`Windows::from_ids`] takes them as they are.
 //!
 //! The rules are copied to the last draw, so that a window of this crate is the window of the
 //! papers. One deviation: a document of exactly `seq_len` tokens, on which the original stops with
 //! a `ValueError`, is drawn again.
 
+mod conversation;
 mod digest;
 mod distinct;
 mod document;
 mod error;
 mod evaluation;
 mod json;
+mod json_row;
 mod lambada;
+mod layout;
 mod manifest;
 mod material;
+mod message_sizes;
+mod nested;
+mod page_sizes;
 mod python_random;
 mod rows;
 mod sample;
@@ -30,13 +36,14 @@ mod stored;
 mod table;
 mod tokenizer;
 
+pub use conversation::{ChatTemplate, NoTemplate, Turn};
 pub use digest::{file_sha256, token_sha256};
 pub use error::CalibrationError;
 pub use evaluation::{EvaluationWindows, evaluation_windows};
 pub use lambada::{Passage, Passages};
 pub use manifest::{HubFile, Manifest, RawCopy, Rule};
-pub use material::DatasetFiles;
+pub use material::{DatasetFiles, FoundDataset, Means};
 pub use python_random::PythonRandom;
 pub use sample::{WindowSpec, Windows, windows};
-pub use source::{Format, Origin, Source};
+pub use source::{Dataset, Format, Origin, Source};
 pub use tokenizer::{Tokenizer, special_tokens};

@@ -2,13 +2,207 @@
 
 use std::path::Path;
 
+use gptq_types::outside_name::shown;
+use serde_json::Value;
+
 use crate::CalibrationError;
+use crate::conversation::{ChatTemplate, NoTemplate};
+use crate::layout::{Chosen, Layout};
 
 /// More text than this in one file is refused; the largest file of the registry holds 0.8 GB.
-const MAX_FILE_TEXT_BYTES: usize = 1 << 32;
+pub(crate) const MAX_FILE_TEXT_BYTES: usize = 1 << 32;
 
-/// What the papers put between rows.
+/// What the papers put between rows. Rendered conversations bring marks of their own.
 const SEPARATOR: &str = "\n\n";
+
+/// Characters of a column's name, and columns, that an error repeats.
+const SHOWN_NAME: usize = 30;
+const SHOWN_COLUMNS: usize = 5;
+
+/// How much of a source is read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Amount {
+    /// All of it; more text than this is refused.
+    All(usize),
+    /// Rows from the start until there is so much text.
+    Start(usize),
+}
+
+impl Amount {
+    /// What is left of it after so much text.
+    pub(crate) fn after(self, bytes: usize) -> Self {
+        match self {
+            Amount::All(most) => Amount::All(most.saturating_sub(bytes)),
+            Amount::Start(most) => Amount::Start(most.saturating_sub(bytes)),
+        }
+    }
+}
+
+/// What turns rows into texts beside the rows themselves.
+#[derive(Clone, Copy)]
+pub(crate) struct Reading<'a> {
+    /// The column that was asked for.
+    pub(crate) column: Option<&'a str>,
+    pub(crate) chat: &'a dyn ChatTemplate,
+    pub(crate) amount: Amount,
+}
+
+impl Reading<'_> {
+    /// Text columns by their usual names, and all of them.
+    pub(crate) fn plain() -> Self {
+        Reading {
+            column: None,
+            chat: &NoTemplate,
+            amount: Amount::All(MAX_FILE_TEXT_BYTES),
+        }
+    }
+}
+
+/// Rows as they are read: the first one says what all are.
+pub(crate) struct RowReader<'a> {
+    path: &'a Path,
+    reading: Reading<'a>,
+    chosen: Option<Chosen>,
+    rows: Rows,
+    /// Where the row stands in a file of lines.
+    line: Option<usize>,
+}
+
+impl<'a> RowReader<'a> {
+    pub(crate) fn new(path: &'a Path, reading: Reading<'a>) -> Self {
+        RowReader {
+            path,
+            reading,
+            chosen: None,
+            rows: Rows::default(),
+            line: None,
+        }
+    }
+
+    /// The next row stands in this line.
+    pub(crate) fn at_line(&mut self, line: usize) -> &mut Self {
+        self.line = Some(line);
+        self
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.chosen.is_none()
+    }
+
+    /// Whether as much was read as was asked for.
+    pub(crate) fn is_full(&self) -> bool {
+        matches!(self.reading.amount, Amount::Start(most) if self.rows.text.len() >= most)
+    }
+
+    pub(crate) fn begin_strings(&mut self) {
+        self.chosen = Some(Chosen::strings());
+    }
+
+    pub(crate) fn are_strings(&self) -> bool {
+        let layout = self.chosen.as_ref().map(|chosen| &chosen.layout);
+        layout == Some(&Layout::Strings)
+    }
+
+    /// Chooses among the columns of the first row, or of a file that says its columns.
+    ///
+    /// `place` is what an error calls them.
+    pub(crate) fn begin(
+        &mut self,
+        place: String,
+        names: &[&str],
+        is_list: impl Fn(&str) -> bool,
+    ) -> Result<(), CalibrationError> {
+        let chosen = Chosen::among(names, is_list, self.reading.column).ok_or_else(|| {
+            CalibrationError::NoColumn {
+                place,
+                reason: self.no_column(names),
+            }
+        })?;
+        self.chosen = Some(chosen.settle(self.reading.chat)?);
+        Ok(())
+    }
+
+    fn no_column(&self, names: &[&str]) -> String {
+        let shown_names = names.iter().take(SHOWN_COLUMNS);
+        let mut found: Vec<String> = shown_names
+            .map(|name| format!("`{}`", shown(name, SHOWN_NAME)))
+            .collect();
+        match names.len().checked_sub(SHOWN_COLUMNS) {
+            _ if names.is_empty() => found.push("no columns".to_string()),
+            Some(more) if more > 0 => found.push(format!("{more} more")),
+            _ => {}
+        }
+        let found = found.join(", ");
+        match self.reading.column {
+            Some(column) => format!(
+                "has no column `{}`, it has {found}",
+                shown(column, SHOWN_NAME)
+            ),
+            None => format!(
+                "has no column of text that is known (`text`, `content`, conversations, questions), it has {found}"
+            ),
+        }
+    }
+
+    /// The columns whose cells [`RowReader::push`] takes; none before the first row.
+    pub(crate) fn columns(&self) -> Vec<&str> {
+        self.chosen
+            .as_ref()
+            .map(Chosen::columns)
+            .unwrap_or_default()
+    }
+
+    pub(crate) fn push(&mut self, cells: Vec<Option<Value>>) -> Result<(), CalibrationError> {
+        let Some(chosen) = &self.chosen else {
+            return Err(self.wrong("comes before its columns are known".to_string()));
+        };
+        let text = chosen.text(cells, self.reading.chat);
+        let text = text.map_err(|reason| self.wrong(reason))?;
+        self.push_text(&text)
+    }
+
+    pub(crate) fn push_text(&mut self, text: &str) -> Result<(), CalibrationError> {
+        self.rows.push(text);
+        match self.reading.amount {
+            Amount::All(most) => limit(self.path, self.rows.text.len(), most),
+            Amount::Start(_) => Ok(()),
+        }
+    }
+
+    /// Whether rows are texts as they stand in one column.
+    pub(crate) fn are_texts(&self) -> bool {
+        matches!(&self.chosen, Some(chosen) if matches!(chosen.layout, Layout::Text(_)))
+    }
+
+    /// What an error calls the row that comes next.
+    pub(crate) fn place(&self) -> String {
+        let row = self.rows.len() + 1;
+        let path = self.path.display();
+        match self.line.filter(|line| *line != row) {
+            Some(line) => format!("row {row} (line {line}) of {path}"),
+            None => format!("row {row} of {path}"),
+        }
+    }
+
+    /// An error about the row that comes next.
+    pub(crate) fn wrong(&self, reason: String) -> CalibrationError {
+        CalibrationError::Row {
+            place: self.place(),
+            row: self.rows.len() + 1,
+            reason,
+        }
+    }
+
+    pub(crate) fn finish(mut self) -> Rows {
+        self.rows.is_start = self.is_full();
+        if let Some(chosen) = &self.chosen {
+            self.rows.words = chosen.words();
+            self.rows.is_rendered = chosen.is_rendered();
+            self.rows.is_plain = matches!(chosen.layout, Layout::Text(_) | Layout::Strings);
+        }
+        self.rows
+    }
+}
 
 /// Rows of text in file order. One buffer and the row ends: a C4 file has 356,317 rows, and a
 /// `String` each would double its memory.
@@ -16,13 +210,70 @@ const SEPARATOR: &str = "\n\n";
 pub(crate) struct Rows {
     text: String,
     ends: Vec<usize>,
+    /// Which columns they come from, for records, where that needs saying.
+    words: Option<String>,
+    /// They come from a chat template.
+    is_rendered: bool,
+    /// Each is a text as it stands in the file.
+    is_plain: bool,
+    /// The source has more of them.
+    is_start: bool,
 }
 
 impl Rows {
-    pub(crate) fn push(&mut self, row: &str, path: &Path) -> Result<(), CalibrationError> {
+    pub(crate) fn push(&mut self, row: &str) {
         self.text.push_str(row);
         self.ends.push(self.text.len());
-        limit(path, self.text.len(), MAX_FILE_TEXT_BYTES)
+    }
+
+    /// Takes the rows of another file after those of this one.
+    pub(crate) fn append(&mut self, other: Rows) {
+        let before = self.text.len();
+        self.text.push_str(&other.text);
+        self.ends.extend(other.ends.iter().map(|end| before + end));
+        let ends = std::mem::take(&mut self.ends);
+        let text = std::mem::take(&mut self.text);
+        *self = Rows {
+            text,
+            ends,
+            ..other
+        };
+    }
+
+    /// Bytes of all texts.
+    pub(crate) fn bytes(&self) -> usize {
+        self.text.len()
+    }
+
+    /// Which columns the texts come from and how many rows were read, where that needs saying.
+    pub(crate) fn words(&self) -> Option<String> {
+        let start = self
+            .is_start
+            .then(|| format!("the first {} rows", self.len()));
+        let words: Vec<String> = [start, self.words.clone()].into_iter().flatten().collect();
+        (!words.is_empty()).then(|| words.join(", "))
+    }
+
+    /// Whether the source has more rows than were asked for.
+    pub(crate) fn is_start(&self) -> bool {
+        self.is_start
+    }
+
+    /// Whether the texts bring special tokens of their own.
+    pub(crate) fn is_rendered(&self) -> bool {
+        self.is_rendered
+    }
+
+    /// Whether each row is a text as it stands in the file.
+    pub(crate) fn is_plain(&self) -> bool {
+        self.is_plain
+    }
+
+    fn separator(&self) -> &'static str {
+        match self.is_rendered {
+            true => "",
+            false => SEPARATOR,
+        }
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -42,11 +293,12 @@ impl Rows {
 
     /// All rows as one text.
     pub(crate) fn joined(&self) -> String {
-        let separators = SEPARATOR.len() * self.len().saturating_sub(1);
+        let separator = self.separator();
+        let separators = separator.len() * self.len().saturating_sub(1);
         let mut joined = String::with_capacity(self.text.len() + separators);
         for index in 0..self.len() {
             if index > 0 {
-                joined.push_str(SEPARATOR);
+                joined.push_str(separator);
             }
             joined.push_str(self.get(index));
         }
@@ -55,13 +307,16 @@ impl Rows {
 
     /// The rows that the hub makes of `wiki.*.raw`: a row per line with its line feed, and an
     /// empty row for a blank line (which in these files is one space).
-    pub(crate) fn of_raw_wikitext(text: &str, path: &Path) -> Result<Self, CalibrationError> {
-        let mut rows = Self::default();
+    pub(crate) fn of_raw_wikitext(text: &str) -> Self {
+        let mut rows = Rows {
+            is_plain: true,
+            ..Rows::default()
+        };
         for line in text.split_inclusive('\n') {
             let row = if line.trim().is_empty() { "" } else { line };
-            rows.push(row, path)?;
+            rows.push(row);
         }
-        Ok(rows)
+        rows
     }
 }
 
@@ -85,7 +340,7 @@ mod tests {
     fn rows_keep_their_borders_and_join_with_a_blank_line() {
         let mut rows = Rows::default();
         for row in ["one", "", "three"] {
-            rows.push(row, Path::new("t")).unwrap();
+            rows.push(row);
         }
         assert_eq!(rows.len(), 3);
         assert_eq!(
@@ -97,9 +352,30 @@ mod tests {
     }
 
     #[test]
+    fn rendered_rows_join_without_a_blank_line_and_a_start_says_so() {
+        let mut reader = RowReader::new(
+            Path::new("t"),
+            Reading {
+                amount: Amount::Start(5),
+                ..Reading::plain()
+            },
+        );
+        reader.begin_strings();
+        for row in ["abc", "def"] {
+            assert!(!reader.is_full());
+            reader.push_text(row).unwrap();
+        }
+        assert!(reader.is_full());
+        let mut rows = reader.finish();
+        assert_eq!(rows.words().unwrap(), "the first 2 rows");
+        rows.is_rendered = true;
+        assert_eq!(rows.joined(), "abcdef");
+    }
+
+    #[test]
     fn raw_wikitext_lines_become_the_rows_of_the_hub() {
         let raw = " \n = Robert Boulter = \n \n Text . \n";
-        let rows = Rows::of_raw_wikitext(raw, Path::new("t")).unwrap();
+        let rows = Rows::of_raw_wikitext(raw);
         let all: Vec<&str> = (0..rows.len()).map(|i| rows.get(i)).collect();
         assert_eq!(all, ["", " = Robert Boulter = \n", "", " Text . \n"]);
     }

@@ -9,7 +9,7 @@ use crate::CalibrationError;
 use crate::digest::token_sha256;
 use crate::distinct::{Place, contexts, positions, positions_of_windows};
 use crate::manifest::Rule;
-use crate::material::{Content, DatasetFiles, Material, Purpose, join};
+use crate::material::{Content, Material, Means, Purpose, join};
 use crate::python_random::PythonRandom;
 use crate::rows::Rows;
 use crate::source::Source;
@@ -24,6 +24,8 @@ const LOOK_AHEAD: usize = 32;
 
 /// The words of the rule for a file without a name.
 const JOINED_WORDS: &str = "rows joined with \"\\n\\n\" and tokenised as one string";
+const RENDERED_WORDS: &str =
+    "rows one after the other, tokenised as one string without further special tokens";
 const WHOLE_WORDS: &str = "the whole file tokenised as one string";
 const STARTS_WORDS: &str =
     "after random.seed(seed) each window starts at random.randint(0, tokens - seq_len - 1)";
@@ -118,29 +120,39 @@ impl Windows {
 pub fn windows(
     source: &Source,
     spec: &WindowSpec,
-    tokenizer: &Tokenizer,
-    files: &dyn DatasetFiles,
+    means: &Means<'_>,
 ) -> Result<Windows, CalibrationError> {
     spec.check()?;
-    let material = Material::read(source, Purpose::Calibration, files)?;
+    let tokens = spec.samples.saturating_mul(spec.seq_len);
+    let purpose = Purpose::Calibration;
+    let material = Material::read(source, purpose, tokens, means.chat, means.files)?;
     let (drawn, rule) = match (&material.content, material.rule) {
         (Content::Windows(ids), _) => {
             let (ids, rule) = first_stored(ids, spec.samples);
             return Ok(Windows::from_ids(ids, source.given(), &rule, spec.seed));
         }
         (Content::Rows(rows), Rule::Documents) => {
-            let encode = |text: &str| tokenizer.encode(text);
+            let (is_rendered, tokenizer) = (rows.is_rendered(), means.tokenizer);
+            let encode = |text: &str| encode(text, is_rendered, tokenizer);
             let drawn = draw_documents(rows, spec, &material.place(), encode)?;
             (drawn, material.words.clone().unwrap_or_default())
         }
         (Content::Rows(rows), Rule::Joined) => {
             let text = join(rows, &material.path)?;
-            draw_joined(&text, JOINED_WORDS, spec, &material, tokenizer)?
+            let tokens = encode(&text, rows.is_rendered(), means.tokenizer)?;
+            let words = match rows.is_rendered() {
+                true => RENDERED_WORDS,
+                false => JOINED_WORDS,
+            };
+            draw_joined(&tokens, words, spec, &material)?
         }
-        (Content::Whole(text), _) => draw_joined(text, WHOLE_WORDS, spec, &material, tokenizer)?,
+        (Content::Whole(text), _) => {
+            let tokens = encode(text, false, means.tokenizer)?;
+            draw_joined(&tokens, WHOLE_WORDS, spec, &material)?
+        }
     };
     let distinct = positions(&drawn.places, spec.seq_len);
-    let given = source.given();
+    let (given, rule) = (source.given(), material.rows_words() + &rule);
     Ok(Windows::counted(
         drawn.ids, distinct, given, &rule, spec.seed,
     ))
@@ -152,6 +164,18 @@ pub(crate) struct Drawn {
     places: Vec<Place>,
 }
 
+/// Special tokens are added once, but for texts of a chat template, which brings its own.
+pub(crate) fn encode(
+    text: &str,
+    is_rendered: bool,
+    tokenizer: &Tokenizer,
+) -> Result<Vec<u32>, CalibrationError> {
+    match is_rendered {
+        true => tokenizer.encode_plain(text),
+        false => tokenizer.encode(text),
+    }
+}
+
 fn first_stored(ids: &[Vec<u32>], samples: usize) -> (Vec<Vec<u32>>, String) {
     let rule = match ids.len() {
         all if all > samples => format!("windows as stored, the first {samples} of {all}"),
@@ -161,13 +185,11 @@ fn first_stored(ids: &[Vec<u32>], samples: usize) -> (Vec<Vec<u32>>, String) {
 }
 
 fn draw_joined(
-    text: &str,
+    tokens: &[u32],
     text_words: &str,
     spec: &WindowSpec,
     material: &Material,
-    tokenizer: &Tokenizer,
 ) -> Result<(Drawn, String), CalibrationError> {
-    let tokens = tokenizer.encode(text)?;
     let starts = window_starts(tokens.len(), spec, &material.place())?;
     let window = |&start: &usize| tokens[start..start + spec.seq_len].to_vec();
     let drawn = Drawn {
@@ -295,8 +317,6 @@ pub(crate) fn check_ids(ids: &[Vec<u32>], model_vocab: usize) -> Result<(), Cali
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
-
     use super::*;
 
     fn spec(samples: usize, seq_len: usize, seed: u64) -> WindowSpec {
@@ -337,8 +357,7 @@ mod tests {
     fn documents(lengths: &[usize]) -> Rows {
         let mut rows = Rows::default();
         for (document, length) in lengths.iter().enumerate() {
-            rows.push(&format!("{document} {length}"), Path::new("t"))
-                .unwrap();
+            rows.push(&format!("{document} {length}"));
         }
         rows
     }

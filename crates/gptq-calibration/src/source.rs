@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use crate::CalibrationError;
 use crate::manifest::{Manifest, Rule};
+use gptq_types::outside_name::shown;
 
 /// The source whose windows the model itself writes.
 const GENERATED: &str = "self";
@@ -12,11 +13,11 @@ const GENERATED: &str = "self";
 /// Kinds of files that texts or tokens come in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
-    /// Rows; column `text` or `content`.
+    /// Rows.
     Parquet,
     /// Rows; Arrow IPC, file or stream.
     Arrow,
-    /// Rows; a JSON object per line or one JSON array of objects.
+    /// Rows; an object or a string per line, or one array of them.
     Json,
     /// One text.
     Text,
@@ -62,6 +63,11 @@ impl Format {
         }
     }
 
+    /// Whether a file of this kind holds rows, among whose columns one can be chosen.
+    pub fn has_rows(self) -> bool {
+        matches!(self, Format::Parquet | Format::Arrow | Format::Json)
+    }
+
     fn known() -> String {
         let names = EXTENSIONS.map(|(extension, _, may_pack)| {
             let packed = if may_pack { "(.gz, .zst)" } else { "" };
@@ -99,10 +105,56 @@ pub enum Origin {
     Hub(Manifest),
     /// A local file under the rule of a named dataset.
     Copy(Manifest, PathBuf, Format),
+    /// A dataset of the hub without a manifest.
+    Dataset(Dataset),
     /// A local file.
     File(PathBuf, Format),
     /// The model; the windows are made elsewhere.
     Generated,
+}
+
+/// One split of a dataset on the hub.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Dataset {
+    /// `owner/name`.
+    pub repo: String,
+    /// The configuration, where one was named.
+    pub config: Option<String>,
+    /// The split: `train` where none was named.
+    pub split: String,
+}
+
+impl Dataset {
+    const SPLIT: &str = "train";
+
+    /// `OWNER/NAME[:CONFIG[:SPLIT]]`; `None` where it is not of that form.
+    fn parse(given: &str) -> Option<Self> {
+        let mut parts = given.split(':');
+        let repo = parts.next()?;
+        let (owner, name) = repo.split_once('/')?;
+        let [config, split] = [parts.next(), parts.next()];
+        let is_name = |name: &str| {
+            let is_known = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+            !name.is_empty() && name.bytes().all(is_known) && !name.starts_with(['.', '-'])
+        };
+        let named = [Some(owner), Some(name), config, split];
+        let is_one = named.into_iter().flatten().all(is_name) && parts.next().is_none();
+        is_one.then(|| Dataset {
+            repo: repo.to_string(),
+            config: config.map(str::to_string),
+            split: split.unwrap_or(Self::SPLIT).to_string(),
+        })
+    }
+}
+
+impl fmt::Display for Dataset {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.repo)?;
+        if let Some(config) = &self.config {
+            write!(f, ":{config}")?;
+        }
+        write!(f, " {} split", self.split)
+    }
 }
 
 /// A source of windows, as typed and as understood.
@@ -110,6 +162,7 @@ pub enum Origin {
 pub struct Source {
     given: String,
     origin: Origin,
+    column: Option<String>,
 }
 
 impl Source {
@@ -122,7 +175,29 @@ impl Source {
         Ok(Self {
             given: given.to_string(),
             origin,
+            column: None,
         })
+    }
+
+    /// Takes the text, or the conversations, from this column of its rows.
+    ///
+    /// Fails where there are no rows, or where the rule of a named dataset says the column.
+    pub fn with_column(mut self, column: Option<String>) -> Result<Self, CalibrationError> {
+        let can_choose = match &self.origin {
+            Origin::Dataset(_) => true,
+            Origin::File(_, format) | Origin::Copy(_, _, format) => format.has_rows(),
+            Origin::Hub(_) | Origin::Generated => false,
+        };
+        match column {
+            Some(column) if !can_choose => Err(CalibrationError::NoRows {
+                column: shown(&column, 40),
+                given: format!("`{}`", shown(&self.given, 80)),
+            }),
+            column => {
+                self.column = column;
+                Ok(self)
+            }
+        }
     }
 
     fn origin_of(given: &str) -> Result<Origin, CalibrationError> {
@@ -140,6 +215,9 @@ impl Source {
             return Ok(Origin::Copy(manifest, PathBuf::from(path), format));
         }
         if Format::of(given).is_none() && !Path::new(given).exists() {
+            if let Some(dataset) = Dataset::parse(given) {
+                return Ok(Origin::Dataset(dataset));
+            }
             let name = given.split_once('=').map_or(given, |(name, _)| name);
             return Err(unknown_source(name));
         }
@@ -149,6 +227,19 @@ impl Source {
     /// As typed.
     pub fn given(&self) -> &str {
         &self.given
+    }
+
+    /// The column that was asked for.
+    pub fn column(&self) -> Option<&str> {
+        self.column.as_deref()
+    }
+
+    /// How windows are taken from its rows.
+    pub(crate) fn rule(&self) -> Rule {
+        match &self.origin {
+            Origin::Hub(manifest) | Origin::Copy(manifest, _, _) => manifest.rule,
+            Origin::Dataset(_) | Origin::File(_, _) | Origin::Generated => Rule::Joined,
+        }
     }
 
     /// As understood.
@@ -197,6 +288,7 @@ fn unknown_source(name: &str) -> CalibrationError {
         .map(|name| format!("`{name}`"))
         .collect();
     known.push("a file".to_string());
+    known.push("OWNER/NAME on the hub".to_string());
     CalibrationError::UnknownSource {
         name: name.to_string(),
         known: known.join(", "),
@@ -232,6 +324,62 @@ mod tests {
     }
 
     #[test]
+    fn datasets_of_the_hub_have_a_configuration_and_a_split() {
+        let dataset = |given: &str| match origin(given) {
+            Origin::Dataset(dataset) => dataset.to_string(),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(dataset("acme/chats"), "acme/chats train split");
+        assert_eq!(dataset("acme/chats:en"), "acme/chats:en train split");
+        assert_eq!(
+            dataset("acme/chats:en:test_sft"),
+            "acme/chats:en test_sft split"
+        );
+        for given in [
+            "acme",
+            "a/b/c",
+            "./a",
+            "a/..",
+            "a/b:",
+            "a/b:c:d:e",
+            "../a",
+            "a/b:../c",
+        ] {
+            let error = Source::parse(given).unwrap_err();
+            assert!(
+                matches!(error, CalibrationError::UnknownSource { .. }),
+                "{error}"
+            );
+        }
+        // a path that is there wins, and a file that is not is still a file
+        let error = Source::parse("src/lib.rs").unwrap_err();
+        assert!(
+            matches!(error, CalibrationError::UnknownFormat { .. }),
+            "{error}"
+        );
+        assert!(matches!(
+            origin("acme/chats.jsonl"),
+            Origin::File(_, Format::Json)
+        ));
+    }
+
+    #[test]
+    fn a_column_needs_rows_to_choose_it_from() {
+        let with = |given: &str| {
+            Source::parse(given)
+                .unwrap()
+                .with_column(Some("body".into()))
+        };
+        for given in ["t.jsonl", "t.parquet", "c4=t.arrow", "acme/chats"] {
+            assert_eq!(with(given).unwrap().column(), Some("body"));
+        }
+        for given in ["c4", "self", "t.txt", "t.safetensors"] {
+            let error = with(given).unwrap_err().to_string();
+            assert!(error.starts_with("`--column body` chooses"), "{error}");
+        }
+    }
+
+    #[test]
     fn extensions_name_formats_in_any_case() {
         let formats = [
             ("a.parquet", Some(Format::Parquet)),
@@ -256,7 +404,7 @@ mod tests {
         let error = Source::parse("pile").unwrap_err();
         assert_eq!(
             error.to_string(),
-            "source `pile` is not one of `c4`, `wikitext2`, `self`, a file"
+            "source `pile` is not one of `c4`, `wikitext2`, `self`, a file, OWNER/NAME on the hub"
         );
         assert!(error.hint().is_some());
         let error = Source::parse("ptb=somewhere").unwrap_err();

@@ -6,6 +6,8 @@ use std::path::Path;
 
 use safetensors::{Dtype, SafeTensors};
 
+use gptq_types::outside_name::shown;
+
 use crate::CalibrationError;
 use crate::rows::limit;
 
@@ -26,9 +28,10 @@ pub(crate) fn read_windows(path: &Path) -> Result<Vec<Vec<u32>>, CalibrationErro
     let bytes = read_file(path)?;
     let file = SafeTensors::deserialize(&bytes)
         .map_err(|error| CalibrationError::malformed(path, error))?;
-    let tensor = file
-        .tensor(TENSOR)
-        .map_err(|_| wrong(format!("missing, the file has {:?}", sorted(file.names()))))?;
+    let tensor = file.tensor(TENSOR).map_err(|_| {
+        let names = format!("{:?}", sorted(file.names()));
+        wrong(format!("missing, the file has {}", shown(&names, 120)))
+    })?;
     let [windows, tokens] = *tensor.shape() else {
         return Err(wrong(format!(
             "shape {:?}, expected [windows, tokens]",

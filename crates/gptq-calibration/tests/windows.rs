@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 
 use arrow_array::{ArrayRef, RecordBatch, StringArray};
 use gptq_calibration::{
-    CalibrationError, DatasetFiles, Manifest, Passage, Passages, Source, Tokenizer, WindowSpec,
-    Windows, evaluation_windows, token_sha256, windows,
+    CalibrationError, Dataset, DatasetFiles, FoundDataset, Manifest, Means, NoTemplate, Passage,
+    Passages, Source, Tokenizer, WindowSpec, Windows, evaluation_windows, token_sha256, windows,
 };
 use parquet::arrow::ArrowWriter;
 use sha2::Digest;
@@ -46,6 +46,14 @@ fn letters(folder: &Path) -> Tokenizer {
     Tokenizer::open(folder).unwrap()
 }
 
+fn means<'a>(tokenizer: &'a Tokenizer, files: &'a dyn DatasetFiles) -> Means<'a> {
+    Means {
+        tokenizer,
+        files,
+        chat: &NoTemplate,
+    }
+}
+
 struct NoFiles;
 
 impl DatasetFiles for NoFiles {
@@ -63,6 +71,28 @@ impl DatasetFiles for OneFile {
             .borrow_mut()
             .push(format!("{repo}@{revision}/{file}"));
         Ok(self.0.clone())
+    }
+}
+
+/// A dataset of the hub: its files, in order, by name and path.
+struct Chats<'a>(&'a [(&'a str, PathBuf)]);
+
+impl DatasetFiles for Chats<'_> {
+    fn fetch(&self, repo: &str, revision: &str, file: &str) -> Result<PathBuf, String> {
+        assert_eq!((repo, revision), ("acme/chats", "c0ffee"));
+        let found = self.0.iter().find(|(name, _)| *name == file);
+        found
+            .map(|(_, path)| path.clone())
+            .ok_or(format!("no file `{file}`"))
+    }
+
+    fn find(&self, dataset: &Dataset) -> Result<FoundDataset, String> {
+        assert_eq!(dataset.to_string(), "acme/chats:en train split");
+        Ok(FoundDataset {
+            revision: "main".to_string(),
+            commit: "c0ffee".to_string(),
+            files: self.0.iter().map(|(name, _)| name.to_string()).collect(),
+        })
     }
 }
 
@@ -102,6 +132,47 @@ fn write_jsonl(path: &Path, rows: &[&str]) -> Vec<u8> {
     lines.concat().into_bytes()
 }
 
+/// Rows of all files, one after the other; a cache may keep them under other names.
+#[test]
+fn a_dataset_of_the_hub_is_read_file_after_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let tokenizer = letters(folder.path());
+    let (blob, table) = (folder.path().join("blob"), folder.path().join("table"));
+    write_jsonl(&blob, &["abcdefghij", "klm"]);
+    write_parquet(&table, &["nopqrst"]);
+    let names = [("en/a.jsonl", blob.clone()), ("en/b.parquet", table)];
+    let source = Source::parse("acme/chats:en").unwrap();
+    let made = windows(&source, &spec(4, 8), &means(&tokenizer, &Chats(&names))).unwrap();
+    let text = folder.path().join("t.txt");
+    std::fs::write(&text, "abcdefghij\n\nklm\n\nnopqrst").unwrap();
+    let whole = Source::parse(text.to_str().unwrap()).unwrap();
+    let same = windows(&whole, &spec(4, 8), &means(&tokenizer, &NoFiles)).unwrap();
+    assert_eq!(made.ids, same.ids);
+    assert!(
+        made.record.rule.starts_with("commit c0ffee; rows joined"),
+        "{}",
+        made.record.rule
+    );
+    assert_eq!(made.record.dataset, "acme/chats:en");
+    let cut = evaluation_windows(&source, 8, None, &means(&tokenizer, &Chats(&names))).unwrap();
+    assert!(
+        cut.protocol
+            .starts_with("`acme/chats:en train split`, commit c0ffee; rows joined")
+    );
+
+    // rows come from the start: the second file, which is not there, is not asked for
+    write_jsonl(&blob, &["abcdefghij klm "; 300_000]);
+    let names = [("a.jsonl", blob), ("b.jsonl", folder.path().join("none"))];
+    let made = windows(&source, &spec(4, 8), &means(&tokenizer, &Chats(&names))).unwrap();
+    assert!(
+        made.record.rule.starts_with("commit c0ffee; the first "),
+        "{}",
+        made.record.rule
+    );
+    let error = windows(&source, &spec(4, 8), &means(&tokenizer, &NoFiles)).unwrap_err();
+    assert!(matches!(error, CalibrationError::Dataset { .. }), "{error}");
+}
+
 #[test]
 fn the_same_rows_give_the_same_windows_from_every_file() {
     let folder = tempfile::tempdir().unwrap();
@@ -124,7 +195,7 @@ fn the_same_rows_give_the_same_windows_from_every_file() {
     let mut hashes = Vec::new();
     for file in ["t.parquet", "t.jsonl", "t.json.gz", "t.jsonl.zst", "t.txt"] {
         let source = source("", &at(file));
-        let made = windows(&source, &spec(4, 8), &tokenizer, &NoFiles).unwrap();
+        let made = windows(&source, &spec(4, 8), &means(&tokenizer, &NoFiles)).unwrap();
         assert_eq!(made.ids, expected, "{file}");
         assert_eq!(made.record.dataset, source.given());
         assert!(
@@ -134,7 +205,7 @@ fn the_same_rows_give_the_same_windows_from_every_file() {
         );
         assert_eq!((made.record.samples, made.record.tokens), (4, 32));
         hashes.push(made.record.token_sha256);
-        let cut = evaluation_windows(&source, 8, None, &tokenizer, &NoFiles).unwrap();
+        let cut = evaluation_windows(&source, 8, None, &means(&tokenizer, &NoFiles)).unwrap();
         assert_eq!(
             cut.ids,
             tokens
@@ -163,14 +234,14 @@ fn stored_windows_are_taken_as_they_are() {
     )
     .unwrap();
     let source = source("", &path);
-    let made = windows(&source, &spec(128, 2048), &tokenizer, &NoFiles).unwrap();
+    let made = windows(&source, &spec(128, 2048), &means(&tokenizer, &NoFiles)).unwrap();
     assert_eq!(made.ids, [[1, 2], [3, 4], [5, 6]]);
     assert_eq!((made.record.samples, made.record.seq_len), (3, 2));
     assert_eq!(made.record.rule, "windows as stored");
-    let fewer = windows(&source, &spec(2, 2048), &tokenizer, &NoFiles).unwrap();
+    let fewer = windows(&source, &spec(2, 2048), &means(&tokenizer, &NoFiles)).unwrap();
     assert_eq!(fewer.ids, [[1, 2], [3, 4]]);
     assert_eq!(fewer.record.rule, "windows as stored, the first 2 of 3");
-    let first = evaluation_windows(&source, 2048, Some(2), &tokenizer, &NoFiles).unwrap();
+    let first = evaluation_windows(&source, 2048, Some(2), &means(&tokenizer, &NoFiles)).unwrap();
     assert_eq!(first.ids, [[1, 2], [3, 4]]);
     assert_eq!(
         first.protocol,
@@ -197,15 +268,20 @@ fn a_raw_wikitext_copy_and_its_parquet_give_the_same_windows() {
         windows(
             &source("wikitext2", path),
             &spec(5, 6),
-            &tokenizer,
-            &NoFiles,
+            &means(&tokenizer, &NoFiles),
         )
     };
     let (raw_made, parquet_made) = (of(&raw).unwrap(), of(&parquet).unwrap());
     assert_eq!(raw_made.ids, parquet_made.ids);
     assert_eq!(raw_made.record.rule, parquet_made.record.rule);
-    let cut =
-        |path: &Path| evaluation_windows(&source("wikitext2", path), 6, None, &tokenizer, &NoFiles);
+    let cut = |path: &Path| {
+        evaluation_windows(
+            &source("wikitext2", path),
+            6,
+            None,
+            &means(&tokenizer, &NoFiles),
+        )
+    };
     assert_eq!(cut(&raw).unwrap().ids, cut(&parquet).unwrap().ids);
     assert!(
         cut(&raw)
@@ -223,7 +299,7 @@ fn c4_draws_documents_for_calibration_and_evaluation() {
     // 9 tokens with `<s>`: exactly one window, on which the original would stop
     write_jsonl(&path, &["abc", "abcdefgh", "mnopqrstuvwx", "ab"]);
     let c4 = source("c4", &path);
-    let made = windows(&c4, &spec(6, 9), &tokenizer, &NoFiles).unwrap();
+    let made = windows(&c4, &spec(6, 9), &means(&tokenizer, &NoFiles)).unwrap();
     let long = tokenizer.encode("mnopqrstuvwx").unwrap();
     assert!(
         made.ids
@@ -235,11 +311,11 @@ fn c4_draws_documents_for_calibration_and_evaluation() {
         "{}",
         made.record.rule
     );
-    let all = evaluation_windows(&c4, 9, None, &tokenizer, &NoFiles).unwrap();
+    let all = evaluation_windows(&c4, 9, None, &means(&tokenizer, &NoFiles)).unwrap();
     assert_eq!(all.ids.len(), 256);
     // the seed of the evaluation is 0 too, so it goes on where the calibration ended
     assert_eq!(all.ids[..6], made.ids);
-    let some = evaluation_windows(&c4, 9, Some(3), &tokenizer, &NoFiles).unwrap();
+    let some = evaluation_windows(&c4, 9, Some(3), &means(&tokenizer, &NoFiles)).unwrap();
     assert_eq!(some.ids, all.ids[..3]);
     assert!(
         some.protocol
@@ -247,7 +323,7 @@ fn c4_draws_documents_for_calibration_and_evaluation() {
         "{}",
         some.protocol
     );
-    let error = windows(&c4, &spec(1, 13), &tokenizer, &NoFiles).unwrap_err();
+    let error = windows(&c4, &spec(1, 13), &means(&tokenizer, &NoFiles)).unwrap_err();
     assert!(
         matches!(
             error,
@@ -275,7 +351,8 @@ fn c4_evaluation_windows_are_those_of_the_original() {
         .collect();
     let path = folder.path().join("c4.jsonl");
     write_jsonl(&path, &documents);
-    let made = evaluation_windows(&source("c4", &path), 16, None, &tokenizer, &NoFiles).unwrap();
+    let made =
+        evaluation_windows(&source("c4", &path), 16, None, &means(&tokenizer, &NoFiles)).unwrap();
     assert_eq!(
         made.token_sha256,
         "8674466482ff8ab375d2d0299cf0239918c4fd91a0f986ac42f33dea4086453c"
@@ -299,9 +376,9 @@ fn hub_files_are_asked_for_by_commit_and_checked() {
     let files = OneFile(path.clone(), RefCell::default());
     for name in ["c4", "wikitext2"] {
         let source = Source::parse(name).unwrap();
-        let error = windows(&source, &spec(1, 4), &tokenizer, &files).unwrap_err();
+        let error = windows(&source, &spec(1, 4), &means(&tokenizer, &files)).unwrap_err();
         assert!(matches!(error, CalibrationError::Hash { .. }), "{error}");
-        let error = windows(&source, &spec(1, 4), &tokenizer, &NoFiles).unwrap_err();
+        let error = windows(&source, &spec(1, 4), &means(&tokenizer, &NoFiles)).unwrap_err();
         assert!(error.to_string().ends_with(": no network"), "{error}");
         assert!(error.hint().is_some());
     }
@@ -311,7 +388,7 @@ fn hub_files_are_asked_for_by_commit_and_checked() {
     gzip.write_all(&lines).unwrap();
     std::fs::write(&path, gzip.finish().unwrap()).unwrap();
     let c4 = Source::parse("c4").unwrap();
-    let made = evaluation_windows(&c4, 4, Some(2), &tokenizer, &files).unwrap();
+    let made = evaluation_windows(&c4, 4, Some(2), &means(&tokenizer, &files)).unwrap();
     assert_eq!(made.ids.len(), 2);
     assert!(
         made.protocol
@@ -337,9 +414,9 @@ fn sources_without_a_window_say_why() {
         source("", &path)
     };
     let calibrate =
-        |source: &Source| windows(source, &spec(1, 8), &tokenizer, &NoFiles).unwrap_err();
+        |source: &Source| windows(source, &spec(1, 8), &means(&tokenizer, &NoFiles)).unwrap_err();
     let evaluate = |source: &Source, seq_len, most| {
-        evaluation_windows(source, seq_len, most, &tokenizer, &NoFiles).unwrap_err()
+        evaluation_windows(source, seq_len, most, &means(&tokenizer, &NoFiles)).unwrap_err()
     };
     for empty in [
         at("e.txt", ""),
@@ -370,7 +447,7 @@ fn sources_without_a_window_say_why() {
         }
     ));
     assert_eq!(
-        evaluation_windows(&short, 8, None, &tokenizer, &NoFiles)
+        evaluation_windows(&short, 8, None, &means(&tokenizer, &NoFiles))
             .unwrap()
             .ids
             .len(),
@@ -394,7 +471,7 @@ fn sources_without_a_window_say_why() {
         samples: 0,
         ..spec(1, 8)
     };
-    let error = windows(&short, &none, &tokenizer, &NoFiles).unwrap_err();
+    let error = windows(&short, &none, &means(&tokenizer, &NoFiles)).unwrap_err();
     assert!(matches!(
         error,
         CalibrationError::Spec {
@@ -533,7 +610,14 @@ fn wikitext_test_has_the_known_number_of_llama_tokens() {
     let tokenizer = Tokenizer::open(json.parent().unwrap()).unwrap();
     assert!(tokenizer.check_vocabulary(32_000).is_ok());
     assert!(tokenizer.check_vocabulary(31_999).is_err());
-    let cut = |name| evaluation_windows(&source(name, &text), 2048, None, &tokenizer, &NoFiles);
+    let cut = |name| {
+        evaluation_windows(
+            &source(name, &text),
+            2048,
+            None,
+            &means(&tokenizer, &NoFiles),
+        )
+    };
     let start = Instant::now();
     let papers = cut("wikitext2").unwrap();
     let took = start.elapsed();
@@ -575,10 +659,20 @@ fn a_tiny_model_reads_its_novel() {
     assert!(tokenizer.check_vocabulary(512).is_ok());
     assert!(tokenizer.check_vocabulary(511).is_err());
     assert_eq!(tokenizer.bos_id(), Some(0));
-    let made: Windows = windows(&source("", &text), &spec(8, 512), &tokenizer, &NoFiles).unwrap();
+    let made: Windows = windows(
+        &source("", &text),
+        &spec(8, 512),
+        &means(&tokenizer, &NoFiles),
+    )
+    .unwrap();
     assert_eq!(made.record.tokens, 8 * 512);
     assert!(made.check_vocabulary(512).is_ok());
-    let again = windows(&source("", &text), &spec(8, 512), &tokenizer, &NoFiles).unwrap();
+    let again = windows(
+        &source("", &text),
+        &spec(8, 512),
+        &means(&tokenizer, &NoFiles),
+    )
+    .unwrap();
     assert_eq!(again.record.token_sha256, made.record.token_sha256);
 }
 
@@ -591,7 +685,12 @@ fn c4_sample_gives_windows_under_the_rule_of_c4() {
         return;
     };
     let tokenizer = Tokenizer::open(json.parent().unwrap()).unwrap();
-    let made = windows(&source("c4", &sample), &spec(16, 512), &tokenizer, &NoFiles).unwrap();
+    let made = windows(
+        &source("c4", &sample),
+        &spec(16, 512),
+        &means(&tokenizer, &NoFiles),
+    )
+    .unwrap();
     assert_eq!((made.ids.len(), made.record.tokens), (16, 16 * 512));
     assert!(made.check_vocabulary(32_000).is_ok());
 }

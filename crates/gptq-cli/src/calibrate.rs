@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
-use gptq_calibration::{Source, Tokenizer, WindowSpec, Windows, windows};
+use gptq_calibration::{Means, Source, Tokenizer, WindowSpec, Windows, windows};
 use gptq_model::{DecoderConfig, Device, FloatWeights, SampleSpec, sample_windows};
 use gptq_types::CalibrationRequest;
 
 use crate::args::HubArgs;
-use crate::datasets::HubFiles;
+use crate::datasets::{HubFiles, ModelTemplate};
 use crate::failure::Failure;
 use crate::models::Model;
 use crate::progress::Steps;
@@ -21,7 +21,7 @@ pub fn calibrate(
     device: Device,
     hub: &HubArgs,
 ) -> Result<Windows, Failure> {
-    let source = Source::parse(&request.dataset)?;
+    let source = Source::parse(&request.dataset)?.with_column(request.column.clone())?;
     if request.seq_len > config.max_position_embeddings {
         eprintln!(
             "warning: windows of {} tokens exceed the model's {} positions",
@@ -33,8 +33,12 @@ pub fn calibrate(
     } else {
         let tokenizer = Tokenizer::open(model.dir())?;
         tokenizer.check_vocabulary(config.vocab_size)?;
-        let files = HubFiles::new(hub);
-        windows(&source, &window_spec(request), &tokenizer, &files)?
+        let means = Means {
+            tokenizer: &tokenizer,
+            files: &HubFiles::new(hub),
+            chat: &ModelTemplate::of(model),
+        };
+        windows(&source, &window_spec(request), &means)?
     };
     windows.check_vocabulary(config.vocab_size)?;
     windows.record.widest_input = widest_input(config);

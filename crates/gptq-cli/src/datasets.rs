@@ -1,14 +1,27 @@
-//! Texts for calibration and evaluation, with the hub behind names.
+//! Texts for calibration and evaluation, with the hub behind names and the model's chat template
+//! behind conversations.
 
+use std::cell::OnceCell;
 use std::path::PathBuf;
+use std::time::{Duration, SystemTime};
 
-use gptq_calibration::{DatasetFiles, Origin, Source};
-use gptq_hub::{ResolveOptions, fetch_dataset_file};
+use gptq_calibration::{
+    ChatTemplate, Dataset, DatasetFiles, Format, FoundDataset, Origin, Source, Turn,
+};
+use gptq_hub::{HubError, ResolveOptions, fetch_dataset_file, find_dataset};
+use gptq_inference::Message;
 
 use crate::args::HubArgs;
-use crate::models::options;
+use crate::failure::Failure;
+use crate::isolation::ChatRenderer;
+use crate::models::{Model, options};
+use crate::voice::chat_template_at;
 
-/// Fetches files of named datasets from the hub.
+/// What templates that write the date are told: noon of 26 July 2024, in UTC. Those of Llama 3.1
+/// write that day where they cannot ask; and the same data give the same tokens on every day.
+const TODAY: u64 = 1_721_995_200;
+
+/// Fetches files of datasets from the hub.
 pub struct HubFiles(ResolveOptions);
 
 impl HubFiles {
@@ -20,10 +33,69 @@ impl HubFiles {
 
 impl DatasetFiles for HubFiles {
     fn fetch(&self, repo: &str, revision: &str, file: &str) -> Result<PathBuf, String> {
-        fetch_dataset_file(repo, revision, file, &self.0).map_err(|error| match error.hint() {
-            Some(hint) => format!("{error} ({hint})"),
-            None => error.to_string(),
+        fetch_dataset_file(repo, revision, file, &self.0).map_err(in_a_line)
+    }
+
+    fn find(&self, dataset: &Dataset) -> Result<FoundDataset, String> {
+        let has_rows = |name: &str| Format::of(name).is_some_and(Format::has_rows);
+        let config = dataset.config.as_deref();
+        let found = find_dataset(&dataset.repo, config, &dataset.split, &has_rows, &self.0);
+        let found = found.map_err(in_a_line)?;
+        Ok(FoundDataset {
+            revision: found.revision,
+            commit: found.commit,
+            files: found.files,
         })
+    }
+}
+
+fn in_a_line(error: HubError) -> String {
+    match error.hint() {
+        Some(hint) => format!("{error} ({hint})"),
+        None => error.to_string(),
+    }
+}
+
+/// The chat template of a model, read when the first conversation asks for it: a broken one is no
+/// reason to refuse plain text.
+pub struct ModelTemplate<'a> {
+    model: &'a Model,
+    template: OnceCell<Option<ChatRenderer>>,
+}
+
+impl<'a> ModelTemplate<'a> {
+    /// Reads nothing yet.
+    pub fn of(model: &'a Model) -> Self {
+        ModelTemplate {
+            model,
+            template: OnceCell::new(),
+        }
+    }
+
+    fn get(&self) -> Result<Option<&ChatRenderer>, String> {
+        if self.template.get().is_none() {
+            let now = SystemTime::UNIX_EPOCH + Duration::from_secs(TODAY);
+            let found = chat_template_at(self.model.dir(), now);
+            let found = found.map_err(|failure: Failure| failure.text)?;
+            let _ = self.template.set(found);
+        }
+        Ok(self.template.get().and_then(Option::as_ref))
+    }
+}
+
+impl ChatTemplate for ModelTemplate<'_> {
+    fn is_there(&self) -> Result<bool, String> {
+        Ok(self.get()?.is_some())
+    }
+
+    fn render(&self, turns: &[Turn]) -> Result<String, String> {
+        let messages: Vec<Message> = (turns.iter())
+            .map(|turn| Message::new(&turn.role, turn.content.as_str()))
+            .collect();
+        let template = self.get()?.ok_or("the model has no chat template")?;
+        template
+            .transcript(&messages)
+            .map_err(|failure| format!("cannot be rendered: {}", failure.text))
     }
 }
 
@@ -53,5 +125,6 @@ mod tests {
         assert_eq!(public_name("../text.jsonl"), "text.jsonl");
         assert_eq!(public_name("self"), "self");
         assert_eq!(public_name("wikitext2"), "wikitext2");
+        assert_eq!(public_name("acme/chats:en"), "acme/chats:en");
     }
 }

@@ -39,8 +39,10 @@ enum Request {
         special_tokens: Vec<(String, String)>,
         now: SystemTime,
     },
-    /// A conversation as its text.
+    /// A conversation as its text, up to where the answer begins.
     Conversation(Vec<Message>),
+    /// A whole conversation as its text.
+    Transcript(Vec<Message>),
     /// A model card by a template.
     Card {
         source: String,
@@ -58,13 +60,18 @@ pub struct ChatRenderer {
 }
 
 impl ChatRenderer {
-    /// Parses `source`; `special_tokens` are the variables beside the messages.
-    pub fn new(source: String, special_tokens: Vec<(String, String)>) -> Result<Self, Failure> {
+    /// Parses `source`; `special_tokens` are the variables beside the messages, `now` is the time
+    /// that it is told.
+    pub fn new(
+        source: String,
+        special_tokens: Vec<(String, String)>,
+        now: SystemTime,
+    ) -> Result<Self, Failure> {
         let mut process = Process::start("the chat template")?;
         process.ask(&Request::Chat {
             source,
             special_tokens,
-            now: SystemTime::now(),
+            now,
         })?;
         Ok(ChatRenderer {
             process: Mutex::new(process),
@@ -75,6 +82,12 @@ impl ChatRenderer {
     pub fn render(&self, messages: &[Message]) -> Result<String, Failure> {
         let mut process = self.process.lock().expect("asking does not panic");
         process.ask(&Request::Conversation(messages.to_vec()))
+    }
+
+    /// The text of a whole conversation, no answer begun after it.
+    pub fn transcript(&self, messages: &[Message]) -> Result<String, Failure> {
+        let mut process = self.process.lock().expect("asking does not panic");
+        process.ask(&Request::Transcript(messages.to_vec()))
     }
 }
 
@@ -192,12 +205,12 @@ fn answer(request: Request, chat: &mut Option<ChatTemplate>) -> Answer {
             *chat = Some(template.map_err(|error| error.to_string())?);
             Ok(String::new())
         }
-        Request::Conversation(messages) => match chat {
-            Some(template) => template
-                .render(&messages)
-                .map_err(|error| error.to_string()),
-            None => Err("a conversation came before its template".to_string()),
-        },
+        Request::Conversation(messages) => parsed(chat)?
+            .render(&messages)
+            .map_err(|error| error.to_string()),
+        Request::Transcript(messages) => parsed(chat)?
+            .transcript(&messages)
+            .map_err(|error| error.to_string()),
         Request::Card {
             source,
             info,
@@ -206,4 +219,9 @@ fn answer(request: Request, chat: &mut Option<ChatTemplate>) -> Answer {
         } => gptq_report::card(&info, &model_type, &branches, Some(&source))
             .map_err(|error| error.to_string()),
     }
+}
+
+fn parsed(chat: &Option<ChatTemplate>) -> Result<&ChatTemplate, String> {
+    let missing = || "a conversation came before its template".to_string();
+    chat.as_ref().ok_or_else(missing)
 }

@@ -177,6 +177,7 @@ pub fn measured_nothing(folder: &Path, run: &RunRecord) -> Result<BranchRecord, 
             spec: run.spec.clone(),
             calibration: CalibrationRequest {
                 dataset: calibration.map_or(String::new(), |c| c.dataset.clone()),
+                column: None, // it is in the rule
                 samples: calibration.map_or(0, |c| c.samples),
                 seq_len: calibration.map_or(0, |c| c.seq_len),
                 seed: calibration.map_or(0, |c| c.seed),

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::time::Instant;
 
-use gptq_calibration::{EvaluationWindows, Source, Tokenizer, evaluation_windows};
+use gptq_calibration::{EvaluationWindows, Means, Source, Tokenizer, evaluation_windows};
 use gptq_inference::{
     OpenedModel, Reference, ScoreError, WindowScore, group_tokens, groups, score_reference,
     score_windows, summarise,
@@ -12,7 +12,7 @@ use gptq_model::Device;
 use gptq_types::EvalRecord;
 
 use crate::args::HubArgs;
-use crate::datasets::HubFiles;
+use crate::datasets::{HubFiles, ModelTemplate};
 use crate::failure::Failure;
 use crate::models::Model;
 use crate::progress::Steps;
@@ -21,6 +21,7 @@ use crate::progress::Steps;
 #[derive(Clone, Debug)]
 pub struct ScoringText {
     pub dataset: String,
+    pub column: Option<String>,
     pub seq_len: usize,
     pub max_windows: Option<usize>,
 }
@@ -28,20 +29,23 @@ pub struct ScoringText {
 impl ScoringText {
     /// The windows, in the tokens of `model`.
     pub fn read(&self, model: &Model, hub: &HubArgs) -> Result<EvaluationWindows, Failure> {
-        let source = Source::parse(&self.dataset)?;
+        let source = Source::parse(&self.dataset)?.with_column(self.column.clone())?;
         if source.is_generated() {
             let text =
                 "`self` is for calibration: a model's own text says nothing of its perplexity";
             return Err(Failure::new(text));
         }
         let tokenizer = Tokenizer::open(model.dir())?;
-        let files = HubFiles::new(hub);
+        let means = Means {
+            tokenizer: &tokenizer,
+            files: &HubFiles::new(hub),
+            chat: &ModelTemplate::of(model),
+        };
         Ok(evaluation_windows(
             &source,
             self.seq_len,
             self.max_windows,
-            &tokenizer,
-            &files,
+            &means,
         )?)
     }
 }

@@ -3,6 +3,7 @@
 use std::fs;
 use std::ops::ControlFlow;
 use std::path::Path;
+use std::time::SystemTime;
 
 use gptq_calibration::{Tokenizer, special_tokens};
 use gptq_inference::{Finish, Limits, Message, Reply, Sampling, Session};
@@ -147,6 +148,11 @@ fn sampling(dir: &Path, args: &TextArgs) -> Result<Sampling, Failure> {
 
 /// The chat template of a checkpoint, wherever it keeps it; nothing where it has none.
 pub fn chat_template(dir: &Path) -> Result<Option<ChatRenderer>, Failure> {
+    chat_template_at(dir, SystemTime::now())
+}
+
+/// The same, for a template that asks what time it is.
+pub fn chat_template_at(dir: &Path, now: SystemTime) -> Result<Option<ChatRenderer>, Failure> {
     let config = read_json(&dir.join("tokenizer_config.json"))?.unwrap_or(Value::Null);
     let apart = read_json(&dir.join("chat_template.json"))?.unwrap_or(Value::Null);
     let source = read_text(&dir.join("chat_template.jinja"))?
@@ -156,7 +162,7 @@ pub fn chat_template(dir: &Path) -> Result<Option<ChatRenderer>, Failure> {
         return Ok(None);
     };
     let tokens = special_tokens(dir)?.into_iter().collect();
-    Ok(Some(ChatRenderer::new(source, tokens)?))
+    Ok(Some(ChatRenderer::new(source, tokens, now)?))
 }
 
 /// A string, or of several named templates the one called `default`.

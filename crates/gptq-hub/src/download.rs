@@ -73,6 +73,19 @@ pub(crate) fn dataset_file(
     Ok(path)
 }
 
+/// The commit of a dataset's revision and the names of its files.
+pub(crate) fn dataset_names(
+    dataset: &ModelRef,
+    settings: &Settings,
+) -> Result<(String, Vec<String>), HubError> {
+    let hub = Hub::new(dataset, RepoType::Dataset, settings);
+    let info = hub.info()?;
+    // files are fetched at the commit, and looked for in the cache by the branch
+    hub.remember(&info.sha)?;
+    let names = info.siblings.into_iter().map(|file| file.rfilename);
+    Ok((info.sha, names.collect()))
+}
+
 /// The files of a repository that make up a model folder, small ones first.
 ///
 /// Weights named `model*` win: `consolidated.safetensors` and adapters hold the same again, or

@@ -91,6 +91,12 @@ pub enum HubError {
         repo: String,
         revision: String,
     },
+    #[error("`{repo}` at `{revision}`: {reason}")]
+    NoSplit {
+        repo: String,
+        revision: String,
+        reason: String,
+    },
     #[error("the hub refuses `{repo}` at `{revision}` (status {status})")]
     Refused {
         repo: String,
@@ -195,6 +201,9 @@ impl HubError {
             }
             HubError::NotCached { repo, .. } => {
                 format!("fetch `{repo}` once while online, or unset HF_HUB_OFFLINE")
+            }
+            HubError::NoSplit { .. } => {
+                "OWNER/NAME:CONFIG:SPLIT names both, and a local copy can be given as a file".into()
             }
             HubError::NoNetwork { .. } => "build with `--features hub`".into(),
             HubError::NotFound { .. } => {

@@ -2,7 +2,8 @@
 //!
 //! Knows: model folders ([`Checkpoint`]: one file or an index and its shards, every header checked
 //! before the first tensor is read), `owner/name[:branch]` and the hub's cache layout
-//! ([`resolve`], [`fetch_dataset_file`]), GGUF files ([`import_gguf`]), models of random weights
+//! ([`resolve`], [`fetch_dataset_file`]), which files of a dataset hold a split
+//! ([`find_dataset`]), GGUF files ([`import_gguf`]), models of random weights
 //! ([`synth`]). It is the only crate that touches the network, and only with the cargo feature
 //! `hub`.
 //!
@@ -17,6 +18,7 @@ mod companions;
 #[cfg(test)]
 #[path = "../../../tests/support/data.rs"]
 mod data;
+mod dataset;
 #[cfg(feature = "hub")]
 mod download;
 mod eight_bit;
@@ -38,6 +40,7 @@ mod weight_files;
 
 pub use checkpoint::Checkpoint;
 pub use companions::is_companion;
+pub use dataset::{FoundDataset, find_dataset};
 pub use error::HubError;
 pub use gguf::import::{ImportReport, import_gguf};
 pub use push::{Push, PushContent, PushFile, Pushed, push_branches};

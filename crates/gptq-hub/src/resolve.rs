@@ -250,6 +250,26 @@ fn fetch_model(
 }
 
 #[cfg(feature = "hub")]
+pub(crate) fn list_dataset(
+    dataset: &ModelRef,
+    settings: &Settings,
+) -> Result<(String, Vec<String>), HubError> {
+    crate::download::dataset_names(dataset, settings)
+}
+
+#[cfg(not(feature = "hub"))]
+pub(crate) fn list_dataset(
+    dataset: &ModelRef,
+    _settings: &Settings,
+) -> Result<(String, Vec<String>), HubError> {
+    Err(HubError::NoNetwork {
+        repo: dataset.repo.clone(),
+        revision: dataset.revision.clone(),
+        missing: "list of files".into(),
+    })
+}
+
+#[cfg(feature = "hub")]
 fn fetch_file(dataset: &ModelRef, file: &str, settings: &Settings) -> Result<PathBuf, HubError> {
     crate::download::dataset_file(dataset, file, settings)
 }

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use gptq_hub::{HubError, Patience, ResolveOptions, fetch_dataset_file, resolve};
+use gptq_hub::{HubError, Patience, ResolveOptions, fetch_dataset_file, find_dataset, resolve};
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 /// sha256 of `weights`
@@ -399,6 +399,68 @@ fn a_dataset_file_keeps_its_folder() {
             .contains("no file `en/test.parquet` of `owner/data`"),
         "{error}"
     );
+}
+
+/// The hub's own copy as Parquet is taken where it is there, else the repository's files; what was
+/// fetched is found again without the network.
+#[test]
+fn a_dataset_is_found_by_its_name() {
+    let converted = "/api/datasets/acme/chats/revision/refs%2Fconvert%2Fparquet";
+    let own = "/api/datasets/acme/chats/revision/main";
+    let file = format!("/datasets/acme/chats/resolve/{COMMIT}/data/train.jsonl");
+    let hub = Hub::with(&[
+        (
+            own,
+            info(&["README.md", "data/train.jsonl", "data/test.jsonl"]),
+        ),
+        (&file, Answer::File("rows")),
+    ]);
+    let cache = tempfile::tempdir().unwrap();
+    let mut options = hub.options(&cache);
+    let has_rows = |name: &str| name.ends_with(".jsonl") || name.ends_with(".parquet");
+    let find = |options: &ResolveOptions, config: Option<&str>, split: &str| {
+        find_dataset("acme/chats", config, split, &has_rows, options)
+    };
+    let found = find(&options, None, "train").unwrap();
+    assert_eq!(found.files, ["data/train.jsonl"]);
+    assert_eq!(
+        (found.revision.as_str(), found.commit.as_str()),
+        ("main", COMMIT)
+    );
+    let path = fetch_dataset_file("acme/chats", &found.commit, &found.files[0], &options).unwrap();
+    assert_eq!(fs::read_to_string(path).unwrap(), "rows");
+    let error = find(&options, None, "train_sft").unwrap_err();
+    assert!(
+        error
+            .to_string()
+            .contains("no file is of split `train_sft`"),
+        "{error}"
+    );
+
+    options.offline = true;
+    assert_eq!(find(&options, None, "train").unwrap(), found);
+    let elsewhere = ResolveOptions {
+        cache_dir: Some(cache.path().join("none")),
+        ..options
+    };
+    let error = find(&elsewhere, None, "train").unwrap_err();
+    assert!(
+        error
+            .to_string()
+            .contains("offline, and the hub cache has no file of `acme/chats`"),
+        "{error}"
+    );
+
+    let hub = Hub::with(&[(
+        converted,
+        info(&["en/train/0000.parquet", "en/test/0000.parquet"]),
+    )]);
+    let cache = tempfile::tempdir().unwrap();
+    let found = find(&hub.options(&cache), Some("en"), "test").unwrap();
+    assert_eq!(found.files, ["en/test/0000.parquet"]);
+    assert_eq!(found.revision, "refs/convert/parquet");
+    let gone = find(&Hub::with(&[]).options(&cache), None, "train").unwrap_err();
+    assert!(matches!(gone, HubError::NotFound { .. }), "{gone}");
 }
 
 const FILE: &str = "config.json";

@@ -7,8 +7,11 @@ use crate::{ColumnOrder, ContentHash, EvalRecord, GroupSize, Method, QuantSpec, 
 /// Which calibration tokens a permutation sees.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct CalibrationRequest {
-    /// A registered name or a file, as `--dataset` takes it.
+    /// A registered name, a dataset of the hub or a file, as `--dataset` takes it.
     pub dataset: String,
+    /// Column of its rows; the first known one where it is absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub column: Option<String>,
     /// Windows.
     pub samples: usize,
     /// Tokens in a window.

@@ -12,9 +12,13 @@ pub struct EvalArgs {
     /// Checkpoints: folders or `owner/name[:branch]`, packed or not; the first is the reference
     #[arg(required = true)]
     pub models: Vec<String>,
-    /// Text: `wikitext2` by the papers' protocol, `c4`, NAME=FILE for a local copy, or a FILE
+    /// Text: `wikitext2` by the papers' protocol, `c4`, NAME=FILE for a local copy, a FILE, or
+    /// OWNER/NAME[:CONFIG[:SPLIT]] on the hub
     #[arg(long, default_value = "wikitext2")]
     pub dataset: String,
+    /// Column of its rows that holds the text or the conversations [default: the first known one]
+    #[arg(long, value_name = "NAME")]
+    pub column: Option<String>,
     /// Tokens in a window
     #[arg(long, default_value_t = 2048)]
     pub seq_len: usize,

@@ -49,6 +49,9 @@ pub struct MatrixArgs {
     /// Calibration data, as `quantize` takes it [default: the preset's or plan's]
     #[arg(long)]
     pub dataset: Option<String>,
+    /// Column of its rows, as `quantize` takes it [default: the plan's, or the first known one]
+    #[arg(long, value_name = "NAME")]
+    pub column: Option<String>,
     /// Windows of calibration tokens [default: the preset's or plan's]
     #[arg(long)]
     pub samples: Option<usize>,

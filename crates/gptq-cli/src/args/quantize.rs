@@ -65,10 +65,14 @@ pub struct QuantizeArgs {
     #[arg(long)]
     pub no_scale_search: bool,
     /// Calibration data: `c4`, `wikitext2`, NAME=FILE for a local copy, a FILE (txt, jsonl, json,
-    /// parquet, arrow; .gz and .zst; safetensors with input_ids), or `self`: text that the model
-    /// writes itself
+    /// parquet, arrow; .gz and .zst; safetensors with input_ids), OWNER/NAME[:CONFIG[:SPLIT]] on the
+    /// hub, or `self`: text that the model writes itself
     #[arg(long, default_value = "c4")]
     pub dataset: String,
+    /// Column of its rows that holds the text or the conversations [default: the first known one:
+    /// text, content, messages, conversations, instruction and output, prompt and completion, ...]
+    #[arg(long, value_name = "NAME")]
+    pub column: Option<String>,
     /// Windows of calibration tokens
     #[arg(long, default_value_t = 128)]
     pub samples: usize,
@@ -115,6 +119,7 @@ impl QuantizeArgs {
     pub fn calibration(&self) -> CalibrationRequest {
         CalibrationRequest {
             dataset: self.dataset.clone(),
+            column: self.column.clone(),
             samples: self.samples,
             seq_len: self.seq_len,
             seed: self.seed,

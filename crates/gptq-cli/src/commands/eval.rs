@@ -82,6 +82,7 @@ impl Text {
     fn read(args: &EvalArgs, model: &Model) -> Result<Self, Failure> {
         let text = ScoringText {
             dataset: args.dataset.clone(),
+            column: args.column.clone(),
             seq_len: args.seq_len,
             max_windows: args.max_windows,
         };

@@ -145,6 +145,7 @@ fn prepare(
 ) -> Result<Prepared, Failure> {
     let text = evaluation(args).map(|text| ScoringText {
         dataset: text.dataset,
+        column: None,
         seq_len: text.seq_len,
         max_windows: text.max_windows,
     });
@@ -175,6 +176,7 @@ fn permutations(args: &MatrixArgs) -> Result<Vec<Permutation>, Failure> {
     };
     for CalibrationRequest {
         dataset,
+        column,
         samples,
         seq_len,
         seed,
@@ -184,6 +186,10 @@ fn permutations(args: &MatrixArgs) -> Result<Vec<Permutation>, Failure> {
     {
         if let Some(given) = &args.dataset {
             dataset.clone_from(given);
+            column.clone_from(&args.column); // the plan's is of the plan's data
+        }
+        if args.column.is_some() {
+            column.clone_from(&args.column);
         }
         *samples = args.samples.unwrap_or(*samples);
         *seq_len = args.seq_len.unwrap_or(*seq_len);

@@ -32,7 +32,7 @@ impl Place {
     /// A `--dataset` argument.
     pub fn dataset(&self, dataset: &str) -> Result<String, Failure> {
         Ok(match Source::parse(dataset)?.origin() {
-            Origin::Hub(_) | Origin::Generated => dataset.to_string(),
+            Origin::Hub(_) | Origin::Dataset(_) | Origin::Generated => dataset.to_string(),
             Origin::Copy(manifest, file, _) => {
                 format!("{}={}", manifest.name, self.0.join(file).display())
             }

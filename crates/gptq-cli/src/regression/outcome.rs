@@ -63,6 +63,7 @@ impl<'a> Bench<'a> {
         let windows = calibrate(&request, TEMPERATURE, &model, &config, Device::Cpu, hub)?;
         let text = ScoringText {
             dataset: place.dataset(&recipe.evaluation.dataset)?,
+            column: None,
             seq_len: recipe.evaluation.seq_len,
             max_windows: recipe.evaluation.max_windows,
         };

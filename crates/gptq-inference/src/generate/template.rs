@@ -121,11 +121,20 @@ impl ChatTemplate {
 
     /// The text of a conversation, up to where the assistant's answer begins.
     pub fn render(&self, messages: &[Message]) -> Result<String, TemplateError> {
+        self.render_with(messages, true)
+    }
+
+    /// The text of a whole conversation, no answer begun after it.
+    pub fn transcript(&self, messages: &[Message]) -> Result<String, TemplateError> {
+        self.render_with(messages, false)
+    }
+
+    fn render_with(&self, messages: &[Message], begins: bool) -> Result<String, TemplateError> {
         let mut variables: Vec<(Arc<str>, Value)> = (self.special_tokens.iter())
             .map(|(name, text)| (name.as_str().into(), Value::from(text.as_str())))
             .collect();
         variables.push(("messages".into(), Value::from_serialize(messages)));
-        variables.push(("add_generation_prompt".into(), Value::from(true)));
+        variables.push(("add_generation_prompt".into(), Value::from(begins)));
         // Templates ask whether these are none, not whether they are there.
         variables.push(("tools".into(), Value::from(())));
         variables.push(("documents".into(), Value::from(())));

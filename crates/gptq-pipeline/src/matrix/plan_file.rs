@@ -46,6 +46,7 @@ impl Defaults {
         Defaults {
             calibration: CalibrationRequest {
                 dataset: "c4".to_string(),
+                column: None,
                 samples: 128,
                 seq_len: 2048,
                 seed: 0,
@@ -68,6 +69,7 @@ struct PlanFile {
 #[derive(Deserialize)]
 struct Tokens {
     dataset: Option<String>,
+    column: Option<String>,
     samples: Option<usize>,
     seq_len: Option<usize>,
     seed: Option<u64>,
@@ -102,6 +104,7 @@ struct BranchEntry {
     format: FormatName,
     damp: Option<f64>,
     dataset: Option<String>,
+    column: Option<String>,
     samples: Option<usize>,
     seq_len: Option<usize>,
     seed: Option<u64>,
@@ -124,7 +127,7 @@ enum FormatName {
     GptqV2,
 }
 
-/// Reads a plan. Top-level `dataset`, `samples`, `seq_len`, `seed` and `damp` are for all branches;
+/// Reads a plan. Top-level `dataset`, `column`, `samples`, `seq_len`, `seed` and `damp` are for all branches;
 /// a `[[branch]]` has `bits`, `group_size`, and any flag of `gptq quantize` by its long name.
 pub fn read_plan(text: &str) -> Result<Vec<Permutation>, PlanError> {
     if text.len() > MAX_PLAN_BYTES {
@@ -207,6 +210,11 @@ fn check(permutation: &Permutation) -> Result<(), String> {
 impl Tokens {
     fn over(self, defaults: &CalibrationRequest) -> CalibrationRequest {
         CalibrationRequest {
+            // a column belongs to its data
+            column: match self.dataset {
+                Some(_) => self.column,
+                None => self.column.or_else(|| defaults.column.clone()),
+            },
             dataset: self.dataset.unwrap_or_else(|| defaults.dataset.clone()),
             samples: self.samples.unwrap_or(defaults.samples),
             seq_len: self.seq_len.unwrap_or(defaults.seq_len),
@@ -255,6 +263,7 @@ impl BranchEntry {
         spec.validate().map_err(wrong)?;
         let tokens = Tokens {
             dataset: self.dataset,
+            column: self.column,
             samples: self.samples,
             seq_len: self.seq_len,
             seed: self.seed,
@@ -290,7 +299,8 @@ mod tests {
     #[test]
     fn branches_inherit_and_override() {
         let plan = "
-            dataset = 'text.txt'
+            dataset = 'rows.jsonl'
+            column = 'body'
             seq_len = 512
             [[branch]]
             name = 'main'
@@ -302,10 +312,16 @@ mod tests {
             desc_act = true
             damp = 0.01
             samples = 16
+            [[branch]]
+            bits = 3
+            group_size = 64
+            dataset = 'c4'
         ";
-        let [main, eight] = read(plan).unwrap().try_into().unwrap();
+        let [main, eight, three] = read(plan).unwrap().try_into().unwrap();
         assert_eq!(main.branch, "main");
-        assert_eq!(main.calibration.dataset, "text.txt");
+        assert_eq!(main.calibration.dataset, "rows.jsonl");
+        let columns = [&main, &eight, &three].map(|branch| branch.calibration.column.as_deref());
+        assert_eq!(columns, [Some("body"), Some("body"), None]);
         assert_eq!(
             (main.calibration.samples, main.calibration.seq_len),
             (128, 512)

@@ -33,6 +33,7 @@ impl Preset {
         let calibration = CalibrationRequest {
             dataset: dataset.to_string(),
             samples: 128,
+            column: None,
             seq_len,
             seed: 0,
         };

@@ -92,6 +92,7 @@ fn a_branch_and_a_file_tell_of_one_score() {
             spec: branch.run.spec.clone(),
             calibration: CalibrationRequest {
                 dataset: "book.txt".into(),
+                column: None,
                 samples: 32,
                 seq_len: 256,
                 seed: 3,
