@@ -116,12 +116,12 @@ pub fn public_name(dataset: &str) -> String {
 mod tests {
     use super::*;
 
-    /// `wikitext2=/home/me/wiki.txt` once stood as it was in files that are pushed.
+    /// `wikitext2=/data/wiki.txt` once stood as it was in files that are pushed.
     #[test]
     fn no_path_is_published() {
-        assert_eq!(public_name("wikitext2=/home/me/wiki.txt"), "wikitext2");
+        assert_eq!(public_name("wikitext2=/data/wiki.txt"), "wikitext2");
         assert_eq!(public_name("c4=c4.jsonl.gz"), "c4");
-        assert_eq!(public_name("/home/me/text.txt"), "text.txt");
+        assert_eq!(public_name("/data/text.txt"), "text.txt");
         assert_eq!(public_name("../text.jsonl"), "text.jsonl");
         assert_eq!(public_name("self"), "self");
         assert_eq!(public_name("wikitext2"), "wikitext2");
