@@ -7,7 +7,7 @@ const FLAGS: &[(&str, &[&str])] = &[
     (
         "push",
         &[
-            "<REPOSITORY>",
+            "<PLACE>",
             "<TARGET>",
             "--branch",
             "--private",

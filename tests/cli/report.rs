@@ -68,7 +68,7 @@ fn a_report_says_what_the_records_say() {
         // Sizes and runtimes come from the folder.
         assert_eq!(row["weight_bytes"], score["weight_bytes"]);
         assert!(row["bits_per_weight"].as_f64().unwrap() > 4.0);
-        assert_eq!(row["readings"].as_array().unwrap().len(), 6);
+        assert_eq!(row["readings"].as_array().unwrap().len(), 8);
         let kl = format!("{:.4}", score["kl"].as_f64().unwrap());
         for text in [&page, &markdown] {
             assert!(text.contains(&kl), "{kl}: {text}");

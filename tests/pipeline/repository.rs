@@ -134,7 +134,8 @@ fn branch_names_are_checked_before_any_work() {
         let branch =
             |name: &&str| format!("[[branch]]\nname = {name:?}\nbits = 4\ngroup_size = 32\n");
         let branches: String = names.iter().map(branch).collect();
-        fs::write(place.path("plan.toml"), branches).unwrap();
+        let plan = format!("samples = 4\nseq_len = 32\n{branches}");
+        fs::write(place.path("plan.toml"), plan).unwrap();
     };
     for (names, reason) in [
         (&["a b"][..], "`a b` cannot be the name of a branch"),

@@ -8,7 +8,7 @@ mod state;
 
 pub use branch::Shared;
 pub use cards::{card_info, read_branches, render};
-pub use make::{make_all, make_together};
+pub use make::{make_all, make_together, tidy};
 pub use state::{Evaluation, State, read_own, replace};
 
 use std::fs::File;

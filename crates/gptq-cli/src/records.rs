@@ -5,7 +5,7 @@ use std::path::Path;
 
 use gptq_packer::{FolderVerdict, PACKED_SUFFIXES};
 use gptq_pipeline::check_permutations;
-use gptq_repository::Repository;
+use gptq_repository::{Repository, check_branch_names};
 use gptq_types::outside_name::shown;
 use gptq_types::{
     Branch, BranchRecord, CalibrationRequest, FileRecord, Permutation, RUN_RECORD_SCHEMA,
@@ -131,6 +131,8 @@ pub fn check_branch(branch: &Branch, name: &str) -> Result<(), Failure> {
     if let Err(error) = check_permutations(std::slice::from_ref(asked)) {
         return wrong(&error.to_string());
     }
+    // It stands in the commands of a card, which readers copy.
+    check_branch_names([name])?;
     if !(0.0..=64.0).contains(&record.bits_per_weight) {
         return wrong(&format!("{} bits per weight", record.bits_per_weight));
     }

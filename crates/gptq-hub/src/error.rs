@@ -230,6 +230,9 @@ impl HubError {
                 "set HF_TOKEN to a valid token that may write to that account".into()
             }
             HubError::BranchTaken { .. } => "--update replaces its files with a new commit".into(),
+            HubError::Push { reason, .. } if reason == "offline" => {
+                "leave out --offline, and unset HF_HUB_OFFLINE".into()
+            }
             HubError::Push { .. } => {
                 "the same command goes on: what has arrived is not sent again".into()
             }

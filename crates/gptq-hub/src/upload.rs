@@ -553,3 +553,29 @@ impl<R: Read> Read for Metered<'_, R> {
         Ok(read)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A hub that repeats the token in its answer had it printed.
+    #[test]
+    fn no_error_repeats_the_token() {
+        let reason = || ": Invalid token hf_secret".to_string();
+        let doing = || "push to `a/b`".to_string();
+        for error in [
+            failed(&doing(), &reason()),
+            HubError::NotAllowed {
+                doing: doing(),
+                status: 401,
+                reason: reason(),
+            },
+        ] {
+            let text = without(error, "hf_secret").to_string();
+            assert!(
+                !text.contains("hf_secret") && text.contains("Invalid"),
+                "{text}"
+            );
+        }
+    }
+}

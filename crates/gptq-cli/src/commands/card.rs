@@ -8,7 +8,9 @@ use crate::args::CardArgs;
 use crate::failure::Failure;
 use crate::matrix::{State, card_info, read_branches, render};
 use crate::output::print;
-use crate::records::{RUN_RECORD, measured_nothing, read_branch, read_json, read_run};
+use crate::records::{
+    RUN_RECORD, check_branch, measured_nothing, read_branch, read_json, read_run,
+};
 
 pub fn run(args: &CardArgs) -> Result<Verdict, Failure> {
     match args.place.join(RUN_RECORD).exists() {
@@ -55,15 +57,12 @@ fn of_folder(args: &CardArgs) -> Result<Verdict, Failure> {
         Some(record) => record,
         None => measured_nothing(&args.place, &run)?,
     };
+    let branch = Branch { record, run };
+    check_branch(&branch, &branch.record.permutation.branch)?;
     let info = card_info(args.card.as_deref(), &args.place, "")?;
     let config: serde_json::Value = read_json(&args.place.join("config.json"))?;
     let model_type = config["model_type"].as_str().unwrap_or_default();
-    let card = render(
-        &info,
-        model_type,
-        &[Branch { record, run }],
-        args.template.as_deref(),
-    )?;
+    let card = render(&info, model_type, &[branch], args.template.as_deref())?;
     print(&card)?;
     Ok(Verdict::Yes)
 }

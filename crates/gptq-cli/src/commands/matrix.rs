@@ -19,7 +19,8 @@ use crate::datasets::public_name;
 use crate::device;
 use crate::failure::Failure;
 use crate::matrix::{
-    Evaluation, Shared, State, card_info, make_all, make_together, read_branches, read_text, render,
+    Evaluation, Shared, State, card_info, make_all, make_together, read_branches, read_text,
+    render, tidy,
 };
 use crate::models::{Model, find};
 use crate::output::{print, print_json};
@@ -74,6 +75,7 @@ pub fn run(args: &MatrixArgs) -> Result<Verdict, Failure> {
         .collect();
     check_branch_names(all)?;
 
+    tidy(&wanted, &repository)?;
     let missing: Vec<&PlannedBranch> = match args.assemble {
         true => Vec::new(),
         false => (wanted.into_iter())

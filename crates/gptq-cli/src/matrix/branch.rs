@@ -202,7 +202,12 @@ pub fn publish(repository: &Repository, planned: &PlannedBranch) -> Result<(), F
     let work = State::work(repository.path(), branch);
     let message = format!("{branch}: {}", planned.permutation.desc);
     repository.publish(branch, &work, &message)?;
-    fs::remove_dir_all(&work)
+    remove(&work)
+}
+
+/// Removes the folder of a branch that is there.
+pub fn remove(work: &Path) -> Result<(), Failure> {
+    fs::remove_dir_all(work)
         .map_err(|error| Failure::new(format!("cannot remove `{}`: {error}", work.display())))
 }
 

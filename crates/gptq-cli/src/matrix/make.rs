@@ -11,8 +11,9 @@ use gptq_model::Device;
 use gptq_repository::Repository;
 use gptq_types::{Method, PlannedBranch};
 
-use super::branch::{Maker, Shared, publish};
+use super::branch::{Maker, Shared, publish, remove};
 use super::lock::{Asked, Lock};
+use super::state::State;
 use crate::failure::Failure;
 
 /// Threads that publish, and branches that may wait for them. A branch of several GB takes seconds
@@ -58,6 +59,22 @@ impl<'a> Queue<'a> {
         }
         Ok(None)
     }
+}
+
+/// Removes what a process left that was killed after it had made a branch; one that still works on it
+/// holds its lock.
+pub fn tidy(branches: &[&PlannedBranch], repository: &Repository) -> Result<(), Failure> {
+    for name in branches.iter().map(|branch| &branch.permutation.branch) {
+        let work = State::work(repository.path(), name);
+        if work.exists()
+            && repository.has(name)
+            && let Asked::Taken(_lock) = Lock::ask(repository.path(), name)?
+            && work.exists()
+        {
+            remove(&work)?;
+        }
+    }
+    Ok(())
 }
 
 /// The next branch that is absent and free, or becomes free; one that another process made
