@@ -32,7 +32,7 @@ pub(crate) fn read_rows(
                 let rest = Cursor::new(row[1..].to_vec()).chain(Cursor::new(b"\n").chain(reader));
                 return read_array(rest, rows, path);
             }
-            Some(_) => push(&mut rows.at_line(number), row)?,
+            Some(_) => push(rows.at_line(number), row)?,
         }
     }
     Ok(rows.finish())
