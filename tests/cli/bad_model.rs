@@ -270,7 +270,201 @@ fn shapes_that_contradict_each_other() {
         config["num_hidden_layers"] = json!(2);
         config["hidden_size"] = json!(1u64 << 62);
     });
+    place.refuses(&["config.json", "hidden_size"]);
+    place.config(|config| config["hidden_size"] = json!(32));
     place.refuses(&["model.embed_tokens.weight"]);
+}
+
+/// K was taken from `g_idx`: two entries fewer have the same words, and a product asserted, exit 101.
+#[test]
+fn packed_tensors_of_another_shape_than_the_model() {
+    let place = Place::single();
+    let out = place.path().join("packed");
+    let mut command = gptq("quantize");
+    command.arg(&place.model).arg("--out").arg(&out);
+    run(command.args(["--method", "rtn", "--group-size", "32"])).done();
+    let path = out.join("model.safetensors");
+    let file = SafetensorsFile::open(&path).unwrap();
+    let whole: Vec<_> = (file.tensors().iter())
+        .map(|(name, info)| (name.clone(), info.clone(), file.read(name).unwrap()))
+        .collect();
+    let text = place.path().join("text.txt");
+    for suffix in ["g_idx", "scales", "qzeros", "qweight"] {
+        let named = format!("model.layers.0.mlp.down_proj.{suffix}");
+        let mut changed = whole.clone();
+        let tensor = changed
+            .iter_mut()
+            .find(|(name, ..)| *name == named)
+            .unwrap();
+        tensor.1.shape[0] -= 1;
+        tensor.2.truncate(tensor.1.bytes());
+        let borrowed: Vec<_> = (changed.iter())
+            .map(|(name, info, bytes)| (name.as_str(), info.clone(), bytes.as_slice()))
+            .collect();
+        write_safetensors(&path, &borrowed, &Default::default()).unwrap();
+        let written = place.path().join("logits.safetensors");
+        let flags: [(&str, Vec<&str>); 4] = [
+            ("inspect", vec![]),
+            (
+                "verify",
+                vec!["--write", written.to_str().unwrap(), "--ids", "1,2"],
+            ),
+            (
+                "generate",
+                vec!["--prompt", "w1", "--max-new-tokens", "2", "--device", "cpu"],
+            ),
+            (
+                "eval",
+                vec![
+                    "--dataset",
+                    text.to_str().unwrap(),
+                    "--seq-len",
+                    "32",
+                    "--device",
+                    "cpu",
+                ],
+            ),
+        ];
+        for (command, flags) in flags {
+            let mut command = gptq(command);
+            refused(command.arg(&out).args(flags), place.path(), &[&named]);
+        }
+    }
+}
+
+/// They ended in an abort, signal 6.
+#[test]
+fn a_measurement_that_fits_no_memory() {
+    let place = Place::single();
+    for batch in ["4000000000", "18446744073709551615"] {
+        let mut command = gptq("eval");
+        command
+            .arg(&place.model)
+            .arg("--dataset")
+            .arg(place.path().join("text.txt"));
+        command.args([
+            "--seq-len",
+            "32",
+            "--device",
+            "cpu",
+            "--speed",
+            "--speed-batch",
+            batch,
+        ]);
+        let run = refused(&mut command, place.path(), &[batch, "GB are free"]);
+        assert!(run.hint().is_some(), "{run:#?}");
+    }
+}
+
+/// 10^7 blocks took 3 GB and 7 s, 2^63 aborted; heads of 2^63 times 2 wrapped around to none, and
+/// `inspect` printed a number of parameters.
+#[test]
+fn sizes_that_no_tensor_backs() {
+    let place = Place::single();
+    for (key, value) in [
+        ("num_hidden_layers", json!(10_000_000)),
+        ("num_hidden_layers", json!(i64::MAX)),
+        ("num_hidden_layers", json!(4000)),
+        ("num_attention_heads", json!(1u64 << 63)),
+        ("head_dim", json!(1u64 << 62)),
+        ("head_dim", json!(0)),
+        ("vocab_size", json!(1u64 << 40)),
+        ("intermediate_size", json!(u64::MAX)),
+        ("max_position_embeddings", json!(0)),
+        ("max_position_embeddings", json!(u64::MAX)),
+        ("rms_norm_eps", json!(-1.0)),
+        ("rope_theta", json!(0.0)),
+    ] {
+        let mut before = json!(null);
+        place.config(|config| {
+            before = config[key].clone();
+            config[key] = value.clone();
+        });
+        let named = if value == 4000 {
+            "model.layers.2."
+        } else {
+            key
+        };
+        for command in ["inspect", "verify"] {
+            let mut command = gptq(command);
+            command.arg(&place.model);
+            if command.get_args().next() == Some("verify".as_ref()) {
+                let out = place.path().join("logits.safetensors");
+                command.arg("--write").arg(out).args(["--ids", "1"]);
+            }
+            refused(&mut command, place.path(), &[named]);
+        }
+        place.config(|config| config[key] = before);
+    }
+}
+
+/// Each was passed over in silence, and the logits were those of another model.
+#[test]
+fn keys_that_change_the_function() {
+    let place = Place::single();
+    for (key, value) in [
+        ("partial_rotary_factor", json!(0.5)),
+        (
+            "rope_parameters",
+            json!({"rope_type": "default", "partial_rotary_factor": 0.5}),
+        ),
+        (
+            "rope_parameters",
+            json!({"full_attention": {"rope_theta": 500_000.0}}),
+        ),
+        ("final_logit_softcapping", json!(30.0)),
+        ("attention_multiplier", json!(0.0156)),
+        ("query_pre_attn_scalar", json!(256)),
+        ("layer_types", json!(["full_attention", "linear_attention"])),
+        ("num_local_experts", json!(8)),
+    ] {
+        place.config(|config| config[key] = value);
+        place.refuses(&["config.json", key]);
+        let run = run(gptq("inspect").arg(&place.model)).ended_with(1);
+        assert!(run.stdout.contains("eval refuses"), "{run:#?}");
+        assert!(run.stdout.contains(key), "{run:#?}");
+        place.config(|config| config[key] = json!(null));
+    }
+}
+
+/// A key that nobody knows is named once, in the record too, and refused where that is asked for.
+#[test]
+fn keys_that_nobody_knows() {
+    let place = Place::single();
+    place.config(|config| config["zeta_factor"] = json!(2.0));
+    let mut strict = place.quantize();
+    refused(strict.arg("--strict"), place.path(), &["zeta_factor"]);
+    let warned = run(&mut place.quantize()).done();
+    assert_eq!(
+        warned.stderr.matches("zeta_factor").count(),
+        1,
+        "{warned:#?}"
+    );
+    let record = fs::read_to_string(place.path().join("out/gptq_run.json")).unwrap();
+    assert!(record.contains("zeta_factor"), "{record}");
+}
+
+/// Readers differ in which of the two they take.
+#[test]
+fn a_tied_head_beside_another_one() {
+    let place = Place::single();
+    place.config(|config| config["tie_word_embeddings"] = json!(true));
+    place.refuses(&["lm_head.weight", "tie_word_embeddings"]);
+}
+
+/// `max_window_layers` is the first block with a window: where there is none, a long text is no
+/// reason to refuse.
+#[test]
+fn a_window_that_no_block_has() {
+    let place = Place::new(&TinyModel::new(Family::Qwen2));
+    place.config(|config| {
+        config["use_sliding_window"] = json!(true);
+        config["sliding_window"] = json!(16);
+        config["max_window_layers"] = json!(1);
+    });
+    place.refuses(&["32 tokens", "sliding window of 16"]);
+    place.config(|config| config["max_window_layers"] = json!(2));
+    run(&mut place.quantize()).done();
 }
 
 #[test]

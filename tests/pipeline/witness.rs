@@ -159,7 +159,10 @@ fn codes_of_the_first_block_are_those_of_plain_numpy_in_f64() {
             for linear in stage {
                 let layer = format!("model.layers.0.{linear}");
                 if names.contains(&format!("{name}/{layer}.codes")) {
-                    let got = read_layer(&file, &LayerName(layer.clone()), &config).unwrap();
+                    let info = |suffix| &file.tensors()[&format!("{layer}.{suffix}")].shape;
+                    let shape = [info("g_idx")[0], info("scales")[1]];
+                    let named = LayerName(layer.clone());
+                    let got = read_layer(&file, &named, shape, &config).unwrap();
                     count.add(&golden, &setting, &layer, &got);
                 }
             }

@@ -22,6 +22,7 @@ mod records;
 mod regression;
 mod scoring;
 mod speed;
+mod unread_keys;
 mod voice;
 mod watch;
 

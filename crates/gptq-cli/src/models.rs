@@ -4,8 +4,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use gptq_hub::{Checkpoint, ResolveOptions, resolve};
-use gptq_inference::OpenedModel;
-use gptq_types::{ContentHasher, TensorSource};
+use gptq_inference::{OpenError, OpenedModel};
+use gptq_pipeline::check_weights;
+use gptq_types::{ContentHash, ContentHasher, TensorSource};
 
 use crate::args::HubArgs;
 use crate::failure::Failure;
@@ -50,15 +51,20 @@ pub fn find(model: &str, hub: &HubArgs) -> Result<Model, Failure> {
 }
 
 impl Model {
-    /// Reads the configs and picks the reader for the weights.
+    /// Reads the configs, picks the reader for the weights and checks all headers.
     pub fn open(&self) -> Result<OpenedModel, Failure> {
+        Ok(self.try_open()??)
+    }
+
+    /// The same, with the reason why not as it is.
+    pub fn try_open(&self) -> Result<Result<OpenedModel, OpenError>, Failure> {
         let source = self.checkpoint.clone();
         let settings = self.quantize_config_json()?;
         Ok(gptq_inference::open(
             source,
             &self.config_json,
             settings.as_deref(),
-        )?)
+        ))
     }
 
     fn quantize_config_json(&self) -> Result<Option<String>, Failure> {
@@ -71,23 +77,19 @@ impl Model {
             .map_err(|error| Failure::new(format!("cannot read `{}`: {error}", path.display())))
     }
 
-    /// sha256 of the configs and of each weight file's name, length and time of change: a digest
-    /// of the weights themselves would take as long as a good part of an evaluation.
-    pub fn identity(&self) -> Result<String, Failure> {
+    /// sha256 of the configs and of all weights. Reads every tensor once, on all threads: length and
+    /// time of change, which cost nothing, are those of other weights after a copy that keeps times.
+    pub fn identity(&self) -> Result<ContentHash, Failure> {
         let mut hasher = ContentHasher::default();
-        hasher.update(self.config_json.as_bytes());
-        let settings = self.quantize_config_json()?.unwrap_or_default();
-        hasher.update(settings.as_bytes());
-        for file in self.checkpoint.files() {
-            let wrong = |error: std::io::Error| {
-                Failure::new(format!("cannot read `{}`: {error}", file.display()))
-            };
-            let metadata = std::fs::metadata(&file).map_err(wrong)?;
-            let changed = metadata.modified().map_err(wrong)?;
-            let name = file.file_name().unwrap_or_default();
-            hasher.update(format!("{name:?} {} {changed:?}\n", metadata.len()).as_bytes());
+        for text in [
+            &self.config_json,
+            &self.quantize_config_json()?.unwrap_or_default(),
+        ] {
+            hasher.update(ContentHash::of(text.as_bytes()).as_str().as_bytes());
         }
-        Ok(hasher.finish().to_string())
+        let weights = check_weights(self.checkpoint.as_ref())?.identity;
+        hasher.update(weights.as_str().as_bytes());
+        Ok(hasher.finish())
     }
 
     /// The folder.

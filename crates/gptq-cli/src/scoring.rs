@@ -82,6 +82,7 @@ pub fn record(
         nll_stderr: evaluation.nll_stderr,
         perplexity: evaluation.perplexity(),
         weight_bytes: model.checkpoint.weight_bytes(),
+        unread_keys: opened.config.unread_keys.clone(),
         ..EvalRecord::default()
     };
     match evaluation.comparison {
@@ -184,7 +185,12 @@ impl<'a> Scorer<'a> {
             };
             scores.extend(scored.map_err(|error| match error {
                 ScoreError::Model(error) => error.into(),
-                error => Failure::new(format!("{name}: {error}")),
+                ScoreError::NotFinite { window } => {
+                    let window = group.start + window;
+                    Failure::new(format!(
+                        "{name}: the likelihood of window {window} is not finite"
+                    ))
+                }
             })?);
         }
         steps.end();

@@ -27,6 +27,26 @@ pub enum OpenError {
     Model(#[from] ModelError),
 }
 
+impl OpenError {
+    /// Advice, apart from the cause.
+    pub fn hint(&self) -> Option<&'static str> {
+        match self {
+            OpenError::Model(error) => error.hint(),
+            _ => None,
+        }
+    }
+
+    /// The files are sound, but nothing here computes or reads what they hold.
+    pub fn is_unsupported(&self) -> bool {
+        match self {
+            OpenError::Config { source, .. } => source.is_unsupported(),
+            OpenError::Quantization { source, .. } => source.is_unsupported(),
+            OpenError::NoSettings(_) => false,
+            OpenError::Model(error) => error.is_unsupported(),
+        }
+    }
+}
+
 /// A checkpoint whose kind is known.
 pub struct OpenedModel {
     /// Weights, dequantised on reading where packed.
@@ -39,7 +59,8 @@ pub struct OpenedModel {
     pub quantization: Option<QuantizeConfig>,
 }
 
-/// Reads the configs of a checkpoint and picks the reader for its weights.
+/// Reads the configs of a checkpoint, picks the reader for its weights, and compares the headers of
+/// all tensors with what the architecture needs.
 pub fn open(
     source: Arc<dyn TensorSource>,
     config_json: &str,
@@ -52,12 +73,14 @@ pub fn open(
     })?;
     let packed = source.names().iter().any(|name| name.ends_with(".qweight"));
     if !packed {
-        return Ok(OpenedModel {
+        let opened = OpenedModel {
             weights: Arc::new(FloatWeights::new(source)),
             packed: None,
             config,
             quantization: None,
-        });
+        };
+        opened.check()?;
+        return Ok(opened);
     }
     let settings = QuantizeConfig::from_files(quantize_config_json, Some(config_json))
         .map_err(|source| OpenError::Quantization {
@@ -67,12 +90,14 @@ pub fn open(
         .ok_or(OpenError::NoSettings(place))?;
     let weights = PackedWeights::new(source, settings.clone());
     let weights = Arc::new(weights.declared_by(config_json));
-    Ok(OpenedModel {
+    let opened = OpenedModel {
         weights: weights.clone(),
         packed: Some(weights),
         config,
         quantization: Some(settings),
-    })
+    };
+    opened.check()?;
+    Ok(opened)
 }
 
 impl OpenedModel {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use gptq_model::{FloatWeights, LinearValues, LinearWeights, WeightSource};
-use gptq_packer::{QuantizeConfig, read_layer};
+use gptq_packer::{QuantizeConfig, ReadError, check_layer, read_layer};
 use gptq_types::{Dtype, LayerName, SolvedLayer, SourceError, TensorSource};
 
 /// A GPTQ checkpoint: linears with a `qweight` are dequantised as they are read, everything else
@@ -40,10 +40,15 @@ impl PackedWeights {
         self
     }
 
-    /// Codes, scales, zeros and groups of a linear; nothing where it is stored as floats.
-    pub fn layer(&self, layer: &LayerName) -> Result<Option<SolvedLayer>, SourceError> {
+    /// Codes, scales, zeros and groups of a linear of `[in_features, out_features]`; nothing where it
+    /// is stored as floats.
+    pub fn layer(
+        &self,
+        layer: &LayerName,
+        shape: [usize; 2],
+    ) -> Result<Option<SolvedLayer>, SourceError> {
         match self.is_packed(layer) {
-            true => self.read(layer).map(Some),
+            true => self.read(layer, shape).map(Some),
             false => Ok(None),
         }
     }
@@ -52,13 +57,9 @@ impl PackedWeights {
         self.source.info(&layer.tensor("qweight")).is_some()
     }
 
-    fn read(&self, layer: &LayerName) -> Result<SolvedLayer, SourceError> {
-        read_layer(self.source.as_ref(), layer, &self.config).map_err(|error| {
-            SourceError::Invalid {
-                name: layer.to_string(),
-                reason: error.to_string(),
-            }
-        })
+    fn read(&self, layer: &LayerName, shape: [usize; 2]) -> Result<SolvedLayer, SourceError> {
+        read_layer(self.source.as_ref(), layer, shape, &self.config)
+            .map_err(|error| unreadable(layer, error))
     }
 }
 
@@ -75,12 +76,17 @@ impl WeightSource for PackedWeights {
         self.float.plain(name)
     }
 
-    fn linear(&self, layer: &LayerName, bias: bool) -> Result<LinearWeights, SourceError> {
+    fn linear(
+        &self,
+        layer: &LayerName,
+        shape: [usize; 2],
+        bias: bool,
+    ) -> Result<LinearWeights, SourceError> {
         if !self.is_packed(layer) {
-            return self.float.linear(layer, bias);
+            return self.float.linear(layer, shape, bias);
         }
         Ok(LinearWeights {
-            weight: LinearValues::InputMajor(self.read(layer)?.dequantise()),
+            weight: LinearValues::InputMajor(self.read(layer, shape)?.dequantise()),
             bias: self.bias(layer, bias)?,
         })
     }
@@ -88,13 +94,14 @@ impl WeightSource for PackedWeights {
     fn linear_as_stored(
         &self,
         layer: &LayerName,
+        shape: [usize; 2],
         bias: bool,
     ) -> Result<LinearWeights, SourceError> {
         if !self.is_packed(layer) {
-            return self.float.linear_as_stored(layer, bias);
+            return self.float.linear_as_stored(layer, shape, bias);
         }
         Ok(LinearWeights {
-            weight: LinearValues::Packed(self.read(layer)?),
+            weight: LinearValues::Packed(self.read(layer, shape)?),
             bias: self.bias(layer, bias)?,
         })
     }
@@ -130,32 +137,32 @@ impl WeightSource for PackedWeights {
     fn check_linear(
         &self,
         layer: &LayerName,
-        in_features: usize,
-        out_features: usize,
+        shape: [usize; 2],
         bias: bool,
     ) -> Result<(), SourceError> {
         if !self.is_packed(layer) {
-            return self
-                .float
-                .check_linear(layer, in_features, out_features, bias);
+            return self.float.check_linear(layer, shape, bias);
         }
-        let name = layer.tensor("qweight");
-        let found = self.source.require(&name)?.shape;
-        let rows = (in_features * self.config.bits.width() as usize).div_ceil(32);
-        if found != [rows, out_features] {
-            return Err(SourceError::Shape {
-                name,
-                place: self.place(),
-                found,
-                expected: vec![rows, out_features],
-            });
-        }
+        check_layer(self.source.as_ref(), layer, shape, &self.config)
+            .map_err(|error| unreadable(layer, error))?;
         if bias {
-            self.check_plain(&layer.tensor("bias"), &[out_features])?;
+            self.check_plain(&layer.tensor("bias"), &shape[1..])?;
         } else if self.source.info(&layer.tensor("bias")).is_some() {
+            self.check_plain(&layer.tensor("bias"), &shape[1..])?;
             self.refuse_lost_bias(&layer.tensor("bias"))?;
         }
         Ok(())
+    }
+}
+
+/// The tensor's own error, where there is one.
+fn unreadable(layer: &LayerName, error: ReadError) -> SourceError {
+    match error {
+        ReadError::Source(error) => error,
+        error => SourceError::Invalid {
+            name: layer.to_string(),
+            reason: error.to_string(),
+        },
     }
 }
 

@@ -36,18 +36,24 @@ impl OpenedModel {
         self.config.check_tensors(self.weights.as_ref())
     }
 
-    /// The linear `layer` of `stage`. One checkpoint may hold packed and plain linears.
-    pub fn linear(&self, layer: &LayerName, stage: Stage) -> Result<StoredLinear, SourceError> {
+    /// The linear `layer` of `stage`, `[in_features, out_features]`. One checkpoint may hold packed
+    /// and plain linears.
+    pub fn linear(
+        &self,
+        layer: &LayerName,
+        shape: [usize; 2],
+        stage: Stage,
+    ) -> Result<StoredLinear, SourceError> {
         let bias = self.config.has_bias(stage);
         if let Some(packed) = &self.packed
-            && let Some(solved) = packed.layer(layer)?
+            && let Some(solved) = packed.layer(layer, shape)?
         {
             return Ok(StoredLinear {
                 weight: StoredWeight::Packed(solved),
                 bias: self.weights.bias(layer, bias)?,
             });
         }
-        let linear = self.weights.linear_as_stored(layer, bias)?;
+        let linear = self.weights.linear_as_stored(layer, shape, bias)?;
         let LinearValues::Stored { dtype, bytes } = linear.weight else {
             return Err(SourceError::Invalid {
                 name: layer.to_string(),

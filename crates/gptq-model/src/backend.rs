@@ -51,10 +51,11 @@ pub(crate) trait DecoderBackend: Backend + 'static {
     /// Gives memory of past operations back, before much of it is needed for something else.
     fn tidy();
 
-    /// Reads a linear in the form that [`DecoderBackend::weight`] takes.
+    /// Reads a linear of `[in_features, out_features]` in the form that [`DecoderBackend::weight`] takes.
     fn read(
         source: &dyn WeightSource,
         layer: &LayerName,
+        shape: [usize; 2],
         bias: bool,
     ) -> Result<LinearWeights, SourceError>;
 
@@ -214,9 +215,10 @@ impl DecoderBackend for Flex {
     fn read(
         source: &dyn WeightSource,
         layer: &LayerName,
+        shape: [usize; 2],
         bias: bool,
     ) -> Result<LinearWeights, SourceError> {
-        source.linear(layer, bias)
+        source.linear(layer, shape, bias)
     }
 
     fn weight(values: LinearValues, in_features: usize, out_features: usize) -> Tensor<Self, 2> {

@@ -59,7 +59,7 @@ impl HostBlock {
             })
             .collect();
         let read = |((name, k, n), bias): ((LayerName, usize, usize), bool)| {
-            let stored = B::read(source, &name, bias)?;
+            let stored = B::read(source, &name, [k, n], bias)?;
             Ok::<_, SourceError>((name, k, n, stored))
         };
         // Side by side where somebody waits; one after another needs less memory on the way.

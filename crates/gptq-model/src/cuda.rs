@@ -144,9 +144,10 @@ impl<E: Half> DecoderBackend for Cuda<E> {
     fn read(
         source: &dyn WeightSource,
         layer: &LayerName,
+        shape: [usize; 2],
         bias: bool,
     ) -> Result<LinearWeights, SourceError> {
-        source.linear_as_stored(layer, bias)
+        source.linear_as_stored(layer, shape, bias)
     }
 
     fn weight(values: LinearValues, in_features: usize, out_features: usize) -> Tensor<Self, 2> {

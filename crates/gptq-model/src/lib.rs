@@ -13,6 +13,7 @@ mod block;
 #[cfg(feature = "cuda")]
 mod budget;
 mod config;
+mod config_keys;
 #[cfg(feature = "cuda")]
 mod cuda;
 #[cfg(feature = "cuda")]
@@ -63,6 +64,10 @@ pub enum ModelError {
         architecture: String,
     },
     #[error(
+        "`lm_head.weight` in {place} holds other values than the embedding, though config.json has `tie_word_embeddings`"
+    )]
+    AnotherHead { place: String },
+    #[error(
         "token id {id} is outside the vocabulary of {vocab_size}: the tokenizer does not belong to the model"
     )]
     TokenOutsideVocabulary { id: u32, vocab_size: usize },
@@ -78,11 +83,22 @@ pub enum ModelError {
 }
 
 impl ModelError {
+    /// The files are sound, but describe a model that is not computed here.
+    pub fn is_unsupported(&self) -> bool {
+        matches!(
+            self,
+            ModelError::Unexpected { .. } | ModelError::AnotherHead { .. }
+        )
+    }
+
     /// Advice, apart from the cause.
     pub fn hint(&self) -> Option<&'static str> {
         match self {
             #[cfg(feature = "cuda")]
             ModelError::Cuda(error) => error.hint(),
+            ModelError::AnotherHead { .. } => {
+                Some("set tie_word_embeddings to false if the head is the one that was trained")
+            }
             _ => None,
         }
     }

@@ -66,16 +66,23 @@ pub trait WeightSource: Send + Sync {
         }
     }
 
-    /// A linear, quantised or not.
-    fn linear(&self, layer: &LayerName, bias: bool) -> Result<LinearWeights, SourceError>;
+    /// A linear of `[in_features, out_features]`, quantized or not. The shape is the architecture's;
+    /// tensors that do not have it are an error.
+    fn linear(
+        &self,
+        layer: &LayerName,
+        shape: [usize; 2],
+        bias: bool,
+    ) -> Result<LinearWeights, SourceError>;
 
     /// A linear in the cheapest form for a device that converts it itself.
     fn linear_as_stored(
         &self,
         layer: &LayerName,
+        shape: [usize; 2],
         bias: bool,
     ) -> Result<LinearWeights, SourceError> {
-        self.linear(layer, bias)
+        self.linear(layer, shape, bias)
     }
 
     /// A tensor that is never quantised, in its stored type: F16, BF16 or F32, finite.
@@ -96,12 +103,12 @@ pub trait WeightSource: Send + Sync {
     /// Presence and shape of a plain tensor, from headers alone.
     fn check_plain(&self, name: &str, shape: &[usize]) -> Result<(), SourceError>;
 
-    /// Presence and shape of a linear, from headers alone.
+    /// Presence, type and shape of all tensors of a linear of `[in_features, out_features]`, from
+    /// headers alone.
     fn check_linear(
         &self,
         layer: &LayerName,
-        in_features: usize,
-        out_features: usize,
+        shape: [usize; 2],
         bias: bool,
     ) -> Result<(), SourceError>;
 }
@@ -130,18 +137,15 @@ impl WeightSource for FloatWeights {
         read_finite(self.0.as_ref(), name)
     }
 
-    fn linear(&self, layer: &LayerName, bias: bool) -> Result<LinearWeights, SourceError> {
-        let name = layer.tensor("weight");
-        let shape = self.0.require(&name)?.shape;
-        let &[out_features, in_features] = shape.as_slice() else {
-            return Err(SourceError::Shape {
-                name,
-                place: self.place(),
-                found: shape,
-                expected: vec![0, 0],
-            });
-        };
-        let stored = self.plain(&name)?;
+    fn linear(
+        &self,
+        layer: &LayerName,
+        shape: [usize; 2],
+        bias: bool,
+    ) -> Result<LinearWeights, SourceError> {
+        self.check_linear(layer, shape, bias)?;
+        let [in_features, out_features] = shape;
+        let stored = self.plain(&layer.tensor("weight"))?;
         Ok(LinearWeights {
             weight: LinearValues::InputMajor(transpose(&stored, out_features, in_features)),
             bias: self.bias(layer, bias)?,
@@ -151,8 +155,10 @@ impl WeightSource for FloatWeights {
     fn linear_as_stored(
         &self,
         layer: &LayerName,
+        shape: [usize; 2],
         bias: bool,
     ) -> Result<LinearWeights, SourceError> {
+        self.check_linear(layer, shape, bias)?;
         let (dtype, bytes) = read_checked(self.0.as_ref(), &layer.tensor("weight"))?;
         Ok(LinearWeights {
             weight: LinearValues::Stored { dtype, bytes },
@@ -200,8 +206,7 @@ impl WeightSource for FloatWeights {
     fn check_linear(
         &self,
         layer: &LayerName,
-        in_features: usize,
-        out_features: usize,
+        [in_features, out_features]: [usize; 2],
         bias: bool,
     ) -> Result<(), SourceError> {
         self.check_plain(&layer.tensor("weight"), &[out_features, in_features])?;
@@ -390,8 +395,8 @@ mod tests {
             source(Dtype::BF16, bf16s.collect()),
         ] {
             for linear in [
-                source.linear(&layer, false),
-                source.linear_as_stored(&layer, false),
+                source.linear(&layer, [2, 2], false),
+                source.linear_as_stored(&layer, [2, 2], false),
             ] {
                 let weight = linear.unwrap().weight.input_major(2, 2);
                 assert_eq!(weight, [1.0, 3.0, -2.5, 0.5]);

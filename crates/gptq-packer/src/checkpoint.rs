@@ -1,7 +1,8 @@
-//! Quantised linears out of a checkpoint, with every shape and type checked against the others.
+//! Quantized linears out of a checkpoint, with every shape and type checked against the
+//! architecture before a value is read.
 
 use bytemuck::Pod;
-use gptq_types::{Bits, Dtype, LayerName, SolvedLayer, SourceError, TensorInfo, TensorSource};
+use gptq_types::{Bits, Dtype, LayerName, SolvedLayer, SourceError, TensorSource};
 use half::{bf16, f16};
 use rayon::prelude::*;
 
@@ -41,34 +42,61 @@ pub fn packed_layers(source: &dyn TensorSource) -> Vec<LayerName> {
         .collect()
 }
 
-/// Reads one quantised linear.
+/// Checks the headers of one packed linear of `[in_features, out_features]`: presence, type and shape
+/// of `qweight`, `qzeros`, `scales` and `g_idx`. Nothing is read but headers.
+///
+/// The shape is the architecture's. What the tensors say of it themselves proves nothing: a `g_idx`
+/// that is two channels short has the same `qweight`.
+///
+/// # Errors
+/// The first tensor that is missing or does not fit; a `g_idx` that is absent where the inputs do not
+/// fill words and groups, so that nothing says how the last ones are cut.
+pub fn check_layer(
+    source: &dyn TensorSource,
+    name: &LayerName,
+    shape: [usize; 2],
+    config: &QuantizeConfig,
+) -> Result<(), ReadError> {
+    let wanted = StoredShape::of(shape, config);
+    if !wanted.check(source, name)? {
+        let [inputs, _] = shape;
+        let group = config.group_size.resolve(inputs);
+        let (width, bits) = (config.bits.width() as usize, config.bits);
+        if !inputs.is_multiple_of(group) || !(inputs % 32 * width).is_multiple_of(32) {
+            return Err(ReadError::Source(SourceError::Invalid {
+                name: name.tensor("g_idx"),
+                reason: format!(
+                    "is absent from {}, and {inputs} inputs do not fill {bits}-bit words and groups \
+                     of {group}",
+                    source.place()
+                ),
+            }));
+        }
+    }
+    Ok(())
+}
+
+/// Reads one quantised linear of `[in_features, out_features]`, checked by [`check_layer`] first.
 ///
 /// A `g_idx` that is absent, or all zero though there are several groups, means `k / group_size`,
 /// as in ExLlama. Scales in bf16 or f32 are taken if every one is an f16 number.
 ///
 /// # Errors
-/// Tensors that are missing or do not fit each other or `config`, group indices out of range,
-/// scales that are not finite or not f16 numbers.
+/// Those of [`check_layer`]; group indices out of range, scales that are not finite or not f16
+/// numbers.
 pub fn read_layer(
     source: &dyn TensorSource,
     name: &LayerName,
+    shape: [usize; 2],
     config: &QuantizeConfig,
 ) -> Result<SolvedLayer, ReadError> {
-    let shapes = Shapes::read(source, name, config.bits)?;
-    let groups = config.group_size.count(shapes.inputs);
-    if shapes.groups != groups {
-        return Err(ReadError::Source(SourceError::Shape {
-            name: name.tensor("scales"),
-            place: source.place(),
-            found: vec![shapes.groups, shapes.outputs],
-            expected: vec![groups, shapes.outputs],
-        }));
-    }
-    let mut packed = shapes.packed(source, name, config.bits)?;
+    check_layer(source, name, shape, config)?;
+    let wanted = StoredShape::of(shape, config);
+    let mut packed = wanted.read(source, name)?;
     let silent = packed.g_idx.iter().all(|&group| group == 0);
-    if packed.g_idx.is_empty() || (silent && groups > 1) {
-        let size = config.group_size.resolve(shapes.inputs);
-        packed.g_idx = (0..shapes.inputs).map(|k| (k / size) as i32).collect();
+    if packed.g_idx.is_empty() || (silent && wanted.groups > 1) {
+        let size = config.group_size.resolve(wanted.inputs);
+        packed.g_idx = (0..wanted.inputs).map(|k| (k / size) as i32).collect();
     }
     unpack(&packed, config.format).map_err(|error| ReadError::Layer {
         layer: name.clone(),
@@ -77,71 +105,54 @@ pub fn read_layer(
     })
 }
 
-/// `K`, `N` and `G` of a stored layer whose tensors agree in them.
+/// `K`, `N`, `G` and the width of codes that the tensors of a layer must have.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Shapes {
+pub(crate) struct StoredShape {
+    pub bits: Bits,
     pub inputs: usize,
     pub outputs: usize,
     pub groups: usize,
-    pub has_g_idx: bool,
 }
 
-impl Shapes {
-    pub(crate) fn read(
-        source: &dyn TensorSource,
-        name: &LayerName,
-        bits: Bits,
-    ) -> Result<Self, ReadError> {
-        let [rows, outputs] = matrix(source, &name.tensor("qweight"), Dtype::I32)?;
-        let g_idx = match source.info(&name.tensor("g_idx")) {
-            Some(_) => Some(vector(source, &name.tensor("g_idx"), Dtype::I32)?),
-            None => None,
-        };
-        let inputs = match g_idx {
-            Some(inputs) => inputs,
-            None => inputs_of_rows(name, rows, bits)?,
-        };
-        expect_shape(
-            source,
-            name.tensor("qweight"),
-            [rows, outputs],
-            [word_count(inputs, bits), outputs],
-        )?;
-        let [groups, scale_outputs] = scales_shape(source, &name.tensor("scales"))?;
-        expect_shape(
-            source,
-            name.tensor("scales"),
-            [groups, scale_outputs],
-            [groups.max(1), outputs],
-        )?;
-        let zeros = matrix(source, &name.tensor("qzeros"), Dtype::I32)?;
-        expect_shape(
-            source,
-            name.tensor("qzeros"),
-            zeros,
-            [groups, word_count(outputs, bits)],
-        )?;
-        Ok(Shapes {
+impl StoredShape {
+    fn of([inputs, outputs]: [usize; 2], config: &QuantizeConfig) -> Self {
+        StoredShape {
+            bits: config.bits,
             inputs,
             outputs,
-            groups,
-            has_g_idx: g_idx.is_some(),
-        })
+            groups: config.group_size.count(inputs),
+        }
     }
 
-    /// The stored tensors; `g_idx` is empty when the checkpoint has none.
-    pub(crate) fn packed(
+    /// Whether there is a `g_idx`; an error where a tensor is not as it must be.
+    fn check(self, source: &dyn TensorSource, name: &LayerName) -> Result<bool, ReadError> {
+        let words = |fields| word_count(fields, self.bits);
+        let rows = [words(self.inputs), self.outputs];
+        expect(source, &name.tensor("qweight"), Some(Dtype::I32), &rows)?;
+        let scales = [self.groups, self.outputs];
+        expect(source, &name.tensor("scales"), None, &scales)?;
+        let zeros = [self.groups, words(self.outputs)];
+        expect(source, &name.tensor("qzeros"), Some(Dtype::I32), &zeros)?;
+        let g_idx = name.tensor("g_idx");
+        if source.info(&g_idx).is_none() {
+            return Ok(false);
+        }
+        expect(source, &g_idx, Some(Dtype::I32), &[self.inputs])?;
+        Ok(true)
+    }
+
+    /// The stored tensors, checked; `g_idx` is empty when the checkpoint has none.
+    pub(crate) fn read(
         self,
         source: &dyn TensorSource,
         name: &LayerName,
-        bits: Bits,
     ) -> Result<PackedLayer, ReadError> {
-        let g_idx = match self.has_g_idx {
+        let g_idx = match self.check(source, name)? {
             true => numbers(source, &name.tensor("g_idx"))?,
             false => Vec::new(),
         };
         Ok(PackedLayer {
-            bits,
+            bits: self.bits,
             in_features: self.inputs,
             out_features: self.outputs,
             qweight: numbers(source, &name.tensor("qweight"))?,
@@ -152,74 +163,32 @@ impl Shapes {
     }
 }
 
-/// Without `g_idx` nothing tells how far the last word is filled, so it must be full.
-fn inputs_of_rows(name: &LayerName, rows: usize, bits: Bits) -> Result<usize, ReadError> {
-    let width = bits.width() as usize;
-    match rows.checked_mul(32) {
-        Some(stored) if stored % width == 0 => Ok(stored / width),
-        _ => Err(ReadError::Source(SourceError::Invalid {
-            name: name.tensor("qweight"),
-            reason: format!("{rows} rows are no whole number of {bits}-bit inputs"),
-        })),
-    }
-}
-
-fn expect_shape(
+/// Presence, type and shape of a tensor; without a type, one of the float types.
+fn expect(
     source: &dyn TensorSource,
-    name: String,
-    found: [usize; 2],
-    expected: [usize; 2],
-) -> Result<(), ReadError> {
-    if found == expected {
-        return Ok(());
-    }
-    Err(ReadError::Source(SourceError::Shape {
-        name,
-        place: source.place(),
-        found: found.to_vec(),
-        expected: expected.to_vec(),
-    }))
-}
-
-fn typed(source: &dyn TensorSource, name: &str, dtype: Dtype) -> Result<TensorInfo, SourceError> {
+    name: &str,
+    dtype: Option<Dtype>,
+    shape: &[usize],
+) -> Result<(), SourceError> {
     let info = source.require(name)?;
-    if info.dtype != dtype {
+    let fits = dtype.map_or(info.dtype.is_weight(), |dtype| info.dtype == dtype);
+    if !fits {
         return Err(SourceError::Type {
             name: name.to_string(),
             place: source.place(),
             found: info.dtype,
-            expected: dtype.safetensors_name(),
+            expected: dtype.map_or("F16, BF16 or F32", Dtype::safetensors_name),
         });
     }
-    Ok(info)
-}
-
-fn matrix(source: &dyn TensorSource, name: &str, dtype: Dtype) -> Result<[usize; 2], SourceError> {
-    dimensions(name, typed(source, name, dtype)?)
-}
-
-fn vector(source: &dyn TensorSource, name: &str, dtype: Dtype) -> Result<usize, SourceError> {
-    dimensions(name, typed(source, name, dtype)?).map(|[length]: [usize; 1]| length)
-}
-
-fn scales_shape(source: &dyn TensorSource, name: &str) -> Result<[usize; 2], SourceError> {
-    let info = source.require(name)?;
-    if !info.dtype.is_weight() {
-        return Err(SourceError::Type {
+    if info.shape != shape {
+        return Err(SourceError::Shape {
             name: name.to_string(),
             place: source.place(),
-            found: info.dtype,
-            expected: "F16, BF16 or F32",
+            found: info.shape,
+            expected: shape.to_vec(),
         });
     }
-    dimensions(name, info)
-}
-
-fn dimensions<const D: usize>(name: &str, info: TensorInfo) -> Result<[usize; D], SourceError> {
-    <[usize; D]>::try_from(info.shape.as_slice()).map_err(|_| SourceError::Invalid {
-        name: name.to_string(),
-        reason: format!("shape {:?} has not {D} dimensions", info.shape),
-    })
+    Ok(())
 }
 
 /// Bytes that one task reads.
@@ -294,24 +263,22 @@ impl ZeroConvention {
     }
 }
 
-/// Reads the zeros of the named layers. Padding in partly filled words is not looked at.
+/// Reads the zeros of the given layers, each with its `[in_features, out_features]`. Padding in partly
+/// filled words is not looked at.
 ///
 /// # Errors
-/// Tensors that are missing or do not fit each other.
+/// Tensors that are missing or do not fit the architecture.
 pub fn zero_convention(
     source: &dyn TensorSource,
-    names: &[LayerName],
-    bits: Bits,
+    layers: &[(LayerName, [usize; 2])],
+    config: &QuantizeConfig,
 ) -> Result<ZeroConvention, ReadError> {
     let mut joined = ZeroConvention::Unknown;
-    for name in names {
-        let shapes = Shapes::read(source, name, bits)?;
+    for (name, shape) in layers {
+        check_layer(source, name, *shape, config)?;
         let words: Vec<i32> = numbers(source, &name.tensor("qzeros"))?;
-        if shapes.outputs == 0 {
-            continue;
-        }
-        let fields = unpack_columns(&words, shapes.outputs, bits);
-        joined = joined.join(convention_of(&fields, bits));
+        let fields = unpack_columns(&words, shape[1], config.bits);
+        joined = joined.join(convention_of(&fields, config.bits));
         if joined == ZeroConvention::Asymmetric {
             break;
         }

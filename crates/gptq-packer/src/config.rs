@@ -75,6 +75,16 @@ pub enum ConfigError {
     Repeated { file: &'static str, key: String },
 }
 
+impl ConfigError {
+    /// The file is sound, but describes another way to store weights than those read here.
+    pub fn is_unsupported(&self) -> bool {
+        matches!(
+            self,
+            ConfigError::Unsupported { .. } | ConfigError::DynamicRule { .. }
+        )
+    }
+}
+
 /// What a reader must know about a checkpoint, and what is known about its making.
 #[derive(Clone, Debug, PartialEq)]
 pub struct QuantizeConfig {

@@ -35,7 +35,9 @@ mod unpack;
 mod verify;
 mod words;
 
-pub use checkpoint::{ReadError, ZeroConvention, packed_layers, read_layer, zero_convention};
+pub use checkpoint::{
+    ReadError, ZeroConvention, check_layer, packed_layers, read_layer, zero_convention,
+};
 pub use config::{ConfigError, QuantizeConfig};
 pub use emit::{config_json_with_quantization, quantize_config_json};
 pub use folder_check::{FolderCheckError, FolderVerdict, check_files, hash_file};

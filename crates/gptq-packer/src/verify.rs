@@ -4,7 +4,7 @@ use gptq_types::{CheckpointFormat, LayerName, SolvedLayer, TensorSource};
 use half::f16;
 use rayon::prelude::*;
 
-use crate::checkpoint::{ReadError, Shapes};
+use crate::checkpoint::{ReadError, StoredShape};
 use crate::unpack::unpack;
 
 /// A file that does not hold what the solver chose.
@@ -48,15 +48,17 @@ pub fn verify_layer(
     solved: &SolvedLayer,
     format: CheckpointFormat,
 ) -> Result<(), VerifyError> {
-    let shapes = Shapes::read(source, name, solved.bits)?;
     let verifier = Verifier {
         layer: name,
         place: source.place(),
     };
-    verifier.same_size("in_features", solved.in_features, shapes.inputs)?;
-    verifier.same_size("out_features", solved.out_features, shapes.outputs)?;
-    verifier.same_size("groups", solved.groups(), shapes.groups)?;
-    let packed = shapes.packed(source, name, solved.bits)?;
+    let wanted = StoredShape {
+        bits: solved.bits,
+        inputs: solved.in_features,
+        outputs: solved.out_features,
+        groups: solved.groups(),
+    };
+    let packed = wanted.read(source, name)?;
     verifier.same_size("g_idx entries", solved.g_idx.len(), packed.g_idx.len())?;
     let stored = unpack(&packed, format).map_err(|error| ReadError::Layer {
         layer: name.clone(),

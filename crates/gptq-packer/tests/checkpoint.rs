@@ -85,7 +85,8 @@ fn read_changed(change: impl FnOnce(&mut Tensors)) -> Result<SolvedLayer, ReadEr
     let mut tensors = tensors(&pack(&solved(Bits::Four), spec.format).unwrap(), &spec);
     change(&mut tensors);
     let folder = tempfile::tempdir().unwrap();
-    read_layer(&written(folder.path(), &tensors), &name(), &config(&spec))
+    let file = written(folder.path(), &tensors);
+    read_layer(&file, &name(), [INPUTS, OUTPUTS], &config(&spec))
 }
 
 fn set_scales(tensors: &mut Tensors, dtype: Dtype, bytes: Vec<u8>) {
@@ -110,7 +111,8 @@ fn a_staged_layer_is_verified_before_and_after_publishing() {
                 staged.write(&tensor, bytes).unwrap();
             }
             verify_layer(&staged, &name(), &layer, spec.format).unwrap();
-            assert_eq!(read_layer(&staged, &name(), &config(&spec)).unwrap(), layer);
+            let read = read_layer(&staged, &name(), [INPUTS, OUTPUTS], &config(&spec));
+            assert_eq!(read.unwrap(), layer);
             let published = staged.publish().unwrap();
             if layout.shards().len() == 1 {
                 let file = SafetensorsFile::open(&published.join("model.safetensors")).unwrap();
@@ -149,7 +151,8 @@ fn layers_of_several_pieces_are_read_whole() {
     ));
     layer.codes[last] ^= 1;
     let file = SafetensorsFile::open(&staged.publish().unwrap().join("model.safetensors")).unwrap();
-    assert_eq!(read_layer(&file, &name(), &config(&spec)).unwrap(), layer);
+    let read = read_layer(&file, &name(), [inputs, outputs], &config(&spec));
+    assert_eq!(read.unwrap(), layer);
 }
 
 #[test]
@@ -183,11 +186,8 @@ fn verifying_names_the_first_difference() {
     let mut longer = layer.clone();
     longer.in_features += 1;
     let error = verify_layer(&file, &name(), &longer, spec.format).unwrap_err();
-    assert!(
-        error
-            .to_string()
-            .contains("has in_features 50, the solver has 51")
-    );
+    let named = "up_proj.g_idx` in";
+    assert!(error.to_string().contains(named), "{error}");
     let wrong_format = verify_layer(&file, &name(), &layer, CheckpointFormat::GptqV2);
     assert!(matches!(
         wrong_format,
@@ -205,10 +205,46 @@ fn a_silent_g_idx_means_consecutive_groups() {
     let g_idx = name().tensor("g_idx");
     let zeroed = read_changed(|tensors| tensors.get_mut(&g_idx).unwrap().1.fill(0)).unwrap();
     assert_eq!(zeroed, solved(Bits::Four));
-    // Without g_idx the 7 word rows stand for 56 inputs, which are 4 groups as well.
-    let absent = read_changed(|tensors| drop(tensors.remove(&g_idx))).unwrap();
-    assert_eq!(absent.in_features, 56);
-    assert!(absent.has_trivial_g_idx(GROUP));
+    // Without g_idx nothing says how the last word and the last group are cut.
+    let absent = read_changed(|tensors| drop(tensors.remove(&g_idx))).unwrap_err();
+    let text = absent.to_string();
+    assert!(text.contains("up_proj.g_idx`: is absent"), "{text}");
+    assert!(text.contains("50 inputs do not fill"), "{text}");
+}
+
+/// A `g_idx` two channels short has the same words: K was taken from it, and a product asserted.
+#[test]
+fn a_layer_of_another_shape_than_the_architecture_is_refused() {
+    for suffix in ["qweight", "qzeros", "scales", "g_idx"] {
+        let key = name().tensor(suffix);
+        for dimension in [0, 1] {
+            for longer in [false, true] {
+                let changed = read_changed(|tensors| {
+                    let (info, bytes) = tensors.get_mut(&key).unwrap();
+                    let Some(size) = info.shape.get_mut(dimension) else {
+                        info.shape.push(1);
+                        return;
+                    };
+                    *size = if longer { *size + 1 } else { *size - 1 };
+                    bytes.resize(info.bytes(), 0);
+                });
+                let text = changed.unwrap_err().to_string();
+                assert!(text.contains(&format!("`{key}` in")), "{text}");
+                assert!(text.contains("expected ["), "{text}");
+            }
+        }
+        let typed = read_changed(|tensors| {
+            let (info, bytes) = tensors.get_mut(&key).unwrap();
+            info.dtype = Dtype::I16;
+            bytes.truncate(info.bytes());
+            bytes.resize(info.bytes(), 0);
+        });
+        let text = typed.unwrap_err().to_string();
+        assert!(
+            text.contains(&format!("`{key}` in")) && text.contains("type I16"),
+            "{text}"
+        );
+    }
 }
 
 #[test]
@@ -281,10 +317,7 @@ fn tensors_that_do_not_fit_each_other_are_refused() {
             info.shape = vec![info.elements()];
         })
         .unwrap_err();
-        assert!(matches!(
-            flat,
-            ReadError::Source(SourceError::Invalid { .. })
-        ));
+        assert!(matches!(flat, ReadError::Source(SourceError::Shape { .. })));
     }
 }
 
@@ -300,11 +333,11 @@ fn the_zeros_show_the_convention() {
             let packed = pack(&layer, format).unwrap();
             let folder = tempfile::tempdir().unwrap();
             let file = written(folder.path(), &tensors(&packed, &spec(bits)));
-            assert_eq!(zero_convention(&file, &[name()], bits).unwrap(), convention);
-            assert_eq!(
-                zero_convention(&file, &[], bits).unwrap(),
-                ZeroConvention::Unknown
-            );
+            let layers = [(name(), [INPUTS, OUTPUTS])];
+            let config = config(&spec(bits));
+            let found = |layers: &[_]| zero_convention(&file, layers, &config).unwrap();
+            assert_eq!(found(&layers), convention);
+            assert_eq!(found(&[]), ZeroConvention::Unknown);
         }
     }
 }

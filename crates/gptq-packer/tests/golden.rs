@@ -42,13 +42,30 @@ fn words(file: &SafetensorsFile, name: &str) -> Vec<i32> {
     words.map(|&word| i32::from_le_bytes(word)).collect()
 }
 
+/// `[K, N]` as these files tell it: `g_idx` has an entry for each input.
+fn shape(golden: &Golden, name: &LayerName) -> [usize; 2] {
+    let shape = |suffix| golden.file.info(&name.tensor(suffix)).unwrap().shape;
+    [shape("g_idx")[0], shape("scales")[1]]
+}
+
+fn convention(golden: &Golden) -> ZeroConvention {
+    let layers: Vec<_> = (packed_layers(&golden.file).into_iter())
+        .map(|name| (name.clone(), shape(golden, &name)))
+        .collect();
+    zero_convention(&golden.file, &layers, &golden.config).unwrap()
+}
+
+fn read(golden: &Golden, name: &LayerName) -> SolvedLayer {
+    read_layer(&golden.file, name, shape(golden, name), &golden.config).unwrap()
+}
+
 fn layers(golden: &Golden) -> Vec<(LayerName, SolvedLayer)> {
     let names = packed_layers(&golden.file);
     assert_eq!(names.len(), 5 * 7);
     names
         .into_iter()
         .map(|name| {
-            let layer = read_layer(&golden.file, &name, &golden.config).unwrap();
+            let layer = read(golden, &name);
             (name, layer)
         })
         .collect()
@@ -82,14 +99,12 @@ fn fixtures_are_read_and_packed_again() {
             let stored = words(&golden.file, &layer_name.tensor("qzeros"));
             assert_eq!(zeros, stored, "{name}: {layer_name}");
         }
-        let convention = match (golden.config.sym, v2) {
+        let expected = match (golden.config.sym, v2) {
             (false, _) => ZeroConvention::Asymmetric,
             (true, false) => ZeroConvention::V1,
             (true, true) => ZeroConvention::V2,
         };
-        let (names, bits) = (packed_layers(&golden.file), golden.config.bits);
-        let found = zero_convention(&golden.file, &names, bits).unwrap();
-        assert_eq!(found, convention, "{name}");
+        assert_eq!(convention(&golden), expected, "{name}");
         checked += 1;
     }
     assert_eq!(checked, 16);
@@ -130,11 +145,7 @@ fn the_symmetric_v1_checkpoint_is_read_and_packed_again() {
         assert!(layer.zeros.iter().all(|&zero| zero == 8), "{name}");
         assert!(layer.has_trivial_g_idx(32), "{name}");
     }
-    let names = packed_layers(&golden.file);
-    assert_eq!(
-        zero_convention(&golden.file, &names, Bits::Four).unwrap(),
-        ZeroConvention::V1
-    );
+    assert_eq!(convention(&golden), ZeroConvention::V1);
 }
 
 /// GPTQModel subtracts 1 from whole words, so fields past the last output borrow: 0xEEEF7777.
@@ -146,7 +157,7 @@ fn padding_of_foreign_zero_words_is_not_read() {
     let name = LayerName("model.layers.0.mlp.gate_proj".into());
     let stored = words(&golden.file, &name.tensor("qzeros"));
     assert_eq!(stored[21] as u32, 0xEEEF_7777);
-    let layer = read_layer(&golden.file, &name, &golden.config).unwrap();
+    let layer = read(&golden, &name);
     let ours = pack(&layer, CheckpointFormat::Gptq).unwrap();
     assert_eq!(ours.qzeros[21], 0x0000_7777);
     for (index, (ours, stored)) in ours.qzeros.iter().zip(&stored).enumerate() {
@@ -184,7 +195,8 @@ fn padding_that_other_tools_borrow_from_is_not_read() {
     let path = folder.path().join("model.safetensors");
     write_safetensors(&path, &tensors, &Default::default()).unwrap();
     let file = SafetensorsFile::open(&path).unwrap();
-    assert_eq!(read_layer(&file, &name, &config).unwrap(), layer);
+    let read = read_layer(&file, &name, [k, n], &config).unwrap();
+    assert_eq!(read, layer);
 }
 
 #[test]
@@ -204,14 +216,10 @@ fn the_act_order_v2_checkpoint_is_read_and_packed_again() {
         );
     }
     let down = LayerName("model.layers.0.mlp.down_proj".into());
-    let layer = read_layer(&golden.file, &down, &golden.config).unwrap();
+    let layer = read(&golden, &down);
     assert_eq!(layer.g_idx[..8], [1, 1, 1, 1, 0, 2, 0, 2]);
     assert_eq!(layer.groups(), 3);
-    let names = packed_layers(&golden.file);
-    assert_eq!(
-        zero_convention(&golden.file, &names, Bits::Four).unwrap(),
-        ZeroConvention::Asymmetric
-    );
+    assert_eq!(convention(&golden), ZeroConvention::Asymmetric);
 }
 
 #[test]
@@ -227,7 +235,7 @@ fn a_config_that_does_not_fit_the_tensors_is_refused() {
             group_size,
             ..golden.config.clone()
         };
-        let error = read_layer(&golden.file, name, &config).unwrap_err();
+        let error = read_layer(&golden.file, name, shape(&golden, name), &config).unwrap_err();
         assert!(error.to_string().contains(tensor), "{error}");
     }
 }

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use gptq_model::{DecoderConfig, Device, FloatWeights};
 use gptq_packer::{QuantizeConfig, read_layer};
 use gptq_quantizer::{Hessian, HessianSum, output_error};
-use gptq_types::{LayerName, SolvedLayer, SourceError, Stage, TensorSource, Weight};
+use gptq_types::{LayerName, SolvedLayer, Stage, TensorSource, Weight};
 
 use crate::PipelineError;
 
@@ -69,8 +69,8 @@ pub fn measure_files(
                 source,
             })?;
             for (layer, in_features, out_features) in &linears {
-                let solved = read_layer(files.packed, layer, files.settings)?;
-                check_shape(files.packed, layer, &solved, [*in_features, *out_features])?;
+                let shape = [*in_features, *out_features];
+                let solved = read_layer(files.packed, layer, shape, files.settings)?;
                 let error = error_of(&hessian, decoder.weight(layer)?, &solved);
                 each(MeasuredLayer {
                     layer,
@@ -90,22 +90,4 @@ fn error_of(hessian: &Hessian, weight: Weight, solved: &SolvedLayer) -> f64 {
         unreachable!("a decoder on the processor has its weights in host memory");
     };
     output_error(hessian, &weight, solved)
-}
-
-fn check_shape(
-    packed: &dyn TensorSource,
-    layer: &LayerName,
-    solved: &SolvedLayer,
-    expected: [usize; 2],
-) -> Result<(), PipelineError> {
-    let found = [solved.in_features, solved.out_features];
-    if found == expected {
-        return Ok(());
-    }
-    Err(PipelineError::Source(SourceError::Shape {
-        name: layer.to_string(),
-        place: packed.place(),
-        found: found.to_vec(),
-        expected: expected.to_vec(),
-    }))
 }

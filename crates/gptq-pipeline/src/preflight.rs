@@ -19,6 +19,13 @@ pub fn check_shapes(
         true => ", GPTQModel's torch kernel reads it",
         false => "",
     };
+    if !config.unread_keys.is_empty() {
+        let keys = config.unread_keys.join(", ");
+        warnings.push(Warning {
+            module: String::new(),
+            text: format!("config.json has keys whose meaning is not known: {keys}"),
+        });
+    }
     // All blocks have the shapes of the first.
     for (layer, in_features, out_features) in config.block_linears(0) {
         if let GroupSize::Channels(group_size) = spec.group_size {

@@ -320,7 +320,8 @@ impl Run<'_> {
         let spec = &self.job.spec;
         let mut layers = Vec::new();
         for (layer, in_features, out_features) in self.config.block_linears(index) {
-            let stored = times.time(Phase::Load, || weights.linear(&layer, false))?;
+            let shape = [in_features, out_features];
+            let stored = times.time(Phase::Load, || weights.linear(&layer, shape, false))?;
             let start = Instant::now();
             let weight = stored.weight.input_major(in_features, out_features);
             let solved = round_to_nearest(&weight, out_features, spec).map_err(|source| {
@@ -367,8 +368,9 @@ impl Run<'_> {
         }
         let config = written_config(self.job)?;
         times.time(Phase::Load, || self.decoder.load_block(index))?;
-        for (layer, _, _) in self.config.block_linears(index) {
-            let solved = read_layer(self.staged, &layer, &config).map_err(|source| {
+        for (layer, inputs, outputs) in self.config.block_linears(index) {
+            let shape = [inputs, outputs];
+            let solved = read_layer(self.staged, &layer, shape, &config).map_err(|source| {
                 PipelineError::Reread {
                     layer: layer.clone(),
                     source,

@@ -285,6 +285,9 @@ pub struct EvalRecord {
     /// Speed, where it was measured.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub speed: Option<Speed>,
+    /// Keys of its `config.json` whose meaning is not known: they may change the model.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub unread_keys: Vec<String>,
     /// Bytes of all weight files.
     pub weight_bytes: u64,
     /// Wall seconds.

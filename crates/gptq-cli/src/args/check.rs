@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::{DeviceArg, HubArgs};
+use super::{DeviceArg, HubArgs, StrictArgs};
 
 #[derive(Args)]
 #[group(id = "mode", required = false, multiple = false, args = ["expect", "write"])]
@@ -31,6 +31,8 @@ pub struct VerifyArgs {
     /// `cpu` computes in f32; `cuda:N` in the model's sixteen-bit type, which needs another tolerance
     #[arg(long, default_value = "cpu", value_name = "DEVICE", requires = "mode")]
     pub device: DeviceArg,
+    #[command(flatten)]
+    pub strict: StrictArgs,
     #[command(flatten)]
     pub hub: HubArgs,
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::{DeviceArgs, HubArgs};
+use super::{DeviceArgs, HubArgs, StrictArgs};
 
 #[derive(Args)]
 pub struct EvalArgs {
@@ -42,6 +42,8 @@ pub struct EvalArgs {
     pub speed: SpeedArgs,
     #[command(flatten)]
     pub device: DeviceArgs,
+    #[command(flatten)]
+    pub strict: StrictArgs,
     /// Print the records as JSON
     #[arg(long)]
     pub json: bool,

@@ -12,6 +12,14 @@ pub struct HubArgs {
     pub offline: bool,
 }
 
+/// How much a model's `config.json` may say that is not known here.
+#[derive(Args, Clone)]
+pub struct StrictArgs {
+    /// Refuse keys of config.json whose meaning is not known here, instead of naming them
+    #[arg(long)]
+    pub strict: bool,
+}
+
 #[derive(Args)]
 pub struct PullArgs {
     /// `REPO[:branch]`, a repository that `matrix` made, or `owner/name[:branch]` on the hub

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 
 use super::size::parse_size;
-use super::{DeviceArg, HubArgs};
+use super::{DeviceArg, HubArgs, StrictArgs};
 
 #[derive(Clone, Copy, ValueEnum)]
 pub enum PresetArg {
@@ -96,6 +96,8 @@ pub struct MatrixArgs {
     /// GPU memory that each branch at work may take
     #[arg(long, default_value = "10GB", value_name = "SIZE", value_parser = parse_size)]
     pub gpu_memory: usize,
+    #[command(flatten)]
+    pub strict: StrictArgs,
     /// Print the plan, or the records of all branches, as JSON
     #[arg(long)]
     pub json: bool,

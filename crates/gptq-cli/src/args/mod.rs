@@ -15,7 +15,7 @@ use clap::{Parser, Subcommand};
 pub use check::{InspectArgs, RegressArgs, ReportArgs, VerifyArgs};
 pub use device::{DeviceArg, DeviceArgs, WholeDeviceArgs};
 pub use eval::{EvalArgs, SpeedArgs};
-pub use hub::{HubArgs, PullArgs, PushArgs};
+pub use hub::{HubArgs, PullArgs, PushArgs, StrictArgs};
 pub use make::{ImportArgs, SynthArgs};
 pub use matrix::{CardArgs, MatrixArgs, PresetArg};
 pub use quantize::QuantizeArgs;

@@ -7,7 +7,7 @@ use gptq_types::{
     Bits, CalibrationRequest, CheckpointFormat, ColumnOrder, GroupSize, Method, QuantSpec,
 };
 
-use super::{DeviceArgs, HubArgs};
+use super::{DeviceArgs, HubArgs, StrictArgs};
 use crate::failure::Failure;
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -107,6 +107,8 @@ pub struct QuantizeArgs {
     /// Exit with 1 if more layers than this end above the error of rounding to nearest
     #[arg(long, value_name = "LAYERS")]
     pub max_degraded: Option<usize>,
+    #[command(flatten)]
+    pub strict: StrictArgs,
     /// Print the run record as JSON
     #[arg(long)]
     pub json: bool,

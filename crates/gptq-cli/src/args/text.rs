@@ -2,7 +2,7 @@
 
 use clap::Args;
 
-use super::{HubArgs, WholeDeviceArgs};
+use super::{HubArgs, StrictArgs, WholeDeviceArgs};
 
 /// How tokens are chosen and when a text ends.
 #[derive(Args)]
@@ -51,6 +51,8 @@ pub struct GenerateArgs {
     pub text: TextArgs,
     #[command(flatten)]
     pub device: WholeDeviceArgs,
+    #[command(flatten)]
+    pub strict: StrictArgs,
     /// Print the text with its tokens, its end and the speed as JSON
     #[arg(long)]
     pub json: bool,

@@ -19,6 +19,7 @@ use crate::models::{Model, find};
 use crate::output::{print, print_json};
 use crate::progress::Steps;
 use crate::scoring::{ScoringText, check_same_vocabulary, record};
+use crate::unread_keys;
 use crate::watch::TOOL;
 
 /// Name of the task in records and tables.
@@ -33,6 +34,9 @@ pub fn run(args: &EvalArgs) -> Result<Verdict, Failure> {
         .iter()
         .map(Model::open)
         .collect::<Result<Vec<_>, _>>()?;
+    for (name, opened) in args.models.iter().zip(&opened) {
+        unread_keys::heed(&args.strict, name, &opened.config)?;
+    }
     let text = Text::read(args, &models[0])?;
     text.check(args, &opened)?;
     let device = device::resolve(&args.device)?;

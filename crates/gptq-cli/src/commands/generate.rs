@@ -11,12 +11,14 @@ use crate::device;
 use crate::failure::Failure;
 use crate::models::{Model, find};
 use crate::output::print_json;
+use crate::unread_keys;
 use crate::voice::{Voice, chat_template, context, no_template, opening, reason, summary};
 
 pub fn run(args: &GenerateArgs) -> Result<Verdict, Failure> {
     let model = find(&args.model, &args.hub)?;
     let voice = Voice::open(&model, &args.text)?;
     let opened = model.open()?;
+    unread_keys::heed(&args.strict, &args.model, &opened.config)?;
     let prompt = match &args.prompt {
         Some(prompt) => prompt.clone(),
         None => voice.idle(read_stdin)?,

@@ -1,22 +1,33 @@
 //! `gptq inspect`.
 
+use std::collections::BTreeSet;
+
+use gptq_inference::{OpenError, OpenedModel};
+use gptq_model::DecoderConfig;
 use gptq_packer::{QuantizeConfig, ZeroConvention, packed_layers, read_layer, zero_convention};
+use gptq_types::outside_name::shown;
 use gptq_types::{LayerName, TensorSource};
 use serde::Serialize;
 
 use crate::Verdict;
 use crate::args::InspectArgs;
 use crate::failure::Failure;
-use crate::models::find;
+use crate::models::{Model, find};
 use crate::output::{print, print_json};
 
 /// What a checkpoint holds, found in its data where the data can say.
 #[derive(Serialize)]
 struct Inspection {
     architecture: String,
-    parameters: usize,
+    parameters: Option<usize>,
     weight_bytes: u64,
     quantization: Option<Quantization>,
+    /// Keys of config.json that nobody here knows.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    unread_keys: Vec<String>,
+    /// Why `eval` does not take the files, though they are sound.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    refused: Option<String>,
 }
 
 #[derive(Serialize)]
@@ -48,36 +59,70 @@ struct Layer {
 
 pub fn run(args: &InspectArgs) -> Result<Verdict, Failure> {
     let model = find(&args.model, &args.hub)?;
-    let opened = model.open()?;
-    let source = model.checkpoint.as_ref();
-    let quantization = opened
-        .quantization
-        .as_ref()
-        .map(|config| inspect(source, config))
-        .transpose()?;
-    let config = &opened.config;
-    let block: usize = config.block_linears(0).iter().map(|(_, k, n)| k * n).sum();
-    let tables = if config.tie_word_embeddings { 1 } else { 2 };
-    let inspection = Inspection {
-        architecture: config.architecture.clone(),
-        parameters: block * config.num_hidden_layers
-            + tables * config.vocab_size * config.hidden_size,
-        weight_bytes: model.checkpoint.weight_bytes(),
-        quantization,
+    let inspection = match model.try_open()? {
+        Ok(opened) => whole(&model, &opened)?,
+        // Sound files of another kind: what can be told without the architecture.
+        Err(error) if error.is_unsupported() => refused(&model, &error)?,
+        Err(error) => return Err(error.into()),
     };
     match args.json {
         true => print_json(&inspection)?,
         false => print(&table(&inspection, args.layers))?,
     }
     let agrees = inspection.quantization.is_none_or(|q| q.agrees);
-    Ok(if agrees { Verdict::Yes } else { Verdict::No })
+    Ok(match agrees && inspection.refused.is_none() {
+        true => Verdict::Yes,
+        false => Verdict::No,
+    })
 }
 
-fn inspect(source: &dyn TensorSource, config: &QuantizeConfig) -> Result<Quantization, Failure> {
-    let names = packed_layers(source);
+fn whole(model: &Model, opened: &OpenedModel) -> Result<Inspection, Failure> {
+    let source = model.checkpoint.as_ref();
+    let quantization = (opened.quantization.as_ref())
+        .map(|settings| inspect(source, &opened.config, settings))
+        .transpose()?;
+    let config = &opened.config;
+    let block: usize = config.block_linears(0).iter().map(|(_, k, n)| k * n).sum();
+    let tables = if config.tie_word_embeddings { 1 } else { 2 };
+    Ok(Inspection {
+        architecture: config.architecture.clone(),
+        parameters: Some(
+            block * config.num_hidden_layers + tables * config.vocab_size * config.hidden_size,
+        ),
+        weight_bytes: model.checkpoint.weight_bytes(),
+        quantization,
+        unread_keys: config.unread_keys.clone(),
+        refused: None,
+    })
+}
+
+fn refused(model: &Model, error: &OpenError) -> Result<Inspection, Failure> {
+    let config: serde_json::Value = serde_json::from_str(&model.config_json)?;
+    let named = config["model_type"].as_str().unwrap_or_default();
+    Ok(Inspection {
+        architecture: shown(named, 80),
+        parameters: None,
+        weight_bytes: model.checkpoint.weight_bytes(),
+        quantization: None,
+        unread_keys: Vec::new(),
+        refused: Some(error.to_string()),
+    })
+}
+
+fn inspect(
+    source: &dyn TensorSource,
+    model: &DecoderConfig,
+    config: &QuantizeConfig,
+) -> Result<Quantization, Failure> {
+    let packed: BTreeSet<LayerName> = packed_layers(source).into_iter().collect();
+    let known: Vec<(LayerName, [usize; 2])> = (0..model.num_hidden_layers)
+        .flat_map(|index| model.block_linears(index))
+        .filter(|(name, ..)| packed.contains(name))
+        .map(|(name, k, n)| (name, [k, n]))
+        .collect();
     let mut layers = Vec::new();
-    for name in &names {
-        let solved = read_layer(source, name, config)?;
+    for (name, shape) in &known {
+        let solved = read_layer(source, name, *shape, config)?;
         let group_size = config.group_size.resolve(solved.in_features);
         let suffixes = ["qweight", "qzeros", "scales", "g_idx"];
         layers.push(Layer {
@@ -93,7 +138,7 @@ fn inspect(source: &dyn TensorSource, config: &QuantizeConfig) -> Result<Quantiz
                 .sum(),
         });
     }
-    let found = zero_convention(source, &names, config.bits)?;
+    let found = zero_convention(source, &known, config)?;
     let (zero_points_found, agrees) = judge(found, config);
     let bytes: usize = layers.iter().map(|layer| layer.bytes).sum();
     let weights: usize = layers.iter().map(|l| l.in_features * l.out_features).sum();
@@ -125,11 +170,17 @@ fn judge(found: ZeroConvention, config: &QuantizeConfig) -> (&'static str, bool)
 }
 
 fn table(inspection: &Inspection, with_layers: bool) -> String {
-    let mut lines = vec![
-        format!("architecture     {}", inspection.architecture),
-        format!("parameters       {}", inspection.parameters),
-        format!("weight bytes     {}", inspection.weight_bytes),
-    ];
+    let mut lines = vec![format!("architecture     {}", inspection.architecture)];
+    lines.extend((inspection.parameters).map(|count| format!("parameters       {count}")));
+    lines.push(format!("weight bytes     {}", inspection.weight_bytes));
+    if !inspection.unread_keys.is_empty() {
+        let keys = inspection.unread_keys.join(", ");
+        lines.push(format!("unknown keys     {keys}"));
+    }
+    if let Some(reason) = &inspection.refused {
+        lines.push(format!("eval refuses     {reason}"));
+        return lines.join("\n") + "\n";
+    }
     match &inspection.quantization {
         None => lines.push("quantization     none".to_string()),
         Some(quantization) => lines.extend(quantization.lines(with_layers)),

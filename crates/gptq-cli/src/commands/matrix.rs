@@ -25,6 +25,7 @@ use crate::matrix::{
 use crate::models::{Model, find};
 use crate::output::{print, print_json};
 use crate::scoring::ScoringText;
+use crate::unread_keys;
 use crate::watch::TOOL;
 
 /// Temperature of a model's own text; `quantize` has a flag for it.
@@ -37,6 +38,7 @@ pub fn run(args: &MatrixArgs) -> Result<Verdict, Failure> {
     let model = find(&args.model, &args.hub)?;
     let config = DecoderConfig::parse(&model.config_json)
         .map_err(|error| Failure::new(format!("{}: {error}", model.dir().display())))?;
+    unread_keys::heed(&args.strict, &args.model, &config)?;
     check_unquantised(model.checkpoint.as_ref(), &model.config_json)?;
     let companions = model.companions();
     let source = model.checkpoint.as_ref();

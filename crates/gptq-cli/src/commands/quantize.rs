@@ -20,6 +20,7 @@ use crate::device;
 use crate::failure::Failure;
 use crate::models::{Model, find, public_model_name};
 use crate::output::{print, print_json};
+use crate::unread_keys;
 use crate::watch::{TOOL, try_watch};
 
 pub fn run(args: &QuantizeArgs) -> Result<Verdict, Failure> {
@@ -29,6 +30,7 @@ pub fn run(args: &QuantizeArgs) -> Result<Verdict, Failure> {
     let model = find(&args.model, &args.hub)?;
     let config = DecoderConfig::parse(&model.config_json)
         .map_err(|error| Failure::new(format!("{}: {error}", model.dir().display())))?;
+    unread_keys::refuse(&args.strict, &args.model, &config)?;
     check_unquantised(model.checkpoint.as_ref(), &model.config_json)?;
     check_shapes(&config, &spec)?;
     // Rounding to nearest looks at no activations: there is nothing for a GPU to do.

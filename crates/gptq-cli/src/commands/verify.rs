@@ -14,6 +14,7 @@ use crate::failure::Failure;
 use crate::models::{find, folder};
 use crate::output::print;
 use crate::records::check_folder;
+use crate::unread_keys;
 
 /// GPU memory that one short sequence may take.
 const WORKSPACE: usize = 10_000_000_000;
@@ -30,6 +31,7 @@ pub fn run(args: &VerifyArgs) -> Result<Verdict, Failure> {
         return Err(Failure::new(text));
     }
     let opened = find(&args.model, &args.hub)?.open()?;
+    unread_keys::heed(&args.strict, &args.model, &opened.config)?;
     let vocab = opened.config.vocab_size;
     let mut decoder = opened.decoder(device::pick(args.device, WORKSPACE)?)?;
     if let Some(path) = &args.write {

@@ -6,7 +6,7 @@ use gptq_kernels::{
 use gptq_model::DecoderConfig;
 use gptq_types::{SourceError, Stage};
 
-use super::{Lengths, RunError, Runner};
+use super::{Lengths, RunError, Runner, memory};
 use crate::{OpenedModel, StoredLinear, StoredMatrix, StoredWeight};
 
 /// Tokens of a prompt that go through the blocks together: enough for the dense product's full
@@ -83,7 +83,7 @@ impl Block {
         let stage = |stage: Stage| -> Result<Vec<Linear>, SourceError> {
             (model.config.linears(index, stage).into_iter())
                 .map(|(layer, k, n)| {
-                    let StoredLinear { weight, bias } = model.linear(&layer, stage)?;
+                    let StoredLinear { weight, bias } = model.linear(&layer, [k, n], stage)?;
                     let weight = match weight {
                         StoredWeight::Packed(solved) => Matrix::packed(&solved),
                         StoredWeight::Float(stored) => {
@@ -278,14 +278,15 @@ impl Runner for CpuRunner {
     }
 
     fn reset(&mut self, batch: usize, capacity: usize) -> Result<(), RunError> {
+        // The old ones go first: they may be most of what is held.
+        self.caches.clear();
+        memory::check(&self.config, batch, capacity, 4, memory::free_on_host())?;
         self.lengths = Lengths::new(&self.config, batch, capacity)?;
         let shape = AttentionShape {
             heads: self.config.num_attention_heads,
             kv_heads: self.config.num_key_value_heads,
             head_dim: self.config.head_dim,
         };
-        // The old ones go first: they may be most of what is held.
-        self.caches.clear();
         self.caches.resize_with(self.blocks.len(), || {
             KeyValueCache::new(batch, capacity, shape)
         });

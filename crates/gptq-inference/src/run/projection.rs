@@ -165,7 +165,7 @@ impl Projection {
     ) -> Result<Self, RunError> {
         let names = model.config.linears(index, stage);
         let stored = (names.iter())
-            .map(|(layer, ..)| model.linear(layer, stage))
+            .map(|(layer, k, n)| model.linear(layer, [*k, *n], stage))
             .collect::<Result<Vec<StoredLinear>, _>>()?;
         let columns = names[0].1;
         let packed: Vec<&SolvedLayer> = (stored.iter())

@@ -9,6 +9,8 @@ pub(super) fn read(fields: &Fields<'_>) -> Result<DecoderConfig, ConfigError> {
         qkv_bias: attention_bias,
         o_bias: attention_bias,
         mlp_bias: fields.flag("mlp_bias", false)?,
-        ..read_common(fields)?
+        // Llama has none; what calls itself so and gives one is taken at its word.
+        sliding_window: super::window(fields)?,
+        ..read_common(fields, &[])?
     })
 }

@@ -4,8 +4,10 @@
 use crate::config::{ConfigError, DecoderConfig, Fields, read_common};
 
 pub(super) fn read(fields: &Fields<'_>) -> Result<DecoderConfig, ConfigError> {
+    super::always(fields, "attention_bias", false)?;
+    super::always(fields, "mlp_bias", false)?;
     Ok(DecoderConfig {
-        sliding_window: fields.optional_size("sliding_window")?,
-        ..read_common(fields)?
+        sliding_window: super::window(fields)?,
+        ..read_common(fields, &[])?
     })
 }

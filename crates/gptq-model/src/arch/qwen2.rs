@@ -4,9 +4,11 @@
 use crate::config::{ConfigError, DecoderConfig, Fields, read_common};
 
 pub(super) fn read(fields: &Fields<'_>) -> Result<DecoderConfig, ConfigError> {
+    super::always(fields, "attention_bias", true)?;
+    super::always(fields, "mlp_bias", false)?;
     Ok(DecoderConfig {
         qkv_bias: true,
         sliding_window: super::qwen_window(fields)?,
-        ..read_common(fields)?
+        ..read_common(fields, &[("qkv_bias", true), ("use_qkv_bias", true)])?
     })
 }
