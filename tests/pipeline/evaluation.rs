@@ -201,10 +201,15 @@ fn the_state_of_another_evaluation_is_refused_by_name() {
         assert!(told.hint().is_some(), "{told:#?}");
         assert_eq!(fs::read(&place.state).unwrap(), before);
     }
-    // the same files, but written again
+    // one bit of one weight, in a file of the same length and time
     let weights = place.models[1].join("model.safetensors");
-    let content = fs::read(&weights).unwrap();
+    let time = fs::metadata(&weights).unwrap().modified().unwrap();
+    let mut content = fs::read(&weights).unwrap();
+    let low = content.len() - 2;
+    content[low] ^= 1;
     fs::write(&weights, content).unwrap();
+    let file = fs::File::options().write(true).open(&weights).unwrap();
+    file.set_modified(time).unwrap();
     refused(
         &mut place.kept(),
         place.folder.path(),

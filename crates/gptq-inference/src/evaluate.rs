@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use gptq_model::{Device, ModelError};
 
-use crate::journal::{Entry, Journal, JournalError, Part, Place};
+use crate::journal::{Entry, GroupShape, Journal, JournalError, Part, Place};
 use crate::last_word::{Passage, guess_last_words};
 use crate::open::{OpenError, OpenedModel};
 use crate::perplexity::{Reference, ScoreError, WindowScore, score_reference, score_windows};
@@ -129,6 +129,25 @@ pub fn evaluate(
         passages.iter().map(|passage| passage.ids.len()),
         request.group_tokens,
     );
+    journal.check(&|place| {
+        let predictions = |window: &Vec<u32>| window.len().saturating_sub(1);
+        (place.model < request.models.len()).then_some(())?;
+        Some(match place.part {
+            Part::Windows => GroupShape {
+                predictions: request.windows[of_windows.get(place.group)?.clone()]
+                    .iter()
+                    .map(predictions)
+                    .collect(),
+                passages: 0,
+                compared: place.model > 0,
+            },
+            Part::Passages => GroupShape {
+                predictions: Vec::new(),
+                passages: of_passages.get(place.group)?.len(),
+                compared: false,
+            },
+        })
+    })?;
     let mut run = Run {
         request,
         step: Step {

@@ -1,17 +1,21 @@
 //! What an evaluation has found out so far; in a file if it is to outlive a kill.
 //!
-//! JSON lines: the first says of which evaluation, each further one is a group of windows or
-//! passages that one model has scored. A line is synced before the next group begins.
+//! Lines of a sha256 and JSON: the first says of which evaluation, each further one is a group of
+//! windows or passages that one model has scored. A line is synced before the next group begins. The
+//! sha256 is that of the line's JSON, after that of the first line: a line that was changed, or that
+//! is of another evaluation, is an error and never part of a mean.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
+use gptq_types::outside_name::shown;
+use gptq_types::{ContentHash, ContentHasher};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::perplexity::WindowScore;
+use crate::perplexity::{Divergence, WindowScore};
 
 /// A journal that cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -21,6 +25,8 @@ pub enum JournalError {
     Io { path: PathBuf, source: io::Error },
     #[error("`{0}` is not the state of an evaluation")]
     Foreign(PathBuf),
+    #[error("`{0}` was begun by an older gptq: its lines have no checks")]
+    Unchecked(PathBuf),
     #[error("`{path}` belongs to an evaluation with another {what}: {found}, here {wanted}")]
     Other {
         path: PathBuf,
@@ -30,7 +36,7 @@ pub enum JournalError {
     },
     #[error("`{0}` is in use by another evaluation")]
     Busy(PathBuf),
-    #[error("line {line} of `{path}`: {reason}")]
+    #[error("line {line} of `{path}` {reason}")]
     Damaged {
         path: PathBuf,
         line: usize,
@@ -43,6 +49,7 @@ impl JournalError {
     pub fn hint(&self) -> Option<&'static str> {
         match self {
             JournalError::Foreign(_)
+            | JournalError::Unchecked(_)
             | JournalError::Other { .. }
             | JournalError::Damaged { .. } => {
                 Some("name a file that does not exist yet, or remove this one")
@@ -70,8 +77,8 @@ pub(crate) struct Place {
 
 /// What it said.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(crate) struct Entry {
-    #[serde(flatten)]
     pub place: Place,
     pub seconds: f64,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -80,11 +87,36 @@ pub(crate) struct Entry {
     pub answers: Vec<bool>,
 }
 
+/// What a group is made of: how much an entry of it must say.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct GroupShape {
+    /// Predictions of each window.
+    pub predictions: Vec<usize>,
+    /// Passages.
+    pub passages: usize,
+    /// Whether the model is compared with the reference.
+    pub compared: bool,
+}
+
 /// Scores of groups, in memory and, where asked for, on disk.
 pub struct Journal {
-    file: Option<(PathBuf, File)>,
+    file: Option<Stored>,
     entries: BTreeMap<Place, Entry>,
 }
+
+struct Stored {
+    path: PathBuf,
+    file: File,
+    /// All whole lines.
+    bytes: u64,
+    /// Of the first line; part of every other line's check.
+    evaluation: ContentHash,
+    /// Where the entries that were read stand, from 1.
+    lines: BTreeMap<Place, usize>,
+}
+
+/// Rounding makes the divergence of equal models a little negative; more is no divergence.
+const LEAST_DIVERGENCE: f64 = -1e-3;
 
 impl Journal {
     /// Forgotten when the process ends.
@@ -121,41 +153,129 @@ impl Journal {
         let whole = whole.map_or(0, |end| end + 1);
         let text = std::str::from_utf8(&bytes[..whole])
             .map_err(|_| JournalError::Foreign(path.to_path_buf()))?;
-        refuse_other_settings(path, text, settings)?;
-        let entries = read_entries(path, text)?;
+        let evaluation = read_settings(path, text, settings)?;
+        let (entries, lines) = read_entries(path, text, &evaluation)?;
         file.set_len(whole as u64).map_err(wrong)?;
         Ok(Journal {
-            file: Some((path.to_path_buf(), file)),
+            file: Some(Stored {
+                path: path.to_path_buf(),
+                file,
+                bytes: whole as u64,
+                evaluation,
+                lines,
+            }),
             entries,
         })
+    }
+
+    /// Refuses an entry that is not of the evaluation: `shape` knows its groups.
+    pub(crate) fn check(
+        &self,
+        shape: &dyn Fn(Place) -> Option<GroupShape>,
+    ) -> Result<(), JournalError> {
+        let Some(stored) = &self.file else {
+            return Ok(());
+        };
+        for (place, entry) in &self.entries {
+            let found = match shape(*place) {
+                None => Err("is of a group that this evaluation does not have"),
+                Some(shape) => entry.fits(&shape),
+            };
+            found.map_err(|reason| JournalError::Damaged {
+                path: stored.path.clone(),
+                line: stored.lines.get(place).copied().unwrap_or(0),
+                reason: reason.to_string(),
+            })?;
+        }
+        Ok(())
     }
 
     pub(crate) fn get(&self, place: Place) -> Option<&Entry> {
         self.entries.get(&place)
     }
 
-    /// Keeps the entry; it is on disk when this returns.
+    /// Keeps the entry; it is on disk when this returns. What a full disk takes of it is removed.
     pub(crate) fn record(&mut self, entry: Entry) -> Result<(), JournalError> {
-        if let Some((path, file)) = &mut self.file {
+        if let Some(stored) = &mut self.file {
             let written = serde_json::to_string(&entry)
                 .map_err(io::Error::from)
-                .and_then(|line| file.write_all((line + "\n").as_bytes()))
-                .and_then(|()| file.sync_data());
-            written.map_err(|source| JournalError::Io {
-                path: path.clone(),
-                source,
-            })?;
+                .and_then(|json| stored.append(&json));
+            if let Err(source) = written {
+                // The write is the error to report; a line cut short is dropped by the next start.
+                let _ = stored.file.set_len(stored.bytes);
+                return Err(JournalError::Io {
+                    path: stored.path.clone(),
+                    source,
+                });
+            }
         }
         self.entries.insert(entry.place, entry);
         Ok(())
     }
 }
 
+impl Stored {
+    fn append(&mut self, json: &str) -> io::Result<()> {
+        let line = format!("{} {json}\n", check_of(&self.evaluation, json));
+        self.file.write_all(line.as_bytes())?;
+        self.file.sync_data()?;
+        self.bytes += line.len() as u64;
+        Ok(())
+    }
+}
+
+impl Entry {
+    /// Why it cannot be what was found out about a group of this shape.
+    fn fits(&self, shape: &GroupShape) -> Result<(), &'static str> {
+        if self.windows.len() != shape.predictions.len() || self.answers.len() != shape.passages {
+            return Err("has another number of windows or passages than its group");
+        }
+        if !(self.seconds.is_finite() && self.seconds >= 0.0) {
+            return Err("took a time that is no time");
+        }
+        for (window, &predictions) in self.windows.iter().zip(&shape.predictions) {
+            if !(window.nll.is_finite() && window.nll > 0.0) {
+                return Err("has a likelihood that no model gives");
+            }
+            match (&window.divergence, shape.compared) {
+                (None, false) => {}
+                (Some(found), true) => found.fits(predictions)?,
+                _ => return Err("is compared with the reference where it should not be, or not"),
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Divergence {
+    fn fits(&self, predictions: usize) -> Result<(), &'static str> {
+        if self.by_position.len() != predictions {
+            return Err("has another number of positions than its window");
+        }
+        let mut all = (self.by_position.iter().copied().map(f64::from)).chain([self.kl]);
+        if !all.all(|kl| kl.is_finite() && kl >= LEAST_DIVERGENCE) {
+            return Err("has a divergence that is none");
+        }
+        match (0.0..=1.0).contains(&self.top1) {
+            true => Ok(()),
+            false => Err("has a share that is not between 0 and 1"),
+        }
+    }
+}
+
+fn check_of(evaluation: &ContentHash, json: &str) -> ContentHash {
+    let mut hasher = ContentHasher::default();
+    hasher.update(evaluation.as_str().as_bytes());
+    hasher.update(json.as_bytes());
+    hasher.finish()
+}
+
 /// The first line, whole or not at all: written beside, then renamed.
 fn begin(path: &Path, settings: &Map<String, Value>) -> io::Result<()> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let beside = path.with_file_name(format!(".{name}.{}.partial", std::process::id()));
-    let line = serde_json::to_string(settings)? + "\n";
+    let json = serde_json::to_string(settings)?;
+    let line = format!("{} {json}\n", ContentHash::of(json.as_bytes()));
     let written = File::create(&beside)
         .and_then(|mut file| {
             file.write_all(line.as_bytes())?;
@@ -173,51 +293,82 @@ fn begin(path: &Path, settings: &Map<String, Value>) -> io::Result<()> {
     File::open(folder.unwrap_or(Path::new(".")))?.sync_all()
 }
 
-fn refuse_other_settings(
+/// The first line, where it is of the same evaluation; its check.
+fn read_settings(
     path: &Path,
     text: &str,
     settings: &Map<String, Value>,
-) -> Result<(), JournalError> {
+) -> Result<ContentHash, JournalError> {
+    let foreign = || JournalError::Foreign(path.to_path_buf());
     let first = text.lines().next().unwrap_or_default();
-    let found: Map<String, Value> =
-        serde_json::from_str(first).map_err(|_| JournalError::Foreign(path.to_path_buf()))?;
+    // Versions before 0.2 began with the settings themselves.
+    if serde_json::from_str::<Map<String, Value>>(first).is_ok_and(|old| old.contains_key("tool")) {
+        return Err(JournalError::Unchecked(path.to_path_buf()));
+    }
+    let (check, json) = first.split_once(' ').ok_or_else(foreign)?;
+    let check = ContentHash::try_from(check.to_string()).map_err(|_| foreign())?;
+    if check != ContentHash::of(json.as_bytes()) {
+        return Err(damaged(path, 1, CHANGED));
+    }
+    let found: Map<String, Value> = serde_json::from_str(json).map_err(|_| foreign())?;
     for (what, wanted) in settings {
-        let Some(found) = found.get(what) else {
-            return Err(JournalError::Foreign(path.to_path_buf()));
-        };
+        let found = found.get(what).ok_or_else(foreign)?;
         if found != wanted {
             return Err(JournalError::Other {
                 path: path.to_path_buf(),
                 what: what.clone(),
-                found: found.to_string(),
-                wanted: wanted.to_string(),
+                found: shown(&found.to_string(), SHOWN_CHARACTERS),
+                wanted: shown(&wanted.to_string(), SHOWN_CHARACTERS),
             });
         }
     }
-    Ok(())
+    Ok(check)
 }
 
-fn read_entries(path: &Path, text: &str) -> Result<BTreeMap<Place, Entry>, JournalError> {
-    (text.lines().enumerate().skip(1))
-        .map(|(index, line)| {
-            let entry: Entry =
-                serde_json::from_str(line).map_err(|error| JournalError::Damaged {
-                    path: path.to_path_buf(),
-                    line: index + 1,
-                    reason: error.to_string(),
-                })?;
-            Ok((entry.place, entry))
-        })
-        .collect()
+/// Of a setting that an error repeats.
+const SHOWN_CHARACTERS: usize = 90;
+const CHANGED: &str = "was changed after it was written: its check does not fit";
+
+type Entries = (BTreeMap<Place, Entry>, BTreeMap<Place, usize>);
+
+fn read_entries(
+    path: &Path,
+    text: &str,
+    evaluation: &ContentHash,
+) -> Result<Entries, JournalError> {
+    let (mut entries, mut lines) = (BTreeMap::new(), BTreeMap::new());
+    for (index, line) in text.lines().enumerate().skip(1) {
+        let number = index + 1;
+        let entry: Entry = match line.split_once(' ') {
+            Some((check, json)) if check == check_of(evaluation, json).as_str() => {
+                serde_json::from_str(json)
+                    .map_err(|error| damaged(path, number, &error.to_string()))?
+            }
+            _ => return Err(damaged(path, number, CHANGED)),
+        };
+        if let Some(first) = lines.insert(entry.place, number) {
+            let reason = format!("repeats the group of line {first}");
+            return Err(damaged(path, number, &reason));
+        }
+        entries.insert(entry.place, entry);
+    }
+    Ok((entries, lines))
+}
+
+fn damaged(path: &Path, line: usize, reason: &str) -> JournalError {
+    JournalError::Damaged {
+        path: path.to_path_buf(),
+        line,
+        reason: shown(reason, 2 * SHOWN_CHARACTERS),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::perplexity::Divergence;
 
     fn settings(text: &str) -> Map<String, Value> {
-        let settings = serde_json::json!({"models": 1, "text": text});
+        let settings = serde_json::json!({"tool": "gptq", "text": text});
         settings.as_object().unwrap().clone()
     }
 
@@ -252,7 +403,7 @@ mod tests {
         drop(journal);
         // a kill in the middle of a line
         let mut text = fs::read_to_string(&path).unwrap();
-        text.push_str("{\"part\":\"windows\",\"gro");
+        text.push_str("0123abcd {\"place\":{\"part\":\"win");
         fs::write(&path, &text).unwrap();
         let mut journal = Journal::open(&path, &settings("a")).unwrap();
         assert_eq!(journal.get(entry(1).place), Some(&entry(1)));
@@ -285,11 +436,105 @@ mod tests {
                 "{error}"
             );
         }
-        let whole = serde_json::to_string(&settings("a")).unwrap();
-        fs::write(&path, format!("{whole}\n{{}}\n")).unwrap();
-        assert!(refused(&settings("a")).starts_with("line 2 of "));
+        let older = serde_json::to_string(&settings("a")).unwrap();
+        fs::write(&path, format!("{older}\n{{}}\n")).unwrap();
+        assert!(refused(&settings("a")).contains("begun by an older gptq"));
         let nowhere = folder.path().join("none").join("state.jsonl");
         assert!(Journal::open(&nowhere, &settings("a")).is_err());
+    }
+
+    /// A line with an edited likelihood, or with one window of three, went into the mean.
+    #[test]
+    fn a_line_that_was_edited_moved_or_repeated_is_refused_by_its_number() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("state.jsonl");
+        let mut journal = Journal::open(&path, &settings("a")).unwrap();
+        for group in [0, 1] {
+            journal.record(entry(group)).unwrap();
+        }
+        drop(journal);
+        let whole = fs::read_to_string(&path).unwrap();
+        let lines: Vec<&str> = whole.lines().collect();
+        let other = folder.path().join("other.jsonl");
+        let mut journal = Journal::open(&other, &settings("b")).unwrap();
+        journal.record(entry(2)).unwrap();
+        drop(journal);
+        let foreign = fs::read_to_string(&other).unwrap();
+        let foreign = foreign.lines().last().unwrap();
+        for (text, number, named) in [
+            (whole.replacen("1709.7", "1708.7", 1), 2, CHANGED),
+            (
+                whole.replacen("\"text\":\"a\"", "\"text\":\"b\"", 1),
+                1,
+                CHANGED,
+            ),
+            (
+                format!("{whole}{}\n", lines[1]),
+                4,
+                "repeats the group of line 2",
+            ),
+            (format!("{whole}{foreign}\n"), 4, CHANGED),
+            (format!("{whole}\n"), 4, CHANGED),
+        ] {
+            fs::write(&path, &text).unwrap();
+            let error = Journal::open(&path, &settings("a")).err().unwrap();
+            assert!(error.hint().is_some());
+            let told = error.to_string();
+            assert!(told.starts_with(&format!("line {number} of ")), "{told}");
+            assert!(told.contains(named), "{told}");
+            assert_eq!(fs::read_to_string(&path).unwrap(), text);
+        }
+    }
+
+    #[test]
+    fn an_entry_that_no_group_gives_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("state.jsonl");
+        let shape = |place: Place| {
+            (place.group == 0).then_some(GroupShape {
+                predictions: vec![4],
+                passages: 0,
+                compared: true,
+            })
+        };
+        let told = |change: &dyn Fn(&mut Entry)| {
+            let _ = fs::remove_file(&path);
+            let mut journal = Journal::open(&path, &settings("a")).unwrap();
+            let mut changed = entry(0);
+            change(&mut changed);
+            journal.record(changed).unwrap();
+            drop(journal);
+            let journal = Journal::open(&path, &settings("a")).unwrap();
+            journal.check(&shape).map_err(|error| error.to_string())
+        };
+        told(&|_| {}).unwrap();
+        let divergence = |entry: &mut Entry| entry.windows[0].divergence.clone().unwrap();
+        let changes: [&dyn Fn(&mut Entry); 8] = [
+            &|entry| entry.place.group = 1,
+            &|entry| entry.windows.clear(),
+            &|entry| entry.windows[0].nll = 0.0,
+            &|entry| entry.windows[0].divergence = None,
+            &|entry| entry.answers.push(true),
+            &|entry| entry.seconds = -1.0,
+            &|entry| {
+                let kl = -0.5;
+                entry.windows[0].divergence = Some(Divergence {
+                    kl,
+                    ..divergence(entry)
+                });
+            },
+            &|entry| {
+                let by_position = Vec::new();
+                entry.windows[0].divergence = Some(Divergence {
+                    by_position,
+                    ..divergence(entry)
+                });
+            },
+        ];
+        for change in changes {
+            let told = told(change).unwrap_err();
+            assert!(told.starts_with("line 2 of "), "{told}");
+        }
     }
 
     #[test]

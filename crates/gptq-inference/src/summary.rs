@@ -96,6 +96,9 @@ fn tail(windows: &[&Divergence]) -> f64 {
 fn by_position(windows: &[&Divergence]) -> Vec<f64> {
     let shortest = windows.iter().map(|window| window.by_position.len()).min();
     let parts = POSITION_PARTS.min(shortest.unwrap_or(0));
+    if parts == 0 {
+        return Vec::new();
+    }
     let mut sums = vec![(0.0, 0usize); parts];
     for window in windows {
         let positions = window.by_position.len();
@@ -148,6 +151,14 @@ mod tests {
     fn compared(own: &[WindowScore]) -> Comparison {
         let first: Vec<WindowScore> = own.iter().map(|_| plain(1.0)).collect();
         summarise(own, &first).comparison.unwrap()
+    }
+
+    /// A window without positions divided by none of them: `0 * 0 / 0` panicked.
+    #[test]
+    fn a_window_without_positions_has_no_parts() {
+        let parts = compared(&[window(1.0, &[]), window(1.0, &[0.5])]).kl_by_position;
+        assert_eq!(parts, [0.0; 0]);
+        assert!(summarise(&[], &[]).comparison.is_none());
     }
 
     /// By hand: of 0, 1, ..., 2000, shuffled over windows, 99.9 % of 2000 steps is 1998; of
