@@ -3,6 +3,7 @@
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod memory;
 #[cfg(feature = "cuda")]
 mod projection;
 
@@ -32,6 +33,15 @@ pub enum RunError {
     NotOneEach { tokens: usize, batch: usize },
     #[error("a prompt of no tokens says nothing about the next one")]
     EmptyPrompt,
+    #[error(
+        "{batch} sequences of {capacity} tokens take {needed} beside the weights, {free} are free"
+    )]
+    Memory {
+        batch: usize,
+        capacity: usize,
+        needed: String,
+        free: String,
+    },
     #[cfg(feature = "cuda")]
     #[error(transparent)]
     Cuda(#[from] gptq_kernels::cuda::CudaError),
@@ -42,6 +52,7 @@ impl RunError {
     pub fn hint(&self) -> Option<&'static str> {
         match self {
             RunError::Model(error) => error.hint(),
+            RunError::Memory { .. } => Some("ask for fewer tokens, or for fewer sequences"),
             #[cfg(feature = "cuda")]
             RunError::Cuda(error) => error.hint(),
             _ => None,
@@ -125,7 +136,7 @@ impl Lengths {
         }
         known(config, tokens)?;
         let first = *held;
-        if first + tokens.len() > self.capacity {
+        if tokens.len() > self.capacity.saturating_sub(first) {
             return Err(RunError::Full {
                 sequence,
                 held: first,

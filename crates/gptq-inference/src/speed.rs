@@ -21,11 +21,14 @@ pub fn measure_speed(
     batch: usize,
 ) -> Result<Speed, RunError> {
     let vocab = runner.config().vocab_size;
-    let prompt: Vec<u32> = (0..prompt_tokens.max(1))
+    let (prompt_tokens, new_tokens, batch) =
+        (prompt_tokens.max(1), new_tokens.max(1), batch.max(1));
+    let capacity = prompt_tokens.saturating_add(new_tokens);
+    // Before the prompt is made: this is where sizes that do not fit are refused.
+    runner.reset(batch, capacity)?;
+    let prompt: Vec<u32> = (0..prompt_tokens)
         .map(|at| (at * 7919 % vocab) as u32)
         .collect();
-    let (new_tokens, batch) = (new_tokens.max(1), batch.max(1));
-    let capacity = prompt.len() + new_tokens;
     let (mut prefill, mut decode) = (f64::INFINITY, f64::INFINITY);
     for _ in 0..RUNS {
         runner.reset(batch, capacity)?;

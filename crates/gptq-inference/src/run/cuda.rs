@@ -11,7 +11,7 @@ use gptq_model::DecoderConfig;
 use gptq_types::{DeviceMatrix, Dtype, Stage};
 
 use super::projection::{Dense, Projection};
-use super::{Lengths, RunError, Runner};
+use super::{Lengths, RunError, Runner, memory};
 use crate::OpenedModel;
 
 /// Tokens of a prompt that go through the blocks together: enough for cuBLAS's full rate; what they
@@ -326,6 +326,8 @@ impl Runner for GpuRunner {
     }
 
     fn reset(&mut self, batch: usize, capacity: usize) -> Result<(), RunError> {
+        // What the device itself lacks, its allocator says.
+        memory::check(&self.config, batch, capacity, 2, usize::MAX)?;
         self.lengths = Lengths::new(&self.config, batch, capacity)?;
         // The old ones go first: they may be most of what is held.
         (self.newest, self.prompt) = (None, None);
