@@ -18,6 +18,7 @@ const FLAGS: &[(&str, &[&str])] = &[
     (
         "matrix",
         &[
+            "--tokenizer",
             "<MODEL>",
             "--out",
             "--preset",
@@ -49,6 +50,7 @@ const FLAGS: &[(&str, &[&str])] = &[
     (
         "quantize",
         &[
+            "--tokenizer",
             "<MODEL>",
             "--out",
             "--bits",
@@ -81,6 +83,7 @@ const FLAGS: &[(&str, &[&str])] = &[
     (
         "generate",
         &[
+            "--tokenizer",
             "<MODEL>",
             "--prompt",
             "--prompt-template",
@@ -101,6 +104,7 @@ const FLAGS: &[(&str, &[&str])] = &[
     (
         "chat",
         &[
+            "--tokenizer",
             "<MODEL>",
             "--system",
             "--prompt-template",
@@ -134,6 +138,7 @@ const FLAGS: &[(&str, &[&str])] = &[
     (
         "eval",
         &[
+            "--tokenizer",
             "<MODELS>...",
             "--dataset",
             "--column",

@@ -5,6 +5,7 @@ mod bad_model;
 mod brought;
 mod calibration;
 mod device;
+mod effect;
 mod files;
 mod full_disk;
 mod generate;

@@ -19,6 +19,8 @@ pub enum CalibrationError {
     },
     #[error("`tokenizer.json` is missing from {folder}")]
     TokenizerMissing { folder: String },
+    #[error("{path} is {reason}")]
+    TokenizerForeign { path: String, reason: String },
     #[error("{path}: {reason}")]
     TokenizerInvalid { path: String, reason: String },
     #[error("a text of {bytes} bytes could not be tokenised: {reason}")]
@@ -146,8 +148,8 @@ impl CalibrationError {
     /// What the user may do about it, where something can be said; never part of the cause.
     pub fn hint(&self) -> Option<&'static str> {
         Some(match self {
-            Self::TokenizerMissing { .. } => {
-                "a `tokenizer.model` becomes `tokenizer.json` when the tokenizer is saved again as a fast tokenizer"
+            Self::TokenizerMissing { .. } | Self::TokenizerForeign { .. } => {
+                "`tokenizer.json` or a `tokenizer.model` of SentencePiece is read: copy that of the same model on the hub into the folder"
             }
             Self::Vocabulary { .. } | Self::TokenOutOfRange { .. } => {
                 "the tokenizer belongs to another model, or tokens were added to it and not to the model"

@@ -1,21 +1,33 @@
-//! A model's `tokenizer.json`, and the ids that its configuration files name.
+//! A model's `tokenizer.json` or `tokenizer.model`, and the ids that its configuration files name.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use gptq_types::outside_name::shown;
+use gptq_types::quietly;
 use serde_json::Value;
 
 use crate::CalibrationError;
 use crate::error::one_line;
+use crate::sentencepiece::{Surroundings, tokenizer_json};
 
 const TOKENIZER_FILE: &str = "tokenizer.json";
+const SENTENCEPIECE_FILE: &str = "tokenizer.model";
+const ADDED_TOKENS: &str = "added_tokens.json";
 const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 const SPECIAL_TOKENS_MAP: &str = "special_tokens_map.json";
 const MODEL_CONFIG: &str = "config.json";
 const GENERATION_CONFIG: &str = "generation_config.json";
 
 /// Larger configuration files are not read; those in use have up to 35 MB.
-const MAX_FILE_BYTES: u64 = 1 << 28;
+const MAX_FILE_BYTES: u64 = 1 << 26;
+
+/// A text may get so many times as long before it is cut; those in use make `▁` of a space.
+const MAX_GROWTH: f64 = 1024.0;
+/// Steps before and after the cutting; those in use have up to twenty.
+const MAX_STEPS: usize = 256;
+/// Characters of the library's own words that an error repeats.
+const SHOWN_CHARACTERS: usize = 160;
 
 /// Text to token ids and back.
 ///
@@ -32,30 +44,38 @@ pub struct Tokenizer {
 }
 
 impl Tokenizer {
-    /// Reads `tokenizer.json` of a model folder, and from `tokenizer_config.json`, `config.json`
+    /// Reads `tokenizer.json` of a model folder, or `tokenizer.model` where it is alone, and from `tokenizer_config.json`, `config.json`
     /// and `generation_config.json`, where they are there, which ids begin and end a text.
     ///
     /// Fails when `tokenizer.json` is missing or cannot be understood, or when one of the others
     /// is there and is not JSON.
     pub fn open(dir: &Path) -> Result<Self, CalibrationError> {
-        let path = dir.join(TOKENIZER_FILE);
-        let Some(bytes) = read_if_there(&path)? else {
-            return Err(CalibrationError::TokenizerMissing {
-                folder: dir.display().to_string(),
-            });
+        let json = dir.join(TOKENIZER_FILE);
+        let (path, bytes) = match read_if_there(&json)? {
+            Some(bytes) => (json, bytes),
+            None => match rebuilt_tokenizer(dir)? {
+                Some(bytes) => (dir.join(SENTENCEPIECE_FILE), bytes),
+                None => return Err(missing(dir)),
+            },
         };
         // The library panics where text that is not JSON breaks off in the decoder. Strings count: what is
         // skipped is not looked into, so the whole is read.
-        serde_json::from_slice::<Value>(&bytes).map_err(|error| invalid(&path, error))?;
-        let mut inner =
-            tokenizers::Tokenizer::from_bytes(&bytes).map_err(|error| invalid(&path, error))?;
-        inner.with_padding(None);
-        inner
-            .with_truncation(None)
-            .map_err(|error| invalid(&path, error))?;
-        let last_learned =
-            last_of(&inner, false).ok_or_else(|| invalid(&path, "the vocabulary is empty"))?;
-        let vocab_size = last_of(&inner, true).map_or(0, |(_, id)| id as usize + 1);
+        let json =
+            serde_json::from_slice::<Value>(&bytes).map_err(|error| invalid(&path, error))?;
+        check_growth(&json).map_err(|reason| invalid(&path, reason))?;
+        drop(json);
+        let inner = guarded(|| {
+            let mut inner = tokenizers::Tokenizer::from_bytes(&bytes)?;
+            inner.with_padding(None);
+            inner.with_truncation(None)?;
+            Ok(inner)
+        })
+        .map_err(|reason| invalid(&path, reason))?;
+        let last = |with_added| guarded(|| Ok(last_of(&inner, with_added)));
+        let last_learned = (last(false).map_err(|reason| invalid(&path, reason))?)
+            .ok_or_else(|| invalid(&path, "the vocabulary is empty"))?;
+        let vocab_size = (last(true).map_err(|reason| invalid(&path, reason))?)
+            .map_or(0, |(_, id)| id as usize + 1);
         let marks = Marks::read(dir, &inner)?;
         Ok(Self {
             inner,
@@ -80,25 +100,23 @@ impl Tokenizer {
 
     fn encode_with(&self, text: &str, special: bool) -> Result<Vec<u32>, CalibrationError> {
         // the variant without offsets: nobody reads them
-        self.inner
-            .encode_fast(text, special)
-            .map(|encoding| encoding.get_ids().to_vec())
-            .map_err(|error| CalibrationError::Encode {
-                bytes: text.len(),
-                reason: one_line(error),
-            })
+        let encode = || Ok(self.inner.encode_fast(text, special)?.get_ids().to_vec());
+        guarded(encode).map_err(|reason| CalibrationError::Encode {
+            bytes: text.len(),
+            reason,
+        })
     }
 
     /// The text of `ids`; special tokens such as `<s>` are left out when `skip_special`.
     ///
     /// Ids that the vocabulary does not hold give no text.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String, CalibrationError> {
-        self.inner
-            .decode(ids, skip_special)
-            .map_err(|error| CalibrationError::Decode {
+        guarded(|| self.inner.decode(ids, skip_special)).map_err(|reason| {
+            CalibrationError::Decode {
                 tokens: ids.len(),
-                reason: one_line(error),
-            })
+                reason,
+            }
+        })
     }
 
     /// Every id is below this: the largest one and 1, added tokens counted.
@@ -228,6 +246,125 @@ fn ids(value: &Value) -> Vec<u32> {
     }
 }
 
+/// The `tokenizer.json` that a folder's `tokenizer.model` implies; nothing where it has none.
+///
+/// Fails where the file is none of SentencePiece, or asks for what `tokenizer.json` cannot say.
+pub fn rebuilt_tokenizer(dir: &Path) -> Result<Option<Vec<u8>>, CalibrationError> {
+    let path = dir.join(SENTENCEPIECE_FILE);
+    let Some(bytes) = read_if_there(&path)? else {
+        return Ok(None);
+    };
+    let foreign = |reason: String| CalibrationError::TokenizerForeign {
+        path: path.display().to_string(),
+        reason,
+    };
+    if is_tiktoken(&bytes) {
+        return Err(foreign("a list of tiktoken ranks".to_string()));
+    }
+    let json = tokenizer_json(&bytes, &surroundings(dir)?)
+        .map_err(|reason| foreign(format!("no SentencePiece model that can be read: {reason}")))?;
+    Ok(Some(json.to_string().into_bytes()))
+}
+
+/// Whether the first line is a token in base64 and its rank.
+fn is_tiktoken(bytes: &[u8]) -> bool {
+    let line = bytes.split(|&byte| byte == b'\n').next().unwrap_or(&[]);
+    let mut words = line.split(|&byte| byte == b' ');
+    let (token, rank) = (words.next().unwrap_or(&[]), words.next().unwrap_or(&[]));
+    let is_digit = |byte: &u8| byte.is_ascii_alphanumeric() || b"+/=".contains(byte);
+    let whole = !token.is_empty() && !rank.is_empty() && words.next().is_none();
+    whole && token.iter().all(is_digit) && rank.iter().all(u8::is_ascii_digit)
+}
+
+/// What a folder without a tokenizer has in its place.
+fn missing(dir: &Path) -> CalibrationError {
+    let files = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    let foreign = files.map(|entry| entry.path()).find(|path| {
+        path.extension().is_some_and(|ending| ending == "tiktoken")
+            || path.file_name().is_some_and(|name| name == "tekken.json")
+    });
+    match foreign {
+        Some(path) => CalibrationError::TokenizerForeign {
+            path: path.display().to_string(),
+            reason: "a list of tiktoken ranks".to_string(),
+        },
+        None => CalibrationError::TokenizerMissing {
+            folder: dir.display().to_string(),
+        },
+    }
+}
+
+/// What the files beside a `tokenizer.model` add to it.
+fn surroundings(dir: &Path) -> Result<Surroundings, CalibrationError> {
+    let config = read_json_if_there(&dir.join(TOKENIZER_CONFIG))?.unwrap_or(Value::Null);
+    let apart = read_json_if_there(&dir.join(ADDED_TOKENS))?.unwrap_or(Value::Null);
+    let mut added = BTreeMap::new();
+    for (text, id) in apart.as_object().into_iter().flatten() {
+        added.extend(id.as_u64().map(|id| (id, (text.clone(), false))));
+    }
+    let listed = config["added_tokens_decoder"].as_object();
+    for (id, token) in listed.into_iter().flatten() {
+        if let (Ok(id), Some(text)) = (id.parse(), token_text(token)) {
+            let special = token["special"].as_bool().unwrap_or(false);
+            added.insert(id, (text.to_string(), special));
+        }
+    }
+    Ok(Surroundings {
+        // as the classes of transformers have it that read such a file
+        begins: config["add_bos_token"].as_bool().unwrap_or(true),
+        ends: config["add_eos_token"].as_bool().unwrap_or(false),
+        added: (added.into_iter())
+            .map(|(id, (text, special))| (id, text, special))
+            .collect(),
+    })
+}
+
+/// The result of the library, whose panics on damaged files and texts are errors too.
+fn guarded<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String> {
+    match quietly(work) {
+        Ok(Ok(value)) => Ok(value),
+        Ok(Err(error)) => Err(shown(&one_line(error), SHOWN_CHARACTERS)),
+        Err(panic) => Err(format!("the tokenizers library fails: {panic}")),
+    }
+}
+
+/// Refuses steps that together lengthen a text too much: thirty that double it make gigabytes of a
+/// letter.
+fn check_growth(tokenizer: &Value) -> Result<(), String> {
+    let (mut growth, mut steps) = (1.0, 0);
+    for part in ["normalizer", "pre_tokenizer", "decoder"] {
+        growth *= growth_of(&tokenizer[part], &mut steps);
+    }
+    match growth <= MAX_GROWTH && steps <= MAX_STEPS {
+        true => Ok(()),
+        false => Err(format!(
+            "its {steps} steps may lengthen a text {growth:.0} times"
+        )),
+    }
+}
+
+/// How many times as long a text may get.
+fn growth_of(step: &Value, steps: &mut usize) -> f64 {
+    *steps += 1;
+    let mut growth = 1.0;
+    for parts in ["normalizers", "pretokenizers", "decoders"] {
+        for part in step[parts].as_array().into_iter().flatten() {
+            growth *= growth_of(part, steps);
+        }
+    }
+    let length = |text: &Value| text.as_str().map_or(0, str::len) as f64;
+    if step["type"] == "Replace" {
+        growth *= match &step["pattern"]["String"] {
+            Value::String(pattern) if !pattern.is_empty() => {
+                (length(&step["content"]) / pattern.len() as f64).max(1.0)
+            }
+            // It may match the empty text between any two letters.
+            _ => 1.0 + length(&step["content"]),
+        };
+    }
+    growth
+}
+
 fn last_of(tokenizer: &tokenizers::Tokenizer, with_added: bool) -> Option<(String, u32)> {
     tokenizer
         .get_vocab(with_added)
@@ -311,6 +448,55 @@ mod tests {
         let halves = text.replace("ByteLevel", r"\ud800");
         let folder = folder(&[(TOKENIZER_FILE, &halves)]);
         assert!(Tokenizer::open(folder.path()).is_err());
+    }
+
+    /// The library asserts on such files (charsmap, template, byte index) and asked for gigabytes.
+    #[test]
+    fn what_the_library_panics_on_is_an_error() {
+        let edits = [
+            (
+                r#""normalizer": null"#,
+                r#""normalizer": {"type": "Precompiled", "precompiled_charsmap": "/////w=="}"#,
+            ),
+            (
+                r#"{"id": "<s>", "ids": [0], "tokens": ["<s>"]}"#,
+                r#"{"id": "<s>", "ids": [], "tokens": []}"#,
+            ),
+            (r#""special_tokens": {"<s>""#, r#""special_tokens": {"<t>""#),
+        ];
+        for (from, to) in edits {
+            let text = WORDS.replace(from, to);
+            assert_ne!(text, WORDS);
+            let folder = folder(&[(TOKENIZER_FILE, &text)]);
+            let result = Tokenizer::open(folder.path()).and_then(|tokenizer| tokenizer.encode("a"));
+            if let Err(error) = result {
+                assert!(!error.to_string().contains('\n'), "{error}");
+            }
+        }
+        let double = r#"{"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}"#;
+        let steps = vec![double; 40].join(",");
+        let normalizer =
+            format!(r#""normalizer": {{"type": "Sequence", "normalizers": [{steps}]}}"#);
+        let text = WORDS.replace(r#""normalizer": null"#, &normalizer);
+        let folder = folder(&[(TOKENIZER_FILE, &text)]);
+        let error = Tokenizer::open(folder.path()).err().unwrap().to_string();
+        assert!(error.contains("lengthen"), "{error}");
+    }
+
+    #[test]
+    fn files_of_other_libraries_are_named() {
+        let cases = [
+            ("tokenizer.model", "IQ== 0\nIg== 1\n", "tiktoken"),
+            ("qwen.tiktoken", "IQ== 0\n", "tiktoken"),
+            ("tokenizer.model", "spm", "SentencePiece"),
+            ("tokenizer.model", "", "no pieces"),
+        ];
+        for (name, text, named) in cases {
+            let folder = folder(&[(name, text)]);
+            let error = Tokenizer::open(folder.path()).err().unwrap();
+            assert!(error.to_string().contains(named), "{error}");
+            assert!(error.hint().is_some());
+        }
     }
 
     #[test]

@@ -31,7 +31,7 @@ pub fn calibrate(
     let mut windows = if source.is_generated() {
         write_own(request, temperature, model, config, device)?
     } else {
-        let tokenizer = Tokenizer::open(model.dir())?;
+        let tokenizer = Tokenizer::open(model.tokenizer_dir())?;
         tokenizer.check_vocabulary(config.vocab_size)?;
         let means = Means {
             tokenizer: &tokenizer,

@@ -75,7 +75,7 @@ impl<'a> ModelTemplate<'a> {
     fn get(&self) -> Result<Option<&ChatRenderer>, String> {
         if self.template.get().is_none() {
             let now = SystemTime::UNIX_EPOCH + Duration::from_secs(TODAY);
-            let found = chat_template_at(self.model.dir(), now);
+            let found = chat_template_at(self.model.tokenizer_dir(), now);
             let found = found.map_err(|failure: Failure| failure.text)?;
             let _ = self.template.set(found);
         }

@@ -43,6 +43,19 @@ pub fn pick(device: DeviceArg, memory: usize) -> Result<Device, Failure> {
     Ok(picked)
 }
 
+/// Refuses a GPU where this program was built without them.
+pub fn check_built(device: DeviceArg) -> Result<(), Failure> {
+    match device {
+        DeviceArg::Cuda(ordinal) if !cfg!(feature = "cuda") => gpu(ordinal, 0).map(drop),
+        _ => Ok(()),
+    }
+}
+
+/// Whether `auto` takes a GPU.
+pub fn has_gpu() -> bool {
+    first_gpu(0).is_some()
+}
+
 /// `cpu, 2 threads`, or the GPU with its name and the memory it may take.
 pub fn describe(device: Device) -> String {
     match device {

@@ -3,10 +3,12 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use gptq_calibration::rebuilt_tokenizer;
 use gptq_hub::{Checkpoint, ResolveOptions, resolve};
 use gptq_inference::{OpenError, OpenedModel};
 use gptq_pipeline::check_weights;
 use gptq_types::{ContentHash, ContentHasher, TensorSource};
+use tempfile::TempDir;
 
 use crate::args::HubArgs;
 use crate::failure::Failure;
@@ -16,7 +18,23 @@ use crate::progress::Bytes;
 pub struct Model {
     pub checkpoint: Arc<Checkpoint>,
     pub config_json: String,
+    tokenizer_dir: PathBuf,
+    companions: Vec<PathBuf>,
+    _rebuilt: Option<TempDir>, // what is in it is one of the companions
 }
+
+/// Files that go with the tokenizer, wherever that comes from.
+const TOKENIZER_FILES: [&str; 9] = [
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+];
 
 /// The hub options of a command line.
 pub fn options(hub: &HubArgs) -> ResolveOptions {
@@ -43,14 +61,64 @@ pub fn find(model: &str, hub: &HubArgs) -> Result<Model, Failure> {
     for note in checkpoint.notes() {
         eprintln!("note: {note}");
     }
-    let config_json = checkpoint.config_json()?;
-    Ok(Model {
-        checkpoint,
-        config_json,
-    })
+    Model::of(checkpoint)
 }
 
 impl Model {
+    /// An opened folder and what its configs say.
+    pub fn of(checkpoint: Arc<Checkpoint>) -> Result<Self, Failure> {
+        Ok(Model {
+            config_json: checkpoint.config_json()?,
+            tokenizer_dir: checkpoint.dir().to_path_buf(),
+            companions: checkpoint.companions().to_vec(),
+            _rebuilt: None,
+            checkpoint,
+        })
+    }
+
+    /// With the tokenizer files of `folder`, where one is given, in place of its own.
+    pub fn with_tokenizer(mut self, folder: Option<&Path>) -> Self {
+        if let Some(folder) = folder {
+            let is_of_tokenizer = |file: &PathBuf| {
+                let name = file.file_name();
+                name.is_some_and(|name| TOKENIZER_FILES.iter().any(|known| name == *known))
+            };
+            self.companions.retain(|file| !is_of_tokenizer(file));
+            let there = TOKENIZER_FILES.iter().map(|name| folder.join(name));
+            self.companions.extend(there.filter(|file| file.is_file()));
+            self.tokenizer_dir = folder.to_path_buf();
+        }
+        self
+    }
+
+    /// With a `tokenizer.json` among the files that travel, where only `tokenizer.model` is there:
+    /// hardly a reader takes that one.
+    pub fn with_rebuilt_tokenizer(mut self) -> Result<Self, Failure> {
+        const NAME: &str = "tokenizer.json";
+        if self.tokenizer_dir.join(NAME).exists() {
+            return Ok(self);
+        }
+        match rebuilt_tokenizer(&self.tokenizer_dir) {
+            Ok(Some(json)) => {
+                let failed = |error| Failure::new(format!("cannot write `{NAME}`: {error}"));
+                let folder = tempfile::tempdir().map_err(failed)?;
+                let file = folder.path().join(NAME);
+                std::fs::write(&file, json).map_err(failed)?;
+                eprintln!("note: `{NAME}` is made from `tokenizer.model`");
+                self.companions.push(file);
+                self._rebuilt = Some(folder);
+            }
+            Ok(None) => {}
+            Err(error) => eprintln!("warning: {error}; no `{NAME}` is made from it"),
+        }
+        Ok(self)
+    }
+
+    /// Where its tokenizer is.
+    pub fn tokenizer_dir(&self) -> &Path {
+        &self.tokenizer_dir
+    }
+
     /// Reads the configs, picks the reader for the weights and checks all headers.
     pub fn open(&self) -> Result<OpenedModel, Failure> {
         Ok(self.try_open()??)
@@ -99,7 +167,7 @@ impl Model {
 
     /// Tokenizer, generation and licence files that are there.
     pub fn companions(&self) -> Vec<PathBuf> {
-        self.checkpoint.companions().to_vec()
+        self.companions.clone()
     }
 }
 

@@ -35,7 +35,7 @@ impl ScoringText {
                 "`self` is for calibration: a model's own text says nothing of its perplexity";
             return Err(Failure::new(text));
         }
-        let tokenizer = Tokenizer::open(model.dir())?;
+        let tokenizer = Tokenizer::open(model.tokenizer_dir())?;
         let means = Means {
             tokenizer: &tokenizer,
             files: &HubFiles::new(hub),

@@ -27,7 +27,7 @@ pub struct Voice {
 impl Voice {
     /// Of the checkpoint and the command line; says which settings the checkpoint made.
     pub fn open(model: &Model, args: &TextArgs) -> Result<Self, Failure> {
-        let tokenizer = Tokenizer::open(model.dir())?;
+        let tokenizer = Tokenizer::open(model.tokenizer_dir())?;
         let sampling = sampling(model.dir(), args)?;
         Ok(Voice {
             limits: Limits {
@@ -140,9 +140,20 @@ fn sampling(dir: &Path, args: &TextArgs) -> Result<Sampling, Failure> {
             .or(top_k.map(|k| k as usize))
             .unwrap_or(plain.top_k),
         top_p: number(args.top_p, top_p, plain.top_p),
-        seed: args.seed,
+        seed: args.seed.unwrap_or(0),
     };
     sampling.validate()?;
+    let draw = [
+        ("top-k", args.top_k.is_some()),
+        ("top-p", args.top_p.is_some()),
+        ("seed", args.seed.is_some()),
+    ];
+    for (flag, _) in draw
+        .iter()
+        .filter(|(_, given)| *given && sampling.temperature == 0.0)
+    {
+        eprintln!("warning: --{flag} has no effect: at temperature 0 the likeliest token is taken");
+    }
     Ok(sampling)
 }
 

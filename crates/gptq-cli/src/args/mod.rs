@@ -2,6 +2,7 @@
 
 mod check;
 mod device;
+mod effect;
 mod eval;
 mod hub;
 mod make;
@@ -14,6 +15,7 @@ use clap::{Parser, Subcommand};
 
 pub use check::{InspectArgs, RegressArgs, ReportArgs, VerifyArgs};
 pub use device::{DeviceArg, DeviceArgs, WholeDeviceArgs};
+pub use effect::{check, idle_flags};
 pub use eval::{EvalArgs, SpeedArgs};
 pub use hub::{HubArgs, PullArgs, PushArgs, StrictArgs};
 pub use make::{ImportArgs, SynthArgs};

@@ -51,7 +51,7 @@ pub struct QuantizeArgs {
     #[arg(long, conflicts_with = "desc_act")]
     pub act_group_aware: bool,
     /// Symmetric grids, zero in the middle [default]
-    #[arg(long, overrides_with = "asym")]
+    #[arg(long, conflicts_with = "asym")]
     pub sym: bool,
     /// Asymmetric grids with a zero of their own
     #[arg(long)]
@@ -85,6 +85,9 @@ pub struct QuantizeArgs {
     /// With `--dataset self`: divides the logits before sampling
     #[arg(long, default_value_t = 1.0)]
     pub temperature: f32,
+    /// Take tokenizer and chat template from this folder instead of the model's
+    #[arg(long, value_name = "DIR")]
+    pub tokenizer: Option<PathBuf>,
     /// Zero-point convention of the file
     #[arg(long, value_enum, default_value = "gptq")]
     pub format: FormatArg,

@@ -1,5 +1,7 @@
 //! `gptq generate` and `gptq chat`.
 
+use std::path::PathBuf;
+
 use clap::Args;
 
 use super::{HubArgs, StrictArgs, WholeDeviceArgs};
@@ -23,9 +25,9 @@ pub struct TextArgs {
     /// Tokens to write at most
     #[arg(long, default_value_t = 512)]
     pub max_new_tokens: usize,
-    /// Seed of the draw: the same seed gives the same text
-    #[arg(long, default_value_t = 0)]
-    pub seed: u64,
+    /// Seed of the draw: the same seed gives the same text [default: 0]
+    #[arg(long)]
+    pub seed: Option<u64>,
     /// End before this string; can be repeated. Tokens that end a text always end it
     #[arg(long, value_name = "STRING")]
     pub stop: Vec<String>,
@@ -47,6 +49,9 @@ pub struct GenerateArgs {
     /// With --chat: what the model is told beforehand
     #[arg(long, requires = "chat")]
     pub system: Option<String>,
+    /// Take tokenizer and chat template from this folder instead of the model's
+    #[arg(long, value_name = "DIR")]
+    pub tokenizer: Option<PathBuf>,
     #[command(flatten)]
     pub text: TextArgs,
     #[command(flatten)]
@@ -75,6 +80,9 @@ pub struct ChatArgs {
     /// 4096]
     #[arg(long, value_name = "TOKENS")]
     pub context: Option<usize>,
+    /// Take tokenizer and chat template from this folder instead of the model's
+    #[arg(long, value_name = "DIR")]
+    pub tokenizer: Option<PathBuf>,
     #[command(flatten)]
     pub text: TextArgs,
     #[command(flatten)]

@@ -28,8 +28,8 @@ use crate::speed;
 
 pub fn run(args: &EvalArgs) -> Result<Verdict, Failure> {
     let models = (args.models.iter())
-        .map(|model| find(model, &args.hub))
-        .collect::<Result<Vec<Model>, _>>()?;
+        .map(|model| Ok(find(model, &args.hub)?.with_tokenizer(args.tokenizer.as_deref())))
+        .collect::<Result<Vec<Model>, Failure>>()?;
     let opened = models
         .iter()
         .map(Model::open)
@@ -94,7 +94,7 @@ impl Text {
             Some(given) => Some(Passages::read(
                 given,
                 args.lambada_examples,
-                &Tokenizer::open(model.dir())?,
+                &Tokenizer::open(model.tokenizer_dir())?,
                 &HubFiles::new(&args.hub),
             )?),
             None => None,

@@ -15,7 +15,7 @@ use crate::unread_keys;
 use crate::voice::{Voice, chat_template, context, no_template, opening, reason, summary};
 
 pub fn run(args: &GenerateArgs) -> Result<Verdict, Failure> {
-    let model = find(&args.model, &args.hub)?;
+    let model = find(&args.model, &args.hub)?.with_tokenizer(args.tokenizer.as_deref());
     let voice = Voice::open(&model, &args.text)?;
     let opened = model.open()?;
     unread_keys::heed(&args.strict, &args.model, &opened.config)?;
@@ -53,7 +53,8 @@ fn tokens(
     prompt: &str,
 ) -> Result<Vec<u32>, Failure> {
     if args.chat {
-        let template = chat_template(model.dir())?.ok_or_else(|| no_template(model.dir()))?;
+        let folder = model.tokenizer_dir();
+        let template = chat_template(folder)?.ok_or_else(|| no_template(folder))?;
         let mut messages = opening(args.system.as_deref());
         messages.push(Message::new("user", prompt));
         // The template has the special tokens in it.

@@ -27,7 +27,9 @@ pub fn run(args: &QuantizeArgs) -> Result<Verdict, Failure> {
     let spec = args.spec()?;
     check_target(&args.out, args.resume)?;
     let max_shard_bytes = shard_bytes(&args.max_shard_size)?;
-    let model = find(&args.model, &args.hub)?;
+    let model = find(&args.model, &args.hub)?
+        .with_tokenizer(args.tokenizer.as_deref())
+        .with_rebuilt_tokenizer()?;
     let config = DecoderConfig::parse(&model.config_json)
         .map_err(|error| Failure::new(format!("{}: {error}", model.dir().display())))?;
     unread_keys::refuse(&args.strict, &args.model, &config)?;

@@ -180,10 +180,7 @@ impl<'a> Maker<'a> {
         };
         self.reference = Some(reference.clone());
         let checkpoint = Arc::new(Checkpoint::open(work)?);
-        let made = Model {
-            config_json: checkpoint.config_json()?,
-            checkpoint,
-        };
+        let made = Model::of(checkpoint)?;
         let record = timeless(scorer.score(branch, &made)?);
         eprintln!(
             "{branch}: perplexity {:.3}, original {:.3}",

@@ -173,10 +173,7 @@ impl<'a> Bench<'a> {
         record: Option<&RunRecord>,
     ) -> Result<Measurement, Failure> {
         let checkpoint = Arc::new(Checkpoint::open(folder)?);
-        let made = Model {
-            config_json: checkpoint.config_json()?,
-            checkpoint,
-        };
+        let made = Model::of(checkpoint)?;
         let settings = self.settings(&made)?;
         let layers = self.layers(&made, &settings, windows, record)?;
         let (overall, scored) = self.score(&made)?;
