@@ -385,9 +385,11 @@ mod tests {
             prompt_template: Some("```\n{prompt}".to_string()),
             ..CardInfo::default()
         };
-        let text = card(&info, evil, &[branch(evil)], None).unwrap();
-        assert!(!text.contains("<script>"), "{text}");
-        assert!(!text.contains("](javascript:"), "{text}");
+        let whole = card(&info, evil, &[branch(evil)], None).unwrap();
+        assert!(!whole.contains("<script>"), "{whole}");
+        // Before it, texts are quoted as JSON.
+        let (_, text) = whole.split_once("\n---\n").unwrap();
+        assert!(!text.replace("\\]", "").contains("](javascript:"), "{text}");
         assert!(text.contains("````\n```\n{prompt}\n````"), "{text}");
         let row = text.lines().find(|line| line.starts_with("| main | 4 "));
         let cells = row.unwrap().replace("\\|", "").matches('|').count();
