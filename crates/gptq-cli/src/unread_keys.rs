@@ -29,6 +29,6 @@ fn told(model: &str, config: &DecoderConfig) -> Option<String> {
     let keys = &config.unread_keys;
     (!keys.is_empty()).then(|| {
         let keys = keys.join(", ");
-        format!("{model}: config.json has keys whose meaning is not known: {keys}")
+        format!("{model}: config.json has keys that are not read, whatever they mean: {keys}")
     })
 }

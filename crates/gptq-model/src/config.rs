@@ -159,6 +159,8 @@ impl DecoderConfig {
         if let Some(window) = self.sliding_window {
             within("sliding_window", window, MAX_POSITIONS, "1 to 2147483647")?;
         }
+        let heads = self.num_attention_heads;
+        within("num_attention_heads", heads, MAX_WIDTH, WIDTH)?;
         if self.head_dim == 0 || !self.head_dim.is_multiple_of(2) {
             return Err(ConfigError::value(
                 "head_dim",
@@ -166,8 +168,7 @@ impl DecoderConfig {
                 "an even width",
             ));
         }
-        let heads = self.num_attention_heads;
-        if heads == 0 || !heads.is_multiple_of(self.num_key_value_heads) {
+        if !heads.is_multiple_of(self.num_key_value_heads) {
             let expected = "a multiple of num_key_value_heads";
             return Err(ConfigError::value("num_attention_heads", heads, expected));
         }

@@ -23,7 +23,7 @@ pub fn check_shapes(
         let keys = config.unread_keys.join(", ");
         warnings.push(Warning {
             module: String::new(),
-            text: format!("config.json has keys whose meaning is not known: {keys}"),
+            text: format!("config.json has keys that are not read, whatever they mean: {keys}"),
         });
     }
     // All blocks have the shapes of the first.

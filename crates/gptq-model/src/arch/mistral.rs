@@ -4,10 +4,11 @@
 use crate::config::{ConfigError, DecoderConfig, Fields, read_common};
 
 pub(super) fn read(fields: &Fields<'_>) -> Result<DecoderConfig, ConfigError> {
-    super::always(fields, "attention_bias", false)?;
-    super::always(fields, "mlp_bias", false)?;
-    Ok(DecoderConfig {
+    let mut config = DecoderConfig {
         sliding_window: super::window(fields)?,
         ..read_common(fields, &[])?
-    })
+    };
+    let flags = [("attention_bias", false), ("mlp_bias", false)];
+    super::name_unlike(&mut config, fields, &flags)?;
+    Ok(config)
 }

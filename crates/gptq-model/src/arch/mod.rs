@@ -90,16 +90,17 @@ fn layer_kinds(fields: &Fields<'_>) -> Result<Option<Kinds>, ConfigError> {
     Ok(Some(kinds))
 }
 
-/// Refuses a flag that the family does not read, where it is not what the family does anyway.
-fn always(fields: &Fields<'_>, key: &'static str, does: bool) -> Result<(), ConfigError> {
-    match fields.flag(key, does)? {
-        flag if flag == does => Ok(()),
-        flag => {
-            let expected = match does {
-                true => "true, as all models of this type have it",
-                false => "false, as all models of this type have it",
-            };
-            Err(ConfigError::unsupported(key, flag, expected))
+/// Names a flag that the family does not read where it is not what the family does anyway, as
+/// transformers has it: which tensors there are decides.
+fn name_unlike(
+    config: &mut DecoderConfig,
+    fields: &Fields<'_>,
+    flags: &[(&'static str, bool)],
+) -> Result<(), ConfigError> {
+    for &(key, does) in flags {
+        if fields.flag(key, does)? != does {
+            config.unread_keys.push(key.to_string());
         }
     }
+    Ok(())
 }

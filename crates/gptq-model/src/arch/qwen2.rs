@@ -4,11 +4,12 @@
 use crate::config::{ConfigError, DecoderConfig, Fields, read_common};
 
 pub(super) fn read(fields: &Fields<'_>) -> Result<DecoderConfig, ConfigError> {
-    super::always(fields, "attention_bias", true)?;
-    super::always(fields, "mlp_bias", false)?;
-    Ok(DecoderConfig {
+    let mut config = DecoderConfig {
         qkv_bias: true,
         sliding_window: super::qwen_window(fields)?,
         ..read_common(fields, &[("qkv_bias", true), ("use_qkv_bias", true)])?
-    })
+    };
+    let flags = [("attention_bias", true), ("mlp_bias", false)];
+    super::name_unlike(&mut config, fields, &flags)?;
+    Ok(config)
 }

@@ -5,8 +5,8 @@ use crate::config::{ConfigError, DecoderConfig, Fields, read_common};
 
 pub(super) fn read(fields: &Fields<'_>) -> Result<DecoderConfig, ConfigError> {
     let attention_bias = fields.flag("attention_bias", false)?;
-    super::always(fields, "mlp_bias", false)?;
-    let common = read_common(fields, &[("qk_norm", true), ("use_qk_norm", true)])?;
+    let mut common = read_common(fields, &[("qk_norm", true), ("use_qk_norm", true)])?;
+    super::name_unlike(&mut common, fields, &[("mlp_bias", false)])?;
     Ok(DecoderConfig {
         qkv_bias: attention_bias,
         o_bias: attention_bias,
