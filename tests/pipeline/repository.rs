@@ -4,7 +4,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use crate::support::{Family, TinyModel, edit_json, edit_tensor, gptq, refused, run, write_text};
+use crate::support::{
+    Cause, Family, TinyModel, edit_json, edit_tensor, gptq, refused, run, skipped, write_text,
+};
 
 const PLAN: &str = r#"
 samples = 4
@@ -246,7 +248,7 @@ fn a_pull_writes_nothing_outside_its_folder() {
         git(&[&write[..], &["commit"]].concat(), commit.as_bytes())
     });
     let Some(commit) = made else {
-        eprintln!("skipped: no git");
+        skipped(Cause::Machine, "git");
         return;
     };
     fs::write(path.join("refs/heads/main"), commit + "\n").unwrap();

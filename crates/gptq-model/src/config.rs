@@ -161,7 +161,8 @@ impl DecoderConfig {
         }
         let heads = self.num_attention_heads;
         within("num_attention_heads", heads, MAX_WIDTH, WIDTH)?;
-        if self.head_dim == 0 || !self.head_dim.is_multiple_of(2) {
+        within("head_dim", self.head_dim, MAX_WIDTH, WIDTH)?;
+        if !self.head_dim.is_multiple_of(2) {
             return Err(ConfigError::value(
                 "head_dim",
                 self.head_dim,

@@ -38,7 +38,11 @@ pub(crate) fn is_vacant(path: &Path) -> bool {
                 name.starts_with(BEGUN) || name == HEAD || OWN.contains(&&*name)
             })
         }),
-        Err(error) => error.kind() == ErrorKind::NotFound && fs::symlink_metadata(path).is_err(),
+        // A link to nowhere is not vacant; a folder that another process has just made is.
+        Err(error) => {
+            let link = fs::symlink_metadata(path).is_ok_and(|found| found.is_symlink());
+            error.kind() == ErrorKind::NotFound && !link
+        }
     }
 }
 
