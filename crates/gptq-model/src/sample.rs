@@ -45,9 +45,11 @@ pub fn sample_windows(
         Device::Cuda { ordinal, memory } => {
             crate::cuda::select(ordinal, memory)?;
             crate::cuda::check_resident(config.num_hidden_layers, config.block_bytes() / 4)?;
-            match crate::cuda::is_bf16(source.as_ref()) {
-                true => Sampler::<crate::cuda::Bf16>::new(source, config)?.run(spec, progress),
-                false => Sampler::<crate::cuda::F16>::new(source, config)?.run(spec, progress),
+            match source.computing_type() {
+                Some(gptq_types::Dtype::BF16) => {
+                    Sampler::<crate::cuda::Bf16>::new(source, config)?.run(spec, progress)
+                }
+                _ => Sampler::<crate::cuda::F16>::new(source, config)?.run(spec, progress),
             }
         }
     }
