@@ -15,13 +15,14 @@ const MAX_PAGE_BYTES: i64 = 1 << 28;
 /// Structs inside a page header, such as its statistics, nest two deep.
 const MAX_DEPTH: usize = 8;
 
-/// Refuses a column chunk that reaches beyond the file and a page that unpacks to too much; the
-/// error is a reason. `is_read` tells the columns that matter.
+/// Bytes of the largest page. Refuses a column chunk that reaches beyond the file and a page that
+/// unpacks to too much; the error is a reason. `is_read` tells the columns that matter.
 pub(crate) fn check(
     file: &File,
     metadata: &ParquetMetaData,
     is_read: impl Fn(usize) -> bool,
-) -> Result<(), String> {
+) -> Result<u64, String> {
+    let mut largest = 0;
     let length = file.metadata().map_err(|error| error.to_string())?.len();
     for (group, row_group) in metadata.row_groups().iter().enumerate() {
         for (column, chunk) in row_group.columns().iter().enumerate() {
@@ -31,14 +32,16 @@ pub(crate) fn check(
             let end = end.ok_or_else(|| format!("{place} reaches beyond the end of the file"))?;
             let root = row_group.schema_descr().get_column_root_idx(column);
             if is_read(root) {
-                check_chunk(file, start, end).map_err(|reason| format!("{place}: {reason}"))?;
+                let found = check_chunk(file, start, end);
+                largest = largest.max(found.map_err(|reason| format!("{place}: {reason}"))?);
             }
         }
     }
-    Ok(())
+    Ok(largest)
 }
 
-fn check_chunk(file: &File, start: u64, end: u64) -> Result<(), String> {
+fn check_chunk(file: &File, start: u64, end: u64) -> Result<u64, String> {
+    let mut largest = 0;
     let in_words = |error: io::Error| format!("a page header cannot be read: {error}");
     let mut reader = BufReader::new(file);
     reader.seek(SeekFrom::Start(start)).map_err(in_words)?;
@@ -61,8 +64,9 @@ fn check_chunk(file: &File, start: u64, end: u64) -> Result<(), String> {
         }
         reader.seek_relative(packed).map_err(in_words)?;
         at = after + packed as u64;
+        largest = largest.max(unpacked as u64);
     }
-    Ok(())
+    Ok(largest)
 }
 
 /// Counts what was read.

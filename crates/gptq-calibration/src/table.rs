@@ -23,7 +23,10 @@ use crate::{message_sizes, page_sizes};
 const ARROW_FILE_MAGIC: &[u8] = b"ARROW1\0\0";
 const MAX_PADDED_MAGIC: u64 = 64;
 
-const BATCH_ROWS: usize = 8192;
+const BATCH_ROWS: u64 = 8192;
+/// A dictionary holds a text once and each row takes a copy, so rows are read in batches that stay
+/// below this even where each is as long as the largest page.
+const BATCH_BYTES: u64 = 1 << 27;
 
 /// The texts of a Parquet file; other columns are not read.
 pub(crate) fn read_parquet(path: &Path, reading: Reading<'_>) -> Result<Rows, CalibrationError> {
@@ -58,14 +61,15 @@ fn parquet_rows(path: &Path, reading: Reading<'_>) -> Result<Rows, CalibrationEr
     let builder = ParquetRecordBatchReaderBuilder::try_new(file).map_err(wrong)?;
     let mut rows = RowReader::new(path, reading);
     let columns = begin(&mut rows, builder.schema(), path)?;
-    page_sizes::check(&sizes, builder.metadata(), |column| {
+    let largest_page = page_sizes::check(&sizes, builder.metadata(), |column| {
         columns.contains(&column)
     })
     .map_err(|reason| CalibrationError::malformed(path, reason))?;
+    let batch_rows = (BATCH_BYTES / largest_page.max(1)).clamp(1, BATCH_ROWS);
     let mask = ProjectionMask::roots(builder.parquet_schema(), columns);
     let batches = builder
         .with_projection(mask)
-        .with_batch_size(BATCH_ROWS)
+        .with_batch_size(batch_rows as usize)
         .build()
         .map_err(wrong)?;
     collect(batches, rows)
