@@ -146,6 +146,16 @@ pub trait Decoder {
     fn batch_windows(&self, batch: usize) -> &[Vec<u32>];
 }
 
+/// Makes the device ready for this thread, which [`open`] otherwise does: a second of a driver's time
+/// that other work can hide.
+pub fn prepare(device: Device) -> Result<(), ModelError> {
+    match device {
+        Device::Cpu => Ok(()),
+        #[cfg(feature = "cuda")]
+        Device::Cuda { ordinal, memory } => cuda::select(ordinal, memory),
+    }
+}
+
 /// Opens a decoder over `source`; every tensor is checked for presence and shape at once.
 pub fn open(
     source: Arc<dyn WeightSource>,

@@ -1,6 +1,7 @@
 //! A whole run, from checks to the rename that publishes it.
 
 use std::collections::BTreeMap;
+use std::panic::resume_unwind;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
@@ -62,7 +63,7 @@ pub fn quantize(
         progress(Progress::NothingToResume);
     }
     let weights: Arc<dyn WeightSource> = Arc::new(FloatWeights::new(job.source.clone()));
-    let mut decoder = gptq_model::open(weights.clone(), config.clone(), job.device)?;
+    let decoder = gptq_model::open(weights.clone(), config.clone(), job.device)?;
     let checked = checked_weights(job, &mut times)?;
     let settings = settings(job, &checked, false);
     let plan = OutputPlan::new(job.source.as_ref(), &config, &job.spec, job.max_shard_bytes)?;
@@ -76,7 +77,7 @@ pub fn quantize(
         job,
         config: &config,
         weights: weights.as_ref(),
-        decoder: decoder.as_mut(),
+        decoder,
         staged: &staged,
         times,
         layers: Vec::new(),
@@ -85,7 +86,14 @@ pub fn quantize(
     let outcome = run.blocks(&plan, journal, done, progress).and_then(|()| {
         let (layers, warnings) = (run.layers, run.warnings);
         let record = record(job, &checked, layers, warnings, started, run.times);
-        finish(&staged, &files, record)
+        // Freeing what a GPU run held takes about as long as hashing the ends of the shards.
+        std::thread::scope(|scope| {
+            let finishing = scope.spawn(|| finish(&staged, &files, record));
+            drop(run.decoder);
+            finishing
+                .join()
+                .unwrap_or_else(|panic| resume_unwind(panic))
+        })
     });
     match outcome {
         Ok(record) => {
@@ -216,7 +224,7 @@ struct Run<'a> {
     job: &'a Job,
     config: &'a DecoderConfig,
     weights: &'a dyn WeightSource,
-    decoder: &'a mut dyn Decoder,
+    decoder: Box<dyn Decoder>,
     staged: &'a StagedCheckpoint,
     times: PhaseTimes,
     layers: Vec<LayerRecord>,
@@ -287,8 +295,8 @@ impl Run<'_> {
         let mut work = LayerWork::new(self.job, writer);
         for stage in Stage::ALL {
             let linears = self.config.linears(index, stage);
-            let hessian = observe(self.decoder, self.job, &linears, stage, times)?;
-            let decoder = &mut *self.decoder;
+            let hessian = observe(self.decoder.as_mut(), self.job, &linears, stage, times)?;
+            let decoder = self.decoder.as_mut();
             work.solve(
                 decoder,
                 &linears,

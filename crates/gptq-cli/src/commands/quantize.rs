@@ -45,7 +45,9 @@ pub fn run(args: &QuantizeArgs) -> Result<Verdict, Failure> {
         Method::Gptq => {
             let request = args.calibration();
             let temperature = args.temperature;
-            calibrate(&request, temperature, &model, &config, device, &args.hub).map(Some)
+            let windows = calibrate(&request, temperature, &model, &config, device, &args.hub)?;
+            gptq_model::prepare(device)?;
+            Ok(Some(windows))
         }
         Method::Rtn => Ok(None),
     };
