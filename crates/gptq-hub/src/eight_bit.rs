@@ -12,6 +12,7 @@ use std::sync::LazyLock;
 use gptq_packer::SafetensorsFile;
 use gptq_types::{Dtype, TensorInfo};
 use half::{bf16, f16};
+use rayon::prelude::*;
 use serde_json::Value;
 
 use crate::HubError;
@@ -19,6 +20,8 @@ use crate::checkpoint::Stored;
 
 /// The published recipe of such checkpoints.
 const DEFAULT_BLOCK: [usize; 2] = [128, 128];
+/// Elements decoded at a time.
+const CHUNK: usize = 1 << 14;
 const SCALES: [&str; 2] = ["_scale_inv", "_scale"];
 const ACTIVATION_SCALES: [&str; 3] = ["input_scale", "activation_scale", "input_scale_inv"];
 
@@ -148,18 +151,32 @@ impl Widening {
     /// The F8 values `codes`, of which the first is element `first` of the tensor, as bytes of
     /// [`Widening::dtype`].
     pub(crate) fn decode(&self, codes: &[u8], first: usize) -> Vec<u8> {
-        let mut bytes = Vec::with_capacity(codes.len() * self.dtype.size());
-        for (at, &code) in codes.iter().enumerate() {
-            let (row, column) = ((first + at) / self.columns, (first + at) % self.columns);
-            let scale = row / self.block[0] * self.column_blocks + column / self.block[1];
-            let value = VALUES[usize::from(code)] * self.scales[scale];
-            match self.dtype {
-                Dtype::F16 => bytes.extend(f16::from_f32(value).to_le_bytes()),
-                Dtype::F32 => bytes.extend(value.to_le_bytes()),
-                _ => bytes.extend(bf16::from_f32(value).to_le_bytes()),
-            }
-        }
+        let size = self.dtype.size();
+        let mut bytes = vec![0; codes.len() * size];
         bytes
+            .par_chunks_mut(CHUNK * size)
+            .zip(codes.par_chunks(CHUNK))
+            .enumerate()
+            .for_each(|(chunk, (out, codes))| {
+                let first = first + chunk * CHUNK;
+                for (at, (out, &code)) in out.chunks_exact_mut(size).zip(codes).enumerate() {
+                    self.put(VALUES[usize::from(code)] * self.scale(first + at), out);
+                }
+            });
+        bytes
+    }
+
+    fn scale(&self, element: usize) -> f32 {
+        let (row, column) = (element / self.columns, element % self.columns);
+        self.scales[row / self.block[0] * self.column_blocks + column / self.block[1]]
+    }
+
+    fn put(&self, value: f32, out: &mut [u8]) {
+        match self.dtype {
+            Dtype::F16 => out.copy_from_slice(&f16::from_f32(value).to_le_bytes()),
+            Dtype::F32 => out.copy_from_slice(&value.to_le_bytes()),
+            _ => out.copy_from_slice(&bf16::from_f32(value).to_le_bytes()),
+        }
     }
 }
 
