@@ -193,6 +193,18 @@ fn the_tokenizer_of_another_model() {
     place.refuses(&["tokenizer.json", "255", "128"]);
 }
 
+/// The library asserts on the table of a normalizer; what it printed before it was caught filled the
+/// terminal.
+#[test]
+fn a_tokenizer_that_makes_its_library_panic() {
+    let place = Place::single();
+    edit_json(&place.model.join("tokenizer.json"), |tokenizer| {
+        tokenizer["normalizer"] =
+            json!({"type": "Precompiled", "precompiled_charsmap": "/////w=="});
+    });
+    place.refuses(&["tokenizer.json"]);
+}
+
 #[test]
 fn a_missing_tokenizer() {
     let place = Place::single();

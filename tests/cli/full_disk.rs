@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use crate::support::{Cause, Family, TinyModel, gptq, run, skipped, write_text};
+use crate::support::{Cause, Family, Run, TinyModel, gptq, run, skipped, write_text};
 
 const NO_MOUNT: i32 = 77;
 
@@ -14,47 +14,6 @@ const ON_A_SMALL_DISK: &str = r#"
     find "$disk" -mindepth 1 | sed 's/^/left: /' >&2
     exit $code
 "#;
-
-#[test]
-fn a_disk_without_room_is_found_before_the_work_and_nothing_stays() {
-    let folder = tempfile::tempdir().unwrap();
-    let (model, text) = (folder.path().join("model"), folder.path().join("text.txt"));
-    let shapes = TinyModel {
-        vocab: 512,
-        ..TinyModel::new(Family::Llama)
-    };
-    shapes.write(&model);
-    write_text(&text, shapes.vocab, 2_000);
-    let disk = folder.path().join("disk");
-    std::fs::create_dir(&disk).unwrap();
-
-    let probe = Command::new("unshare").args(["-rm", "true"]).output();
-    if !probe.is_ok_and(|output| output.status.success()) {
-        skipped(Cause::Machine, "`unshare -rm`, which mounts a small disk,");
-        return;
-    }
-    let told = run(Command::new("unshare")
-        .args(["-rm", "sh", "-c", ON_A_SMALL_DISK, "sh"])
-        .arg(&disk)
-        .arg(gptq("quantize").get_program())
-        .arg("quantize")
-        .arg(&model)
-        .arg("--out")
-        // folders above the output go too
-        .arg(disk.join("deep/er/out"))
-        .arg("--dataset")
-        .arg(&text)
-        .args(["--group-size", "32", "--samples", "4", "--seq-len", "32"]));
-    if told.code == Some(NO_MOUNT) {
-        skipped(Cause::Machine, "a small disk that can be mounted");
-        return;
-    }
-    let told = told.ended_with(2);
-    assert!(!told.stderr.contains("left: "), "{told:#?}");
-    let error = told.error_line();
-    assert!(error.contains("bytes") && error.contains("free"), "{error}");
-    assert!(error.contains("out"), "{error}");
-}
 
 /// Mounts a small disk at `$1`, fills it once a block is in the journal, waits for the run to fail,
 /// makes room and runs the same command again with --resume.
@@ -74,38 +33,74 @@ const FILLED_MEANWHILE: &str = r#"
     exit $code
 "#;
 
-#[test]
-fn a_disk_that_fills_up_meanwhile_costs_no_finished_block() {
+/// Runs `script` in a mount namespace of its own: `$1` is the folder to mount a disk at, the rest a
+/// `quantize` of a model of these shapes to `out` on that disk. Nothing where this machine cannot
+/// mount one.
+fn on_a_disk(
+    script: &str,
+    shapes: &TinyModel,
+    out: &str,
+    words: usize,
+    flags: [&str; 4],
+) -> Option<Run> {
     let folder = tempfile::tempdir().unwrap();
     let (model, text) = (folder.path().join("model"), folder.path().join("text.txt"));
-    let shapes = TinyModel {
-        layers: 8,
-        ..TinyModel::new(Family::Llama)
-    };
     shapes.write(&model);
-    write_text(&text, shapes.vocab, 30_000);
+    write_text(&text, shapes.vocab, words);
     let disk = folder.path().join("disk");
     std::fs::create_dir(&disk).unwrap();
     let probe = Command::new("unshare").args(["-rm", "true"]).output();
     if !probe.is_ok_and(|output| output.status.success()) {
         skipped(Cause::Machine, "`unshare -rm`, which mounts a small disk,");
-        return;
+        return None;
     }
     let told = run(Command::new("unshare")
-        .args(["-rm", "sh", "-c", FILLED_MEANWHILE, "sh"])
+        .args(["-rm", "sh", "-c", script, "sh"])
         .arg(&disk)
         .arg(gptq("quantize").get_program())
         .arg("quantize")
         .arg(&model)
         .arg("--out")
-        .arg(disk.join("out"))
+        .arg(disk.join(out))
         .arg("--dataset")
         .arg(&text)
-        .args(["--group-size", "32", "--samples", "64", "--seq-len", "128"]));
+        .args(["--group-size", "32"])
+        .args(flags));
     if told.code == Some(NO_MOUNT) {
         skipped(Cause::Machine, "a small disk that can be mounted");
-        return;
+        return None;
     }
+    Some(told)
+}
+
+#[test]
+fn a_disk_without_room_is_found_before_the_work_and_nothing_stays() {
+    let shapes = TinyModel {
+        vocab: 512,
+        ..TinyModel::new(Family::Llama)
+    };
+    let flags = ["--samples", "4", "--seq-len", "32"];
+    // Folders above the output go too.
+    let Some(told) = on_a_disk(ON_A_SMALL_DISK, &shapes, "deep/er/out", 2_000, flags) else {
+        return;
+    };
+    let told = told.ended_with(2);
+    assert!(!told.stderr.contains("left: "), "{told:#?}");
+    let error = told.error_line();
+    assert!(error.contains("bytes") && error.contains("free"), "{error}");
+    assert!(error.contains("out"), "{error}");
+}
+
+#[test]
+fn a_disk_that_fills_up_meanwhile_costs_no_finished_block() {
+    let shapes = TinyModel {
+        layers: 8,
+        ..TinyModel::new(Family::Llama)
+    };
+    let flags = ["--samples", "64", "--seq-len", "128"];
+    let Some(told) = on_a_disk(FILLED_MEANWHILE, &shapes, "out", 30_000, flags) else {
+        return;
+    };
     let told = told.done();
     assert!(told.stderr.contains("first: 2"), "{told:#?}");
     assert!(told.stderr.contains("blocks are kept in"), "{told:#?}");

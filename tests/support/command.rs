@@ -84,6 +84,7 @@ impl Run {
     /// Exactly one `error: ` line, with nothing after it but one `hint: ` line at most.
     #[track_caller]
     pub fn error_line(&self) -> &str {
+        assert!(!self.stderr.contains("panicked at"), "{self:#?}");
         let lines: Vec<&str> = self.stderr.lines().collect();
         let errors: Vec<usize> = (0..lines.len())
             .filter(|&index| lines[index].starts_with("error: "))

@@ -38,7 +38,16 @@ pub struct FolderVerdict {
 impl FolderVerdict {
     /// Every listed file is there, byte for byte.
     pub fn is_sound(&self) -> bool {
-        self.differing.is_empty() && self.missing.is_empty()
+        self.first_fault().is_none()
+    }
+
+    /// The first file that is missing, else the first that differs, in words.
+    pub fn first_fault(&self) -> Option<String> {
+        let missing = (self.missing.first()).map(|name| format!("`{name}` is missing"));
+        missing.or_else(|| {
+            let (name, how) = self.differing.first()?;
+            Some(format!("`{name}` {how}"))
+        })
     }
 }
 

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use crate::weights::CheckedWeights;
+use crate::weights::WeightCheck;
 use gptq_model::{ConfigError, Device, ModelError};
 use gptq_packer::{LayoutError, PackError, StageError, VerifyError};
 use gptq_quantizer::QuantizeError;
@@ -31,8 +31,9 @@ pub struct Job {
     pub out_dir: PathBuf,
     /// Largest weight file.
     pub max_shard_bytes: u64,
-    /// What [`crate::check_weights`] said of the source; without it the run asks.
-    pub checked: Option<CheckedWeights>,
+    /// The check of all weights. On a GPU a run that begins waits for it only when its first block
+    /// is to be vouched for; any other waits before it begins.
+    pub check: WeightCheck,
     /// Where the forward pass runs.
     pub device: Device,
     /// Go on where an interrupted run stopped.
@@ -95,6 +96,8 @@ pub enum PipelineError {
     NoWindows,
     #[error(transparent)]
     Source(#[from] SourceError),
+    #[error(transparent)]
+    Weights(#[from] Arc<SourceError>),
     #[error(transparent)]
     Model(#[from] ModelError),
     #[error(transparent)]

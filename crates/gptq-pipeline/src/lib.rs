@@ -31,4 +31,4 @@ pub use resume::{is_interrupted, may_be_finished};
 pub use run::quantize;
 pub use small_files::check_beside;
 pub use together::quantize_together;
-pub use weights::{CheckedWeights, check_weights};
+pub use weights::{CheckedWeights, WeightCheck, check_weights};

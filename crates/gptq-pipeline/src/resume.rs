@@ -12,7 +12,6 @@ use serde_json::{Map, Value, json};
 use crate::journal::{BlockEntry, JOURNAL_FILE, Journal};
 use crate::run::{RECORD_FILE, device_name};
 use crate::small_files::SmallFiles;
-use crate::weights::CheckedWeights;
 use crate::{Job, OutputPlan, PipelineError};
 
 /// Bytes of a tensor hashed at a time.
@@ -24,8 +23,8 @@ const MAX_RECORD_BYTES: u64 = 256 << 20;
 pub struct Begun {
     /// The folder under construction.
     pub staged: StagedCheckpoint,
-    /// Open for the next block.
-    pub journal: Journal,
+    /// Open for the next block; nothing before the first, with which the writer begins it.
+    pub journal: Option<Journal>,
     /// Blocks that need no more work.
     pub done: Vec<BlockEntry>,
 }
@@ -37,18 +36,19 @@ pub fn begin(
     place: ClaimedPlace,
     config: &DecoderConfig,
     plan: &OutputPlan,
-    settings: &Map<String, Value>,
+    shared_hessian: bool,
     beside_shards: u64,
 ) -> Result<Begun, PipelineError> {
     let partial = place.partial_dir().to_path_buf();
     if job.resume && partial.is_dir() {
-        if let Some((journal, done)) = Journal::reopen(&partial, settings)? {
+        let settings = settings(job, shared_hessian)?;
+        if let Some((journal, done)) = Journal::reopen(&partial, &settings)? {
             check_entries(&partial, &done, config)?;
             let staged = place.reopen(&plan.layout)?;
             check_tensors(&staged, &done)?;
             return Ok(Begun {
                 staged,
-                journal,
+                journal: Some(journal),
                 done,
             });
         }
@@ -58,23 +58,17 @@ pub fn begin(
         // It was interrupted before its first line: there is nothing to go on with.
         place.discard_partial()?;
     }
-    let staged = place.create(&plan.layout, beside_shards)?;
-    match Journal::begin(staged.partial_dir(), settings) {
-        Ok(journal) => Ok(Begun {
-            staged,
-            journal,
-            done: Vec::new(),
-        }),
-        Err(error) => {
-            // The first error is the one to report.
-            let _ = staged.discard();
-            Err(error)
-        }
-    }
+    Ok(Begun {
+        staged: place.create(&plan.layout, beside_shards)?,
+        journal: None,
+        done: Vec::new(),
+    })
 }
 
-/// What must not change between an interrupted run and its continuation.
-pub fn settings(job: &Job, checked: &CheckedWeights, shared_hessian: bool) -> Map<String, Value> {
+/// What must not change between an interrupted run and its continuation. Waits for the check of
+/// the weights.
+pub fn settings(job: &Job, shared_hessian: bool) -> Result<Map<String, Value>, PipelineError> {
+    let checked = job.check.wait()?;
     let tokens = job.calibration.as_ref().map(|record| &record.token_sha256);
     let entries = [
         ("tool", json!(job.tool)),
@@ -94,7 +88,7 @@ pub fn settings(job: &Job, checked: &CheckedWeights, shared_hessian: bool) -> Ma
     if let Value::Object(spec) = json!(job.spec) {
         settings.extend(spec);
     }
-    settings
+    Ok(settings)
 }
 
 /// Whether a folder that is in the way may be the result of the very run that is asked for:
@@ -107,13 +101,13 @@ pub fn may_be_finished(out_dir: &Path, resume: bool) -> bool {
 /// an interruption after the rename left of the making is removed.
 pub fn finished(
     job: &Job,
-    checked: &CheckedWeights,
     files: &SmallFiles,
     shared_hessian: bool,
 ) -> Result<Option<RunRecord>, PipelineError> {
     if !may_be_finished(&job.out_dir, job.resume) {
         return Ok(None);
     }
+    let checked = job.check.wait()?;
     let path = job.out_dir.join(RECORD_FILE);
     let small = std::fs::metadata(&path).is_ok_and(|found| found.len() <= MAX_RECORD_BYTES);
     let text = small.then(|| std::fs::read_to_string(&path).ok()).flatten();

@@ -16,9 +16,9 @@ use gptq_types::{
 use crate::journal::{BlockEntry, JOURNAL_FILE, Journal};
 use crate::layers::{After, LayerWork, observe};
 use crate::preflight::{check_declared_type, check_shapes, check_unquantised};
-use crate::resume::{Begun, begin, finished, is_interrupted, settings};
+use crate::resume::{Begun, begin, finished, is_interrupted};
 use crate::small_files::{SmallFiles, settings_text};
-use crate::weights::{CheckedWeights, check_weights};
+use crate::weights::CheckedWeights;
 use crate::write::{Output, writing};
 use crate::{Job, OutputPlan, PipelineError, Progress};
 
@@ -46,11 +46,9 @@ pub fn quantize(
         return Err(PipelineError::NoWindows);
     }
     let files = SmallFiles::prepare(job)?;
-    let mut times = PhaseTimes::default();
     let place = match ClaimedPlace::claim(&job.out_dir) {
         Err(error @ StageError::Occupied(_)) => {
-            let checked = checked_weights(job, &mut times)?;
-            let record = finished(job, &checked, &files, false)?.ok_or(error)?;
+            let record = finished(job, &files, false)?.ok_or(error)?;
             progress(Progress::AlreadyDone);
             return Ok(record);
         }
@@ -64,28 +62,34 @@ pub fn quantize(
     }
     let weights: Arc<dyn WeightSource> = Arc::new(FloatWeights::new(job.source.clone()));
     let decoder = gptq_model::open(weights.clone(), config.clone(), job.device)?;
-    let checked = checked_weights(job, &mut times)?;
-    let settings = settings(job, &checked, false);
+    wait_on_the_processor(job)?;
     let plan = OutputPlan::new(job.source.as_ref(), &config, &job.spec, job.max_shard_bytes)?;
     let beside = beside_shards(&config, &files);
     let Begun {
         staged,
         journal,
         done,
-    } = begin(job, place, &config, &plan, &settings, beside)?;
+    } = begin(job, place, &config, &plan, false, beside)?;
     let mut run = Run {
         job,
         config: &config,
         weights: weights.as_ref(),
         decoder,
         staged: &staged,
-        times,
+        times: PhaseTimes::default(),
         layers: Vec::new(),
         warnings,
     };
     let outcome = run.blocks(&plan, journal, done, progress).and_then(|()| {
         let (layers, warnings) = (run.layers, run.warnings);
-        let record = record(job, &checked, layers, warnings, started, run.times);
+        let record = record(
+            job,
+            &job.check.wait()?,
+            layers,
+            warnings,
+            started,
+            run.times,
+        );
         // Freeing what a GPU run held takes about as long as hashing the ends of the shards.
         std::thread::scope(|scope| {
             let finishing = scope.spawn(|| finish(&staged, &files, record));
@@ -101,7 +105,11 @@ pub fn quantize(
             progress(Progress::Published);
             Ok(record)
         }
-        Err(error) => Err(kept_or_discarded(staged, config.num_hidden_layers, error)),
+        Err(error) => {
+            // Weights that are not sound are the cause of whatever went wrong with them.
+            let cause = job.check.wait().map_or_else(PipelineError::from, |_| error);
+            Err(kept_or_discarded(staged, config.num_hidden_layers, cause))
+        }
     }
 }
 
@@ -180,14 +188,13 @@ pub(crate) fn record(
     }
 }
 
-/// All weights were read and found finite, here or before.
-pub(crate) fn checked_weights(
-    job: &Job,
-    times: &mut PhaseTimes,
-) -> Result<CheckedWeights, PipelineError> {
-    match &job.checked {
-        Some(checked) => Ok(checked.clone()),
-        None => Ok(times.time(Phase::Load, || check_weights(job.source.as_ref()))?),
+/// On the processor a block may take minutes, and the check would slow it: unsound weights are
+/// refused before. A GPU leaves the processor idle, and its first block ends when the check does.
+pub(crate) fn wait_on_the_processor(job: &Job) -> Result<(), PipelineError> {
+    match job.device {
+        Device::Cpu => job.check.wait().map(drop).map_err(PipelineError::from),
+        #[cfg(feature = "cuda")]
+        Device::Cuda { .. } => Ok(()),
     }
 }
 
@@ -235,7 +242,7 @@ impl Run<'_> {
     fn blocks(
         &mut self,
         plan: &OutputPlan,
-        journal: Journal,
+        journal: Option<Journal>,
         done: Vec<BlockEntry>,
         progress: &mut dyn FnMut(Progress<'_>),
     ) -> Result<(), PipelineError> {
@@ -248,7 +255,7 @@ impl Run<'_> {
         });
         let (staged, job) = (self.staged, self.job);
         let mut times = std::mem::take(&mut self.times);
-        let outcome = writing(staged, job, journal, &mut times, |writer, times| {
+        let outcome = writing(staged, job, false, journal, &mut times, |writer, times| {
             writer.copy(&plan.copied)?;
             if forward {
                 times.time(Phase::Load, || self.decoder.embed(&job.windows))?;

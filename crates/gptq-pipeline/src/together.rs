@@ -15,10 +15,10 @@ use gptq_types::{Method, Phase, PhaseTimes, RunRecord, Stage, Warning};
 use crate::journal::{BlockEntry, Journal};
 use crate::layers::{After, LayerWork, observe};
 use crate::preflight::{check_declared_type, check_shapes, check_unquantised};
-use crate::resume::{begin, settings};
+use crate::resume::begin;
 use crate::run::{
-    beside_shards, checked_weights, count_forward, finish, kept_or_discarded, publish, read_config,
-    record,
+    beside_shards, count_forward, finish, kept_or_discarded, publish, read_config, record,
+    wait_on_the_processor,
 };
 use crate::small_files::SmallFiles;
 use crate::weights::CheckedWeights;
@@ -61,12 +61,12 @@ pub fn quantize_together(
     let weights: Arc<dyn WeightSource> = Arc::new(FloatWeights::new(first.source.clone()));
     let mut decoder = gptq_model::open(weights, config.clone(), first.device)?;
     let mut times = PhaseTimes::default();
-    let checked = checked_weights(first, &mut times)?;
+    wait_on_the_processor(first)?;
     let (mut targets, mut journals) = (Vec::new(), Vec::new());
     let blocks = config.num_hidden_layers;
     let outcome = (jobs.iter())
         .try_for_each(|job| {
-            let (target, journal) = Target::new(job, &config, &checked)?;
+            let (target, journal) = Target::new(job, &config)?;
             targets.push(target);
             journals.push(journal);
             Ok(())
@@ -82,6 +82,7 @@ pub fn quantize_together(
             )
         })
         .and_then(|()| {
+            let checked = first.check.wait()?;
             (targets.iter())
                 .map(|target| target.finish(&checked, &times, started))
                 .collect::<Result<Vec<RunRecord>, _>>()
@@ -94,7 +95,11 @@ pub fn quantize_together(
             progress(Progress::Published);
             Ok(records)
         }
-        Err(mut error) => {
+        Err(error) => {
+            let mut error = first
+                .check
+                .wait()
+                .map_or_else(PipelineError::from, |_| error);
             // One error for all of them; what it says last is of the first.
             for target in targets.into_iter().rev() {
                 error = kept_or_discarded(target.staged, blocks, error.cause());
@@ -105,20 +110,15 @@ pub fn quantize_together(
 }
 
 impl<'a> Target<'a> {
-    fn new(
-        job: &'a Job,
-        config: &DecoderConfig,
-        checked: &CheckedWeights,
-    ) -> Result<(Self, Journal), PipelineError> {
+    fn new(job: &'a Job, config: &DecoderConfig) -> Result<(Self, Option<Journal>), PipelineError> {
         job.spec.validate()?;
         let mut warnings = check_shapes(config, &job.spec)?;
         warnings.extend(check_declared_type(job.source.as_ref()));
         let files = SmallFiles::prepare(job)?;
         let plan = OutputPlan::new(job.source.as_ref(), config, &job.spec, job.max_shard_bytes)?;
         let place = ClaimedPlace::claim(&job.out_dir)?;
-        let settings = settings(job, checked, true);
         let beside = beside_shards(config, &files);
-        let begun = begin(job, place, config, &plan, &settings, beside)?;
+        let begun = begin(job, place, config, &plan, true, beside)?;
         let target = Target {
             staged: begun.staged,
             done: begun.done,
@@ -159,7 +159,7 @@ fn run(
     config: &DecoderConfig,
     decoder: &mut dyn Decoder,
     targets: &mut [Target<'_>],
-    journals: Vec<Journal>,
+    journals: Vec<Option<Journal>>,
     times: &mut PhaseTimes,
     progress: &mut dyn FnMut(Progress<'_>),
 ) -> Result<(), PipelineError> {
@@ -182,7 +182,7 @@ type Work<'a> = dyn FnMut(&[&dyn Output], &mut PhaseTimes) -> Result<(), Pipelin
 /// Opens a writer for each of `targets`, each inside the one before, and then works.
 fn with_writers(
     targets: &[Target<'_>],
-    journals: &mut dyn Iterator<Item = Journal>,
+    journals: &mut dyn Iterator<Item = Option<Journal>>,
     open: &[&dyn Output],
     times: &mut PhaseTimes,
     work: &mut Work<'_>,
@@ -191,7 +191,7 @@ fn with_writers(
         return work(open, times);
     };
     let staged = &target.staged;
-    writing(staged, target.job, journal, times, |writer, times| {
+    writing(staged, target.job, true, journal, times, |writer, times| {
         writer.copy(&target.copied)?;
         let open: Vec<&dyn Output> = open.iter().copied().chain([writer as _]).collect();
         with_writers(rest, journals, &open, times, work)

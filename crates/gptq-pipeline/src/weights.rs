@@ -2,8 +2,13 @@
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
+use std::panic::resume_unwind;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::thread::{self, JoinHandle};
 
+use gptq_model::Device;
 use gptq_types::{ContentHash, SourceError, TensorInfo, TensorSource, model_identity};
+use rayon::ThreadPool;
 use rayon::iter::{ParallelBridge, ParallelIterator};
 
 /// The weights of a model, after [`check_weights`].
@@ -11,6 +16,71 @@ use rayon::iter::{ParallelBridge, ParallelIterator};
 pub struct CheckedWeights {
     /// By which a journal, a record or a repository knows them again.
     pub identity: ContentHash,
+}
+
+/// [`check_weights`] on its way beside other work, or done. Clones share the one check.
+#[derive(Clone)]
+pub struct WeightCheck(Arc<Check>);
+
+type Outcome = Result<CheckedWeights, Arc<SourceError>>;
+
+struct Check {
+    outcome: OnceLock<Outcome>,
+    running: Mutex<Option<JoinHandle<Outcome>>>,
+}
+
+impl WeightCheck {
+    /// Begins to read, on a thread of its own that hands the work to rayon's.
+    pub fn begin(source: Arc<dyn TensorSource>, device: Device) -> Self {
+        let check = move || check_weights(source.as_ref()).map_err(Arc::new);
+        let running = thread::spawn(move || match own_threads(device) {
+            Some(threads) => threads.install(check),
+            None => check(),
+        });
+        WeightCheck(Arc::new(Check {
+            outcome: OnceLock::new(),
+            running: Mutex::new(Some(running)),
+        }))
+    }
+
+    /// One that was done before.
+    pub fn done(checked: CheckedWeights) -> Self {
+        WeightCheck(Arc::new(Check {
+            outcome: OnceLock::from(Ok(checked)),
+            running: Mutex::new(None),
+        }))
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Errors
+    /// Those of [`check_weights`], to everyone who waits.
+    pub fn wait(&self) -> Outcome {
+        let end = || {
+            let mut running = self
+                .0
+                .running
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            let running = running.take().expect("one that is not done runs");
+            running.join().unwrap_or_else(|panic| resume_unwind(panic))
+        };
+        self.0.outcome.get_or_init(end).clone()
+    }
+}
+
+/// Half of the threads for a check beside the work of a GPU: what the GPU waits for then queues
+/// behind no tensor. All of them, the common ones, on the processor, where nothing else runs yet.
+fn own_threads(device: Device) -> Option<ThreadPool> {
+    match device {
+        Device::Cpu => None,
+        #[cfg(feature = "cuda")]
+        Device::Cuda { .. } => {
+            let half = rayon::current_num_threads().div_ceil(2);
+            let threads = rayon::ThreadPoolBuilder::new().num_threads(half).build();
+            threads.ok()
+        }
+    }
 }
 
 /// Reads every tensor once, on all threads: refuses the first one, in the order of names, with a
@@ -86,10 +156,18 @@ mod tests {
         let found = check_weights(&source).unwrap().identity;
         assert_eq!(found, model_identity(&expected));
         assert_ne!(found, check_weights(&tensors(0.25)).unwrap().identity);
+        let beside = WeightCheck::begin(Arc::new(tensors(0.5)), Device::Cpu);
+        let waiting = beside.clone();
+        let waited = thread::spawn(move || waiting.wait().unwrap());
+        assert_eq!(beside.wait().unwrap().identity, found);
+        assert_eq!(waited.join().unwrap().identity, found);
 
         let mut bad = tensors(f32::INFINITY);
         bad.0.insert("t39".to_string(), vec![f32::NAN]);
-        let error = check_weights(&bad).unwrap_err().to_string();
-        assert_eq!(error, "tensor `t03` in memory holds inf at element 0");
+        let check = WeightCheck::begin(Arc::new(bad), Device::Cpu);
+        for _ in 0..2 {
+            let error = check.wait().unwrap_err().to_string();
+            assert_eq!(error, "tensor `t03` in memory holds inf at element 0");
+        }
     }
 }

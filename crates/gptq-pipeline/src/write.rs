@@ -9,9 +9,10 @@ use std::time::Instant;
 use gptq_model::Device;
 use gptq_packer::{PackedLayer, StagedCheckpoint, pack, verify_layer};
 use gptq_quantizer::Arriving;
-use gptq_types::{ContentHash, LayerName, Phase, PhaseTimes, QuantSpec, SolvedLayer, TensorSource};
+use gptq_types::{ContentHash, LayerName, Phase, PhaseTimes, SolvedLayer};
 
 use crate::journal::{BlockEntry, Journal};
+use crate::resume::settings;
 use crate::{Job, PipelineError};
 
 /// Linears that may wait for the thread: as many as a block has, since those of a stage come in a
@@ -78,7 +79,8 @@ impl Output for Writer<'_> {
 pub fn writing<R>(
     staged: &StagedCheckpoint,
     job: &Job,
-    journal: Journal,
+    shared_hessian: bool,
+    journal: Option<Journal>,
     times: &mut PhaseTimes,
     work: impl FnOnce(&Writer<'_>, &mut PhaseTimes) -> Result<R, PipelineError>,
 ) -> Result<R, PipelineError> {
@@ -86,9 +88,9 @@ pub fn writing<R>(
         let (hash_ahead, blocks) = sync_channel(1);
         scope.spawn(move || hash_as_blocks_end(staged, &blocks));
         let writing = Writing {
-            source: job.source.as_ref(),
+            job,
             staged,
-            spec: &job.spec,
+            shared_hessian,
             journal,
             tensors: BTreeMap::new(),
             hash_ahead,
@@ -150,10 +152,11 @@ fn beside<'a, R>(
 
 /// The files and what is known about them.
 pub struct Writing<'a> {
-    source: &'a dyn TensorSource,
+    job: &'a Job,
     staged: &'a StagedCheckpoint,
-    spec: &'a QuantSpec,
-    journal: Journal,
+    shared_hessian: bool,
+    /// From the first block on.
+    journal: Option<Journal>,
     /// Of the block at hand, as they were written.
     tensors: BTreeMap<String, ContentHash>,
     /// Tells that a block ended.
@@ -188,7 +191,7 @@ impl Writing<'_> {
 
     /// Packs, writes, and reads back what was written.
     fn store(&mut self, layer: &LayerName, solved: &SolvedLayer) -> Result<(), PipelineError> {
-        let format = self.spec.format;
+        let format = self.job.spec.format;
         let packed = self
             .times
             .time(Phase::Pack, || pack(solved, format))
@@ -216,7 +219,7 @@ impl Writing<'_> {
             self.staged.write(&name, bytes)?;
         }
         self.times.add(Phase::Write, start.elapsed());
-        let format = self.spec.format;
+        let format = self.job.spec.format;
         self.times
             .time(Phase::Verify, || {
                 verify_layer(self.staged, layer, solved, format)
@@ -230,19 +233,30 @@ impl Writing<'_> {
     fn copy(&mut self, names: &[String]) -> Result<(), PipelineError> {
         let start = Instant::now();
         for name in names {
-            self.staged.write(name, &self.source.bytes(name)?)?;
+            self.staged.write(name, &self.job.source.bytes(name)?)?;
         }
         self.times.add(Phase::Write, start.elapsed());
         Ok(())
     }
 
     fn end_block(&mut self, mut entry: BlockEntry) -> Result<(), PipelineError> {
-        self.times.time(Phase::Write, || self.staged.sync())?;
-        entry.tensors = std::mem::take(&mut self.tensors);
-        self.journal.record(&entry)?;
         // A thread that is still at the block before hears of this one at the next.
         let _ = self.hash_ahead.try_send(());
-        Ok(())
+        self.times.time(Phase::Write, || self.staged.sync())?;
+        entry.tensors = std::mem::take(&mut self.tensors);
+        self.journal()?.record(&entry)
+    }
+
+    /// Begins with the first block that it vouches for: by then it is known of which weights.
+    fn journal(&mut self) -> Result<&mut Journal, PipelineError> {
+        let journal = match self.journal.take() {
+            Some(journal) => journal,
+            None => {
+                let settings = settings(self.job, self.shared_hessian)?;
+                Journal::begin(self.staged.partial_dir(), &settings)?
+            }
+        };
+        Ok(self.journal.insert(journal))
     }
 }
 

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::{DeviceArgs, HubArgs, StrictArgs};
+use super::{DeviceArgs, HubArgs, StrictArgs, TokenizerArgs};
 
 #[derive(Args)]
 pub struct EvalArgs {
@@ -31,9 +31,8 @@ pub struct EvalArgs {
     /// With --lambada: only this many passages from the start
     #[arg(long, value_name = "N", requires = "lambada")]
     pub lambada_examples: Option<usize>,
-    /// Take the tokenizer from this folder instead of the model's
-    #[arg(long, value_name = "DIR")]
-    pub tokenizer: Option<PathBuf>,
+    #[command(flatten)]
+    pub tokenizer: TokenizerArgs,
     /// Keep scores in FILE as they come; the same command goes on with it after a kill
     #[arg(long, value_name = "FILE")]
     pub state: Option<PathBuf>,

@@ -20,6 +20,14 @@ pub struct StrictArgs {
     pub strict: bool,
 }
 
+/// Which tokenizer reads the text.
+#[derive(Args, Clone)]
+pub struct TokenizerArgs {
+    /// Take tokenizer and chat template from this folder instead of the model's
+    #[arg(id = "tokenizer", long = "tokenizer", value_name = "DIR")]
+    pub folder: Option<PathBuf>,
+}
+
 #[derive(Args)]
 pub struct PullArgs {
     /// `REPO[:branch]`, a repository that `matrix` made, or `owner/name[:branch]` on the hub

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 
 use super::size::parse_size;
-use super::{DeviceArg, HubArgs, StrictArgs};
+use super::{DeviceArg, HubArgs, StrictArgs, TokenizerArgs};
 
 #[derive(Clone, Copy, ValueEnum)]
 pub enum PresetArg {
@@ -61,9 +61,8 @@ pub struct MatrixArgs {
     /// Seed of the draw of windows [default: the plan's, or 0]
     #[arg(long)]
     pub seed: Option<u64>,
-    /// Take tokenizer and chat template from this folder instead of the model's
-    #[arg(long, value_name = "DIR")]
-    pub tokenizer: Option<PathBuf>,
+    #[command(flatten)]
+    pub tokenizer: TokenizerArgs,
     /// Text for perplexity and KL, as `eval` takes it, or `none`
     #[arg(long, default_value = "wikitext2", value_name = "TEXT")]
     pub evaluate: String,

@@ -17,7 +17,7 @@ pub use check::{InspectArgs, RegressArgs, ReportArgs, VerifyArgs};
 pub use device::{DeviceArg, DeviceArgs, WholeDeviceArgs};
 pub use effect::{check, idle_flags};
 pub use eval::{EvalArgs, SpeedArgs};
-pub use hub::{HubArgs, PullArgs, PushArgs, StrictArgs};
+pub use hub::{HubArgs, PullArgs, PushArgs, StrictArgs, TokenizerArgs};
 pub use make::{ImportArgs, SynthArgs};
 pub use matrix::{CardArgs, MatrixArgs, PresetArg};
 pub use quantize::QuantizeArgs;

@@ -7,7 +7,7 @@ use gptq_types::{
     Bits, CalibrationRequest, CheckpointFormat, ColumnOrder, GroupSize, Method, QuantSpec,
 };
 
-use super::{DeviceArgs, HubArgs, StrictArgs};
+use super::{DeviceArgs, HubArgs, StrictArgs, TokenizerArgs};
 use crate::failure::Failure;
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -85,9 +85,8 @@ pub struct QuantizeArgs {
     /// With `--dataset self`: divides the logits before sampling
     #[arg(long, default_value_t = 1.0)]
     pub temperature: f32,
-    /// Take tokenizer and chat template from this folder instead of the model's
-    #[arg(long, value_name = "DIR")]
-    pub tokenizer: Option<PathBuf>,
+    #[command(flatten)]
+    pub tokenizer: TokenizerArgs,
     /// Zero-point convention of the file
     #[arg(long, value_enum, default_value = "gptq")]
     pub format: FormatArg,

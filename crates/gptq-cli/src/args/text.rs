@@ -1,10 +1,8 @@
 //! `gptq generate` and `gptq chat`.
 
-use std::path::PathBuf;
-
 use clap::Args;
 
-use super::{HubArgs, StrictArgs, WholeDeviceArgs};
+use super::{HubArgs, StrictArgs, TokenizerArgs, WholeDeviceArgs};
 
 /// How tokens are chosen and when a text ends.
 #[derive(Args)]
@@ -49,9 +47,8 @@ pub struct GenerateArgs {
     /// With --chat: what the model is told beforehand
     #[arg(long, requires = "chat")]
     pub system: Option<String>,
-    /// Take tokenizer and chat template from this folder instead of the model's
-    #[arg(long, value_name = "DIR")]
-    pub tokenizer: Option<PathBuf>,
+    #[command(flatten)]
+    pub tokenizer: TokenizerArgs,
     #[command(flatten)]
     pub text: TextArgs,
     #[command(flatten)]
@@ -80,9 +77,8 @@ pub struct ChatArgs {
     /// 4096]
     #[arg(long, value_name = "TOKENS")]
     pub context: Option<usize>,
-    /// Take tokenizer and chat template from this folder instead of the model's
-    #[arg(long, value_name = "DIR")]
-    pub tokenizer: Option<PathBuf>,
+    #[command(flatten)]
+    pub tokenizer: TokenizerArgs,
     #[command(flatten)]
     pub text: TextArgs,
     #[command(flatten)]

@@ -16,7 +16,7 @@ use crate::voice::{Voice, chat_template, context, no_template, opening, summary}
 const CONTEXT: usize = 4096;
 
 pub fn run(args: &ChatArgs) -> Result<Verdict, Failure> {
-    let model = find(&args.model, &args.hub)?.with_tokenizer(args.tokenizer.as_deref());
+    let model = find(&args.model, &args.hub)?.with_tokenizer(args.tokenizer.folder.as_deref());
     let voice = Voice::open(&model, &args.text)?;
     let opened = model.open()?;
     let wording = match &args.prompt_template {

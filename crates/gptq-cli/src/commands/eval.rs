@@ -28,7 +28,7 @@ use crate::speed;
 
 pub fn run(args: &EvalArgs) -> Result<Verdict, Failure> {
     let models = (args.models.iter())
-        .map(|model| Ok(find(model, &args.hub)?.with_tokenizer(args.tokenizer.as_deref())))
+        .map(|model| Ok(find(model, &args.hub)?.with_tokenizer(args.tokenizer.folder.as_deref())))
         .collect::<Result<Vec<Model>, Failure>>()?;
     let opened = models
         .iter()

@@ -15,7 +15,7 @@ use crate::unread_keys;
 use crate::voice::{Voice, chat_template, context, no_template, opening, reason, summary};
 
 pub fn run(args: &GenerateArgs) -> Result<Verdict, Failure> {
-    let model = find(&args.model, &args.hub)?.with_tokenizer(args.tokenizer.as_deref());
+    let model = find(&args.model, &args.hub)?.with_tokenizer(args.tokenizer.folder.as_deref());
     let voice = Voice::open(&model, &args.text)?;
     let opened = model.open()?;
     unread_keys::heed(&args.strict, &args.model, &opened.config)?;

@@ -36,7 +36,7 @@ pub fn run(args: &MatrixArgs) -> Result<Verdict, Failure> {
     let max_shard_bytes = shard_bytes(&args.max_shard_size)?;
     let asked = permutations(args)?;
     let model = find(&args.model, &args.hub)?
-        .with_tokenizer(args.tokenizer.as_deref())
+        .with_tokenizer(args.tokenizer.folder.as_deref())
         .with_rebuilt_tokenizer()?;
     let config = DecoderConfig::parse(&model.config_json)
         .map_err(|error| Failure::new(format!("{}: {error}", model.dir().display())))?;

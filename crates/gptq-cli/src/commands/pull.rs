@@ -72,16 +72,7 @@ fn check_copy(folder: &Path, source: &str) -> Result<(), Failure> {
     if !record.exists() || read_run(&record)?.files.is_empty() {
         return Ok(());
     }
-    let verdict = check_folder(folder)?;
-    let missing = verdict
-        .missing
-        .iter()
-        .map(|name| format!("`{name}` is missing"));
-    let differing = verdict
-        .differing
-        .iter()
-        .map(|(name, how)| format!("`{name}` {how}"));
-    match missing.chain(differing).next() {
+    match check_folder(folder)?.first_fault() {
         None => Ok(()),
         Some(wrong) => Err(Failure::new(format!("`{source}`: {wrong}"))),
     }

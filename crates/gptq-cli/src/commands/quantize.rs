@@ -1,13 +1,11 @@
 //! `gptq quantize`.
 
 use std::path::Path;
-use std::thread;
 
 use gptq_model::{DecoderConfig, Device};
 use gptq_packer::{ClaimedPlace, StageError};
 use gptq_pipeline::{
-    CheckedWeights, Job, PipelineError, check_beside, check_shapes, check_unquantised,
-    check_weights, may_be_finished,
+    Job, PipelineError, WeightCheck, check_beside, check_shapes, check_unquantised, may_be_finished,
 };
 use gptq_report::quoted;
 use gptq_types::{Method, RunRecord};
@@ -18,7 +16,7 @@ use crate::calibrate::calibrate;
 use crate::datasets::public_name;
 use crate::device;
 use crate::failure::Failure;
-use crate::models::{Model, find, public_model_name};
+use crate::models::{find, public_model_name};
 use crate::output::{print, print_json};
 use crate::unread_keys;
 use crate::watch::{TOOL, try_watch};
@@ -28,7 +26,7 @@ pub fn run(args: &QuantizeArgs) -> Result<Verdict, Failure> {
     check_target(&args.out, args.resume)?;
     let max_shard_bytes = shard_bytes(&args.max_shard_size)?;
     let model = find(&args.model, &args.hub)?
-        .with_tokenizer(args.tokenizer.as_deref())
+        .with_tokenizer(args.tokenizer.folder.as_deref())
         .with_rebuilt_tokenizer()?;
     let config = DecoderConfig::parse(&model.config_json)
         .map_err(|error| Failure::new(format!("{}: {error}", model.dir().display())))?;
@@ -39,17 +37,6 @@ pub fn run(args: &QuantizeArgs) -> Result<Verdict, Failure> {
     let device = match spec.method {
         Method::Gptq => device::resolve(&args.device)?,
         Method::Rtn => Device::Cpu,
-    };
-    let method = spec.method;
-    let windows = || match method {
-        Method::Gptq => {
-            let request = args.calibration();
-            let temperature = args.temperature;
-            let windows = calibrate(&request, temperature, &model, &config, device, &args.hub)?;
-            gptq_model::prepare(device)?;
-            Ok(Some(windows))
-        }
-        Method::Rtn => Ok(None),
     };
     let mut job = Job {
         source: model.checkpoint.clone(),
@@ -63,13 +50,22 @@ pub fn run(args: &QuantizeArgs) -> Result<Verdict, Failure> {
         max_shard_bytes,
         device,
         resume: args.resume,
-        checked: None,
+        // Beside the choice of windows, which reads little.
+        check: WeightCheck::begin(model.checkpoint.clone(), device),
         tool: TOOL.to_string(),
     };
     check_beside(&job)?;
-    let (windows, checked) = beside_the_check(&model, windows)?;
-    job.checked = Some(checked);
-    if let Some(windows) = windows {
+    if job.spec.method == Method::Gptq {
+        let request = args.calibration();
+        let windows = calibrate(
+            &request,
+            args.temperature,
+            &model,
+            &config,
+            device,
+            &args.hub,
+        )?;
+        gptq_model::prepare(device)?;
         job.windows = windows.ids;
         job.calibration = Some(windows.record);
         if let Some(record) = &mut job.calibration {
@@ -105,22 +101,6 @@ fn with_command(error: PipelineError) -> Failure {
         *hint += &format!(": {}", words.join(" "));
     }
     failure
-}
-
-/// All weights are read once while `work` is done, which reads little.
-pub fn beside_the_check<R>(
-    model: &Model,
-    work: impl FnOnce() -> Result<R, Failure>,
-) -> Result<(R, CheckedWeights), Failure> {
-    let source = model.checkpoint.as_ref();
-    let (checked, done) = thread::scope(|scope| {
-        let check = scope.spawn(|| check_weights(source));
-        let done = work();
-        (check.join(), done)
-    });
-    let done = done?;
-    let checked = checked.map_err(|_| Failure::new("the check of the weights ended in a panic"))?;
-    Ok((done, checked?))
 }
 
 fn report(args: &QuantizeArgs, record: &RunRecord) -> Result<Verdict, Failure> {

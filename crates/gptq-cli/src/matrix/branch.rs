@@ -9,7 +9,7 @@ use gptq_calibration::{EvaluationWindows, Windows};
 use gptq_hub::Checkpoint;
 use gptq_model::Device;
 use gptq_packer::{discard_partial, partial_path};
-use gptq_pipeline::{CheckedWeights, JOURNAL_FILE, Job};
+use gptq_pipeline::{CheckedWeights, JOURNAL_FILE, Job, WeightCheck};
 use gptq_repository::Repository;
 use gptq_types::{
     BranchEvaluation, BranchRecord, EvalRecord, Method, Permutation, PlannedBranch, RunRecord,
@@ -159,7 +159,7 @@ impl<'a> Maker<'a> {
             companions: self.shared.companions.clone(),
             out_dir: work.to_path_buf(),
             max_shard_bytes: self.shared.max_shard_bytes,
-            checked: Some(self.shared.checked.clone()),
+            check: WeightCheck::done(self.shared.checked.clone()),
             device: self.device,
             resume,
             tool: TOOL.to_string(),
@@ -217,16 +217,7 @@ fn check_found(work: &Path) -> Result<(), Failure> {
             Failure::new(format!("cannot remove `{}`: {error}", journal.display()))
         })?;
     }
-    let verdict = check_folder(work)?;
-    let missing = verdict
-        .missing
-        .iter()
-        .map(|name| format!("`{name}` is missing"));
-    let differing = verdict
-        .differing
-        .iter()
-        .map(|(name, how)| format!("`{name}` {how}"));
-    match missing.chain(differing).next() {
+    match check_folder(work)?.first_fault() {
         None => Ok(()),
         Some(wrong) => Err(Failure::with_hint(
             format!("`{}`: {wrong}", work.display()),

@@ -9,7 +9,7 @@ use gptq_hub::Checkpoint;
 use gptq_model::{DecoderConfig, Device};
 use gptq_packer::{QuantizeConfig, VerifyError, packed_layers};
 use gptq_pipeline::{
-    CheckedWeights, FilesToMeasure, Job, PipelineError, check_weights, measure_files,
+    CheckedWeights, FilesToMeasure, Job, PipelineError, WeightCheck, check_weights, measure_files,
 };
 use gptq_report::{LayerOutcome, Outcome};
 use gptq_types::{
@@ -117,7 +117,7 @@ impl<'a> Bench<'a> {
             max_shard_bytes: SHARD_BYTES,
             device: Device::Cpu,
             resume: false,
-            checked: Some(self.checked.clone()),
+            check: WeightCheck::done(self.checked.clone()),
             tool: TOOL.to_string(),
         };
         match try_watch(&job, "blocks", false) {
