@@ -12,6 +12,7 @@ use serde_json::{Map, Value, json};
 use crate::journal::{BlockEntry, JOURNAL_FILE, Journal};
 use crate::run::{RECORD_FILE, device_name};
 use crate::small_files::SmallFiles;
+use crate::weights::WeightCheck;
 use crate::{Job, OutputPlan, PipelineError};
 
 /// Bytes of a tensor hashed at a time.
@@ -36,12 +37,12 @@ pub fn begin(
     place: ClaimedPlace,
     config: &DecoderConfig,
     plan: &OutputPlan,
-    shared_hessian: bool,
+    settings: &Map<String, Value>,
     beside_shards: u64,
 ) -> Result<Begun, PipelineError> {
     let partial = place.partial_dir().to_path_buf();
     if job.resume && partial.is_dir() {
-        let settings = settings(job, shared_hessian)?;
+        let settings = of_weights(settings, &job.check)?;
         if let Some((journal, done)) = Journal::reopen(&partial, &settings)? {
             check_entries(&partial, &done, config)?;
             let staged = place.reopen(&plan.layout)?;
@@ -65,15 +66,13 @@ pub fn begin(
     })
 }
 
-/// What must not change between an interrupted run and its continuation. Waits for the check of
-/// the weights.
-pub fn settings(job: &Job, shared_hessian: bool) -> Result<Map<String, Value>, PipelineError> {
-    let checked = job.check.wait()?;
+/// What must not change between an interrupted run and its continuation, but for the weights. On
+/// the thread that opened the device, which alone knows its name.
+pub fn settings(job: &Job, shared_hessian: bool) -> Map<String, Value> {
     let tokens = job.calibration.as_ref().map(|record| &record.token_sha256);
     let entries = [
         ("tool", json!(job.tool)),
         ("model", json!(job.model_name)),
-        ("weights", json!(checked.identity)),
         ("config.json", json!(job.config_json)),
         ("calibration tokens", json!(tokens)),
         // Another device rounds its sums otherwise: half of each would be the result of neither.
@@ -88,6 +87,16 @@ pub fn settings(job: &Job, shared_hessian: bool) -> Result<Map<String, Value>, P
     if let Value::Object(spec) = json!(job.spec) {
         settings.extend(spec);
     }
+    settings
+}
+
+/// The settings with the identity of the weights, for which it waits.
+pub fn of_weights(
+    settings: &Map<String, Value>,
+    check: &WeightCheck,
+) -> Result<Map<String, Value>, PipelineError> {
+    let mut settings = settings.clone();
+    settings.insert("weights".to_string(), json!(check.wait()?.identity));
     Ok(settings)
 }
 

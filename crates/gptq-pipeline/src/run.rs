@@ -12,11 +12,12 @@ use gptq_quantizer::round_to_nearest;
 use gptq_types::{
     LayerRecord, Method, Phase, PhaseTimes, RUN_RECORD_SCHEMA, RunRecord, Stage, Warning, Weight,
 };
+use serde_json::{Map, Value};
 
 use crate::journal::{BlockEntry, JOURNAL_FILE, Journal};
 use crate::layers::{After, LayerWork, observe};
 use crate::preflight::{check_declared_type, check_shapes, check_unquantised};
-use crate::resume::{Begun, begin, finished, is_interrupted};
+use crate::resume::{Begun, begin, finished, is_interrupted, settings};
 use crate::small_files::{SmallFiles, settings_text};
 use crate::weights::CheckedWeights;
 use crate::write::{Output, writing};
@@ -64,12 +65,13 @@ pub fn quantize(
     let decoder = gptq_model::open(weights.clone(), config.clone(), job.device)?;
     wait_on_the_processor(job)?;
     let plan = OutputPlan::new(job.source.as_ref(), &config, &job.spec, job.max_shard_bytes)?;
+    let settings = settings(job, false);
     let beside = beside_shards(&config, &files);
     let Begun {
         staged,
         journal,
         done,
-    } = begin(job, place, &config, &plan, false, beside)?;
+    } = begin(job, place, &config, &plan, &settings, beside)?;
     let mut run = Run {
         job,
         config: &config,
@@ -80,25 +82,27 @@ pub fn quantize(
         layers: Vec::new(),
         warnings,
     };
-    let outcome = run.blocks(&plan, journal, done, progress).and_then(|()| {
-        let (layers, warnings) = (run.layers, run.warnings);
-        let record = record(
-            job,
-            &job.check.wait()?,
-            layers,
-            warnings,
-            started,
-            run.times,
-        );
-        // Freeing what a GPU run held takes about as long as hashing the ends of the shards.
-        std::thread::scope(|scope| {
-            let finishing = scope.spawn(|| finish(&staged, &files, record));
-            drop(run.decoder);
-            finishing
-                .join()
-                .unwrap_or_else(|panic| resume_unwind(panic))
-        })
-    });
+    let outcome = run
+        .blocks(&plan, &settings, journal, done, progress)
+        .and_then(|()| {
+            let (layers, warnings) = (run.layers, run.warnings);
+            let record = record(
+                job,
+                &job.check.wait()?,
+                layers,
+                warnings,
+                started,
+                run.times,
+            );
+            // Freeing what a GPU run held takes about as long as hashing the ends of the shards.
+            std::thread::scope(|scope| {
+                let finishing = scope.spawn(|| finish(&staged, &files, record));
+                drop(run.decoder);
+                finishing
+                    .join()
+                    .unwrap_or_else(|panic| resume_unwind(panic))
+            })
+        });
     match outcome {
         Ok(record) => {
             publish(staged, config.num_hidden_layers)?;
@@ -242,6 +246,7 @@ impl Run<'_> {
     fn blocks(
         &mut self,
         plan: &OutputPlan,
+        settings: &Map<String, Value>,
         journal: Option<Journal>,
         done: Vec<BlockEntry>,
         progress: &mut dyn FnMut(Progress<'_>),
@@ -255,30 +260,37 @@ impl Run<'_> {
         });
         let (staged, job) = (self.staged, self.job);
         let mut times = std::mem::take(&mut self.times);
-        let outcome = writing(staged, job, false, journal, &mut times, |writer, times| {
-            writer.copy(&plan.copied)?;
-            if forward {
-                times.time(Phase::Load, || self.decoder.embed(&job.windows))?;
-            }
-            for index in 0..blocks {
-                match done.get(index) {
-                    Some(entry) => self.replay(index, entry, forward, times)?,
-                    None => {
-                        let entry = match self.job.spec.method {
-                            Method::Gptq => self.solve_block(index, writer, times, progress)?,
-                            Method::Rtn => self.round_block(index, writer, times, progress)?,
-                        };
-                        writer.end_block(entry.clone())?;
-                        self.keep(entry);
-                    }
+        let outcome = writing(
+            staged,
+            job,
+            settings,
+            journal,
+            &mut times,
+            |writer, times| {
+                writer.copy(&plan.copied)?;
+                if forward {
+                    times.time(Phase::Load, || self.decoder.embed(&job.windows))?;
                 }
-                progress(Progress::Block {
-                    done: index + 1,
-                    blocks,
-                });
-            }
-            Ok(())
-        });
+                for index in 0..blocks {
+                    match done.get(index) {
+                        Some(entry) => self.replay(index, entry, forward, times)?,
+                        None => {
+                            let entry = match self.job.spec.method {
+                                Method::Gptq => self.solve_block(index, writer, times, progress)?,
+                                Method::Rtn => self.round_block(index, writer, times, progress)?,
+                            };
+                            writer.end_block(entry.clone())?;
+                            self.keep(entry);
+                        }
+                    }
+                    progress(Progress::Block {
+                        done: index + 1,
+                        blocks,
+                    });
+                }
+                Ok(())
+            },
+        );
         self.times = times;
         outcome
     }

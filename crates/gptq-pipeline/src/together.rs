@@ -11,11 +11,12 @@ use std::time::Instant;
 use gptq_model::{Decoder, DecoderConfig, FloatWeights, WeightSource};
 use gptq_packer::{ClaimedPlace, StagedCheckpoint};
 use gptq_types::{Method, Phase, PhaseTimes, RunRecord, Stage, Warning};
+use serde_json::{Map, Value};
 
 use crate::journal::{BlockEntry, Journal};
 use crate::layers::{After, LayerWork, observe};
 use crate::preflight::{check_declared_type, check_shapes, check_unquantised};
-use crate::resume::begin;
+use crate::resume::{begin, settings};
 use crate::run::{
     beside_shards, count_forward, finish, kept_or_discarded, publish, read_config, record,
     wait_on_the_processor,
@@ -29,6 +30,7 @@ use crate::{Job, OutputPlan, PipelineError, Progress};
 struct Target<'a> {
     job: &'a Job,
     files: SmallFiles,
+    settings: Map<String, Value>,
     staged: StagedCheckpoint,
     copied: Vec<String>,
     done: Vec<BlockEntry>,
@@ -117,13 +119,15 @@ impl<'a> Target<'a> {
         let files = SmallFiles::prepare(job)?;
         let plan = OutputPlan::new(job.source.as_ref(), config, &job.spec, job.max_shard_bytes)?;
         let place = ClaimedPlace::claim(&job.out_dir)?;
+        let settings = settings(job, true);
         let beside = beside_shards(config, &files);
-        let begun = begin(job, place, config, &plan, true, beside)?;
+        let begun = begin(job, place, config, &plan, &settings, beside)?;
         let target = Target {
             staged: begun.staged,
             done: begun.done,
             copied: plan.copied,
             files,
+            settings,
             warnings,
             job,
         };
@@ -191,11 +195,18 @@ fn with_writers(
         return work(open, times);
     };
     let staged = &target.staged;
-    writing(staged, target.job, true, journal, times, |writer, times| {
-        writer.copy(&target.copied)?;
-        let open: Vec<&dyn Output> = open.iter().copied().chain([writer as _]).collect();
-        with_writers(rest, journals, &open, times, work)
-    })
+    writing(
+        staged,
+        target.job,
+        &target.settings,
+        journal,
+        times,
+        |writer, times| {
+            writer.copy(&target.copied)?;
+            let open: Vec<&dyn Output> = open.iter().copied().chain([writer as _]).collect();
+            with_writers(rest, journals, &open, times, work)
+        },
+    )
 }
 
 fn blocks(

@@ -10,9 +10,10 @@ use gptq_model::Device;
 use gptq_packer::{PackedLayer, StagedCheckpoint, pack, verify_layer};
 use gptq_quantizer::Arriving;
 use gptq_types::{ContentHash, LayerName, Phase, PhaseTimes, SolvedLayer};
+use serde_json::{Map, Value};
 
 use crate::journal::{BlockEntry, Journal};
-use crate::resume::settings;
+use crate::resume::of_weights;
 use crate::{Job, PipelineError};
 
 /// Linears that may wait for the thread: as many as a block has, since those of a stage come in a
@@ -79,7 +80,7 @@ impl Output for Writer<'_> {
 pub fn writing<R>(
     staged: &StagedCheckpoint,
     job: &Job,
-    shared_hessian: bool,
+    settings: &Map<String, Value>,
     journal: Option<Journal>,
     times: &mut PhaseTimes,
     work: impl FnOnce(&Writer<'_>, &mut PhaseTimes) -> Result<R, PipelineError>,
@@ -90,7 +91,7 @@ pub fn writing<R>(
         let writing = Writing {
             job,
             staged,
-            shared_hessian,
+            settings,
             journal,
             tensors: BTreeMap::new(),
             hash_ahead,
@@ -154,7 +155,7 @@ fn beside<'a, R>(
 pub struct Writing<'a> {
     job: &'a Job,
     staged: &'a StagedCheckpoint,
-    shared_hessian: bool,
+    settings: &'a Map<String, Value>,
     /// From the first block on.
     journal: Option<Journal>,
     /// Of the block at hand, as they were written.
@@ -252,7 +253,7 @@ impl Writing<'_> {
         let journal = match self.journal.take() {
             Some(journal) => journal,
             None => {
-                let settings = settings(self.job, self.shared_hessian)?;
+                let settings = of_weights(self.settings, &self.job.check)?;
                 Journal::begin(self.staged.partial_dir(), &settings)?
             }
         };
