@@ -12,14 +12,15 @@
 #define OUTPUTS 32
 #define LANES 8
 #define CHANNELS 128
-#define CANDIDATES 46
 
 struct Rule {
     float max_code;
     float min_zero;
     float least; // smallest share of the range that the search tries
     int sym;
-    int search;
+    int full_range; // symmetric scales may be negative
+    int shares;     // tried for each group; 1 is no search
+    int shifts;     // zeros tried with each share
 };
 
 __device__ __forceinline__ float to_half(float x) {
@@ -39,7 +40,9 @@ __device__ __forceinline__ float storable(float scale) {
 __device__ __forceinline__ float2 fit_range(float low, float high, Rule rule) {
     if (rule.sym) {
         float reach = fmaxf(high, -low);
-        return make_float2(storable(__fdiv_rn(2.0f * reach, rule.max_code)), (rule.max_code + 1.0f) * 0.5f);
+        float scale = storable(__fdiv_rn(2.0f * reach, rule.max_code));
+        // The side of the largest weight gets the code that the other side has not.
+        return make_float2(rule.full_range && high > -low ? -scale : scale, (rule.max_code + 1.0f) * 0.5f);
     }
     if (low == 0.0f && high == 0.0f) return make_float2(1.0f, fmaxf(rule.min_zero, 1.0f));
     float scale = storable(__fdiv_rn(high - low, rule.max_code));
@@ -54,9 +57,16 @@ __device__ __forceinline__ float nearest(float x, float zero, float max_code) {
     return rintf(fminf(fmaxf(x, -zero), max_code - zero));
 }
 
-// Share of a group's range that candidate c covers.
-__device__ __forceinline__ float share_of(float c, Rule rule) {
-    return __fsub_rn(1.0f, __fdiv_rn(__fmul_rn(c, 1.0f - rule.least), CANDIDATES - 1));
+// Candidate c of a group with this range: a share of it, and a zero at most two steps from the one
+// that follows. Every `shifts` candidates have one share.
+__device__ __forceinline__ float2 candidate(float low, float high, int c, Rule rule) {
+    int number = c / rule.shifts, way = c % rule.shifts;
+    float share = __fsub_rn(1.0f, __fdiv_rn(__fmul_rn((float)number, 1.0f - rule.least), (float)(rule.shares - 1)));
+    float2 grid = fit_range(low * share, high * share, rule);
+    if (way == 0) return grid;
+    float shift = (float)((way + 1) / 2) * (way % 2 ? -1.0f : 1.0f);
+    grid.y = fminf(fmaxf(grid.y + shift, rule.min_zero), rule.max_code);
+    return grid;
 }
 
 // Grid of `count` weights w[rows ? rows[i] : i] * stride] that the lanes of one output share.
@@ -81,12 +91,11 @@ __device__ float2 fit(const float* w, long long stride, const unsigned* rows, co
         high = fmaxf(high, part[1][l][x]);
     }
     float2 whole = fit_range(low, high, rule);
-    if (!rule.search) return whole;
+    if (rule.shares == 1) return whole;
     float best = INFINITY, best_c = 0;
     if (live)
-        for (int c = lane; c < CANDIDATES; c += LANES) {
-            float share = share_of(c, rule);
-            float2 grid = fit_range(low * share, high * share, rule);
+        for (int c = lane; c < rule.shares * rule.shifts; c += LANES) {
+            float2 grid = candidate(low, high, c, rule);
             float inverse = 1.0f / grid.x, error = 0;
             for (int i = count - 1; i >= 0; i--) {
                 unsigned row = rows ? rows[i] : i;
@@ -111,9 +120,8 @@ __device__ float2 fit(const float* w, long long stride, const unsigned* rows, co
         }
     }
     // A smaller share would clip the largest weight in silence.
-    if (whole.x > 65504.0f) return whole;
-    float share = share_of(best_c, rule);
-    return fit_range(low * share, high * share, rule);
+    if (fabsf(whole.x) > 65504.0f) return whole;
+    return candidate(low, high, (int)best_c, rule);
 }
 
 extern "C" {
@@ -206,7 +214,8 @@ __global__ void rounding_error(float* e, const float* w, int k, int n, int size,
     bool live = col < n;
     int first = blockIdx.y * size, count = min(size, k - first);
     const float* from = w + (long long)first * n + col;
-    rule.search = 0;
+    rule.shares = 1;
+    rule.full_range = 0;
     float2 grid = fit(from, n, 0, 0, count, rule, live);
     if (!live) return;
     for (int i = threadIdx.y; i < count; i += LANES) {

@@ -52,7 +52,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         min_zero: 1.0,
         least: 0.55,
         sym: 1,
-        search: 0,
+        full_range: 0,
+        shares: 1,
+        shifts: 1,
     };
     for round in 0..rounds {
         let timed = |name: &str, start: Instant| -> Result<(), gptq_kernels::cuda::CudaError> {
@@ -70,7 +72,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 values[row] = 1.0;
             }
             let factor = DeviceFactor::from_host(&gpu, &values, &vec![1.0; k])?;
-            factor.sweep(there, &plan, Rule { search: 1, ..rule })?;
+            factor.sweep(there, &plan, Rule { shares: 46, ..rule })?;
             timed("sweep alone, searched", Instant::now())?;
             continue;
         }
@@ -87,11 +89,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let added = vec![f64::from(mean) * 0.1; k];
         let factor = hessian.factor(&order, &added, &vec![1.0; k])?;
         timed("factor", start)?;
-        for search in [0, 1] {
+        for shares in [1, 46] {
             let start = Instant::now();
-            let swept = factor.sweep(there, &plan, Rule { search, ..rule })?;
+            let swept = factor.sweep(there, &plan, Rule { shares, ..rule })?;
             timed(
-                if search == 1 {
+                if shares > 1 {
                     "sweep, searched"
                 } else {
                     "sweep"

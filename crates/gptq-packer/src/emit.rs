@@ -20,7 +20,8 @@ const SETTINGS_KEY: &str = "quantization_config";
 /// over tensor-parallel ranks and reorders activations, AutoGPTQ's Marlin and BitBLAS refuse it.
 /// (AutoGPTQ itself writes true with static groups, though its `g_idx` is trivial too.)
 /// [`ColumnOrder::ActOrderStaticGroups`] is told by `static_groups`, [`ColumnOrder::GroupAware`] by
-/// `meta.act_group_aware`, and how scales were chosen by `meta.scale_search`.
+/// `meta.act_group_aware`, and how scales were chosen by `meta.scale_search`
+/// and, where it is true, `meta.full_range`.
 fn settings(spec: &QuantSpec, tool: &str, extra_meta: &Map<String, Value>) -> Map<String, Value> {
     let solver = match spec.method {
         Method::Gptq => "gptq",
@@ -52,6 +53,9 @@ fn settings(spec: &QuantSpec, tool: &str, extra_meta: &Map<String, Value>) -> Ma
     });
     let mut settings = into_object(settings);
     if let Some(Value::Object(meta)) = settings.get_mut("meta") {
+        if spec.full_range {
+            meta.insert("full_range".into(), Value::from(true));
+        }
         meta.extend(extra_meta.clone());
     }
     settings

@@ -17,7 +17,7 @@ use half::f16;
 
 use crate::factor::{Damping, importance};
 use crate::hessian::check_finite;
-use crate::search::least_share;
+use crate::search::SearchRule;
 use crate::stage::{Facts, Rounded, StageHessian, StageSolver, StageSum, count, factor_flop};
 use crate::{Order, QuantizeError};
 
@@ -229,12 +229,15 @@ fn steps(order: &Order) -> Vec<Step> {
 }
 
 fn rule(spec: &QuantSpec) -> Rule {
+    let search = SearchRule::new(spec);
     Rule {
         max_code: spec.bits.max_code() as f32,
         min_zero: spec.min_zero() as f32,
-        least: least_share(spec.bits),
+        least: search.least,
         sym: spec.sym.into(),
-        search: spec.scale_search.into(),
+        full_range: spec.full_range.into(),
+        shares: search.shares as i32,
+        shifts: search.shifts as i32,
     }
 }
 

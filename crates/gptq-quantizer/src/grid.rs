@@ -22,15 +22,25 @@ pub struct GridRule {
     max_code: f32,
     min_zero: f32,
     sym: bool,
+    full_range: bool,
 }
 
 impl GridRule {
     /// The rule of `spec`.
     pub fn new(spec: &QuantSpec) -> Self {
         GridRule {
+            full_range: spec.full_range,
+            ..Self::plain(spec)
+        }
+    }
+
+    /// The rule of rounding to nearest: no scale is negative, no zero is searched.
+    pub fn plain(spec: &QuantSpec) -> Self {
+        GridRule {
             max_code: spec.bits.max_code() as f32,
             min_zero: spec.min_zero() as f32,
             sym: spec.sym,
+            full_range: false,
         }
     }
 
@@ -64,7 +74,8 @@ impl GridRule {
     /// Scale and zero for weights in `low..=high`, with `low <= 0 <= high`.
     ///
     /// Symmetric: `scale = 2 max|w| / max_code`, also where all weights have one sign; the
-    /// original code then halves the range. Asymmetric: `scale = (high - low) / max_code` and
+    /// original code then halves the range. Codes reach one step further below the zero than above
+    /// it: with `full_range` the scale is negative where the largest weight is positive. Asymmetric: `scale = (high - low) / max_code` and
     /// `zero = -low / scale`, at least what the format can store.
     ///
     /// # Errors
@@ -75,7 +86,9 @@ impl GridRule {
         if self.sym {
             let reach = high.max(-low);
             let zero = (self.max_code + 1.0) / 2.0;
-            return Ok((storable(2.0 * reach / self.max_code)?, zero));
+            let scale = storable(2.0 * reach / self.max_code)?;
+            let is_above = self.full_range && high > -low;
+            return Ok((if is_above { -scale } else { scale }, zero));
         }
         if low == 0.0 && high == 0.0 {
             return Ok((1.0, self.min_zero.max(1.0)));
@@ -87,6 +100,22 @@ impl GridRule {
         }
         let scale = storable(high / (self.max_code - self.min_zero))?;
         Ok((scale, self.min_zero))
+    }
+
+    /// A zero `shift` steps away, as far as the format can store it.
+    #[inline(always)]
+    pub fn shifted(&self, zero: f32, shift: f32) -> f32 {
+        let moved = zero + shift;
+        let moved = if moved < self.min_zero {
+            self.min_zero
+        } else {
+            moved
+        };
+        if moved > self.max_code {
+            self.max_code
+        } else {
+            moved
+        }
     }
 }
 
@@ -190,6 +219,28 @@ mod tests {
             .fit_range(0.0, 15.0)
             .unwrap();
         assert_eq!((scale, zero), (1.0, 0.0));
+    }
+
+    #[test]
+    fn the_larger_side_gets_the_extra_code() {
+        let rule = GridRule {
+            full_range: true,
+            ..rule(true, CheckpointFormat::Gptq)
+        };
+        assert_eq!(rule.fit_range(-3.0, 7.5), Ok((-1.0, 8.0)));
+        assert_eq!(rule.fit_range(-7.5, 3.0), Ok((1.0, 8.0)));
+        assert_eq!(rule.fit_range(-7.5, 7.5), Ok((1.0, 8.0)));
+        assert_eq!(nearest(7.9, -1.0, 8.0, 15.0), -8.0);
+        assert_eq!(nearest(-7.9, -1.0, 8.0, 15.0), 7.0);
+        assert!(rule.fit_range(-1.0, 2e6).is_err());
+    }
+
+    #[test]
+    fn a_shifted_zero_stays_where_the_format_can_store_it() {
+        let v1 = rule(false, CheckpointFormat::Gptq);
+        let v2 = rule(false, CheckpointFormat::GptqV2);
+        assert_eq!((v1.shifted(2.0, -2.0), v2.shifted(2.0, -2.0)), (1.0, 0.0));
+        assert_eq!((v1.shifted(14.0, 2.0), v1.shifted(7.0, 1.0)), (15.0, 8.0));
     }
 
     #[test]

@@ -22,7 +22,7 @@ pub fn round_to_nearest(
             out_features,
         });
     }
-    let rule = GridRule::new(spec);
+    let rule = GridRule::plain(spec);
     let size = spec.group_size.resolve(k);
     let mut layer = SolvedLayer {
         bits: spec.bits,

@@ -11,27 +11,85 @@
 //! All arithmetic is f32 without fused operations, each sum over the rows in order: every device
 //! that keeps to it finds the same grids.
 
-use gptq_types::{Bits, QuantSpec};
+use gptq_types::{Bits, GroupSize, QuantSpec};
 
 use crate::grid::{Extent, Grid, GridRule, ScaleOverflow, steps};
 
-/// Grids tried for every group and output.
-const CANDIDATES: usize = 46;
+/// Shares tried for every group and output.
+const SHARES: usize = 46;
+/// The same where every grid of the file may be chosen; a multiple of the eight lanes that share the
+/// work on a GPU.
+const SHARES_OF_FULL_RANGE: usize = 48;
+/// Steps between a zero that is tried and the one that follows from the scale; the first of equals is
+/// kept.
+const SHIFTS: [f32; 5] = [0.0, -1.0, 1.0, -2.0, 2.0];
 
-/// The shares of the extent that are tried, falling from 1; only 1 without a search. The fewer
-/// codes there are, the more there is to gain from clipping.
-///
-/// `1 - c (1 - least) / 45` in f32, from left to right.
-pub fn shares(spec: &QuantSpec) -> Vec<f32> {
-    let least = least_share(spec.bits);
-    let tried = if spec.scale_search { CANDIDATES } else { 1 };
-    (0..tried)
-        .map(|c| 1.0 - c as f32 * (1.0 - least) / (CANDIDATES - 1) as f32)
-        .collect()
+/// A grid that is tried: a share of the extent, and the way of the zero.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Candidate {
+    /// Of the group's extent.
+    pub share: f32,
+    /// In steps; 0 where the grid is symmetric.
+    pub shift: f32,
 }
 
-/// The smallest share that is tried.
-pub fn least_share(bits: Bits) -> f32 {
+/// How many grids are tried, and between which of them.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SearchRule {
+    /// Shares from 1 down to `least`, evenly.
+    pub shares: usize,
+    /// The smallest share.
+    pub least: f32,
+    /// Zeros that are tried with each share.
+    pub shifts: usize,
+}
+
+impl SearchRule {
+    /// The fewer codes there are, the more there is to gain from clipping.
+    ///
+    /// With `full_range` shares fall to `p = 0.5` of the scale `max|w| / 2^(bits - 1)`, which spends
+    /// every code (to 0.25 at 2 bits, and where one group spans the row and so has outliers); a share
+    /// of 1 is `p = 2^bits / (2^bits - 1)`, the grid of the published checkpoints.
+    pub fn new(spec: &QuantSpec) -> Self {
+        if !spec.full_range {
+            return SearchRule {
+                shares: if spec.scale_search { SHARES } else { 1 },
+                least: least_share(spec.bits),
+                shifts: 1,
+            };
+        }
+        let has_outliers = spec.bits == Bits::Two || spec.group_size == GroupSize::None;
+        let least = if has_outliers { 0.25 } else { 0.5 };
+        let max_code = spec.bits.max_code() as f32;
+        SearchRule {
+            shares: SHARES_OF_FULL_RANGE,
+            least: match spec.sym {
+                true => least * max_code / (max_code + 1.0),
+                false => least,
+            },
+            shifts: if spec.sym { 1 } else { SHIFTS.len() },
+        }
+    }
+
+    /// All of them; the whole extent comes first.
+    ///
+    /// `share = 1 - c (1 - least) / (shares - 1)` in f32, from left to right.
+    pub fn candidates(&self) -> Vec<Candidate> {
+        let last = self.shares.saturating_sub(1).max(1) as f32;
+        let share = |c: usize| 1.0 - c as f32 * (1.0 - self.least) / last;
+        (0..self.shares)
+            .flat_map(|c| {
+                let share = share(c);
+                SHIFTS[..self.shifts]
+                    .iter()
+                    .map(move |&shift| Candidate { share, shift })
+            })
+            .collect()
+    }
+}
+
+/// The smallest share that is tried where scales are positive.
+fn least_share(bits: Bits) -> f32 {
     match bits {
         Bits::Two => 0.30,
         Bits::Three => 0.45,
@@ -51,7 +109,7 @@ pub struct Row<'a> {
 /// first-level cache.
 const LANES: usize = 16;
 
-/// For each of `outputs` columns the first grid of `shares` with the least error over `rows`.
+/// For each of `outputs` columns the first grid of `candidates` with the least error over `rows`.
 ///
 /// # Errors
 /// Weights whose whole extent f16 cannot hold: a smaller share would clip the largest in silence. A
@@ -60,16 +118,16 @@ const LANES: usize = 16;
 #[inline(always)]
 pub fn fit_best(
     rule: &GridRule,
-    shares: &[f32],
+    candidates: &[Candidate],
     rows: &[Row<'_>],
     outputs: usize,
 ) -> Result<Grid, ScaleOverflow> {
     let extent = Extent::of(rows.iter().map(|row| row.weights), outputs);
     let mut best = rule.cover(&extent)?;
-    if shares.len() > 1 {
+    if candidates.len() > 1 {
         let search = Search {
             rule,
-            shares,
+            candidates,
             rows,
             extent,
         };
@@ -86,7 +144,7 @@ pub fn fit_best(
 
 struct Search<'a> {
     rule: &'a GridRule,
-    shares: &'a [f32],
+    candidates: &'a [Candidate],
     rows: &'a [Row<'a>],
     extent: Extent,
 }
@@ -96,12 +154,17 @@ impl Search<'_> {
     #[inline(always)]
     fn improve<const L: usize>(&self, first: usize, best: &mut Grid) {
         let mut least = [f32::INFINITY; L];
-        for &share in self.shares {
+        for &Candidate { share, shift } in self.candidates {
             let (mut scales, mut zeros) = ([0.0; L], [0.0; L]);
             for (lane, (scale, zero)) in scales.iter_mut().zip(&mut zeros).enumerate() {
                 let (low, high) = self.extent.of_column(first + lane);
                 let grid = self.rule.fit_range(low * share, high * share);
-                (*scale, *zero) = grid.unwrap_or((f32::NAN, 0.0));
+                let (fitted, followed) = grid.unwrap_or((f32::NAN, 0.0));
+                *scale = fitted;
+                *zero = match shift == 0.0 {
+                    true => followed,
+                    false => self.rule.shifted(followed, shift),
+                };
             }
             let errors = self.errors(first, &scales, &zeros);
             for lane in 0..L {

@@ -13,7 +13,7 @@ use half::f16;
 use rayon::prelude::*;
 
 use crate::grid::{Grid, GridRule, ScaleOverflow, nearest};
-use crate::search::{Row, fit_best, shares};
+use crate::search::{Candidate, Row, SearchRule, fit_best};
 use crate::{Factor, QuantizeError};
 
 /// Outputs swept together: a block of this width stays in the second-level cache.
@@ -63,7 +63,7 @@ pub fn solve(
 struct Panel<'a> {
     factor: &'a Factor,
     rule: GridRule,
-    shares: Vec<f32>, // of a group's extent, tried for its grid
+    candidates: Vec<Candidate>, // grids that are tried for each group
     outputs: usize,
     w: Vec<f32>,      // [K, outputs], processing order; carries the errors passed on
     codes: Vec<u8>,   // [K, outputs], processing order
@@ -88,7 +88,7 @@ impl<'a> Panel<'a> {
         let mut panel = Panel {
             factor,
             rule: GridRule::new(spec),
-            shares: shares(spec),
+            candidates: SearchRule::new(spec).candidates(),
             outputs,
             w,
             codes: vec![0; k * outputs],
@@ -126,7 +126,7 @@ impl<'a> Panel<'a> {
                 importance: self.factor.importance[p],
             })
             .collect();
-        fit_best(&self.rule, &self.shares, &rows, self.outputs)
+        fit_best(&self.rule, &self.candidates, &rows, self.outputs)
     }
 
     /// Rounds every channel in order. Blocks end where groups end, so that a grid is always

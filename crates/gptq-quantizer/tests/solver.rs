@@ -93,7 +93,9 @@ fn errors_match_the_f64_reference_for_every_setting() {
                     for sym in [true, false] {
                         let mut spec = spec(bits, group_size, order, sym);
                         check(&problem, &spec);
-                        spec.scale_search = false;
+                        spec.full_range = true;
+                        check(&problem, &spec);
+                        (spec.scale_search, spec.full_range) = (false, false);
                         check(&problem, &spec);
                     }
                 }
@@ -156,6 +158,32 @@ fn gptq_beats_rounding_to_nearest() {
             let gptq = output_error(&problem.hessian, &problem.weight, &solved.layer);
             let rtn = output_error(&problem.hessian, &problem.weight, &rounded);
             assert!(gptq < rtn, "{gptq} against {rtn} with {spec:?}");
+        }
+    }
+}
+
+/// What a search among all grids of the file gains over one among positive scales, and over zeros
+/// that follow from the scale.
+#[test]
+fn grids_of_the_full_range_cost_less() {
+    let problem = problem(256, 64, 8);
+    for bits in Bits::ALL {
+        for (group_size, sym) in [
+            (GroupSize::Channels(32), true),
+            (GroupSize::Channels(32), false),
+            (GroupSize::None, true),
+        ] {
+            let mut spec = spec(bits, group_size, ColumnOrder::Natural, sym);
+            let mut error = |full_range| {
+                spec.full_range = full_range;
+                let factor = Factor::new(&problem.hessian, &spec).unwrap();
+                let solved = solve(&problem.weight, problem.n, &factor, &spec).unwrap();
+                let negative = solved.layer.scales.iter().any(|s| s.to_f32() < 0.0);
+                assert_eq!(negative, full_range && sym);
+                output_error(&problem.hessian, &problem.weight, &solved.layer)
+            };
+            let (before, after) = (error(false), error(true));
+            assert!(after < before, "{after} against {before} with {spec:?}");
         }
     }
 }

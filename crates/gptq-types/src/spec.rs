@@ -216,11 +216,16 @@ pub struct QuantSpec {
     /// from before there was a choice.
     #[serde(default)]
     pub scale_search: bool,
+    /// The search may choose every grid that the file can hold: symmetric, a scale of either sign, so
+    /// that the larger side of a group gets the code that the other side has not; asymmetric, a zero
+    /// beside the one that follows from the scale. False in records from before there was a choice.
+    #[serde(default)]
+    pub full_range: bool,
 }
 
 impl QuantSpec {
     /// The settings of the published reference checkpoints: 4-bit, group 128, symmetric, damp 0.1;
-    /// scales are searched.
+    /// scales are searched, and none is negative.
     pub fn published() -> Self {
         QuantSpec {
             bits: Bits::Four,
@@ -231,6 +236,7 @@ impl QuantSpec {
             method: Method::Gptq,
             format: CheckpointFormat::Gptq,
             scale_search: true,
+            full_range: false,
         }
     }
 
@@ -244,6 +250,9 @@ impl QuantSpec {
         }
         if self.method == Method::Rtn && self.scale_search {
             return Err(SpecError::Conflict("method rtn", "a scale search"));
+        }
+        if self.full_range && !self.scale_search {
+            return Err(SpecError::Conflict("full_range", "no scale search"));
         }
         Ok(())
     }

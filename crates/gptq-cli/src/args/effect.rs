@@ -99,7 +99,11 @@ fn quantize(args: &QuantizeArgs) -> Vec<Rule> {
             &["dataset", "samples", "seq_len", "seed", "temperature"],
             data,
         ),
-        (rounds, &["damp_percent", "no_scale_search"], data),
+        (
+            rounds,
+            &["damp_percent", "no_scale_search", "unsigned_scales"],
+            data,
+        ),
         (
             rounds,
             &["max_degraded"],

@@ -64,6 +64,10 @@ pub struct QuantizeArgs {
     /// Fit each scale to the largest weight of its group instead of searching for the least error
     #[arg(long)]
     pub no_scale_search: bool,
+    /// Search positive scales alone, and with --asym no zeros: the grids of published checkpoints, for
+    /// a reader that takes no negative scale
+    #[arg(long, conflicts_with = "no_scale_search")]
+    pub unsigned_scales: bool,
     /// Calibration data: `c4`, `wikitext2`, NAME=FILE for a local copy, a FILE (txt, jsonl, json,
     /// parquet, arrow; .gz and .zst; safetensors with input_ids), OWNER/NAME[:CONFIG[:SPLIT]] on the
     /// hub, or `self`: text that the model writes itself
@@ -130,6 +134,10 @@ impl QuantizeArgs {
         }
     }
 
+    fn searches(&self) -> bool {
+        !self.no_scale_search && matches!(self.method, MethodArg::Gptq)
+    }
+
     /// The settings that were typed, checked.
     pub fn spec(&self) -> Result<QuantSpec, Failure> {
         let spec = QuantSpec {
@@ -152,7 +160,8 @@ impl QuantizeArgs {
                 FormatArg::GptqV2 => CheckpointFormat::GptqV2,
             },
             // The baseline looks at no data, so nothing says which error weighs more.
-            scale_search: !self.no_scale_search && matches!(self.method, MethodArg::Gptq),
+            scale_search: self.searches(),
+            full_range: self.searches() && !self.unsigned_scales,
         };
         spec.validate()?;
         Ok(spec)

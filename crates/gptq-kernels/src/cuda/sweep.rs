@@ -31,8 +31,12 @@ pub struct Rule {
     pub least: f32,
     /// Not 0: zero is the middle code.
     pub sym: i32,
-    /// Not 0: search for the scale of least error.
-    pub search: i32,
+    /// Not 0: symmetric scales may be negative.
+    pub full_range: i32,
+    /// Shares of the range that are tried; 1 is no search.
+    pub shares: i32,
+    /// Zeros that are tried with each share.
+    pub shifts: i32,
 }
 
 /// A step of the sweep, in rows of the reversed processing order.

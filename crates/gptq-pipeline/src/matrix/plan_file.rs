@@ -99,6 +99,8 @@ struct BranchEntry {
     #[serde(default)]
     no_scale_search: bool,
     #[serde(default)]
+    unsigned_scales: bool,
+    #[serde(default)]
     method: MethodName,
     #[serde(default)]
     format: FormatName,
@@ -243,6 +245,11 @@ impl BranchEntry {
             MethodName::Gptq => Method::Gptq,
             MethodName::Rtn => Method::Rtn,
         };
+        if self.unsigned_scales && self.no_scale_search {
+            let text = "unsigned_scales and no_scale_search exclude each other";
+            return Err(branch_wrong(text.to_string()));
+        }
+        let searches = !self.no_scale_search && method == Method::Gptq;
         let spec = QuantSpec {
             bits: Bits::try_from(self.bits).map_err(wrong)?,
             group_size: match &self.group_size {
@@ -258,7 +265,8 @@ impl BranchEntry {
                 FormatName::Gptq => CheckpointFormat::Gptq,
                 FormatName::GptqV2 => CheckpointFormat::GptqV2,
             },
-            scale_search: !self.no_scale_search && method == Method::Gptq,
+            scale_search: searches,
+            full_range: searches && !self.unsigned_scales,
         };
         spec.validate().map_err(wrong)?;
         let tokens = Tokens {

@@ -39,6 +39,9 @@ pub(super) fn quantize_command(run: &RunRecord, out: &str) -> String {
     if spec.method == Method::Gptq && !spec.scale_search {
         words.push("--no-scale-search".to_string());
     }
+    if spec.scale_search && !spec.full_range {
+        words.push("--unsigned-scales".to_string());
+    }
     words.join(" ")
 }
 
