@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use gptq_model::{
-    ConfigError, Decoder, DecoderConfig, Device, FloatWeights, ModelError, WeightSource,
+    ConfigError, Decoder, DecoderConfig, Device, FloatWeights, ModelError, Streams, WeightSource,
 };
 use gptq_packer::QuantizeConfig;
 use gptq_types::TensorSource;
@@ -107,6 +107,7 @@ impl OpenedModel {
             self.weights.clone(),
             self.config.clone(),
             device,
+            Streams::One,
         )?)
     }
 

@@ -23,6 +23,7 @@ pub use elementwise::{Rotation, rms_norm, swiglu};
 pub use factor::{FactorError, inverse_cholesky};
 pub use matrix::{FloatMatrix, Matrix, PackedMatrix, multiply_each};
 pub use product::{
-    Gram, measure_sgemm, multiply, multiply_add, multiply_f64, multiply_transposed, transpose,
+    Cross, Gram, measure_sgemm, multiply, multiply_add, multiply_f64, multiply_left_transposed,
+    multiply_transposed, transpose,
 };
 pub use vector::{axpy, dot, exp, exp_sum, softmax, vectorised};

@@ -174,6 +174,65 @@ impl Gram {
     }
 }
 
+/// `out [m, n] = a^T * b` with `a [k, m]` and `b [k, n]`, f32.
+pub fn multiply_left_transposed(
+    out: &mut [f32],
+    a: &[f32],
+    b: &[f32],
+    m: usize,
+    k: usize,
+    n: usize,
+) {
+    let out = MatMut::from_row_major_slice_mut(out, m, n);
+    let a = MatRef::from_row_major_slice(a, k, m);
+    let b = MatRef::from_row_major_slice(b, k, n);
+    matmul(out, Accum::Replace, a.transpose(), b, 1.0, Par::rayon(0));
+}
+
+/// A running `A^T B`, in bands of rows side by side: the sums are the same for any number of threads.
+pub struct Cross {
+    features: usize,
+    bands: Vec<Vec<f32>>, // [side, features], the last one shorter
+}
+
+impl Cross {
+    /// All zero, `[features, features]`.
+    pub fn new(features: usize) -> Self {
+        let side = features.div_ceil(8).max(64);
+        let bands = (0..features).step_by(side);
+        Cross {
+            features,
+            bands: bands
+                .map(|first| vec![0.0; side.min(features - first) * features])
+                .collect(),
+        }
+    }
+
+    /// Adds `a^T b` for `a` and `b`, both `[rows, features]` row-major.
+    pub fn add(&mut self, a: &[f32], b: &[f32], rows: usize) {
+        let k = self.features;
+        let a = MatRef::from_row_major_slice(a, rows, k);
+        let b = MatRef::from_row_major_slice(b, rows, k);
+        let side = self.bands[0].len() / k;
+        self.bands
+            .par_iter_mut()
+            .enumerate()
+            .for_each(|(band, sum)| {
+                let height = sum.len() / k;
+                let sum = MatMut::from_row_major_slice_mut(sum, height, k);
+                let left = a.subcols(band * side, height).transpose();
+                matmul(sum, Accum::Add, left, b, 1.0, Par::Seq);
+            });
+    }
+
+    /// The matrix times `scale`, `[features, features]` row-major.
+    pub fn finish(self, scale: f32) -> Vec<f32> {
+        let mut full = self.bands.concat();
+        full.iter_mut().for_each(|value| *value *= scale);
+        full
+    }
+}
+
 /// The f32 product rate of this machine in FLOP/s: the best of five `n^3` products.
 pub fn measure_sgemm(n: usize) -> f64 {
     let a: Vec<f32> = (0..n * n).map(|i| (i % 13) as f32 - 6.0).collect();
@@ -233,6 +292,30 @@ mod tests {
                 .map(|l| a[l * lda + first + 2] * b[l * n + 3])
                 .sum::<f32>();
         assert!((out[2 * n + 3] - want).abs() < 1e-6);
+    }
+
+    #[test]
+    fn cross_is_the_product_of_both_for_any_thread_count() {
+        let (rows, k) = (70, 130);
+        let (a, b) = (random(rows * k, 6), random(rows * k, 7));
+        let run = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
+            pool.build().unwrap().install(|| {
+                let mut cross = Cross::new(k);
+                cross.add(&a, &b, rows);
+                cross.add(&a, &b, rows);
+                cross.finish(0.5)
+            })
+        };
+        let one = run(1);
+        assert_eq!(one, run(3));
+        let mut once = vec![0.0; k * k];
+        multiply_left_transposed(&mut once, &a, &b, k, rows, k);
+        for (i, j) in [(3, 99), (99, 3), (129, 0), (64, 128)] {
+            let want: f32 = (0..rows).map(|r| a[r * k + i] * b[r * k + j]).sum();
+            assert!((one[i * k + j] - want).abs() < 1e-3);
+            assert!((once[i * k + j] - want).abs() < 1e-3);
+        }
     }
 
     #[test]

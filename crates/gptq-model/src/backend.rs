@@ -62,6 +62,9 @@ pub(crate) trait DecoderBackend: Backend + 'static {
     /// A weight of `in_features` and `out_features`; its layout is the backend's own.
     fn weight(values: LinearValues, in_features: usize, out_features: usize) -> Tensor<Self, 2>;
 
+    /// A weight that stays when solvers write over this one.
+    fn copied(weight: &Tensor<Self, 2>) -> Tensor<Self, 2>;
+
     /// The weight as solvers see it.
     fn show_weight(weight: &Tensor<Self, 2>) -> Weight;
 
@@ -87,8 +90,8 @@ pub(crate) trait DecoderBackend: Backend + 'static {
     /// Shows the rows without copying them.
     fn show(x: &Tensor<Self, 2>, look: &mut dyn FnMut(Activations<'_>));
 
-    /// Shelves for the hidden states and the inner activations of all batches.
-    fn shelves(need: &ShelfNeed) -> [Self::Shelf; 2];
+    /// Shelves for the activations of all batches.
+    fn shelves(need: &ShelfNeed) -> Shelves<Self::Shelf>;
 
     /// Puts an activation at a place of a shelf.
     fn keep(shelf: &Self::Shelf, place: usize, x: Tensor<Self, 2>) -> Self::Kept;
@@ -146,6 +149,17 @@ pub(crate) trait DecoderBackend: Backend + 'static {
     fn head_input(head: &Self::Head, hidden: Tensor<Self, 2>) -> Result<HeadInput, ModelError>;
 }
 
+/// Where activations wait.
+#[derive(Clone, Copy)]
+pub(crate) struct Shelves<S> {
+    /// Hidden states.
+    pub hidden: S,
+    /// Hidden states of the float stream.
+    pub float: S,
+    /// Inputs of the linear whose output is due.
+    pub inner: S,
+}
+
 /// What the activations of a pass take, in rows and columns.
 #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
 pub(crate) struct ShelfNeed {
@@ -159,6 +173,8 @@ pub(crate) struct ShelfNeed {
     pub inner: usize,
     /// Elements of the weights of one block.
     pub block_elements: usize,
+    /// Whether a float stream runs beside the quantized one.
+    pub float: bool,
 }
 
 /// The float tensor behind a Burn tensor of the Flex backend.
@@ -231,6 +247,10 @@ impl DecoderBackend for Flex {
         wrap(values, out_features)
     }
 
+    fn copied(weight: &Tensor<Self, 2>) -> Tensor<Self, 2> {
+        weight.clone() // it is replaced, never written over
+    }
+
     fn show_weight(weight: &Tensor<Self, 2>) -> Weight {
         Weight::Host(Self::download(weight.clone()))
     }
@@ -269,8 +289,12 @@ impl DecoderBackend for Flex {
         look(Activations::Host(slice(&flex(x))));
     }
 
-    fn shelves(_: &ShelfNeed) -> [(); 2] {
-        [(), ()]
+    fn shelves(_: &ShelfNeed) -> Shelves<()> {
+        Shelves {
+            hidden: (),
+            float: (),
+            inner: (),
+        }
     }
 
     fn keep((): &(), _: usize, x: Tensor<Self, 2>) -> Tensor<Self, 2> {

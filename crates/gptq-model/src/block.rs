@@ -1,5 +1,7 @@
 //! One decoder block: pre-norm attention and a gated feed-forward, as the Llama family has it.
 
+use std::rc::Rc;
+
 use burn::tensor::Tensor;
 use gptq_kernels::AttentionShape;
 use gptq_types::{LayerName, SourceError, Stage, Weight};
@@ -13,18 +15,28 @@ use crate::weights::{LinearValues, LinearWeights, WeightSource};
 pub(crate) struct Linear<B: DecoderBackend> {
     pub name: LayerName,
     weight: Tensor<B, 2>,
-    bias: Option<B::Vector>, // [N]
+    bias: Option<Rc<B::Vector>>, // [N]
     in_features: usize,
     out_features: usize,
 }
 
 impl<B: DecoderBackend> Linear<B> {
     pub fn forward(&self, x: &Tensor<B, 2>) -> Tensor<B, 2> {
-        B::project(x, &self.weight, self.bias.as_ref())
+        B::project(x, &self.weight, self.bias.as_deref())
     }
 
     pub fn weight(&self) -> Weight {
         B::show_weight(&self.weight)
+    }
+
+    fn copied(&self) -> Self {
+        Linear {
+            name: self.name.clone(),
+            weight: B::copied(&self.weight),
+            bias: self.bias.clone(),
+            in_features: self.in_features,
+            out_features: self.out_features,
+        }
     }
 
     /// A weight on the device was written over by whoever solved it.
@@ -83,10 +95,10 @@ impl HostBlock {
 pub(crate) struct Block<B: DecoderBackend> {
     shape: AttentionShape,
     eps: f64,
-    input_norm: B::Vector,              // [hidden]
-    post_attention_norm: B::Vector,     // [hidden]
-    head_norms: Option<[B::Vector; 2]>, // queries and keys, [head_dim]
-    pub attention_in: [Linear<B>; 3],   // q, k, v
+    input_norm: Rc<B::Vector>,              // [hidden]
+    post_attention_norm: Rc<B::Vector>,     // [hidden]
+    head_norms: Option<[Rc<B::Vector>; 2]>, // queries and keys, [head_dim]
+    pub attention_in: [Linear<B>; 3],       // q, k, v
     pub attention_out: Linear<B>,
     pub mlp_in: [Linear<B>; 2], // gate, up
     pub mlp_out: Linear<B>,
@@ -96,7 +108,7 @@ impl<B: DecoderBackend> Block<B> {
     pub fn load(host: HostBlock, config: &DecoderConfig) -> Self {
         let mut linears = host.linears.into_iter().map(|(name, k, n, stored)| Linear {
             weight: B::weight(stored.weight, k, n),
-            bias: stored.bias.map(B::vector),
+            bias: stored.bias.map(|bias| Rc::new(B::vector(bias))),
             name,
             in_features: k,
             out_features: n,
@@ -106,6 +118,7 @@ impl<B: DecoderBackend> Block<B> {
                 .next()
                 .expect("the config names seven linears a block")
         };
+        let vector = |values| Rc::new(B::vector(values));
         Block {
             shape: AttentionShape {
                 heads: config.num_attention_heads,
@@ -113,13 +126,29 @@ impl<B: DecoderBackend> Block<B> {
                 head_dim: config.head_dim,
             },
             eps: config.rms_norm_eps,
-            input_norm: B::vector(host.input_norm),
-            post_attention_norm: B::vector(host.post_attention_norm),
-            head_norms: host.head_norms.map(|norms| norms.map(B::vector)),
+            input_norm: vector(host.input_norm),
+            post_attention_norm: vector(host.post_attention_norm),
+            head_norms: host.head_norms.map(|norms| norms.map(vector)),
             attention_in: [next(), next(), next()],
             attention_out: next(),
             mlp_in: [next(), next()],
             mlp_out: next(),
+        }
+    }
+
+    /// The same block, which stays as it is when linears of this one are replaced or written over.
+    pub fn copied(&self) -> Self {
+        let copied = |linear: &Linear<B>| linear.copied();
+        Block {
+            shape: self.shape,
+            eps: self.eps,
+            input_norm: self.input_norm.clone(),
+            post_attention_norm: self.post_attention_norm.clone(),
+            head_norms: self.head_norms.clone(),
+            attention_in: self.attention_in.each_ref().map(copied),
+            attention_out: copied(&self.attention_out),
+            mlp_in: self.mlp_in.each_ref().map(copied),
+            mlp_out: copied(&self.mlp_out),
         }
     }
 

@@ -2,14 +2,17 @@
 
 use gptq_kernels::cuda::CudaError;
 
-use crate::backend::ShelfNeed;
+use crate::backend::{ShelfNeed, Shelves};
 
 /// Memory that the driver, cuBLAS and cuSOLVER take for themselves, measured with nothing
 /// allocated: 0.6 GB on an H200, and some room.
 pub(crate) const LIBRARIES: usize = 850 << 20;
 
 /// How many places of each shelf fit on the GPU beside everything else that a run needs there.
-pub(crate) fn places_on_device(need: &ShelfNeed, memory: usize) -> Result<[usize; 2], CudaError> {
+pub(crate) fn places_on_device(
+    need: &ShelfNeed,
+    memory: usize,
+) -> Result<Shelves<usize>, CudaError> {
     let row = |columns: usize| need.rows * columns * 2;
     let widest = need.inner.max(need.hidden);
     // Weights of a block; a batch's temporaries, of which three are as wide as the feed-forward;
@@ -17,8 +20,21 @@ pub(crate) fn places_on_device(need: &ShelfNeed, memory: usize) -> Result<[usize
     // H, a weight three times in f32, its codes.
     let temporaries = 3 * row(widest) + 4 * row(need.hidden) + (400 << 20);
     let solving = widest * widest * 8 + widest * need.hidden * 14;
-    let fixed =
-        LIBRARIES + need.block_elements * 2 + widest * widest * 4 + temporaries.max(solving);
+    // Beside a float stream: its block, the rows' difference, two more matrices as large as H, and the
+    // target of a linear, three times in f32.
+    let (beside, temporaries, solving) = match need.float {
+        true => (
+            need.block_elements * 2 + widest * widest * 8,
+            temporaries + row(widest),
+            solving + widest * need.hidden * 12,
+        ),
+        false => (0, temporaries, solving),
+    };
+    let fixed = LIBRARIES
+        + need.block_elements * 2
+        + widest * widest * 4
+        + beside
+        + temporaries.max(solving);
     let Some(mut left) = memory.checked_sub(fixed) else {
         return Err(CudaError::Invalid(format!(
             "--gpu-memory of {:.1} GB is too little: a block, its solver and the libraries take \
@@ -33,7 +49,16 @@ pub(crate) fn places_on_device(need: &ShelfNeed, memory: usize) -> Result<[usize
         places
     };
     // The hidden states first: they are read and written three times a block, the others once.
-    Ok([fit(row(need.hidden)), fit(row(need.inner))])
+    let hidden = fit(row(need.hidden));
+    let float = match need.float {
+        true => fit(row(need.hidden)),
+        false => 0,
+    };
+    Ok(Shelves {
+        hidden,
+        float,
+        inner: fit(row(need.inner)),
+    })
 }
 
 #[cfg(test)]
@@ -47,15 +72,31 @@ mod tests {
         hidden: 4096,
         inner: 11008,
         block_elements: 202_375_168,
+        float: false,
     };
 
     #[test]
     fn a_larger_budget_keeps_more_activations_on_the_gpu() {
-        let places = |gb: usize| places_on_device(&NEED, gb * 1_000_000_000).unwrap();
+        let places = |gb: usize| {
+            let fit = places_on_device(&NEED, gb * 1_000_000_000).unwrap();
+            [fit.hidden, fit.inner]
+        };
         let [six, ten, thirty] = [places(6), places(10), places(30)];
         assert_eq!(thirty, [32, 32]);
         assert_eq!((six[0], ten[0]), (32, 32), "hidden states come first");
         assert!(six[1] < ten[1] && ten[1] < 32, "{six:?} {ten:?}");
+    }
+
+    #[test]
+    fn a_float_stream_leaves_less_room_for_inner_activations() {
+        let need = ShelfNeed {
+            float: true,
+            ..NEED
+        };
+        let fit = places_on_device(&need, 10_000_000_000).unwrap();
+        let without = places_on_device(&NEED, 10_000_000_000).unwrap();
+        assert_eq!((fit.hidden, fit.float, without.float), (32, 32, 0));
+        assert!(fit.inner < without.inner, "{}", fit.inner);
     }
 
     #[test]

@@ -19,7 +19,7 @@ use gptq_kernels::{AttentionShape, Rotation, transpose};
 use gptq_types::{Activations, DeviceMatrix, Dtype, LayerName, SourceError, Weight};
 
 use crate::ModelError;
-use crate::backend::{DecoderBackend, ShelfNeed};
+use crate::backend::{DecoderBackend, ShelfNeed, Shelves};
 use crate::budget::{LIBRARIES, places_on_device};
 use crate::device_rows::ScoringHead;
 use crate::head::HostHead;
@@ -171,6 +171,14 @@ impl<E: Half> DecoderBackend for Cuda<E> {
         out
     }
 
+    fn copied(weight: &Tensor<Self, 2>) -> Tensor<Self, 2> {
+        let from = view(weight);
+        let out = blank(from.rows, from.columns);
+        let bytes = from.rows * from.columns * 2;
+        note(gpu().copy(view(&out).address, from.address, bytes));
+        out
+    }
+
     fn show_weight(weight: &Tensor<Self, 2>) -> Weight {
         Weight::Device(view(weight))
     }
@@ -212,16 +220,28 @@ impl<E: Half> DecoderBackend for Cuda<E> {
         look(Activations::Device(view(x)));
     }
 
-    fn shelves(need: &ShelfNeed) -> [Self::Shelf; 2] {
+    fn shelves(need: &ShelfNeed) -> Shelves<Self::Shelf> {
         let memory = SELECTED.with_borrow(|selected| selected.as_ref().map_or(0, |s| s.memory));
+        let none = Shelves {
+            hidden: None,
+            float: None,
+            inner: None,
+        };
         let Some(fit) = note(places_on_device(need, memory)) else {
-            return [None, None];
+            return none;
         };
         let shelf = |columns: usize, fit: usize| {
             let bytes = need.rows * columns * 2;
             note(Shelf::new(&gpu(), need.batches, bytes, fit)).map(Rc::new)
         };
-        [shelf(need.hidden, fit[0]), shelf(need.inner, fit[1])]
+        Shelves {
+            hidden: shelf(need.hidden, fit.hidden),
+            float: match need.float {
+                true => shelf(need.hidden, fit.float),
+                false => None,
+            },
+            inner: shelf(need.inner, fit.inner),
+        }
     }
 
     fn keep(shelf: &Self::Shelf, place: usize, x: Tensor<Self, 2>) -> Placed {

@@ -8,12 +8,13 @@ use burn::tensor::Tensor;
 use gptq_kernels::Rotation;
 use gptq_types::{ActivationSink, LayerName, SourceError, Stage, Weight};
 
-use crate::backend::{DecoderBackend, ShelfNeed};
+use crate::backend::{DecoderBackend, ShelfNeed, Shelves};
 use crate::block::{Block, HostBlock, Linear};
+use crate::float_stream::FloatStream;
 use crate::head::HostHead;
 use crate::score::HeadInput;
 use crate::weights::WeightSource;
-use crate::{Decoder, DecoderConfig, ModelError};
+use crate::{Decoder, DecoderConfig, ModelError, Streams};
 
 /// Windows of one length that go through a block together.
 struct Batch<B: DecoderBackend> {
@@ -32,6 +33,9 @@ impl<B: DecoderBackend> Batch<B> {
     }
 }
 
+/// Sees the input of a stage and, where there is a float stream, its partner there.
+type Look<'a, B> = dyn FnMut(&Tensor<B, 2>, Option<&Tensor<B, 2>>) + 'a;
+
 /// See [`Decoder`].
 pub(crate) struct Engine<B: DecoderBackend> {
     source: Arc<dyn WeightSource>,
@@ -40,13 +44,22 @@ pub(crate) struct Engine<B: DecoderBackend> {
     block: Option<Block<B>>,
     next: Option<(usize, JoinHandle<Result<HostBlock, SourceError>>)>,
     batches: Vec<Batch<B>>,
-    shelves: Option<[B::Shelf; 2]>,  // hidden, inner
+    shelves: Option<Shelves<B::Shelf>>,
+    float: Option<FloatStream<B>>,
     turns: BTreeMap<usize, B::Turn>, // by window length
 }
 
 impl<B: DecoderBackend> Engine<B> {
-    pub fn new(source: Arc<dyn WeightSource>, config: DecoderConfig) -> Result<Self, ModelError> {
+    pub fn new(
+        source: Arc<dyn WeightSource>,
+        config: DecoderConfig,
+        streams: Streams,
+    ) -> Result<Self, ModelError> {
         Ok(Engine {
+            float: match streams {
+                Streams::One => None,
+                Streams::BesideFloat => Some(FloatStream::default()),
+            },
             source,
             config,
             head: None,
@@ -152,6 +165,7 @@ impl<B: DecoderBackend> Engine<B> {
             hidden: self.config.hidden_size,
             inner: attention.max(self.config.intermediate_size),
             block_elements: self.config.block_bytes() / 4,
+            float: self.float.is_some(),
         }
     }
 
@@ -171,13 +185,9 @@ impl<B: DecoderBackend> Engine<B> {
         batch.hidden()
     }
 
-    fn pass(
-        &mut self,
-        stage: Stage,
-        look: &mut dyn FnMut(&Tensor<B, 2>),
-    ) -> Result<(), ModelError> {
+    fn pass(&mut self, stage: Stage, look: &mut Look<'_, B>) -> Result<(), ModelError> {
         let block = self.block.as_ref().expect("a block is resident");
-        let [hidden_shelf, inner_shelf] = self.shelves.as_ref().expect("windows were embedded");
+        let shelves = self.shelves.as_ref().expect("windows were embedded");
         for (place, batch) in self.batches.iter_mut().enumerate() {
             let tokens = batch.tokens();
             let input = match stage {
@@ -187,14 +197,18 @@ impl<B: DecoderBackend> Engine<B> {
                     block.attend(&x, &self.turns[&tokens], tokens)
                 }
                 Stage::MlpIn => {
-                    let hidden = Self::add_output(batch, &block.attention_out, hidden_shelf, place);
+                    let shelf = &shelves.hidden;
+                    let hidden = Self::add_output(batch, &block.attention_out, shelf, place);
                     block.mlp_input(&hidden)
                 }
                 Stage::MlpOut => block.gated(&block.mlp_input(&batch.hidden())),
             };
-            look(&input);
+            let turn = &self.turns[&tokens];
+            let float = (self.float.as_mut())
+                .map(|stream| stream.advance(stage, place, &shelves.float, turn, tokens));
+            look(&input, float.as_ref());
             if matches!(stage, Stage::AttentionOut | Stage::MlpOut) {
-                batch.inner = Some(B::keep(inner_shelf, place, input));
+                batch.inner = Some(B::keep(&shelves.inner, place, input));
             }
         }
         B::check()
@@ -208,6 +222,7 @@ impl<B: DecoderBackend> Decoder for Engine<B> {
 
     fn embed(&mut self, windows: &[Vec<u32>]) -> Result<(), ModelError> {
         self.batches.clear();
+        self.float = self.float.take().map(|_| FloatStream::default());
         self.shelves = None;
         let cut = Self::cut(windows);
         for batch in &cut {
@@ -218,8 +233,11 @@ impl<B: DecoderBackend> Decoder for Engine<B> {
         let table = self.table()?;
         for (place, windows) in cut.into_iter().enumerate() {
             let hidden = self.embed_ids(&table, &windows.concat())?;
+            if let Some(stream) = &mut self.float {
+                stream.embed(B::keep(&shelves.float, place, hidden.clone()));
+            }
             self.batches.push(Batch {
-                hidden: Some(B::keep(&shelves[0], place, hidden)),
+                hidden: Some(B::keep(&shelves.hidden, place, hidden)),
                 windows: windows.to_vec(),
                 inner: None,
             });
@@ -235,15 +253,27 @@ impl<B: DecoderBackend> Decoder for Engine<B> {
 
     fn load_block(&mut self, index: usize) -> Result<(), ModelError> {
         self.block = None; // frees the old block before the new one is read
-        self.block = Some(self.take_next(index)?);
+        if let Some(stream) = &mut self.float {
+            stream.block = None;
+        }
+        let block = self.take_next(index)?;
+        if let Some(stream) = &mut self.float {
+            stream.block = Some(block.copied());
+        }
+        self.block = Some(block);
         self.read_ahead(index + 1);
         B::check()
     }
 
     fn stage(&mut self, stage: Stage, sink: &mut dyn ActivationSink) -> Result<(), ModelError> {
-        self.pass(stage, &mut |input| {
+        self.pass(stage, &mut |input, float| {
             let [rows, columns] = input.dims();
-            B::show(input, &mut |x| sink.observe(x, rows, columns));
+            B::show(input, &mut |x| match float {
+                None => sink.observe(x, rows, columns),
+                Some(float) => B::show(float, &mut |float| {
+                    sink.observe_pair(x, float, rows, columns);
+                }),
+            });
         })?;
         B::tidy();
         Ok(())
@@ -251,9 +281,9 @@ impl<B: DecoderBackend> Decoder for Engine<B> {
 
     fn finish_block(&mut self) -> Result<(), ModelError> {
         let block = self.block.as_ref().expect("a block is resident");
-        let [hidden_shelf, _] = self.shelves.as_ref().expect("windows were embedded");
+        let shelf = &self.shelves.as_ref().expect("windows were embedded").hidden;
         for (place, batch) in self.batches.iter_mut().enumerate() {
-            Self::add_output(batch, &block.mlp_out, hidden_shelf, place);
+            Self::add_output(batch, &block.mlp_out, shelf, place);
         }
         B::tidy();
         B::check()
@@ -263,7 +293,7 @@ impl<B: DecoderBackend> Decoder for Engine<B> {
         for stage in Stage::ALL {
             // The inputs of these two are computed again on the way to the next stage.
             if stage != Stage::AttentionIn {
-                self.pass(stage, &mut |_| {})?;
+                self.pass(stage, &mut |_, _| {})?;
             }
         }
         self.finish_block()

@@ -19,6 +19,7 @@ mod cuda;
 #[cfg(feature = "cuda")]
 mod device_rows;
 mod engine;
+mod float_stream;
 mod head;
 mod rope;
 mod sample;
@@ -49,6 +50,17 @@ pub enum Device {
         /// memory.
         memory: usize,
     },
+}
+
+/// Which forward passes a decoder makes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Streams {
+    /// That of the weights as they are replaced.
+    One,
+    /// The same, and beside it that of the weights as they were: sinks see both inputs of a stage,
+    /// [`ActivationSink::observe_pair`]. It takes the time of a pass, a copy of the block and of the hidden
+    /// states.
+    BesideFloat,
 }
 
 /// A forward pass that cannot go on.
@@ -161,20 +173,23 @@ pub fn open(
     source: Arc<dyn WeightSource>,
     config: DecoderConfig,
     device: Device,
+    streams: Streams,
 ) -> Result<Box<dyn Decoder>, ModelError> {
     config.check_tensors(source.as_ref())?;
     match device {
         Device::Cpu => Ok(Box::new(engine::Engine::<burn::backend::Flex>::new(
-            source, config,
+            source, config, streams,
         )?)),
         #[cfg(feature = "cuda")]
         Device::Cuda { ordinal, memory } => {
             cuda::select(ordinal, memory)?;
             match source.computing_type() {
-                Some(gptq_types::Dtype::BF16) => {
-                    Ok(Box::new(engine::Engine::<cuda::Bf16>::new(source, config)?))
-                }
-                _ => Ok(Box::new(engine::Engine::<cuda::F16>::new(source, config)?)),
+                Some(gptq_types::Dtype::BF16) => Ok(Box::new(engine::Engine::<cuda::Bf16>::new(
+                    source, config, streams,
+                )?)),
+                _ => Ok(Box::new(engine::Engine::<cuda::F16>::new(
+                    source, config, streams,
+                )?)),
             }
         }
     }

@@ -9,7 +9,7 @@ use crate::backend::DecoderBackend;
 use crate::block::Block;
 use crate::engine::Engine;
 use crate::weights::WeightSource;
-use crate::{DecoderConfig, Device, ModelError};
+use crate::{DecoderConfig, Device, ModelError, Streams};
 
 /// Sequences that grow in step: one read of the weights serves them all.
 const SEQUENCES: usize = 32;
@@ -64,7 +64,7 @@ struct Sampler<B: DecoderBackend> {
 
 impl<B: DecoderBackend> Sampler<B> {
     fn new(source: Arc<dyn WeightSource>, config: DecoderConfig) -> Result<Self, ModelError> {
-        let engine = Engine::<B>::new(source, config.clone())?;
+        let engine = Engine::<B>::new(source, config.clone(), Streams::One)?;
         let blocks = (0..config.num_hidden_layers)
             .map(|index| engine.load(index))
             .collect::<Result<_, _>>()?;

@@ -21,7 +21,7 @@ const SETTINGS_KEY: &str = "quantization_config";
 /// (AutoGPTQ itself writes true with static groups, though its `g_idx` is trivial too.)
 /// [`ColumnOrder::ActOrderStaticGroups`] is told by `static_groups`, [`ColumnOrder::GroupAware`] by
 /// `meta.act_group_aware`, and how scales were chosen by `meta.scale_search`
-/// and, where it is true, `meta.full_range`.
+/// and, where there is something to tell, `meta.full_range` and `meta.input_mismatch`.
 fn settings(spec: &QuantSpec, tool: &str, extra_meta: &Map<String, Value>) -> Map<String, Value> {
     let solver = match spec.method {
         Method::Gptq => "gptq",
@@ -55,6 +55,10 @@ fn settings(spec: &QuantSpec, tool: &str, extra_meta: &Map<String, Value>) -> Ma
     if let Some(Value::Object(meta)) = settings.get_mut("meta") {
         if spec.full_range {
             meta.insert("full_range".into(), Value::from(true));
+        }
+        if spec.input_mismatch != 0.0 {
+            let share = Value::from(spec.input_mismatch);
+            meta.insert("input_mismatch".into(), share);
         }
         meta.extend(extra_meta.clone());
     }

@@ -4,11 +4,12 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::weights::WeightCheck;
-use gptq_model::{ConfigError, Device, ModelError};
+use gptq_model::{ConfigError, Device, ModelError, Streams};
 use gptq_packer::{LayoutError, PackError, StageError, VerifyError};
 use gptq_quantizer::QuantizeError;
 use gptq_types::{
-    CalibrationRecord, LayerName, LayerRecord, QuantSpec, SourceError, SpecError, TensorSource,
+    CalibrationRecord, LayerName, LayerRecord, LossMeasure, QuantSpec, SourceError, SpecError,
+    TensorSource,
 };
 
 /// A quantization to be done.
@@ -40,6 +41,16 @@ pub struct Job {
     pub resume: bool,
     /// Name and version, `gptq-rs:0.1.0`.
     pub tool: String,
+}
+
+impl Job {
+    /// The passes that it needs.
+    pub fn streams(&self) -> Streams {
+        match self.spec.measure() {
+            LossMeasure::QuantisedInputs => Streams::One,
+            LossMeasure::FloatOutputs => Streams::BesideFloat,
+        }
+    }
 }
 
 /// Progress of a run, in the order of events.

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use gptq_model::{Decoder, Device};
+use gptq_model::{Decoder, Device, Streams};
 use gptq_quantizer::{Facts, HostStage, QuantizeError, StageHessian, StageSum};
 use gptq_types::{LayerName, LayerRecord, Phase, PhaseTimes, QuantSpec, Stage, Warning};
 
@@ -140,7 +140,7 @@ pub fn observe(
         layer: layer.clone(),
         source,
     };
-    let mut sum = stage_sum(job.device, *in_features).map_err(named)?;
+    let mut sum = stage_sum(job, *in_features).map_err(named)?;
     let start = Instant::now();
     decoder.stage(stage, sum.as_mut())?;
     let inside = sum.elapsed().map_err(named)?;
@@ -148,18 +148,27 @@ pub fn observe(
     times.add(Phase::Hessian, inside);
     // A symmetric product needs half the operations of a full one.
     let flop = tokens(job) as f64 * *in_features as f64 * (*in_features as f64 + 1.0);
-    times.add_flop(Phase::Hessian, flop);
+    // Beside a float stream a full product and another symmetric one.
+    let products = if job.streams() == Streams::One {
+        1.0
+    } else {
+        4.0
+    };
+    times.add_flop(Phase::Hessian, flop * products);
     sum.finish(times).map_err(named)
 }
 
-/// The sum of a stage on the device of the job.
-fn stage_sum(device: Device, in_features: usize) -> Result<Box<dyn StageSum>, QuantizeError> {
-    match device {
-        Device::Cpu => Ok(Box::new(HostStage::new(in_features))),
+/// The sum of a stage on the device of the job; of pairs where the job has a float stream.
+fn stage_sum(job: &Job, in_features: usize) -> Result<Box<dyn StageSum>, QuantizeError> {
+    let beside_float = job.streams() == Streams::BesideFloat;
+    match (job.device, beside_float) {
+        (Device::Cpu, false) => Ok(Box::new(HostStage::new(in_features))),
+        (Device::Cpu, true) => Ok(Box::new(HostStage::beside_float(in_features))),
         #[cfg(feature = "cuda")]
-        Device::Cuda { .. } => {
+        (Device::Cuda { .. }, _) => {
             let gpu = gptq_model::gpu().expect("the decoder was opened on it");
-            Ok(Box::new(gptq_quantizer::DeviceSum::new(&gpu, in_features)?))
+            let sum = gptq_quantizer::DeviceSum::new(&gpu, in_features, beside_float)?;
+            Ok(Box::new(sum))
         }
     }
 }

@@ -7,10 +7,10 @@
 
 use std::sync::Arc;
 
-use gptq_model::{DecoderConfig, Device, FloatWeights};
+use gptq_model::{DecoderConfig, Device, FloatWeights, Streams};
 use gptq_packer::{QuantizeConfig, read_layer};
 use gptq_quantizer::{Hessian, HessianSum, output_error};
-use gptq_types::{LayerName, SolvedLayer, Stage, TensorSource, Weight};
+use gptq_types::{LayerName, LossMeasure, SolvedLayer, Stage, TensorSource, Weight};
 
 use crate::PipelineError;
 
@@ -26,6 +26,8 @@ pub struct FilesToMeasure<'a> {
     pub settings: &'a QuantizeConfig,
     /// The calibration windows.
     pub windows: &'a [Vec<u32>],
+    /// What errors are measured against: as in the record that they are compared with.
+    pub measure: LossMeasure,
 }
 
 /// One linear as the files have it.
@@ -55,14 +57,21 @@ pub fn measure_files(
     if files.windows.is_empty() {
         return Err(PipelineError::NoWindows);
     }
+    let streams = match files.measure {
+        LossMeasure::QuantisedInputs => Streams::One,
+        LossMeasure::FloatOutputs => Streams::BesideFloat,
+    };
     let weights = Arc::new(FloatWeights::new(files.source.clone()));
-    let mut decoder = gptq_model::open(weights, config.clone(), Device::Cpu)?;
+    let mut decoder = gptq_model::open(weights, config.clone(), Device::Cpu, streams)?;
     decoder.embed(files.windows)?;
     for index in 0..config.num_hidden_layers {
         decoder.load_block(index)?;
         for stage in Stage::ALL {
             let linears = config.linears(index, stage);
-            let mut sum = HessianSum::new(linears[0].1);
+            let mut sum = match streams {
+                Streams::One => HessianSum::new(linears[0].1),
+                Streams::BesideFloat => HessianSum::beside_float(linears[0].1),
+            };
             decoder.stage(stage, &mut sum)?;
             let hessian = sum.finish().map_err(|source| PipelineError::Quantize {
                 layer: linears[0].0.clone(),

@@ -62,7 +62,7 @@ pub fn quantize(
         progress(Progress::NothingToResume);
     }
     let weights: Arc<dyn WeightSource> = Arc::new(FloatWeights::new(job.source.clone()));
-    let decoder = gptq_model::open(weights.clone(), config.clone(), job.device)?;
+    let decoder = gptq_model::open(weights.clone(), config.clone(), job.device, job.streams())?;
     wait_on_the_processor(job)?;
     let plan = OutputPlan::new(job.source.as_ref(), &config, &job.spec, job.max_shard_bytes)?;
     let settings = settings(job, false);

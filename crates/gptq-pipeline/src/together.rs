@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
-use gptq_model::{Decoder, DecoderConfig, FloatWeights, WeightSource};
+use gptq_model::{Decoder, DecoderConfig, FloatWeights, Streams, WeightSource};
 use gptq_packer::{ClaimedPlace, StagedCheckpoint};
 use gptq_types::{Method, Phase, PhaseTimes, RunRecord, Stage, Warning};
 use serde_json::{Map, Value};
@@ -44,7 +44,8 @@ struct Target<'a> {
 /// and the same jobs with `resume` go on there.
 ///
 /// # Panics
-/// Without jobs, or with one of `method rtn`, which has no Hessian to share.
+/// Without jobs, or with one of `method rtn`, which has no Hessian to share, or of `input_mismatch`,
+/// which needs a quantized stream of its own.
 pub fn quantize_together(
     jobs: &[Job],
     progress: &mut dyn FnMut(Progress<'_>),
@@ -55,13 +56,17 @@ pub fn quantize_together(
         jobs.iter().all(|job| job.spec.method == Method::Gptq),
         "method gptq"
     );
+    assert!(
+        jobs.iter().all(|job| job.streams() == Streams::One),
+        "no job that aims at float outputs"
+    );
     let config = read_config(first)?;
     check_unquantised(first.source.as_ref(), &first.config_json)?;
     if first.windows.is_empty() {
         return Err(PipelineError::NoWindows);
     }
     let weights: Arc<dyn WeightSource> = Arc::new(FloatWeights::new(first.source.clone()));
-    let mut decoder = gptq_model::open(weights, config.clone(), first.device)?;
+    let mut decoder = gptq_model::open(weights, config.clone(), first.device, Streams::One)?;
     let mut times = PhaseTimes::default();
     wait_on_the_processor(first)?;
     let (mut targets, mut journals) = (Vec::new(), Vec::new());

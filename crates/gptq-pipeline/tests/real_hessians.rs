@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use data::fixture;
 use gptq_calibration::Tokenizer;
-use gptq_model::{DecoderConfig, Device, FloatWeights};
+use gptq_model::{DecoderConfig, Device, FloatWeights, Streams};
 use gptq_packer::SafetensorsFile;
 use gptq_quantizer::{
     Factor, Hessian, HessianSum, output_error, reference, round_to_nearest, solve,
@@ -53,7 +53,7 @@ fn cases(model: &Path, text: &Path) -> Vec<Case> {
     let config = DecoderConfig::parse(&config).unwrap();
     let source = Arc::new(SafetensorsFile::open(&model.join("model.safetensors")).unwrap());
     let weights = Arc::new(FloatWeights::new(source));
-    let mut decoder = gptq_model::open(weights, config.clone(), Device::Cpu).unwrap();
+    let mut decoder = gptq_model::open(weights, config.clone(), Device::Cpu, Streams::One).unwrap();
     decoder.embed(&windows).unwrap();
     let mut cases = Vec::new();
     for index in 0..2 {

@@ -4,12 +4,14 @@ use gptq_kernels::Gram;
 use gptq_types::{ActivationSink, Activations};
 
 use crate::QuantizeError;
+use crate::mismatch::{Mismatch, MismatchSum};
 
 /// `H` while tokens arrive.
 pub struct HessianSum {
     features: usize,
     tokens: usize,
     gram: Gram,
+    mismatch: Option<MismatchSum>,
 }
 
 impl HessianSum {
@@ -19,6 +21,15 @@ impl HessianSum {
             features,
             tokens: 0,
             gram: Gram::new(features),
+            mismatch: None,
+        }
+    }
+
+    /// The same, which also sums how the rows differ from their float partners.
+    pub fn beside_float(features: usize) -> Self {
+        HessianSum {
+            mismatch: Some(MismatchSum::new(features)),
+            ..Self::new(features)
         }
     }
 
@@ -28,11 +39,12 @@ impl HessianSum {
         if self.tokens == 0 {
             return Err(QuantizeError::NoTokens);
         }
-        let values = self.gram.finish(2.0 / self.tokens as f32);
+        let scale = 2.0 / self.tokens as f32;
         let hessian = Hessian {
             features: self.features,
             tokens: self.tokens,
-            values,
+            values: self.gram.finish(scale),
+            mismatch: self.mismatch.map(|sum| sum.finish(scale)),
         };
         check_finite(&hessian.diagonal())?;
         Ok(hessian)
@@ -62,6 +74,21 @@ impl ActivationSink for HessianSum {
         self.gram.add(x, tokens);
         self.tokens += tokens;
     }
+
+    fn observe_pair(
+        &mut self,
+        x: Activations<'_>,
+        float: Activations<'_>,
+        tokens: usize,
+        in_features: usize,
+    ) {
+        self.observe(x, tokens, in_features);
+        if let (Some(sum), Activations::Host(x), Activations::Host(float)) =
+            (&mut self.mismatch, x, float)
+        {
+            sum.add(x, float, tokens);
+        }
+    }
 }
 
 /// `H = 2/tokens * X^T X`, undamped, symmetric, `[features, features]` row-major in f32.
@@ -69,6 +96,7 @@ pub struct Hessian {
     features: usize,
     tokens: usize,
     values: Vec<f32>,
+    mismatch: Option<Mismatch>,
 }
 
 impl Hessian {
@@ -79,7 +107,13 @@ impl Hessian {
             features,
             tokens,
             values,
+            mismatch: None,
         }
+    }
+
+    /// How the inputs differ from those of the float model, where a float stream was seen.
+    pub fn mismatch(&self) -> Option<&Mismatch> {
+        self.mismatch.as_ref()
     }
 
     /// `K`.

@@ -9,6 +9,7 @@
 //! | `H^-1 = U^T U`, `Cholesky(H^-1)^T` | `u` in [`Factor`] |
 //! | `quant(w)` | [`Grid`], scale already rounded to f16, by default the best of several |
 //! | algorithm 1, lazy batch updates | [`solve`] |
+//! | inputs of the float model (not in the paper) | [`Mismatch`] |
 //!
 //! Knows: Hessians, damping, column orders, grids, the solver, rounding to nearest, and a plain
 //! f64 version of it all ([`reference`]) to be read and compared with.
@@ -22,6 +23,7 @@ mod factor;
 mod grid;
 mod hessian;
 mod measure;
+mod mismatch;
 mod order;
 pub mod reference;
 mod round;
@@ -34,7 +36,8 @@ pub use device::DeviceSum;
 pub use factor::Factor;
 pub use grid::Grid;
 pub use hessian::{Hessian, HessianSum};
-pub use measure::{output_error, signal};
+pub use measure::{Outputs, output_error, signal};
+pub use mismatch::{Carried, Mismatch};
 pub use order::Order;
 pub use round::round_to_nearest;
 pub use solve::{Solved, solve};

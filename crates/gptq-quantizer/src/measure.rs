@@ -5,36 +5,86 @@ use gptq_types::SolvedLayer;
 use rayon::prelude::*;
 
 use crate::Hessian;
+use crate::mismatch::Carried;
 
-/// `tr(E H E^T)` for `E` the difference of `weight [K, N]` and the dequantised layer: twice the
-/// squared output error per token, summed over outputs.
-pub fn output_error(hessian: &Hessian, weight: &[f32], layer: &SolvedLayer) -> f64 {
-    let mut error = layer.dequantise();
-    for (q, w) in error.iter_mut().zip(weight) {
-        *q -= w;
-    }
-    weighted_square(hessian, &error, layer.out_features)
+/// A weight and the outputs that a rounded one is compared with: its own on the quantized inputs, or on
+/// those of the float model where the Hessian knows of them.
+pub struct Outputs<'a> {
+    hessian: &'a Hessian,
+    weight: &'a [f32],
+    n: usize,
+    carried: Option<Carried>,
 }
 
-/// `tr(W H W^T)`, the same for the layer's whole output.
+impl<'a> Outputs<'a> {
+    /// Of `weight [K, N]`.
+    pub fn new(hessian: &'a Hessian, weight: &'a [f32], n: usize) -> Self {
+        let mismatch = hessian.mismatch();
+        Outputs {
+            hessian,
+            weight,
+            n,
+            carried: mismatch.map(|mismatch| mismatch.carried(weight, n)),
+        }
+    }
+
+    /// What the mismatch of the inputs does to them.
+    pub fn carried(&self) -> Option<&Carried> {
+        self.carried.as_ref()
+    }
+
+    /// `tr(E H E^T)` for `E` the difference of the weight and the dequantised layer, and the terms of the
+    /// mismatch: twice the squared output error per token, summed over outputs.
+    pub fn error(&self, layer: &SolvedLayer) -> f64 {
+        let mut error = layer.dequantise();
+        for (q, w) in error.iter_mut().zip(self.weight) {
+            *q = w - *q;
+        }
+        let own = weighted_square(self.hessian, &error, self.n);
+        let beside = self.carried.as_ref().map_or(0.0, |carried| {
+            2.0 * inner_product(&carried.cross, &error, self.n) + carried.square
+        });
+        (own + beside).max(0.0)
+    }
+
+    /// The same for the whole output of the weight.
+    pub fn signal(&self) -> f64 {
+        let own = weighted_square(self.hessian, self.weight, self.n);
+        let beside = self.carried.as_ref().map_or(0.0, |carried| {
+            2.0 * inner_product(&carried.cross, self.weight, self.n) + carried.square
+        });
+        (own + beside).max(0.0)
+    }
+}
+
+/// [`Outputs::error`] of one layer.
+pub fn output_error(hessian: &Hessian, weight: &[f32], layer: &SolvedLayer) -> f64 {
+    Outputs::new(hessian, weight, layer.out_features).error(layer)
+}
+
+/// [`Outputs::signal`].
 pub fn signal(hessian: &Hessian, weight: &[f32], out_features: usize) -> f64 {
-    weighted_square(hessian, weight, out_features)
+    Outputs::new(hessian, weight, out_features).signal()
 }
 
 fn weighted_square(hessian: &Hessian, x: &[f32], n: usize) -> f64 {
     let k = hessian.features();
     let mut product = vec![0.0f32; k * n];
     multiply(&mut product, hessian.values(), x, k, k, n);
-    // Rows summed apart and in order: the same bits for any number of threads.
-    let rows: Vec<f64> = product
+    inner_product(&product, x, n).max(0.0)
+}
+
+/// Of two matrices `[K, n]`. Rows summed apart and in order: the same bits for any number of threads.
+pub(crate) fn inner_product(a: &[f32], b: &[f32], n: usize) -> f64 {
+    let rows: Vec<f64> = a
         .par_chunks(n)
-        .zip(x.par_chunks(n))
-        .map(|(hx, x)| {
-            hx.iter()
-                .zip(x)
+        .zip(b.par_chunks(n))
+        .map(|(a, b)| {
+            a.iter()
+                .zip(b)
                 .map(|(a, b)| f64::from(*a) * f64::from(*b))
                 .sum()
         })
         .collect();
-    rows.iter().sum::<f64>().max(0.0)
+    rows.iter().sum()
 }

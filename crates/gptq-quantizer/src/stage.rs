@@ -3,11 +3,12 @@
 
 use std::time::{Duration, Instant};
 
-use gptq_types::{ActivationSink, LayerLoss, Phase, PhaseTimes, QuantSpec, SolvedLayer, Weight};
-
-use crate::{
-    Factor, Hessian, HessianSum, QuantizeError, output_error, round_to_nearest, signal, solve,
+use gptq_types::{
+    ActivationSink, Activations, LayerLoss, LossMeasure, Phase, PhaseTimes, QuantSpec, SolvedLayer,
+    Weight,
 };
+
+use crate::{Factor, Hessian, HessianSum, Outputs, QuantizeError, round_to_nearest, solve};
 
 /// The sum while tokens arrive.
 pub trait StageSum: ActivationSink {
@@ -50,8 +51,15 @@ pub struct Facts {
 
 impl Facts {
     /// The loss of a linear that the factor rounded.
-    pub(crate) fn loss(&self, error: f64, rtn_error: f64, signal: f64) -> LayerLoss {
+    pub(crate) fn loss(
+        &self,
+        measure: LossMeasure,
+        error: f64,
+        rtn_error: f64,
+        signal: f64,
+    ) -> LayerLoss {
         LayerLoss {
+            measure,
             error,
             rtn_error,
             signal,
@@ -116,12 +124,32 @@ impl HostStage {
             elapsed: Duration::ZERO,
         }
     }
+
+    /// The same, shown pairs of rows.
+    pub fn beside_float(features: usize) -> Self {
+        HostStage {
+            sum: HessianSum::beside_float(features),
+            elapsed: Duration::ZERO,
+        }
+    }
 }
 
 impl ActivationSink for HostStage {
-    fn observe(&mut self, x: gptq_types::Activations<'_>, tokens: usize, in_features: usize) {
+    fn observe(&mut self, x: Activations<'_>, tokens: usize, in_features: usize) {
         let start = Instant::now();
         self.sum.observe(x, tokens, in_features);
+        self.elapsed += start.elapsed();
+    }
+
+    fn observe_pair(
+        &mut self,
+        x: Activations<'_>,
+        float: Activations<'_>,
+        tokens: usize,
+        in_features: usize,
+    ) {
+        let start = Instant::now();
+        self.sum.observe_pair(x, float, tokens, in_features);
         self.elapsed += start.elapsed();
     }
 }
@@ -186,16 +214,24 @@ impl StageSolver for HostSolver<'_> {
         let Weight::Host(weight) = weight else {
             unreachable!("a decoder on the processor has its weights in host memory");
         };
+        let outputs = times.time(Phase::Measure, || {
+            Outputs::new(self.hessian, &weight, out_features)
+        });
         let solved = times.time(Phase::Sweep, || {
-            solve(&weight, out_features, &self.factor, spec)
+            let alpha = spec.input_mismatch as f32;
+            let aimed = (outputs.carried())
+                .map(|carried| self.factor.aimed(&weight, carried, alpha, out_features));
+            let aim = aimed.as_ref().unwrap_or(&weight);
+            solve(aim, out_features, &self.factor, spec)
         })?;
         count(times, self.hessian.features(), out_features);
         let loss = times.time(Phase::Measure, || {
             let rounded = round_to_nearest(&weight, out_features, spec)?;
             Ok::<_, QuantizeError>(self.facts().loss(
-                output_error(self.hessian, &weight, &solved.layer),
-                output_error(self.hessian, &weight, &rounded),
-                signal(self.hessian, &weight, out_features),
+                spec.measure(),
+                outputs.error(&solved.layer),
+                outputs.error(&rounded),
+                outputs.signal(),
             ))
         })?;
         Ok(Rounded {

@@ -85,4 +85,16 @@ pub enum Weight {
 pub trait ActivationSink {
     /// `x` has `tokens` rows of `in_features`; padding is never among the tokens.
     fn observe(&mut self, x: Activations<'_>, tokens: usize, in_features: usize);
+
+    /// The same rows with their float partners: what they would be had no linear before been rounded.
+    fn observe_pair(
+        &mut self,
+        x: Activations<'_>,
+        float: Activations<'_>,
+        tokens: usize,
+        in_features: usize,
+    ) {
+        let _ = float;
+        self.observe(x, tokens, in_features);
+    }
 }

@@ -36,7 +36,9 @@ pub use record::{
     Accuracy, CalibrationRecord, EvalRecord, FileRecord, LayerRecord, PairedDifference, Phase,
     PhaseTimes, RUN_RECORD_SCHEMA, RunRecord, Speed, Warning,
 };
-pub use solved::{LayerLoss, SolvedLayer};
+pub use solved::{LayerLoss, LossMeasure, SolvedLayer};
 pub use source::{Dtype, SourceError, TensorInfo, TensorSource};
-pub use spec::{Bits, CheckpointFormat, ColumnOrder, GroupSize, Method, QuantSpec, SpecError};
+pub use spec::{
+    Bits, CheckpointFormat, ColumnOrder, Effort, GroupSize, Method, QuantSpec, SpecError,
+};
 pub use stand_in::{STAND_IN_BYTES, StandIn};

@@ -61,7 +61,11 @@ pub fn describe(spec: &QuantSpec) -> String {
         GroupSize::None => "one group a row".to_string(),
         GroupSize::Channels(size) => format!("groups of {size}"),
     };
-    format!("{}-bit, {group}, {order}.", spec.bits)
+    let aim = match spec.input_mismatch == 0.0 {
+        true => "",
+        false => ", aimed at the float model's outputs",
+    };
+    format!("{}-bit, {group}, {order}{aim}.", spec.bits)
 }
 
 /// Whether a runtime loads a branch.

@@ -377,6 +377,7 @@ mod tests {
     fn numbers_come_back_as_they_were_written() {
         for value in [1709.7900745221255, 0.24574077379516318, 9.642659662355697] {
             let loss = LayerLoss {
+                measure: crate::LossMeasure::FloatOutputs,
                 error: value,
                 rtn_error: value,
                 signal: value,

@@ -58,15 +58,38 @@ impl SolvedLayer {
     }
 }
 
-/// How well a layer was rounded. Losses are traces `tr(E H E^T)` with the undamped Hessian
-/// `H = 2/tokens * X^T X`: twice the mean squared output error per token, summed over outputs.
+/// What an error is measured against.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LossMeasure {
+    /// The float weight on the quantised inputs, `|W X~ - Q X~|^2`.
+    #[default]
+    QuantisedInputs,
+    /// The float weight on the float inputs, `|W X - Q X~|^2`: what rounding the linears before cost
+    /// is counted too.
+    FloatOutputs,
+}
+
+impl LossMeasure {
+    fn is_default(&self) -> bool {
+        *self == LossMeasure::default()
+    }
+}
+
+/// How well a layer was rounded. Losses are twice the mean squared output error per token, summed over
+/// outputs: on quantised inputs the trace `tr(E H E^T)` with the undamped Hessian
+/// `H = 2/tokens * X^T X`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct LayerLoss {
+    /// What the three that follow are measured against. Absent in records from before there was a
+    /// choice.
+    #[serde(default, skip_serializing_if = "LossMeasure::is_default")]
+    pub measure: LossMeasure,
     /// Error of the chosen codes.
     pub error: f64,
     /// Error of rounding the same weights to nearest on the same kind of grid.
     pub rtn_error: f64,
-    /// `tr(W H W^T)`, so that `error / signal` is the squared relative output error.
+    /// The whole output of the float weight, on the same inputs as it has in `measure`, so that `error / signal` is the squared relative output error.
     pub signal: f64,
     /// Diagonal share that was added in the end, at least the requested `damp_percent`.
     pub damp_used: f64,

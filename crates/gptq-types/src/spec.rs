@@ -5,6 +5,8 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::LossMeasure;
+
 /// Settings that cannot be met.
 #[derive(Debug, thiserror::Error, PartialEq)]
 #[allow(missing_docs)]
@@ -15,6 +17,8 @@ pub enum SpecError {
     GroupSize(String),
     #[error("damp percent `{0}` is not between 0 and 1")]
     Damp(f64),
+    #[error("input mismatch `{0}` is not between 0 and 1")]
+    Mismatch(f64),
     #[error("`{0}` and `{1}` exclude each other")]
     Conflict(&'static str, &'static str),
     #[error("`{0}` is not one of {1}")]
@@ -193,6 +197,28 @@ pub enum ColumnOrder {
     GroupAware,
 }
 
+/// How much work a quantization is worth.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Effort {
+    /// One forward pass, that of the quantized model.
+    #[default]
+    Fast,
+    /// Another one, of the float model: each linear is aimed at its outputs.
+    Balanced,
+}
+
+impl Effort {
+    /// [`QuantSpec::input_mismatch`]. Half of the way was better than all of it at every width, and kept
+    /// 3 bits from fitting the domain of the calibration text.
+    pub fn input_mismatch(self) -> f64 {
+        match self {
+            Effort::Fast => 0.0,
+            Effort::Balanced => 0.5,
+        }
+    }
+}
+
 /// Everything that decides the codes of a layer, apart from its weights and inputs.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct QuantSpec {
@@ -221,6 +247,11 @@ pub struct QuantSpec {
     /// beside the one that follows from the scale. False in records from before there was a choice.
     #[serde(default)]
     pub full_range: bool,
+    /// Share, 0 to 1, of the way from the float weight to the one that comes nearest to the float
+    /// outputs on quantised inputs; the sweep rounds what lies there. 0 in records from before there was
+    /// a choice.
+    #[serde(default)]
+    pub input_mismatch: f64,
 }
 
 impl QuantSpec {
@@ -237,6 +268,7 @@ impl QuantSpec {
             format: CheckpointFormat::Gptq,
             scale_search: true,
             full_range: false,
+            input_mismatch: 0.0,
         }
     }
 
@@ -254,7 +286,21 @@ impl QuantSpec {
         if self.full_range && !self.scale_search {
             return Err(SpecError::Conflict("full_range", "no scale search"));
         }
+        if !(0.0..=1.0).contains(&self.input_mismatch) {
+            return Err(SpecError::Mismatch(self.input_mismatch));
+        }
+        if self.method == Method::Rtn && self.input_mismatch != 0.0 {
+            return Err(SpecError::Conflict("method rtn", "an input mismatch"));
+        }
         Ok(())
+    }
+
+    /// What the errors of its layers are measured against.
+    pub fn measure(&self) -> LossMeasure {
+        match self.input_mismatch == 0.0 {
+            true => LossMeasure::QuantisedInputs,
+            false => LossMeasure::FloatOutputs,
+        }
     }
 
     /// Whether `g_idx` of the result is a real permutation: with one group a row it is all 0,

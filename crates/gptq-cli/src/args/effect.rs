@@ -101,7 +101,13 @@ fn quantize(args: &QuantizeArgs) -> Vec<Rule> {
         ),
         (
             rounds,
-            &["damp_percent", "no_scale_search", "unsigned_scales"],
+            &[
+                "damp_percent",
+                "no_scale_search",
+                "unsigned_scales",
+                "effort",
+                "input_mismatch",
+            ],
             data,
         ),
         (

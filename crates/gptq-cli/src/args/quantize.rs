@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 use gptq_types::{
-    Bits, CalibrationRequest, CheckpointFormat, ColumnOrder, GroupSize, Method, QuantSpec,
+    Bits, CalibrationRequest, CheckpointFormat, ColumnOrder, Effort, GroupSize, Method, QuantSpec,
 };
 
 use super::{DeviceArgs, HubArgs, StrictArgs, TokenizerArgs};
@@ -25,6 +25,23 @@ pub enum FormatArg {
     /// v2, stores zero: GPTQModel, vLLM, ExLlamaV2
     #[value(name = "gptq_v2")]
     GptqV2,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub enum EffortArg {
+    /// One forward pass
+    Fast,
+    /// Another one, of the float model, whose outputs each linear is aimed at
+    Balanced,
+}
+
+impl EffortArg {
+    fn resolve(self) -> Effort {
+        match self {
+            EffortArg::Fast => Effort::Fast,
+            EffortArg::Balanced => Effort::Balanced,
+        }
+    }
 }
 
 #[derive(Args)]
@@ -68,6 +85,13 @@ pub struct QuantizeArgs {
     /// a reader that takes no negative scale
     #[arg(long, conflicts_with = "no_scale_search")]
     pub unsigned_scales: bool,
+    /// How much work the accuracy is worth; `balanced` is --input-mismatch 0.5
+    #[arg(long, value_enum, default_value = "fast")]
+    pub effort: EffortArg,
+    /// How far each linear is moved towards what comes nearest to the float model's outputs on the inputs
+    /// that linears before it have changed, 0 to 1 [default: that of --effort]
+    #[arg(long, value_name = "SHARE")]
+    pub input_mismatch: Option<f64>,
     /// Calibration data: `c4`, `wikitext2`, NAME=FILE for a local copy, a FILE (txt, jsonl, json,
     /// parquet, arrow; .gz and .zst; safetensors with input_ids), OWNER/NAME[:CONFIG[:SPLIT]] on the
     /// hub, or `self`: text that the model writes itself
@@ -162,6 +186,10 @@ impl QuantizeArgs {
             // The baseline looks at no data, so nothing says which error weighs more.
             scale_search: self.searches(),
             full_range: self.searches() && !self.unsigned_scales,
+            input_mismatch: self.input_mismatch.unwrap_or(match self.method {
+                MethodArg::Gptq => self.effort.resolve().input_mismatch(),
+                MethodArg::Rtn => 0.0,
+            }),
         };
         spec.validate()?;
         Ok(spec)

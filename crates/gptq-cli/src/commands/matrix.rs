@@ -48,6 +48,9 @@ pub fn run(args: &MatrixArgs) -> Result<Verdict, Failure> {
     if args.dry_run {
         return dry_run(args, &planned);
     }
+    if args.shared_hessian {
+        check_shared(&planned)?;
+    }
     let planned = possible(planned, args.skip_impossible)?;
     let wanted = selected(&planned, &args.only)?;
     let path = (args.out.as_deref()).ok_or_else(|| Failure::new("--out is missing"))?;
@@ -204,6 +207,21 @@ fn permutations(args: &MatrixArgs) -> Result<Vec<Permutation>, Failure> {
     check_permutations(&permutations)?;
     check_branch_names(permutations.iter().map(|p| p.branch.as_str()))?;
     Ok(permutations)
+}
+
+/// Branches that share a Hessian have no quantized stream, whose inputs could differ from the float ones.
+fn check_shared(planned: &[PlannedBranch]) -> Result<(), Failure> {
+    let aimed = |branch: &&PlannedBranch| branch.permutation.spec.input_mismatch != 0.0;
+    match planned.iter().find(aimed) {
+        None => Ok(()),
+        Some(branch) => Err(Failure::with_hint(
+            format!(
+                "--shared-hessian: branch `{}` has an input mismatch of {}, and no inputs are quantized here",
+                branch.permutation.branch, branch.permutation.spec.input_mismatch
+            ),
+            "leave out --shared-hessian, or give the branch effort = \"fast\"",
+        )),
+    }
 }
 
 fn dry_run(args: &MatrixArgs, planned: &[PlannedBranch]) -> Result<Verdict, Failure> {

@@ -230,6 +230,7 @@ impl<'a> Bench<'a> {
             packed,
             settings,
             windows,
+            measure: self.recipe.spec.measure(),
         };
         let mut steps = Steps::new("measuring files", 0, packed_layers(packed).len());
         let mut layers: Vec<LayerOutcome> = Vec::new();

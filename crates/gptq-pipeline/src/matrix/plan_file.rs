@@ -3,8 +3,8 @@
 use std::collections::BTreeSet;
 
 use gptq_types::{
-    Bits, CalibrationRequest, CheckpointFormat, ColumnOrder, GroupSize, Method, Permutation,
-    QuantSpec, SpecError, branch_name, describe, outside_name::shown,
+    Bits, CalibrationRequest, CheckpointFormat, ColumnOrder, Effort, GroupSize, Method,
+    Permutation, QuantSpec, SpecError, branch_name, describe, outside_name::shown,
 };
 use serde::Deserialize;
 
@@ -100,6 +100,9 @@ struct BranchEntry {
     no_scale_search: bool,
     #[serde(default)]
     unsigned_scales: bool,
+    #[serde(default)]
+    effort: Option<Effort>,
+    input_mismatch: Option<f64>,
     #[serde(default)]
     method: MethodName,
     #[serde(default)]
@@ -249,6 +252,11 @@ impl BranchEntry {
             let text = "unsigned_scales and no_scale_search exclude each other";
             return Err(branch_wrong(text.to_string()));
         }
+        if matches!(method, Method::Rtn) && (self.effort.is_some() || self.input_mismatch.is_some())
+        {
+            let text = "method rtn looks at no data: effort and input_mismatch are for gptq";
+            return Err(branch_wrong(text.to_string()));
+        }
         let searches = !self.no_scale_search && method == Method::Gptq;
         let spec = QuantSpec {
             bits: Bits::try_from(self.bits).map_err(wrong)?,
@@ -267,6 +275,13 @@ impl BranchEntry {
             },
             scale_search: searches,
             full_range: searches && !self.unsigned_scales,
+            input_mismatch: match method {
+                Method::Gptq => {
+                    let effort = self.effort.unwrap_or_default();
+                    (self.input_mismatch).unwrap_or(effort.input_mismatch())
+                }
+                Method::Rtn => 0.0,
+            },
         };
         spec.validate().map_err(wrong)?;
         let tokens = Tokens {

@@ -42,6 +42,9 @@ pub(super) fn quantize_command(run: &RunRecord, out: &str) -> String {
     if spec.scale_search && !spec.full_range {
         words.push("--unsigned-scales".to_string());
     }
+    if spec.input_mismatch != 0.0 {
+        words.push(format!("--input-mismatch {}", spec.input_mismatch));
+    }
     words.join(" ")
 }
 

@@ -1,0 +1,102 @@
+//! Inputs that linears before have changed: what the sweep should aim at, and what it is measured by.
+//!
+//! A linear is rounded on the inputs `X~` of the quantized model, while the float model's are `X`. With
+//! `D = X - X~`, `G = D X~^T` and `F = D D^T` (means over tokens times 2, as `H = X~ X~^T`):
+//!
+//! - The weight that comes nearest to `W X` on `X~` is `W + W G H^-1` (the normal equations of
+//!   `min |W X - V X~|^2`; GPTAQ, Li et al. 2025, and Qronos, Zhang et al. 2025, aim there too). With the
+//!   damped `H`, and only a share `alpha` of the way, since `G` is an estimate:
+//!   `W_a = W + alpha W G (H + lambda I)^-1`.
+//! - The error is `|W X - Q X~|^2 = tr(E H E^T) + 2 tr(W G E^T) + tr(W F W^T)` with `E = W - Q`: three
+//!   terms of the size of the error, where `|W X|^2 - 2 tr(W C Q^T) + tr(Q H Q^T)` would take two outputs
+//!   from each other.
+//!
+//! Weights are stored input channel first, so that everything here is the transpose.
+
+use gptq_kernels::{Cross, Gram, multiply, multiply_left_transposed};
+
+use crate::Factor;
+use crate::measure::inner_product;
+
+/// `G` and `F` while tokens arrive.
+pub struct MismatchSum {
+    cross: Cross,
+    square: Gram,
+}
+
+impl MismatchSum {
+    /// For a layer of `features` input channels.
+    pub fn new(features: usize) -> Self {
+        MismatchSum {
+            cross: Cross::new(features),
+            square: Gram::new(features),
+        }
+    }
+
+    /// Adds rows and their float partners.
+    pub fn add(&mut self, x: &[f32], float: &[f32], rows: usize) {
+        let difference: Vec<f32> = float.iter().zip(x).map(|(f, x)| f - x).collect();
+        self.cross.add(&difference, x, rows);
+        self.square.add(&difference, rows);
+    }
+
+    /// The means.
+    pub fn finish(self, scale: f32) -> Mismatch {
+        Mismatch {
+            cross: self.cross.finish(scale),
+            square: self.square.finish(scale),
+        }
+    }
+}
+
+/// `G` and `F`, `[K, K]` row-major; rows of `G` are channels of the difference.
+pub struct Mismatch {
+    cross: Vec<f32>,
+    square: Vec<f32>,
+}
+
+/// What the mismatch does to the outputs of one weight.
+pub struct Carried {
+    /// `G^T w`, `[K, N]`.
+    pub cross: Vec<f32>,
+    /// `tr(w^T F w)`: the error of the weight itself, were it not rounded.
+    pub square: f64,
+}
+
+impl Mismatch {
+    /// Of `weight [K, N]`.
+    pub fn carried(&self, weight: &[f32], n: usize) -> Carried {
+        let k = weight.len() / n;
+        let mut product = vec![0.0; k * n];
+        multiply(&mut product, &self.square, weight, k, k, n);
+        let square = inner_product(&product, weight, n);
+        multiply_left_transposed(&mut product, &self.cross, weight, k, k, n);
+        Carried {
+            cross: product,
+            square,
+        }
+    }
+}
+
+impl Factor {
+    /// `w + alpha (H + lambda I)^-1 G^T w`, `[K, N]`: what the sweep rounds in the place of `weight`.
+    pub fn aimed(&self, weight: &[f32], carried: &Carried, alpha: f32, n: usize) -> Vec<f32> {
+        let channels = &self.order.channels;
+        let k = channels.len();
+        // (H + lambda I)^-1 = U^T U in processing order.
+        let ordered: Vec<f32> = (channels.iter())
+            .flat_map(|&channel| &carried.cross[channel * n..][..n])
+            .copied()
+            .collect();
+        let mut half = vec![0.0; k * n];
+        multiply(&mut half, &self.u, &ordered, k, k, n);
+        let mut correction = ordered;
+        multiply_left_transposed(&mut correction, &self.u, &half, k, k, n);
+        let mut aimed = weight.to_vec();
+        for (row, &channel) in correction.chunks_exact(n).zip(channels) {
+            let out = &mut aimed[channel * n..][..n];
+            out.iter_mut().zip(row).for_each(|(w, c)| *w += alpha * c);
+        }
+        aimed
+    }
+}
