@@ -23,6 +23,11 @@ __global__ void finish_sum(float* h, int k, float scale) {
     }
 }
 
+__global__ void multiply_by(float* x, long long count, float factor) {
+    long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < count) x[i] *= factor;
+}
+
 __global__ void diagonal(float* out, const float* h, int k) {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i < k) out[i] = h[(long long)i * k + i];

@@ -240,6 +240,18 @@ __global__ void gather_weight(float* out, const half16* weight, const unsigned* 
             out[(long long)(a0 + i) * n + n0 + threadIdx.x] = tile[threadIdx.x][i];
 }
 
+// out = a - b, sixteen-bit.
+__global__ void subtract(half16* out, const half16* a, const half16* b, long long count) {
+    long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < count) out[i] = narrow(widen(a[i]) - widen(b[i]));
+}
+
+// out[a][n] = x[channel[a]][n], f32 [k, n]. Grid: (n / 256, k).
+__global__ void gather_rows(float* out, const float* x, const unsigned* channel, int n) {
+    int col = blockIdx.x * blockDim.x + threadIdx.x;
+    if (col < n) out[(long long)blockIdx.y * n + col] = x[(long long)channel[blockIdx.y] * n + col];
+}
+
 // weight[n][c] = scale * (code - zero) rounded to sixteen bits, e[c][n] = the f32 weight before
 // minus scale * (code - zero). Grid: (k / 32, n / 32), block (32, 8).
 __global__ void put_back(half16* weight, float* e, const unsigned char* codes, const float* scales,

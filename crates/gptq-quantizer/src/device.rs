@@ -32,19 +32,40 @@ pub struct DeviceSum {
 
 impl DeviceSum {
     /// For linears of `features` input channels.
-    pub fn new(gpu: &Arc<Gpu>, features: usize) -> Result<Self, QuantizeError> {
+    /// With `beside_float` it takes pairs of rows.
+    pub fn new(gpu: &Arc<Gpu>, features: usize, beside_float: bool) -> Result<Self, QuantizeError> {
         Ok(DeviceSum {
             gpu: gpu.clone(),
-            hessian: DeviceHessian::new(gpu, features)?,
+            hessian: match beside_float {
+                true => DeviceHessian::beside_float(gpu, features)?,
+                false => DeviceHessian::new(gpu, features)?,
+            },
             tokens: 0,
             marks: Vec::new(),
             trouble: None,
         })
     }
 
-    fn add(&mut self, x: gptq_types::DeviceMatrix) -> Result<(), CudaError> {
+    fn add(&mut self, x: Activations<'_>, float: Option<Activations<'_>>, tokens: usize) {
+        let (Activations::Device(x), float) = (x, float) else {
+            unreachable!("a decoder on the GPU shows rows that lie there");
+        };
+        let added = self.timed(|hessian| match float {
+            Some(Activations::Device(float)) => hessian.add_pair(x, float),
+            _ => hessian.add(x),
+        });
+        if let Err(error) = added {
+            self.trouble.get_or_insert(error);
+        }
+        self.tokens += tokens;
+    }
+
+    fn timed(
+        &mut self,
+        work: impl FnOnce(&mut DeviceHessian) -> Result<(), CudaError>,
+    ) -> Result<(), CudaError> {
         let before = self.gpu.mark()?;
-        self.hessian.add(x)?;
+        work(&mut self.hessian)?;
         self.marks.push((before, self.gpu.mark()?));
         Ok(())
     }
@@ -52,13 +73,17 @@ impl DeviceSum {
 
 impl ActivationSink for DeviceSum {
     fn observe(&mut self, x: Activations<'_>, tokens: usize, _in_features: usize) {
-        let Activations::Device(x) = x else {
-            unreachable!("a decoder on the GPU shows rows that lie there");
-        };
-        if let Err(error) = self.add(x) {
-            self.trouble.get_or_insert(error);
-        }
-        self.tokens += tokens;
+        self.add(x, None, tokens);
+    }
+
+    fn observe_pair(
+        &mut self,
+        x: Activations<'_>,
+        float: Activations<'_>,
+        tokens: usize,
+        _in_features: usize,
+    ) {
+        self.add(x, Some(float), tokens);
     }
 }
 
@@ -260,15 +285,17 @@ impl StageSolver for DeviceStage<'_> {
         let size = spec.group_size.resolve(there.columns);
         let rule = rule(spec);
         count(times, there.columns, out_features);
-        let cost = times.time(Phase::Measure, || {
+        let (cost, carried) = times.time(Phase::Measure, || {
             self.hessian.rounding_cost(there, size, rule)
         })?;
+        let carried = carried.as_ref();
+        let aim = carried.map(|carried| (carried, spec.input_mismatch as f32));
         let start = Instant::now();
         let before = self.hessian.gpu().mark()?;
-        let swept = self.damped.factor.sweep(there, &self.plan, rule)?;
+        let swept = self.damped.factor.sweep(there, &self.plan, rule, aim)?;
         let after = self.hessian.gpu().mark()?;
         let home = swept.send_home()?;
-        let error = self.hessian.put_back(there, &swept, &self.plan)?;
+        let error = self.hessian.put_back(there, &swept, &self.plan, carried)?;
         home.hold(self.hessian.gpu())?;
         let sweep = Duration::from_secs_f64(before.seconds_to(&after)?);
         times.add(Phase::Sweep, sweep);
@@ -276,7 +303,7 @@ impl StageSolver for DeviceStage<'_> {
         let (bits, g_idx) = (spec.bits, self.order.g_idx());
         Ok(Rounded {
             layer: Box::new(move || layer(home.receive()?, bits, g_idx, out_features)),
-            loss: self.facts().loss(error, cost.rtn_error, cost.signal),
+            loss: (self.facts()).loss(spec.measure(), error, cost.rtn_error, cost.signal),
             weight,
         })
     }

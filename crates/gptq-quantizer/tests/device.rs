@@ -39,6 +39,8 @@ struct Problem {
     n: usize,
     tokens: usize,
     x: Vec<f16>,
+    /// The rows of a float stream, a little off.
+    float: Vec<f16>,
     weight: Vec<f16>,
 }
 
@@ -53,6 +55,9 @@ fn problem(k: usize, n: usize, tokens: usize) -> Problem {
                 .map(|s| f16::from_f32(s * (random.normal() + 0.7 * shared))),
         );
     }
+    let float = (x.iter())
+        .map(|x| f16::from_f32(x.to_f32() * (1.0 + 0.05 * random.normal())))
+        .collect();
     let weight = (0..n * k)
         .map(|_| f16::from_f32(random.normal() * 0.05))
         .collect();
@@ -61,6 +66,7 @@ fn problem(k: usize, n: usize, tokens: usize) -> Problem {
         n,
         tokens,
         x,
+        float,
         weight,
     }
 }
@@ -96,12 +102,14 @@ fn on_device(gpu: &Arc<Gpu>, p: &Problem, spec: &QuantSpec) -> Solved {
     let mut times = PhaseTimes::default();
     let x = Buffer::from_host(gpu, &p.x)?;
     let weight = Buffer::from_host(gpu, &p.weight)?;
-    let mut sum = Box::new(DeviceSum::new(gpu, p.k)?);
-    sum.observe(
-        Activations::Device(matrix(&x, p.tokens, p.k)),
-        p.tokens,
-        p.k,
-    );
+    let beside_float = spec.input_mismatch != 0.0;
+    let float = Buffer::from_host(gpu, &p.float)?;
+    let mut sum = Box::new(DeviceSum::new(gpu, p.k, beside_float)?);
+    let rows = |x: &Buffer| Activations::Device(matrix(x, p.tokens, p.k));
+    match beside_float {
+        true => sum.observe_pair(rows(&x), rows(&float), p.tokens, p.k),
+        false => sum.observe(rows(&x), p.tokens, p.k),
+    }
     let hessian = sum.finish(&mut times)?;
     let solver = hessian.factor(spec, &mut times)?;
     let there = Weight::Device(matrix(&weight, p.n, p.k));
@@ -137,8 +145,18 @@ fn on_host(p: &Problem, spec: &QuantSpec) -> Solved {
             weight[k * p.n + n] = value.to_f32();
         }
     }
-    let mut sum = Box::new(HostStage::new(p.k));
-    sum.observe(Activations::Host(&x), p.tokens, p.k);
+    let mut sum = Box::new(HostStage::beside_float(p.k));
+    match spec.input_mismatch == 0.0 {
+        true => {
+            sum = Box::new(HostStage::new(p.k));
+            sum.observe(Activations::Host(&x), p.tokens, p.k);
+        }
+        false => {
+            let float: Vec<f32> = p.float.iter().map(|x| x.to_f32()).collect();
+            let (x, float) = (Activations::Host(&x), Activations::Host(&float));
+            sum.observe_pair(x, float, p.tokens, p.k);
+        }
+    }
     let hessian = sum.finish(&mut times)?;
     let solver = hessian.factor(spec, &mut times)?;
     let rounded = solver.round(Weight::Host(weight), p.n, spec, &mut times)?;
@@ -177,15 +195,24 @@ fn the_gpu_rounds_as_well_as_the_processor_for_every_setting() {
                 GroupSize::None,
             ] {
                 for order in ORDERS {
-                    for (sym, scale_search) in
-                        [(true, true), (true, false), (false, true), (false, false)]
-                    {
+                    for (sym, scale_search, full_range, input_mismatch) in [
+                        (true, true, false, 0.0),
+                        (true, false, false, 0.0),
+                        (false, true, false, 0.0),
+                        (false, false, false, 0.0),
+                        (true, true, true, 0.0),
+                        (false, true, true, 0.0),
+                        (true, true, true, 0.5),
+                        (false, true, true, 0.5),
+                    ] {
                         let spec = QuantSpec {
                             bits,
                             group_size: group,
                             order,
                             sym,
                             scale_search,
+                            full_range,
+                            input_mismatch,
                             ..QuantSpec::published()
                         };
                         let what = format!("{k}x{n} {spec:?}");

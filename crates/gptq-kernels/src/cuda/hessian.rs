@@ -26,6 +26,22 @@ pub struct DeviceHessian {
     gpu: Arc<Gpu>,
     features: usize,
     values: Buffer,
+    mismatch: Option<DeviceMismatch>,
+}
+
+/// How the rows differ from their float partners: with `D = X - X~` the sums `D X~^T` and `D D^T`, f32
+/// `[features, features]`.
+struct DeviceMismatch {
+    cross: Buffer,
+    square: Buffer,
+}
+
+/// What the mismatch does to the outputs of one weight.
+pub struct DeviceCarried {
+    /// `G^T w`, f32 `[features, outputs]` in stored order.
+    pub(super) cross: Buffer,
+    /// `tr(w^T F w)`.
+    square: f64,
 }
 
 /// `L^-1` with `J H J = L L^T`, f32 row-major `[features, features]`, lower triangular: the
@@ -63,67 +79,127 @@ impl DeviceHessian {
             gpu: gpu.clone(),
             features,
             values: Buffer::zeros(gpu, features * features * 4)?,
+            mismatch: None,
+        })
+    }
+
+    /// The same, to which pairs of rows can be added.
+    pub fn beside_float(gpu: &Arc<Gpu>, features: usize) -> Result<Self, CudaError> {
+        let sum = || Buffer::zeros(gpu, features * features * 4);
+        Ok(DeviceHessian {
+            mismatch: Some(DeviceMismatch {
+                cross: sum()?,
+                square: sum()?,
+            }),
+            ..Self::new(gpu, features)?
         })
     }
 
     /// Adds `x^T x`; sixteen-bit factors, f32 sums.
     pub fn add(&mut self, x: DeviceMatrix) -> Result<(), CudaError> {
         assert_eq!(x.columns, self.features, "in_features of the observed rows");
+        self.add_square(&self.values, x)
+    }
+
+    /// Adds rows and how they differ from their float partners.
+    pub fn add_pair(&mut self, x: DeviceMatrix, float: DeviceMatrix) -> Result<(), CudaError> {
+        self.add(x)?;
+        let Some(mismatch) = &self.mismatch else {
+            return Ok(());
+        };
+        assert_eq!(
+            (x.rows, x.columns),
+            (float.rows, float.columns),
+            "rows of both streams"
+        );
+        let place = self.gpu.scratch("difference", x.rows * x.columns * 2)?;
+        let difference = DeviceMatrix {
+            address: place.address(),
+            ..x
+        };
+        self.gpu.subtract(difference, float, x)?;
+        self.add_square(&mismatch.square, difference)?;
+        let k = self.features;
+        // SAFETY: both have [rows, k] elements, the sum [k, k].
+        unsafe { self.add_tile(&mismatch.cross, difference, x, [0, 0], [k, k]) }
+    }
+
+    /// Adds the tiles of `x^T x` on and below the diagonal to `sum`.
+    fn add_square(&self, sum: &Buffer, x: DeviceMatrix) -> Result<(), CudaError> {
         let k = self.features;
         // A quarter on a boundary of 64 columns, so that tiles stay aligned.
         let side = k.div_ceil(TILES).next_multiple_of(64);
-        let kind = half_type(x.dtype);
         for row in (0..k).step_by(side) {
             for col in (0..=row).step_by(side) {
-                let (height, width) = (side.min(k - row), side.min(k - col));
-                let half = |first: usize, op| Side {
-                    address: x.address + 2 * first as u64,
-                    op,
-                    kind,
-                    ld: k,
-                    stride: 0,
-                };
-                let c = Side {
-                    address: self.values.address() + 4 * (row * k + col) as u64,
-                    op: Op::CUBLAS_OP_N,
-                    kind: Type::CUDA_R_32F,
-                    ld: k,
-                    stride: 0,
-                };
+                let size = [side.min(k - row), side.min(k - col)];
                 // SAFETY: tiles lie inside x and the sum.
-                unsafe {
-                    self.gpu.product(&Product {
-                        size: [width, height, x.rows],
-                        alpha: 1.0,
-                        a: half(col, Op::CUBLAS_OP_N),
-                        b: half(row, Op::CUBLAS_OP_T),
-                        beta: 1.0,
-                        c,
-                        batch: 1,
-                        compute: Compute::CUBLAS_COMPUTE_32F,
-                    })?;
-                }
+                unsafe { self.add_tile(sum, x, x, [row, col], size)? };
             }
         }
         Ok(())
     }
 
-    /// Mirrors the computed triangle and multiplies with `scale`; returns the diagonal.
+    /// Adds the tile at `[row, col]` of `[height, width]` of `a^T b` to `sum [k, k]`.
+    ///
+    /// # Safety
+    /// The tile lies inside the sum, and its rows and columns inside `a` and `b`.
+    unsafe fn add_tile(
+        &self,
+        sum: &Buffer,
+        a: DeviceMatrix,
+        b: DeviceMatrix,
+        [row, col]: [usize; 2],
+        [height, width]: [usize; 2],
+    ) -> Result<(), CudaError> {
+        let k = self.features;
+        let half = |x: DeviceMatrix, first: usize, op| Side {
+            address: x.address + 2 * first as u64,
+            op,
+            kind: half_type(x.dtype),
+            ld: k,
+            stride: 0,
+        };
+        let c = Side {
+            address: sum.address() + 4 * (row * k + col) as u64,
+            op: Op::CUBLAS_OP_N,
+            kind: Type::CUDA_R_32F,
+            ld: k,
+            stride: 0,
+        };
+        // SAFETY: as the caller says.
+        unsafe {
+            self.gpu.product(&Product {
+                size: [width, height, a.rows],
+                alpha: 1.0,
+                a: half(b, col, Op::CUBLAS_OP_N),
+                b: half(a, row, Op::CUBLAS_OP_T),
+                beta: 1.0,
+                c,
+                batch: 1,
+                compute: Compute::CUBLAS_COMPUTE_32F,
+            })
+        }
+    }
+
+    /// Mirrors the computed triangles and multiplies with `scale`; returns the diagonal of H.
     pub fn finish(&mut self, scale: f32) -> Result<Vec<f32>, CudaError> {
         let k = self.features;
-        let tiles = k.div_ceil(32);
-        let args = [(&self.values).into(), (k as i32).into(), scale.into()];
-        // SAFETY: the matrix is [k, k].
-        unsafe {
-            self.gpu.launch(
-                Program::Hessian,
-                "finish_sum",
-                [tiles, tiles, 1],
-                [32, 8, 1],
-                0,
-                &args,
-            )?
-        };
+        self.mirror(&self.values, scale)?;
+        if let Some(mismatch) = &self.mismatch {
+            self.mirror(&mismatch.square, scale)?;
+            let args = [
+                (&mismatch.cross).into(),
+                ((k * k) as i64).into(),
+                scale.into(),
+            ];
+            let grid = [(k * k).div_ceil(256), 1, 1];
+            // SAFETY: the matrix is [k, k].
+            unsafe {
+                let program = Program::Hessian;
+                self.gpu
+                    .launch(program, "multiply_by", grid, [256, 1, 1], 0, &args)?
+            };
+        }
         let diagonal = Buffer::new(&self.gpu, k * 4)?;
         let args = [(&diagonal).into(), (&self.values).into(), (k as i32).into()];
         // SAFETY: k elements on the diagonal.
@@ -138,6 +214,51 @@ impl DeviceHessian {
             )?
         };
         diagonal.to_host(k)
+    }
+
+    fn mirror(&self, sum: &Buffer, scale: f32) -> Result<(), CudaError> {
+        let k = self.features;
+        let tiles = k.div_ceil(32);
+        let args = [sum.into(), (k as i32).into(), scale.into()];
+        // SAFETY: the matrix is [k, k].
+        unsafe {
+            self.gpu.launch(
+                Program::Hessian,
+                "finish_sum",
+                [tiles, tiles, 1],
+                [32, 8, 1],
+                0,
+                &args,
+            )
+        }
+    }
+
+    /// What the mismatch of the inputs does to the outputs of `w`, f32 `[features, n]` in stored order;
+    /// nothing where no float stream was seen. Products to about three digits.
+    pub fn carried(&self, w: &Buffer, n: usize) -> Result<Option<DeviceCarried>, CudaError> {
+        let Some(mismatch) = &self.mismatch else {
+            return Ok(None);
+        };
+        let (gpu, k) = (&self.gpu, self.features);
+        let square = self.quadratic(&mismatch.square, w, n)?;
+        let cross = Buffer::new(gpu, k * n * 4)?;
+        let (out, g) = (cross.address(), mismatch.cross.address());
+        // SAFETY: sizes as said.
+        unsafe {
+            let size = [k, k, n];
+            gpu.product_f32(
+                out,
+                0.0,
+                1.0,
+                g,
+                k,
+                true,
+                w.address(),
+                size,
+                Precision::Tf32,
+            )?;
+        }
+        Ok(Some(DeviceCarried { cross, square }))
     }
 
     /// The GPU that it lies on.
@@ -187,33 +308,62 @@ impl DeviceHessian {
         })
     }
 
-    /// `tr(E H E^T)` for `e` f32 `[features, n]`, to about three digits of each product.
-    pub fn weighted_square(&self, e: &Buffer, n: usize) -> Result<f64, CudaError> {
+    /// `tr(E H E^T)` for `e` f32 `[features, n]`, to about three digits of each product; with what is
+    /// carried the whole error at the outputs of the float model.
+    pub fn weighted_square(
+        &self,
+        e: &Buffer,
+        n: usize,
+        carried: Option<&DeviceCarried>,
+    ) -> Result<f64, CudaError> {
+        let own = self.quadratic(&self.values, e, n)?.max(0.0);
+        let beside = match carried {
+            Some(carried) => {
+                2.0 * self.inner_product(carried.cross.address(), e, n)? + carried.square
+            }
+            None => 0.0,
+        };
+        Ok((own + beside).max(0.0))
+    }
+
+    /// `tr(e^T matrix e)` for a symmetric matrix.
+    fn quadratic(&self, matrix: &Buffer, e: &Buffer, n: usize) -> Result<f64, CudaError> {
         let (gpu, k) = (&self.gpu, self.features);
         let product = gpu.scratch("measure", k * n * 4)?;
-        let parts = k.div_ceil(DOT_ROWS);
-        let sums = Buffer::new(gpu, parts * n * 8)?;
-        // SAFETY: sizes as said; H is symmetric.
+        let (out, matrix) = (product.address(), matrix.address());
+        // SAFETY: sizes as said.
         unsafe {
+            let size = [k, k, n];
             gpu.product_f32(
-                product.address(),
+                out,
                 0.0,
                 1.0,
-                self.values.address(),
+                matrix,
                 k,
                 false,
                 e.address(),
-                [k, k, n],
+                size,
                 Precision::Tf32,
             )?;
-            let args = [
-                (&sums).into(),
-                product.address().into(),
-                e.into(),
-                (k as i32).into(),
-                (n as i32).into(),
-                (DOT_ROWS as i32).into(),
-            ];
+        }
+        self.inner_product(out, e, n)
+    }
+
+    /// Of two matrices f32 `[features, n]`.
+    fn inner_product(&self, a: u64, b: &Buffer, n: usize) -> Result<f64, CudaError> {
+        let (gpu, k) = (&self.gpu, self.features);
+        let parts = k.div_ceil(DOT_ROWS);
+        let sums = Buffer::new(gpu, parts * n * 8)?;
+        let args = [
+            (&sums).into(),
+            a.into(),
+            b.into(),
+            (k as i32).into(),
+            (n as i32).into(),
+            (DOT_ROWS as i32).into(),
+        ];
+        // SAFETY: sizes as said.
+        unsafe {
             gpu.launch(
                 Program::Hessian,
                 "column_dot",
@@ -224,7 +374,7 @@ impl DeviceHessian {
             )?;
         }
         let sums: Vec<f64> = sums.to_host(parts * n)?;
-        Ok(sums.iter().sum::<f64>().max(0.0))
+        Ok(sums.iter().sum::<f64>())
     }
 }
 

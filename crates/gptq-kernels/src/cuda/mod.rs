@@ -35,7 +35,7 @@ pub use decoder::Turn;
 pub use device::{Gpu, KeptOpen, Mark, MemoryUse, WorkingSpace};
 pub use error::CudaError;
 pub use graph::Recorded;
-pub use hessian::{DeviceFactor, DeviceHessian};
+pub use hessian::{DeviceCarried, DeviceFactor, DeviceHessian};
 pub use key_values::{DeviceKeyValues, TextRows};
 pub use memory::{Buffer, Pinned, Shelf};
 pub use packed::PackedLinear;

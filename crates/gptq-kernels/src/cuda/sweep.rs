@@ -7,7 +7,7 @@ use gptq_types::{DeviceMatrix, Dtype};
 use super::Gpu;
 use super::arrival::Arrival;
 use super::error::CudaError;
-use super::hessian::{DeviceFactor, DeviceHessian};
+use super::hessian::{DeviceCarried, DeviceFactor, DeviceHessian};
 use super::memory::Buffer;
 use super::product::Precision;
 use super::program::Program;
@@ -203,17 +203,22 @@ fn program(weight: DeviceMatrix) -> Program {
 const BLOCK: [usize; 3] = [OUTPUTS, LANES, 1];
 
 impl DeviceFactor {
-    /// Rounds `weight [outputs, features]`, which is left as it is.
+    /// Rounds `weight [outputs, features]`, which is left as it is; with an aim what lies that share of
+    /// the way to the weight of least error at the float model's outputs.
     pub fn sweep(
         &self,
         weight: DeviceMatrix,
         plan: &SweepPlan,
         rule: Rule,
+        aim: Option<(&DeviceCarried, f32)>,
     ) -> Result<Swept, CudaError> {
         let (gpu, k, n) = (&self.gpu, self.features, weight.rows);
         assert!(weight.columns == k && plan.features == k, "in_features");
         let w = gpu.scratch("weight", k * n * 4)?;
         gpu.gather_weight(w.address(), weight, &plan.channels)?;
+        if let Some((carried, share)) = aim {
+            self.aim(w.address(), weight, carried, share, plan)?;
+        }
         let errors = gpu.scratch("errors", SWEEP_CHANNELS * n * 4)?;
         let swept = Swept {
             codes: Buffer::new(gpu, k * n)?,
@@ -299,9 +304,57 @@ impl DeviceFactor {
         }
         Ok(swept)
     }
+
+    /// `w += share (H + lambda I)^-1 G^T w` on rows in reversed processing order, where
+    /// `(H + lambda I)^-1 = L^-T L^-1`.
+    fn aim(
+        &self,
+        w: u64,
+        weight: DeviceMatrix,
+        carried: &DeviceCarried,
+        share: f32,
+        plan: &SweepPlan,
+    ) -> Result<(), CudaError> {
+        let (gpu, k, n) = (&self.gpu, self.features, weight.rows);
+        let ordered = gpu.scratch("carried, ordered", k * n * 4)?;
+        let half = gpu.scratch("half of a correction", k * n * 4)?;
+        let (ordered, half, l) = (ordered.address(), half.address(), self.values.address());
+        let args = [
+            ordered.into(),
+            (&carried.cross).into(),
+            (&plan.channels).into(),
+            (n as i32).into(),
+        ];
+        let (grid, size) = ([n.div_ceil(256), k, 1], [k, k, n]);
+        // SAFETY: all are [k, n], the factor [k, k]; channels hold every channel once.
+        unsafe {
+            gpu.launch(program(weight), "gather_rows", grid, [256, 1, 1], 0, &args)?;
+            gpu.product_f32(half, 0.0, 1.0, l, k, false, ordered, size, Precision::True)?;
+            gpu.product_f32(w, 1.0, share, l, k, true, half, size, Precision::True)
+        }
+    }
 }
 
 impl Gpu {
+    /// `out = a - b`, sixteen-bit matrices of one shape.
+    pub(super) fn subtract(
+        &self,
+        out: DeviceMatrix,
+        a: DeviceMatrix,
+        b: DeviceMatrix,
+    ) -> Result<(), CudaError> {
+        let count = out.rows * out.columns;
+        let args = [
+            out.address.into(),
+            a.address.into(),
+            b.address.into(),
+            (count as i64).into(),
+        ];
+        let grid = [count.div_ceil(256), 1, 1];
+        // SAFETY: all three have as many elements.
+        unsafe { self.launch(program(out), "subtract", grid, [256, 1, 1], 0, &args) }
+    }
+
     /// The same matrix in another place, which the next call reuses.
     pub fn copied(self: &Arc<Self>, weight: DeviceMatrix) -> Result<DeviceMatrix, CudaError> {
         let bytes = weight.rows * weight.columns * 2;
@@ -343,19 +396,21 @@ pub struct Cost {
 }
 
 impl DeviceHessian {
-    /// Cost of rounding `weight [outputs, features]` to nearest, groups of `size` channels.
+    /// Cost of rounding `weight [outputs, features]` to nearest, groups of `size` channels; and what the
+    /// mismatch of the inputs does to it, where there is one.
     pub fn rounding_cost(
         &self,
         weight: DeviceMatrix,
         size: usize,
         rule: Rule,
-    ) -> Result<Cost, CudaError> {
+    ) -> Result<(Cost, Option<DeviceCarried>), CudaError> {
         let (n, k) = (weight.rows, weight.columns);
         let gpu = self.gpu();
         let stored: Vec<u32> = (0..k as u32).collect();
         let stored = Buffer::from_host(gpu, &stored)?;
         let w = gpu.scratch("weight", k * n * 4)?;
         gpu.gather_weight(w.address(), weight, &stored)?;
+        let carried = self.carried(&w, n)?;
         let e = Buffer::new(gpu, k * n * 4)?;
         let args = [
             (&e).into(),
@@ -368,21 +423,20 @@ impl DeviceHessian {
         let grid = [n.div_ceil(OUTPUTS), k.div_ceil(size), 1];
         // SAFETY: e and w are [k, n].
         unsafe { gpu.launch(program(weight), "rounding_error", grid, BLOCK, 0, &args)? };
-        let rtn_error = self.weighted_square(&e, n)?;
+        let rtn_error = self.weighted_square(&e, n, carried.as_ref())?;
         gpu.copy(e.address(), w.address(), k * n * 4)?;
-        Ok(Cost {
-            rtn_error,
-            signal: self.weighted_square(&e, n)?,
-        })
+        let signal = self.weighted_square(&e, n, carried.as_ref())?;
+        Ok((Cost { rtn_error, signal }, carried))
     }
 
-    /// Writes the rounded weight over `weight [outputs, features]` and returns `tr(E H E^T)` of
-    /// what that changed.
+    /// Writes the rounded weight over `weight [outputs, features]` and returns what that changed, in the
+    /// measure of [`DeviceHessian::weighted_square`].
     pub fn put_back(
         &self,
         weight: DeviceMatrix,
         swept: &Swept,
         plan: &SweepPlan,
+        carried: Option<&DeviceCarried>,
     ) -> Result<f64, CudaError> {
         let (n, k) = (weight.rows, weight.columns);
         let gpu = self.gpu();
@@ -400,6 +454,6 @@ impl DeviceHessian {
         let grid = [k.div_ceil(32), n.div_ceil(32), 1];
         // SAFETY: codes and e are [k, n], the grids [groups, n], g_idx below groups.
         unsafe { gpu.launch(program(weight), "put_back", grid, [32, 8, 1], 0, &args)? };
-        self.weighted_square(&e, n)
+        self.weighted_square(&e, n, carried)
     }
 }
