@@ -20,7 +20,7 @@ struct Rule {
     int sym;
     int full_range; // symmetric scales may be negative
     int shares;     // tried for each group; 1 is no search
-    int shifts;     // zeros tried with each share
+    int ways;       // grids of each share: of either sign, or with zeros beside the one that follows
 };
 
 __device__ __forceinline__ float to_half(float x) {
@@ -57,13 +57,14 @@ __device__ __forceinline__ float nearest(float x, float zero, float max_code) {
     return rintf(fminf(fmaxf(x, -zero), max_code - zero));
 }
 
-// Candidate c of a group with this range: a share of it, and a zero at most two steps from the one
-// that follows. Every `shifts` candidates have one share.
+// Candidate c of a group with this range. Way 0 of a share is the grid that follows from it; the other
+// way of a symmetric one has the other sign, those of an asymmetric one have zeros up to two steps away.
 __device__ __forceinline__ float2 candidate(float low, float high, int c, Rule rule) {
-    int number = c / rule.shifts, way = c % rule.shifts;
+    int number = c / rule.ways, way = c % rule.ways;
     float share = __fsub_rn(1.0f, __fdiv_rn(__fmul_rn((float)number, 1.0f - rule.least), (float)(rule.shares - 1)));
     float2 grid = fit_range(low * share, high * share, rule);
     if (way == 0) return grid;
+    if (rule.sym) return make_float2(-grid.x, grid.y);
     float shift = (float)((way + 1) / 2) * (way % 2 ? -1.0f : 1.0f);
     grid.y = fminf(fmaxf(grid.y + shift, rule.min_zero), rule.max_code);
     return grid;
@@ -94,7 +95,7 @@ __device__ float2 fit(const float* w, long long stride, const unsigned* rows, co
     if (rule.shares == 1) return whole;
     float best = INFINITY, best_c = 0;
     if (live)
-        for (int c = lane; c < rule.shares * rule.shifts; c += LANES) {
+        for (int c = lane; c < rule.shares * rule.ways; c += LANES) {
             float2 grid = candidate(low, high, c, rule);
             float inverse = 1.0f / grid.x, error = 0;
             for (int i = count - 1; i >= 0; i--) {

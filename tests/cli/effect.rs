@@ -16,7 +16,7 @@ fn a_flag_without_effect_is_told() {
     let said = "generate MODEL --prompt w1 --max-new-tokens 1 --device cpu";
     let eval = "eval MODEL --dataset TEXT --seq-len 32 --max-windows 1 --device cpu";
     let plan = "matrix MODEL --preset llama-2 --skip-impossible --dry-run --device cpu";
-    let cases: [(&str, &str, &[&str]); 17] = [
+    let cases: [(&str, &str, &[&str]); 20] = [
         (rtn, "--dataset /nonexistent", &["--dataset"]),
         (rtn, "--samples 7 --seq-len 9", &["--samples", "--seq-len"]),
         (
@@ -26,6 +26,9 @@ fn a_flag_without_effect_is_told() {
         ),
         (rtn, "--damp 0.7", &["--damp"]),
         (rtn, "--no-scale-search", &["--no-scale-search"]),
+        (rtn, "--unsigned-scales", &["--unsigned-scales"]),
+        (rtn, "--effort balanced", &["--effort"]),
+        (rtn, "--input-mismatch 0.5", &["--input-mismatch"]),
         (rtn, "--max-degraded 1", &["--max-degraded"]),
         (rtn, "--gpu-memory 1GB", &["--gpu-memory"]),
         (gptq_run, "--temperature 2", &["--temperature"]),

@@ -212,6 +212,20 @@ fn one_by_one_and_side_by_side_give_the_same_commits() {
     assert_eq!(place.tips("parts"), place.tips("whole"));
 }
 
+/// There is no quantized stream then, whose inputs could be other ones.
+#[test]
+fn shared_hessians_exclude_an_aim_at_the_float_model() {
+    let place = Place::new();
+    let plan = place.path("plan.toml");
+    let text = fs::read_to_string(&plan).unwrap();
+    fs::write(&plan, text + "effort = \"balanced\"\n").unwrap();
+    let mut command = place.matrix("repo");
+    let told = run(command.arg("--shared-hessian")).ended_with(2);
+    assert!(told.error_line().contains(EIGHT), "{told:#?}");
+    assert!(told.error_line().contains("input mismatch"), "{told:#?}");
+    assert!(!place.path("repo").exists());
+}
+
 #[test]
 fn shared_hessians_give_one_branch_the_same_whatever_others_are_made() {
     let place = Place::new();

@@ -54,6 +54,37 @@ fn gptq_beats_rounding_to_nearest(bits: &str) {
     assert!(records[0]["kl"].is_null());
 }
 
+/// Each against the same without it, on text that was not calibrated on: scales of either sign, then
+/// linears aimed at the float model's outputs; zeros searched beside scales, then the aim.
+#[test]
+fn signed_scales_and_the_aim_each_lower_the_divergence() {
+    let (model, calibration) = (fixture("verne"), fixture("verne-calibration.txt"));
+    let folder = tempfile::tempdir().unwrap();
+    let made = |name: &str, flags: &[&str]| {
+        let out = folder.path().join(name);
+        let mut command = quantize(&model, &out, &calibration);
+        command.args(["--bits", "3", "--group-size", "32"]);
+        command.args(["--samples", "32", "--seq-len", "256"]);
+        let record = json(command.args(flags));
+        let measure = record["layers"][0]["loss"]["measure"].clone();
+        assert_eq!(measure == "float_outputs", flags.contains(&"balanced"));
+        out
+    };
+    for grid in ["--sym", "--asym"] {
+        let places = [
+            made(&format!("{grid}-unsigned"), &[grid, "--unsigned-scales"]),
+            made(&format!("{grid}-fast"), &[grid]),
+            made(&format!("{grid}-balanced"), &[grid, "--effort", "balanced"]),
+        ];
+        let models: Vec<&Path> = std::iter::once(model.as_path())
+            .chain(places.iter().map(|place| place.as_path()))
+            .collect();
+        let records = evaluate(&models, &fixture("verne-held-out.txt"));
+        let kl = |index: usize| records[index]["kl"].as_f64().unwrap();
+        assert!(kl(1) > kl(2) && kl(2) > kl(3), "{grid}: {records:#}");
+    }
+}
+
 fn evaluate(models: &[&Path], text: &Path) -> serde_json::Value {
     let mut eval = gptq("eval");
     eval.args(models).arg("--dataset").arg(text);

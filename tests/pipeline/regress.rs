@@ -54,6 +54,7 @@ fn packed(folder: &Path) -> PathBuf {
     let (calibration, out) = (&recipe["calibration"], folder.join("packed"));
     let mut command = gptq("quantize");
     command
+        .arg("--unsigned-scales")
         .arg(home.join(recipe["model"].as_str().unwrap()))
         .arg("--out")
         .arg(&out)
@@ -185,6 +186,17 @@ impl Made {
         fs::write(at("baseline.json"), recipe.to_string()).unwrap();
         let baseline = at("baseline.json");
         Made { folder, baseline }
+    }
+
+    /// The same with more in its settings.
+    fn with(settings: &Value) -> Self {
+        let made = Made::new();
+        edit_json(&made.baseline, |baseline| {
+            for (name, value) in settings.as_object().unwrap() {
+                baseline["recipe"]["spec"][name] = value.clone();
+            }
+        });
+        made
     }
 
     fn updated() -> Self {
@@ -324,4 +336,23 @@ fn rounding_to_nearest_in_place_of_the_solver_is_worse() {
         told.stderr.contains("other calibration tokens"),
         "{told:#?}"
     );
+}
+
+/// The gate measures files against the float model's outputs where the solver did: both say the same.
+#[test]
+fn a_recipe_that_aims_at_the_float_model_is_measured_there() {
+    let made = Made::with(&json!({"full_range": true, "input_mismatch": 0.5}));
+    run(regress(&made.baseline).arg("--update")).done();
+    let told = run(&mut regress(&made.baseline)).done();
+    assert!(told.stdout.contains("as good"), "{told:#?}");
+    let plain = Made::with(&json!({"full_range": true}));
+    run(regress(&plain.baseline).arg("--update")).done();
+    let error = |made: &Made| {
+        let text = fs::read_to_string(&made.baseline).unwrap();
+        let baseline: Value = serde_json::from_str(&text).unwrap();
+        let layer = &baseline["figures"]["layers"][7];
+        layer["loss"]["error"].as_f64().unwrap()
+    };
+    // Of the second block: what rounding the first cost is counted too.
+    assert!(error(&made) > error(&plain));
 }

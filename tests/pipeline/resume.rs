@@ -135,6 +135,13 @@ fn after_the_first_block() {
     killed_and_resumed(&Place::new(), 1, &["--group-size", "32", "--asym"]);
 }
 
+/// The float stream passes through the finished blocks with the weights that they had.
+#[test]
+fn after_the_second_block_beside_the_float_model() {
+    let flags = ["--group-size", "32", "--effort", "balanced"];
+    killed_and_resumed(&Place::new(), 2, &flags);
+}
+
 #[test]
 fn after_the_second_block_with_act_order_and_shards() {
     let place = Place::with_larger_blocks();

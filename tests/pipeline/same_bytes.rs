@@ -25,7 +25,8 @@ fn two_runs_and_any_number_of_threads() {
     let out = |name: &str| folder.path().join(name);
     for (name, threads) in [("first", "2"), ("second", "2"), ("one", "1"), ("five", "5")] {
         let mut command = quantize(&model, &out(name), &text);
-        run(command.args(SETTINGS).args(["--threads", threads])).done();
+        command.args(["--effort", "balanced", "--threads", threads]);
+        run(command.args(SETTINGS)).done();
     }
     for name in ["second", "one", "five"] {
         same_files(&out("first"), &out(name));

@@ -65,6 +65,8 @@ impl<'a> Setting<'a> {
         }
         if self.parts.len() == 5 {
             flags.push("--no-scale-search".to_string());
+        } else {
+            flags.push("--unsigned-scales".to_string());
         }
         flags
     }

@@ -54,7 +54,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         sym: 1,
         full_range: 0,
         shares: 1,
-        shifts: 1,
+        ways: 1,
     };
     for round in 0..rounds {
         let timed = |name: &str, start: Instant| -> Result<(), gptq_kernels::cuda::CudaError> {

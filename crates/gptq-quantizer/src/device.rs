@@ -262,7 +262,7 @@ fn rule(spec: &QuantSpec) -> Rule {
         sym: spec.sym.into(),
         full_range: spec.full_range.into(),
         shares: search.shares as i32,
-        shifts: search.shifts as i32,
+        ways: search.ways as i32,
     }
 }
 

@@ -44,6 +44,12 @@ impl GridRule {
         }
     }
 
+    /// Whether every zero is the middle code.
+    #[inline(always)]
+    pub fn is_symmetric(&self) -> bool {
+        self.sym
+    }
+
     /// Largest code.
     pub fn max_code(&self) -> f32 {
         self.max_code

@@ -5,7 +5,7 @@ use half::f16;
 
 use crate::Order;
 use crate::grid::GridRule;
-use crate::search::{Candidate, SearchRule};
+use crate::search::SearchRule;
 
 /// Grids whose errors differ by less, relative to the best, are equally good: f32 cannot tell.
 const EQUAL_GRIDS: f64 = 1e-5;
@@ -55,14 +55,9 @@ pub fn gptq(
         let (low, high) = (column().fold(0.0, f32::min), column().fold(0.0, f32::max));
         let mut best = (f64::INFINITY, (0.0, 0.0));
         let mut rivals = f64::INFINITY;
-        for Candidate { share, shift } in SearchRule::new(spec).candidates() {
-            let Ok((scale, zero)) = rule.fit_range(low * share, high * share) else {
+        for candidate in SearchRule::new(spec).candidates() {
+            let Ok((scale, zero)) = candidate.fit(&rule, low, high) else {
                 continue; // the solver reports it
-            };
-            let zero = if shift == 0.0 {
-                zero
-            } else {
-                rule.shifted(zero, shift)
             };
             let (scale, zero) = (f64::from(scale), f64::from(zero));
             let loss = |&r: &usize| {

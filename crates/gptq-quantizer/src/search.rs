@@ -20,17 +20,33 @@ const SHARES: usize = 46;
 /// The same where every grid of the file may be chosen; a multiple of the eight lanes that share the
 /// work on a GPU.
 const SHARES_OF_FULL_RANGE: usize = 48;
-/// Steps between a zero that is tried and the one that follows from the scale; the first of equals is
-/// kept.
+/// Steps between a zero that is tried and the one that follows from the scale.
 const SHIFTS: [f32; 5] = [0.0, -1.0, 1.0, -2.0, 2.0];
 
-/// A grid that is tried: a share of the extent, and the way of the zero.
+/// A grid that is tried; the first of equals is kept.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Candidate {
     /// Of the group's extent.
     pub share: f32,
-    /// In steps; 0 where the grid is symmetric.
-    pub shift: f32,
+    /// 0 is the grid that follows from the share. Beyond it, of a symmetric grid the one with the other
+    /// sign, of an asymmetric one those whose zeros lie beside.
+    pub way: usize,
+}
+
+impl Candidate {
+    /// The grid for weights in `low..=high`.
+    ///
+    /// # Errors
+    /// As [`GridRule::fit_range`].
+    #[inline(always)]
+    pub fn fit(&self, rule: &GridRule, low: f32, high: f32) -> Result<(f32, f32), ScaleOverflow> {
+        let (scale, zero) = rule.fit_range(low * self.share, high * self.share)?;
+        Ok(match (self.way, rule.is_symmetric()) {
+            (0, _) => (scale, zero),
+            (_, true) => (-scale, zero),
+            (way, false) => (scale, rule.shifted(zero, SHIFTS[way])),
+        })
+    }
 }
 
 /// How many grids are tried, and between which of them.
@@ -40,26 +56,29 @@ pub struct SearchRule {
     pub shares: usize,
     /// The smallest share.
     pub least: f32,
-    /// Zeros that are tried with each share.
-    pub shifts: usize,
+    /// Grids of each share.
+    pub ways: usize,
 }
 
 impl SearchRule {
     /// The fewer codes there are, the more there is to gain from clipping.
     ///
     /// With `full_range` shares fall to `p = 0.5` of the scale `max|w| / 2^(bits - 1)`, which spends
-    /// every code (to 0.25 at 2 bits, and where one group spans the row and so has outliers); a share
+    /// every code (to 0.25 at 2 bits, and below 8 where one group spans the row and so has outliers); a share
     /// of 1 is `p = 2^bits / (2^bits - 1)`, the grid of the published checkpoints.
     pub fn new(spec: &QuantSpec) -> Self {
         if !spec.full_range {
             return SearchRule {
                 shares: if spec.scale_search { SHARES } else { 1 },
                 least: least_share(spec.bits),
-                shifts: 1,
+                ways: 1,
             };
         }
-        let has_outliers = spec.bits == Bits::Two || spec.group_size == GroupSize::None;
-        let least = if has_outliers { 0.25 } else { 0.5 };
+        let least = match (spec.bits, spec.group_size) {
+            (Bits::Eight, _) => 0.5,
+            (Bits::Two, _) | (_, GroupSize::None) => 0.25,
+            _ => 0.5,
+        };
         let max_code = spec.bits.max_code() as f32;
         SearchRule {
             shares: SHARES_OF_FULL_RANGE,
@@ -67,7 +86,11 @@ impl SearchRule {
                 true => least * max_code / (max_code + 1.0),
                 false => least,
             },
-            shifts: if spec.sym { 1 } else { SHIFTS.len() },
+            ways: match (spec.sym, spec.bits) {
+                (false, _) => SHIFTS.len(),
+                (true, Bits::Two | Bits::Three) => 2,
+                (true, _) => 1,
+            },
         }
     }
 
@@ -76,13 +99,10 @@ impl SearchRule {
     /// `share = 1 - c (1 - least) / (shares - 1)` in f32, from left to right.
     pub fn candidates(&self) -> Vec<Candidate> {
         let last = self.shares.saturating_sub(1).max(1) as f32;
-        let share = |c: usize| 1.0 - c as f32 * (1.0 - self.least) / last;
-        (0..self.shares)
-            .flat_map(|c| {
-                let share = share(c);
-                SHIFTS[..self.shifts]
-                    .iter()
-                    .map(move |&shift| Candidate { share, shift })
+        (0..self.shares * self.ways)
+            .map(|at| Candidate {
+                share: 1.0 - (at / self.ways) as f32 * (1.0 - self.least) / last,
+                way: at % self.ways,
             })
             .collect()
     }
@@ -154,17 +174,12 @@ impl Search<'_> {
     #[inline(always)]
     fn improve<const L: usize>(&self, first: usize, best: &mut Grid) {
         let mut least = [f32::INFINITY; L];
-        for &Candidate { share, shift } in self.candidates {
+        for candidate in self.candidates {
             let (mut scales, mut zeros) = ([0.0; L], [0.0; L]);
             for (lane, (scale, zero)) in scales.iter_mut().zip(&mut zeros).enumerate() {
                 let (low, high) = self.extent.of_column(first + lane);
-                let grid = self.rule.fit_range(low * share, high * share);
-                let (fitted, followed) = grid.unwrap_or((f32::NAN, 0.0));
-                *scale = fitted;
-                *zero = match shift == 0.0 {
-                    true => followed,
-                    false => self.rule.shifted(followed, shift),
-                };
+                let grid = candidate.fit(self.rule, low, high);
+                (*scale, *zero) = grid.unwrap_or((f32::NAN, 0.0));
             }
             let errors = self.errors(first, &scales, &zeros);
             for lane in 0..L {

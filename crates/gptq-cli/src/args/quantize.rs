@@ -186,10 +186,13 @@ impl QuantizeArgs {
             // The baseline looks at no data, so nothing says which error weighs more.
             scale_search: self.searches(),
             full_range: self.searches() && !self.unsigned_scales,
-            input_mismatch: self.input_mismatch.unwrap_or(match self.method {
-                MethodArg::Gptq => self.effort.resolve().input_mismatch(),
+            input_mismatch: match self.method {
+                MethodArg::Gptq => {
+                    let effort = self.effort.resolve();
+                    self.input_mismatch.unwrap_or(effort.input_mismatch())
+                }
                 MethodArg::Rtn => 0.0,
-            }),
+            },
         };
         spec.validate()?;
         Ok(spec)

@@ -35,8 +35,8 @@ pub struct Rule {
     pub full_range: i32,
     /// Shares of the range that are tried; 1 is no search.
     pub shares: i32,
-    /// Zeros that are tried with each share.
-    pub shifts: i32,
+    /// Grids that are tried with each share: of either sign, or with zeros beside the one that follows.
+    pub ways: i32,
 }
 
 /// A step of the sweep, in rows of the reversed processing order.

@@ -403,6 +403,23 @@ mod tests {
     }
 
     #[test]
+    fn grids_and_the_aim_are_those_of_quantize() {
+        let spec = |rest: &str| {
+            let text = format!("[[branch]]\nbits = 4\ngroup_size = 64\n{rest}");
+            let spec = read(&text).unwrap()[0].spec.clone();
+            (spec.scale_search, spec.full_range, spec.input_mismatch)
+        };
+        assert_eq!(spec(""), (true, true, 0.0));
+        assert_eq!(spec("effort = 'fast'"), (true, true, 0.0));
+        assert_eq!(spec("effort = 'balanced'"), (true, true, 0.5));
+        let both = "effort = 'balanced'\ninput_mismatch = 0.25";
+        assert_eq!(spec(both), (true, true, 0.25));
+        assert_eq!(spec("unsigned_scales = true"), (true, false, 0.0));
+        assert_eq!(spec("no_scale_search = true"), (false, false, 0.0));
+        assert_eq!(spec("method = 'rtn'"), (false, false, 0.0));
+    }
+
+    #[test]
     fn what_a_plan_gets_wrong_is_named() {
         let entry = |rest: &str| format!("[[branch]]\nbits = 4\ngroup_size = 64\n{rest}");
         for (plan, named) in [
@@ -419,6 +436,16 @@ mod tests {
                 "static_groups is for desc_act",
             ),
             (entry("damp = 1.5"), "damp percent `1.5`"),
+            (entry("input_mismatch = 1.5"), "input mismatch `1.5`"),
+            (entry("effort = 'best'"), "unknown variant `best`"),
+            (
+                entry("method = 'rtn'\neffort = 'balanced'"),
+                "method rtn looks at no data",
+            ),
+            (
+                entry("unsigned_scales = true\nno_scale_search = true"),
+                "exclude each other",
+            ),
             (format!("datset = 'c4'\n{}", entry("")), "datset"),
         ] {
             let error = read(&plan).unwrap_err();

@@ -20,6 +20,7 @@ fn made() -> Made {
 
 fn loss(error: f64, rtn_error: f64, signal: f64) -> LayerLoss {
     LayerLoss {
+        measure: gptq_types::LossMeasure::default(),
         error,
         rtn_error,
         signal,
