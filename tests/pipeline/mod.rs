@@ -15,4 +15,6 @@ mod resume;
 mod runners;
 mod same_bytes;
 mod synthetic;
+mod tasks;
+mod texts;
 mod witness;

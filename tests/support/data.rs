@@ -15,6 +15,8 @@ const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
 const FIXTURES: &str = "GPTQ_FIXTURES";
 /// Folder of the data beside the project, `../shared` by default; `none` hides it.
 const SHARED: &str = "GPTQ_SHARED";
+/// Folder of SmolLM2-135M-Instruct in float, where it is not the quick start's.
+const SMOLLM2: &str = "GPTQ_SMOLLM2";
 
 fn variable(name: &str) -> Option<String> {
     std::env::var(name).ok().filter(|value| !value.is_empty())
@@ -57,6 +59,18 @@ pub fn shared(path: &str) -> Option<PathBuf> {
         "`{path}` is absent, but the folder that should hold it is there"
     );
     skipped(Cause::Data, path);
+    None
+}
+
+/// SmolLM2-135M-Instruct in float: where the quick start leaves it, or where `GPTQ_SMOLLM2` says.
+/// `None` is recorded: the test that asks is skipped.
+pub fn smollm2() -> Option<PathBuf> {
+    let usual = || Path::new(ROOT).join("target/quickstart/smollm2");
+    let folder = variable(SMOLLM2).map_or_else(usual, PathBuf::from);
+    if folder.is_dir() {
+        return Some(folder);
+    }
+    skipped(Cause::Machine, "SmolLM2");
     None
 }
 

@@ -8,7 +8,7 @@ mod random;
 mod text;
 
 pub use command::{Run, gptq, json, quantize, refused, run};
-pub use data::{Cause, fixture, shared, skipped};
+pub use data::{Cause, fixture, shared, skipped, smollm2};
 pub use folder::{edit_json, edit_tensor, entries, hashes, same_files, tensor, tensor_names};
 pub use model::{Family, TinyModel, write_tensors};
 pub use text::write_text;

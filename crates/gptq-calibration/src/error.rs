@@ -85,6 +85,12 @@ pub enum CalibrationError {
     },
     #[error("{place} {reason}")]
     NoColumn { place: String, reason: String },
+    #[error("{place} has the columns of no task that is known ({known}), it has {found}")]
+    NoTask {
+        place: String,
+        known: String,
+        found: String,
+    },
     #[error("column `{column}` of {path} has type {found}, expected strings")]
     ColumnType {
         path: String,

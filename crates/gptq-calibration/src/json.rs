@@ -6,18 +6,29 @@ use std::path::Path;
 use crate::CalibrationError;
 use crate::document::MAX_TEXT_BYTES;
 use crate::json_row::{Outline, cells, outline};
+use crate::row_sink::RowSink;
 use crate::rows::{Reading, RowReader, Rows, limit};
 
 /// Editors of one system put it in front of every file.
 pub(crate) const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
-/// Reads the text of every row. Blank lines are no rows; rows count from 1 in errors.
+/// Reads the text of every row.
 pub(crate) fn read_rows(
-    mut reader: impl BufRead,
+    reader: impl BufRead,
     path: &Path,
     reading: Reading<'_>,
 ) -> Result<Rows, CalibrationError> {
     let mut rows = RowReader::new(path, reading);
+    hand_rows(reader, path, &mut rows)?;
+    Ok(rows.finish())
+}
+
+/// Hands every row to `rows`. Blank lines are no rows; rows count from 1 in errors.
+pub(crate) fn hand_rows(
+    mut reader: impl BufRead,
+    path: &Path,
+    rows: &mut dyn RowSink,
+) -> Result<(), CalibrationError> {
     let (mut line, mut number) = (Vec::new(), 0);
     while !rows.is_full() && read_line(&mut reader, &mut line, path)? {
         number += 1;
@@ -32,21 +43,24 @@ pub(crate) fn read_rows(
                 let rest = Cursor::new(row[1..].to_vec()).chain(Cursor::new(b"\n").chain(reader));
                 return read_array(rest, rows, path);
             }
-            Some(_) => push(rows.at_line(number), row)?,
+            Some(_) => {
+                rows.set_line(number);
+                push(rows, row)?;
+            }
         }
     }
-    Ok(rows.finish())
+    Ok(())
 }
 
 /// The first row says what all are.
-fn push(rows: &mut RowReader<'_>, row: &[u8]) -> Result<(), CalibrationError> {
+fn push(rows: &mut dyn RowSink, row: &[u8]) -> Result<(), CalibrationError> {
     if rows.is_empty() {
         match outline(row).map_err(|reason| rows.wrong(reason))? {
-            Outline::Text(_) => rows.begin_strings(),
+            Outline::Text(_) => rows.begin_strings()?,
             Outline::Fields(fields) => {
                 let names: Vec<&str> = fields.iter().map(|(name, _)| name.as_str()).collect();
                 let is_list = |name: &str| fields.contains(&(name.to_string(), true));
-                rows.begin(rows.place(), &names, is_list)?;
+                rows.begin(rows.place(), &names, &is_list)?;
             }
         }
     }
@@ -80,9 +94,9 @@ fn read_line(
 /// The rows of an array, one at a time: the array may be as long as the file.
 fn read_array(
     mut reader: impl BufRead,
-    mut rows: RowReader<'_>,
+    rows: &mut dyn RowSink,
     path: &Path,
-) -> Result<Rows, CalibrationError> {
+) -> Result<(), CalibrationError> {
     let (mut row, mut is_last) = (Vec::new(), false);
     while !is_last && !rows.is_full() {
         is_last = match read_element(&mut reader, &mut row, path)? {
@@ -92,7 +106,7 @@ fn read_array(
         match row.trim_ascii() {
             [] if is_last && rows.is_empty() => {}
             [] => return Err(rows.wrong("is empty: a comma too many".to_string())),
-            row => push(&mut rows, row)?,
+            row => push(rows, row)?,
         }
     }
     if is_last {
@@ -106,7 +120,7 @@ fn read_array(
             }
         }
     }
-    Ok(rows.finish())
+    Ok(())
 }
 
 /// Fills `element` with the bytes up to the comma or bracket that ends it, and returns which;

@@ -262,7 +262,8 @@ fn said(columns: &[&str], cells: Vec<Option<Value>>) -> Result<Vec<String>, Stri
     Ok(parts)
 }
 
-fn no_text(column: &str, cell: &Value) -> String {
+/// What is wrong with a cell that should be a string.
+pub(crate) fn no_text(column: &str, cell: &Value) -> String {
     match cell {
         Value::Null => format!("holds no text in column `{column}`"),
         cell => format!(

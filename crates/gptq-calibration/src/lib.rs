@@ -3,8 +3,9 @@
 //! Knows: the registry of named datasets (`calibration/manifests`, embedded), the file kinds that
 //! texts come in ([`Format`]), CPython's random numbers ([`PythonRandom`]), the sampling and
 //! evaluation rules of the original GPTQ repository ([`windows`], [`evaluation_windows`]), the
-//! passages of LAMBADA as lm-evaluation-harness cuts them ([`Passages`]), and the
-//! hash by which two runs can tell that they saw the same tokens ([`token_sha256`]).
+//! passages of LAMBADA and questions of multiple choice as lm-evaluation-harness cuts them
+//! ([`Passages`], [`Questions`]), and the hash by which two runs can tell that they saw the same
+//! tokens ([`token_sha256`]).
 //!
 //! Does not know: the network (files of the hub come through [`DatasetFiles`]), models and
 //! their templates ([`ChatTemplate`]), devices, and where generated windows come from: [`Windows::from_ids`] takes them as they are.
@@ -29,12 +30,15 @@ mod message_sizes;
 mod nested;
 mod page_sizes;
 mod python_random;
+mod row_sink;
 mod rows;
 mod sample;
 mod sentencepiece;
 mod source;
 mod stored;
 mod table;
+mod task;
+mod task_layout;
 mod tokenizer;
 
 pub use conversation::{ChatTemplate, NoTemplate, Turn};
@@ -47,4 +51,5 @@ pub use material::{DatasetFiles, FoundDataset, Means};
 pub use python_random::PythonRandom;
 pub use sample::{WindowSpec, Windows, windows};
 pub use source::{Dataset, Format, Origin, Source};
+pub use task::{Choice, Question, Questions};
 pub use tokenizer::{Tokenizer, rebuilt_tokenizer, special_tokens};

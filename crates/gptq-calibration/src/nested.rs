@@ -1,10 +1,14 @@
-//! Cells of nested columns as JSON values, which conversations are read from.
+//! Cells of nested columns as JSON values, which conversations and questions are read from.
 
 use arrow_array::cast::AsArray;
-use arrow_array::{Array, ArrayRef};
+use arrow_array::types::{
+    Int8Type, Int16Type, Int32Type, Int64Type, UInt8Type, UInt16Type, UInt32Type, UInt64Type,
+};
+use arrow_array::{Array, ArrayRef, ArrowPrimitiveType};
 use serde_json::{Map, Value};
 
-/// Strings, lists and structs as they are; other values, which no conversation is made of, as null.
+/// Strings, whole numbers, lists and structs as they are; other values, which neither is made of, as
+/// null.
 pub(crate) fn value_at(array: &ArrayRef, row: usize) -> Value {
     if array.is_null(row) {
         return Value::Null;
@@ -23,6 +27,9 @@ pub(crate) fn value_at(array: &ArrayRef, row: usize) -> Value {
         let fields = names.map(|(name, column)| (name.to_string(), value_at(column, row)));
         return Value::Object(Map::from_iter(fields));
     }
+    if let Some(number) = whole_number(array, row) {
+        return number;
+    }
     let one = array.slice(row, 1); // all keys are widened at once
     if let Some(dictionary) = one.as_any_dictionary_opt() {
         let keys = dictionary.normalized_keys();
@@ -37,4 +44,22 @@ pub(crate) fn value_at(array: &ArrayRef, row: usize) -> Value {
             .collect(),
         None => Value::Null,
     }
+}
+
+fn whole_number(array: &ArrayRef, row: usize) -> Option<Value> {
+    (number::<Int64Type>(array, row))
+        .or_else(|| number::<Int32Type>(array, row))
+        .or_else(|| number::<Int16Type>(array, row))
+        .or_else(|| number::<Int8Type>(array, row))
+        .or_else(|| number::<UInt64Type>(array, row))
+        .or_else(|| number::<UInt32Type>(array, row))
+        .or_else(|| number::<UInt16Type>(array, row))
+        .or_else(|| number::<UInt8Type>(array, row))
+}
+
+fn number<T: ArrowPrimitiveType>(array: &ArrayRef, row: usize) -> Option<Value>
+where
+    T::Native: Into<Value>,
+{
+    Some(array.as_primitive_opt::<T>()?.value(row).into())
 }

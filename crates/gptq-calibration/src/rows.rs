@@ -8,6 +8,7 @@ use serde_json::Value;
 use crate::CalibrationError;
 use crate::conversation::{ChatTemplate, NoTemplate};
 use crate::layout::{Chosen, Layout};
+use crate::row_sink::{RowPlace, RowSink, SHOWN_NAME, shown_columns};
 
 /// More text than this in one file is refused; the largest file of the registry holds 0.8 GB.
 pub(crate) const MAX_FILE_TEXT_BYTES: usize = 1 << 32;
@@ -15,8 +16,7 @@ pub(crate) const MAX_FILE_TEXT_BYTES: usize = 1 << 32;
 /// What the papers put between rows. Rendered conversations bring marks of their own.
 const SEPARATOR: &str = "\n\n";
 
-/// Characters of a column's name, and columns, that an error repeats.
-const SHOWN_NAME: usize = 30;
+/// Columns that an error repeats.
 const SHOWN_COLUMNS: usize = 5;
 
 /// How much of a source is read.
@@ -58,81 +58,26 @@ impl Reading<'_> {
     }
 }
 
-/// Rows as they are read: the first one says what all are.
+/// Rows as texts.
 pub(crate) struct RowReader<'a> {
-    path: &'a Path,
+    at: RowPlace<'a>,
     reading: Reading<'a>,
     chosen: Option<Chosen>,
     rows: Rows,
-    /// Where the row stands in a file of lines.
-    line: Option<usize>,
 }
 
 impl<'a> RowReader<'a> {
     pub(crate) fn new(path: &'a Path, reading: Reading<'a>) -> Self {
         RowReader {
-            path,
+            at: RowPlace { path, line: None },
             reading,
             chosen: None,
             rows: Rows::default(),
-            line: None,
         }
-    }
-
-    /// The next row stands in this line.
-    pub(crate) fn at_line(&mut self, line: usize) -> &mut Self {
-        self.line = Some(line);
-        self
-    }
-
-    pub(crate) fn is_empty(&self) -> bool {
-        self.chosen.is_none()
-    }
-
-    /// Whether as much was read as was asked for.
-    pub(crate) fn is_full(&self) -> bool {
-        matches!(self.reading.amount, Amount::Start(most) if self.rows.text.len() >= most)
-    }
-
-    pub(crate) fn begin_strings(&mut self) {
-        self.chosen = Some(Chosen::strings());
-    }
-
-    pub(crate) fn are_strings(&self) -> bool {
-        let layout = self.chosen.as_ref().map(|chosen| &chosen.layout);
-        layout == Some(&Layout::Strings)
-    }
-
-    /// Chooses among the columns of the first row, or of a file that says its columns.
-    ///
-    /// `place` is what an error calls them.
-    pub(crate) fn begin(
-        &mut self,
-        place: String,
-        names: &[&str],
-        is_list: impl Fn(&str) -> bool,
-    ) -> Result<(), CalibrationError> {
-        let chosen = Chosen::among(names, is_list, self.reading.column).ok_or_else(|| {
-            CalibrationError::NoColumn {
-                place,
-                reason: self.no_column(names),
-            }
-        })?;
-        self.chosen = Some(chosen.settle(self.reading.chat)?);
-        Ok(())
     }
 
     fn no_column(&self, names: &[&str]) -> String {
-        let shown_names = names.iter().take(SHOWN_COLUMNS);
-        let mut found: Vec<String> = shown_names
-            .map(|name| format!("`{}`", shown(name, SHOWN_NAME)))
-            .collect();
-        match names.len().checked_sub(SHOWN_COLUMNS) {
-            _ if names.is_empty() => found.push("no columns".to_string()),
-            Some(more) if more > 0 => found.push(format!("{more} more")),
-            _ => {}
-        }
-        let found = found.join(", ");
+        let found = shown_columns(names, SHOWN_COLUMNS);
         match self.reading.column {
             Some(column) => format!(
                 "has no column `{}`, it has {found}",
@@ -144,55 +89,6 @@ impl<'a> RowReader<'a> {
         }
     }
 
-    /// The columns whose cells [`RowReader::push`] takes; none before the first row.
-    pub(crate) fn columns(&self) -> Vec<&str> {
-        self.chosen
-            .as_ref()
-            .map(Chosen::columns)
-            .unwrap_or_default()
-    }
-
-    pub(crate) fn push(&mut self, cells: Vec<Option<Value>>) -> Result<(), CalibrationError> {
-        let Some(chosen) = &self.chosen else {
-            return Err(self.wrong("comes before its columns are known".to_string()));
-        };
-        let text = chosen.text(cells, self.reading.chat);
-        let text = text.map_err(|reason| self.wrong(reason))?;
-        self.push_text(&text)
-    }
-
-    pub(crate) fn push_text(&mut self, text: &str) -> Result<(), CalibrationError> {
-        self.rows.push(text);
-        match self.reading.amount {
-            Amount::All(most) => limit(self.path, self.rows.text.len(), most),
-            Amount::Start(_) => Ok(()),
-        }
-    }
-
-    /// Whether rows are texts as they stand in one column.
-    pub(crate) fn are_texts(&self) -> bool {
-        matches!(&self.chosen, Some(chosen) if matches!(chosen.layout, Layout::Text(_)))
-    }
-
-    /// What an error calls the row that comes next.
-    pub(crate) fn place(&self) -> String {
-        let row = self.rows.len() + 1;
-        let path = self.path.display();
-        match self.line.filter(|line| *line != row) {
-            Some(line) => format!("row {row} (line {line}) of {path}"),
-            None => format!("row {row} of {path}"),
-        }
-    }
-
-    /// An error about the row that comes next.
-    pub(crate) fn wrong(&self, reason: String) -> CalibrationError {
-        CalibrationError::Row {
-            place: self.place(),
-            row: self.rows.len() + 1,
-            reason,
-        }
-    }
-
     pub(crate) fn finish(mut self) -> Rows {
         self.rows.is_start = self.is_full();
         if let Some(chosen) = &self.chosen {
@@ -201,6 +97,86 @@ impl<'a> RowReader<'a> {
             self.rows.is_plain = matches!(chosen.layout, Layout::Text(_) | Layout::Strings);
         }
         self.rows
+    }
+}
+
+impl RowSink for RowReader<'_> {
+    fn begin(
+        &mut self,
+        place: String,
+        names: &[&str],
+        is_list: &dyn Fn(&str) -> bool,
+    ) -> Result<(), CalibrationError> {
+        let chosen = Chosen::among(names, is_list, self.reading.column).ok_or_else(|| {
+            CalibrationError::NoColumn {
+                place,
+                reason: self.no_column(names),
+            }
+        })?;
+        self.chosen = Some(chosen.settle(self.reading.chat)?);
+        Ok(())
+    }
+
+    fn begin_strings(&mut self) -> Result<(), CalibrationError> {
+        self.chosen = Some(Chosen::strings());
+        Ok(())
+    }
+
+    fn is_empty(&self) -> bool {
+        self.chosen.is_none()
+    }
+
+    fn is_full(&self) -> bool {
+        matches!(self.reading.amount, Amount::Start(most) if self.rows.text.len() >= most)
+    }
+
+    fn columns(&self) -> Vec<&str> {
+        self.chosen
+            .as_ref()
+            .map(Chosen::columns)
+            .unwrap_or_default()
+    }
+
+    fn wants_strings(&self) -> bool {
+        true
+    }
+
+    fn push(&mut self, cells: Vec<Option<Value>>) -> Result<(), CalibrationError> {
+        let Some(chosen) = &self.chosen else {
+            return Err(self.wrong("comes before its columns are known".to_string()));
+        };
+        let text = chosen.text(cells, self.reading.chat);
+        let text = text.map_err(|reason| self.wrong(reason))?;
+        self.push_text(&text)
+    }
+
+    fn are_strings(&self) -> bool {
+        let layout = self.chosen.as_ref().map(|chosen| &chosen.layout);
+        layout == Some(&Layout::Strings)
+    }
+
+    fn are_texts(&self) -> bool {
+        matches!(&self.chosen, Some(chosen) if matches!(chosen.layout, Layout::Text(_)))
+    }
+
+    fn push_text(&mut self, text: &str) -> Result<(), CalibrationError> {
+        self.rows.push(text);
+        match self.reading.amount {
+            Amount::All(most) => limit(self.at.path, self.rows.text.len(), most),
+            Amount::Start(_) => Ok(()),
+        }
+    }
+
+    fn set_line(&mut self, line: usize) {
+        self.at.line = Some(line);
+    }
+
+    fn place(&self) -> String {
+        self.at.words(self.rows.len() + 1)
+    }
+
+    fn wrong(&self, reason: String) -> CalibrationError {
+        self.at.wrong(self.rows.len() + 1, reason)
     }
 }
 
@@ -360,7 +336,7 @@ mod tests {
                 ..Reading::plain()
             },
         );
-        reader.begin_strings();
+        reader.begin_strings().unwrap();
         for row in ["abc", "def"] {
             assert!(!reader.is_full());
             reader.push_text(row).unwrap();

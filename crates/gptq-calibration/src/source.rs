@@ -259,7 +259,8 @@ impl fmt::Display for Source {
     }
 }
 
-fn known_format(path: &str) -> Result<Format, CalibrationError> {
+/// The format that the name of a file says.
+pub(crate) fn known_format(path: &str) -> Result<Format, CalibrationError> {
     Format::of(path).ok_or_else(|| CalibrationError::UnknownFormat {
         path: path.to_string(),
         known: Format::known(),

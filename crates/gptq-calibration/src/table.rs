@@ -15,6 +15,7 @@ use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use crate::CalibrationError;
 use crate::error::one_line;
 use crate::nested::value_at;
+use crate::row_sink::RowSink;
 use crate::rows::{Reading, RowReader, Rows};
 use crate::{message_sizes, page_sizes};
 
@@ -30,20 +31,34 @@ const BATCH_BYTES: u64 = 1 << 27;
 
 /// The texts of a Parquet file; other columns are not read.
 pub(crate) fn read_parquet(path: &Path, reading: Reading<'_>) -> Result<Rows, CalibrationError> {
-    without_panic(path, || parquet_rows(path, reading))
+    let mut rows = RowReader::new(path, reading);
+    hand_parquet(path, &mut rows)?;
+    Ok(rows.finish())
 }
 
 /// The texts of an Arrow IPC file or stream.
 pub(crate) fn read_arrow(path: &Path, reading: Reading<'_>) -> Result<Rows, CalibrationError> {
-    without_panic(path, || arrow_rows(path, reading))
+    let mut rows = RowReader::new(path, reading);
+    hand_arrow(path, &mut rows)?;
+    Ok(rows.finish())
+}
+
+/// Hands the rows of a Parquet file to `rows`.
+pub(crate) fn hand_parquet(path: &Path, rows: &mut dyn RowSink) -> Result<(), CalibrationError> {
+    without_panic(path, || parquet_rows(path, rows))
+}
+
+/// Hands the rows of an Arrow IPC file or stream to `rows`.
+pub(crate) fn hand_arrow(path: &Path, rows: &mut dyn RowSink) -> Result<(), CalibrationError> {
+    without_panic(path, || arrow_rows(path, rows))
 }
 
 /// The readers of both formats assert on some damaged metadata (`parquet` 60: a negative length
 /// of a column chunk); a damaged file is an error here.
 fn without_panic(
     path: &Path,
-    read: impl FnOnce() -> Result<Rows, CalibrationError>,
-) -> Result<Rows, CalibrationError> {
+    read: impl FnOnce() -> Result<(), CalibrationError>,
+) -> Result<(), CalibrationError> {
     let damaged = |said| {
         Err(CalibrationError::malformed(
             path,
@@ -53,14 +68,13 @@ fn without_panic(
     quietly(read).unwrap_or_else(damaged)
 }
 
-fn parquet_rows(path: &Path, reading: Reading<'_>) -> Result<Rows, CalibrationError> {
+fn parquet_rows(path: &Path, rows: &mut dyn RowSink) -> Result<(), CalibrationError> {
     let wrong = |error| CalibrationError::malformed(path, error);
     let file = open(path)?;
     let sizes = file.try_clone();
     let sizes = sizes.map_err(|source| CalibrationError::read(path, source))?;
     let builder = ParquetRecordBatchReaderBuilder::try_new(file).map_err(wrong)?;
-    let mut rows = RowReader::new(path, reading);
-    let columns = begin(&mut rows, builder.schema(), path)?;
+    let columns = begin(rows, builder.schema(), path)?;
     let largest_page = page_sizes::check(&sizes, builder.metadata(), |column| {
         columns.contains(&column)
     })
@@ -75,7 +89,7 @@ fn parquet_rows(path: &Path, reading: Reading<'_>) -> Result<Rows, CalibrationEr
     collect(batches, rows)
 }
 
-fn arrow_rows(path: &Path, reading: Reading<'_>) -> Result<Rows, CalibrationError> {
+fn arrow_rows(path: &Path, rows: &mut dyn RowSink) -> Result<(), CalibrationError> {
     let wrong = |error| CalibrationError::malformed(path, error);
     let start = stream_start(path)?;
     message_sizes::check(&open(path)?, start)
@@ -87,8 +101,7 @@ fn arrow_rows(path: &Path, reading: Reading<'_>) -> Result<Rows, CalibrationErro
         Ok(BufReader::new(file))
     };
     let whole = StreamReader::try_new(stream()?, None).map_err(wrong)?;
-    let mut rows = RowReader::new(path, reading);
-    let columns = begin(&mut rows, &whole.schema(), path)?;
+    let columns = begin(rows, &whole.schema(), path)?;
     let reader = StreamReader::try_new(stream()?, Some(columns)).map_err(wrong)?;
     collect(reader, rows)
 }
@@ -112,7 +125,7 @@ fn stream_start(path: &Path) -> Result<u64, CalibrationError> {
 
 /// Chooses the columns by their names and types, and returns their places, rising.
 fn begin(
-    rows: &mut RowReader<'_>,
+    rows: &mut dyn RowSink,
     schema: &Schema,
     path: &Path,
 ) -> Result<Vec<usize>, CalibrationError> {
@@ -123,9 +136,10 @@ fn begin(
         .map(|field| field.name().as_str())
         .collect();
     let type_of = |name: &str| Some(schema.field(schema.index_of(name).ok()?).data_type());
-    rows.begin(place, &names, |name| type_of(name).is_some_and(is_list))?;
+    rows.begin(place, &names, &|name| type_of(name).is_some_and(is_list))?;
     for name in rows.columns() {
-        let found = type_of(name).filter(|found| !is_list(found) && !is_text(found));
+        let is_other = |found: &&DataType| !is_list(found) && !is_text(found);
+        let found = type_of(name).filter(|found| rows.wants_strings() && is_other(found));
         if let Some(found) = found {
             return Err(CalibrationError::ColumnType {
                 path: path.display().to_string(),
@@ -158,8 +172,8 @@ fn is_text(found: &DataType) -> bool {
 
 fn collect(
     batches: impl Iterator<Item = Result<RecordBatch, ArrowError>>,
-    mut rows: RowReader<'_>,
-) -> Result<Rows, CalibrationError> {
+    rows: &mut dyn RowSink,
+) -> Result<(), CalibrationError> {
     for batch in batches {
         let batch = batch.map_err(|error| {
             rows.wrong(format!(
@@ -167,15 +181,15 @@ fn collect(
                 one_line(error)
             ))
         })?;
-        push_batch(&mut rows, &batch)?;
+        push_batch(rows, &batch)?;
         if rows.is_full() {
             break;
         }
     }
-    Ok(rows.finish())
+    Ok(())
 }
 
-fn push_batch(rows: &mut RowReader<'_>, batch: &RecordBatch) -> Result<(), CalibrationError> {
+fn push_batch(rows: &mut dyn RowSink, batch: &RecordBatch) -> Result<(), CalibrationError> {
     let columns: Vec<Option<ArrayRef>> = (rows.columns().iter())
         .map(|name| batch.column_by_name(name).cloned())
         .collect();

@@ -20,6 +20,7 @@ mod output;
 mod progress;
 mod records;
 mod regression;
+mod scored;
 mod scoring;
 mod speed;
 mod unread_keys;

@@ -1,4 +1,4 @@
-//! Several checkpoints on the same windows and passages, a group at a time.
+//! Several checkpoints on the same windows, passages and choices, a group at a time.
 //!
 //! A group is scored by every model before the next one begins, the reference first, so that its
 //! final hidden states are needed for one group only. Memory is that of a group, however long the
@@ -10,8 +10,10 @@ use std::time::Instant;
 use gptq_model::{Device, ModelError};
 
 use crate::journal::{Entry, GroupShape, Journal, JournalError, Part, Place};
-use crate::last_word::{Passage, guess_last_words};
+use crate::last_word::guess_last_words;
+use crate::multiple_choice::weigh_choices;
 use crate::open::{OpenError, OpenedModel};
+use crate::passage::Passage;
 use crate::perplexity::{Reference, ScoreError, WindowScore, score_reference, score_windows};
 
 /// Tokens of a group: 16 windows of 2048. On two cores, opening SmolLM2-135M and reading all its
@@ -63,6 +65,8 @@ pub struct Request<'a> {
     pub windows: &'a [Vec<u32>],
     /// Passages whose last word is to be guessed; may be empty.
     pub passages: &'a [Passage],
+    /// Choices of questions with the text before them, question after question; may be empty.
+    pub choices: &'a [Passage],
     /// See [`group_tokens`].
     pub group_tokens: usize,
 }
@@ -74,6 +78,8 @@ pub struct Scores {
     pub windows: Vec<WindowScore>,
     /// Whether each passage was guessed, shortest passage first.
     pub answers: Vec<bool>,
+    /// Log-likelihood of each choice, nats, in their order.
+    pub choices: Vec<f64>,
     /// Wall seconds, those of earlier runs included.
     pub seconds: f64,
 }
@@ -99,6 +105,8 @@ pub enum EvaluationError {
     Model(#[from] ModelError),
     #[error("{place}: the likelihood of window {window} is not finite")]
     NotFinite { place: String, window: usize },
+    #[error("{place}: the likelihood of a choice is not finite")]
+    ChoiceNotFinite { place: String },
     #[error(transparent)]
     Journal(#[from] JournalError),
 }
@@ -121,14 +129,9 @@ pub fn evaluate(
     journal: &mut Journal,
     progress: &mut dyn FnMut(Step),
 ) -> Result<Vec<Scores>, EvaluationError> {
-    let mut order: Vec<&Passage> = request.passages.iter().collect();
-    order.sort_by_key(|passage| passage.ids.len());
-    let passages: Vec<Passage> = order.into_iter().cloned().collect();
     let of_windows = groups(request.windows.iter().map(Vec::len), request.group_tokens);
-    let of_passages = groups(
-        passages.iter().map(|passage| passage.ids.len()),
-        request.group_tokens,
-    );
+    let passages = ByLength::of(request.passages, request.group_tokens);
+    let choices = ByLength::of(request.choices, request.group_tokens);
     journal.check(&|place| {
         let predictions = |window: &Vec<u32>| window.len().saturating_sub(1);
         (place.model < request.models.len()).then_some(())?;
@@ -138,16 +141,24 @@ pub fn evaluate(
                     .iter()
                     .map(predictions)
                     .collect(),
-                passages: 0,
                 compared: place.model > 0,
+                ..GroupShape::default()
             },
             Part::Passages => GroupShape {
-                predictions: Vec::new(),
-                passages: of_passages.get(place.group)?.len(),
-                compared: false,
+                passages: passages.groups.get(place.group)?.len(),
+                ..GroupShape::default()
+            },
+            Part::Choices => GroupShape {
+                choices: choices.groups.get(place.group)?.len(),
+                ..GroupShape::default()
             },
         })
     })?;
+    let parts = [
+        (Part::Windows, of_windows.len()),
+        (Part::Passages, passages.groups.len()),
+        (Part::Choices, choices.groups.len()),
+    ];
     let mut run = Run {
         request,
         step: Step {
@@ -158,32 +169,65 @@ pub fn evaluate(
         progress,
         journal,
     };
-    run.count(Part::Windows, of_windows.len());
-    run.count(Part::Passages, of_passages.len());
+    for (part, groups) in parts {
+        run.count(part, groups);
+    }
     (run.progress)(run.step);
     for (group, range) in of_windows.iter().enumerate() {
         run.windows(group, range.clone())?;
     }
-    for (group, range) in of_passages.iter().enumerate() {
-        run.passages(group, &passages[range.clone()])?;
+    for (part, asked) in [(Part::Passages, &passages), (Part::Choices, &choices)] {
+        for (group, range) in asked.groups.iter().enumerate() {
+            run.passages(part, group, &asked.sorted[range.clone()])?;
+        }
     }
     let of_model = |model| {
         let mut scores = Scores::default();
-        for (part, groups) in [
-            (Part::Windows, of_windows.len()),
-            (Part::Passages, of_passages.len()),
-        ] {
+        for (part, groups) in parts {
             for group in 0..groups {
                 let place = Place { part, group, model };
                 let entry = run.journal.get(place).expect("every group was scored");
                 scores.windows.extend_from_slice(&entry.windows);
                 scores.answers.extend_from_slice(&entry.answers);
+                scores.choices.extend_from_slice(&entry.likelihoods);
                 scores.seconds += entry.seconds;
             }
         }
+        scores.choices = choices.as_given(&scores.choices);
         scores
     };
     Ok((0..request.models.len()).map(of_model).collect())
+}
+
+/// Passages from the shortest to the longest, in groups: those of one length go side by side.
+struct ByLength {
+    sorted: Vec<Passage>,
+    /// Where each of them stood.
+    order: Vec<usize>,
+    groups: Vec<Range<usize>>,
+}
+
+impl ByLength {
+    fn of(passages: &[Passage], group_tokens: usize) -> Self {
+        let mut order: Vec<usize> = (0..passages.len()).collect();
+        order.sort_by_key(|&index| passages[index].ids.len());
+        let sorted: Vec<Passage> = order.iter().map(|&at| passages[at].clone()).collect();
+        let lengths = sorted.iter().map(|passage| passage.ids.len());
+        ByLength {
+            groups: groups(lengths, group_tokens),
+            sorted,
+            order,
+        }
+    }
+
+    /// What was found out about each, in the order in which they were given.
+    fn as_given(&self, found: &[f64]) -> Vec<f64> {
+        let mut given = vec![0.0; found.len()];
+        for (&at, &value) in self.order.iter().zip(found) {
+            given[at] = value;
+        }
+        given
+    }
 }
 
 struct Run<'a> {
@@ -256,30 +300,45 @@ impl Run<'_> {
                     seconds: begun.elapsed().as_secs_f64(),
                     windows,
                     answers: Vec::new(),
+                    likelihoods: Vec::new(),
                 })?;
             }
         }
         Ok(())
     }
 
-    fn passages(&mut self, group: usize, passages: &[Passage]) -> Result<(), EvaluationError> {
+    /// A group of passages or choices.
+    fn passages(
+        &mut self,
+        part: Part,
+        group: usize,
+        passages: &[Passage],
+    ) -> Result<(), EvaluationError> {
         for (model, opened) in self.request.models.iter().enumerate() {
-            let place = Place {
-                part: Part::Passages,
-                group,
-                model,
-            };
+            let place = Place { part, group, model };
             if !self.is_due(place) {
                 continue;
             }
             let begun = Instant::now();
             let mut decoder = opened.decoder(self.request.device)?;
-            let answers = guess_last_words(decoder.as_mut(), passages, &mut self.passed(model))?;
+            let decoder = decoder.as_mut();
+            let (mut answers, mut likelihoods) = (Vec::new(), Vec::new());
+            match part {
+                Part::Choices => {
+                    likelihoods = weigh_choices(decoder, passages, &mut self.passed(model))?;
+                }
+                _ => answers = guess_last_words(decoder, passages, &mut self.passed(model))?,
+            }
+            if !likelihoods.iter().all(|value| value.is_finite()) {
+                let place = opened.weights.place();
+                return Err(EvaluationError::ChoiceNotFinite { place });
+            }
             self.journal.record(Entry {
                 place,
                 seconds: begun.elapsed().as_secs_f64(),
                 windows: Vec::new(),
                 answers,
+                likelihoods,
             })?;
         }
         Ok(())
@@ -306,5 +365,21 @@ mod tests {
         assert_eq!(groups([3, 9, 3, 4, 5], 8), [0..1, 1..2, 2..4, 4..5]);
         assert!(groups([], 8).is_empty());
         assert_eq!(groups([4; 3], 0), [0..1, 1..2, 2..3]);
+    }
+
+    #[test]
+    fn what_was_sorted_finds_its_place_again() {
+        let passage = |tokens: usize| Passage {
+            ids: vec![0; tokens],
+            answer: 1,
+        };
+        let given = [5, 2, 9, 2, 3].map(passage);
+        let sorted = ByLength::of(&given, 9);
+        assert_eq!(sorted.groups, [0..3, 3..4, 4..5]);
+        let lengths: Vec<f64> = (sorted.sorted.iter())
+            .map(|passage| passage.ids.len() as f64)
+            .collect();
+        assert_eq!(lengths, [2.0, 2.0, 3.0, 5.0, 9.0]);
+        assert_eq!(sorted.as_given(&lengths), [5.0, 2.0, 9.0, 2.0, 3.0]);
     }
 }

@@ -1,7 +1,7 @@
 //! What an evaluation has found out so far; in a file if it is to outlive a kill.
 //!
 //! Lines of a sha256 and JSON: the first says of which evaluation, each further one is a group of
-//! windows or passages that one model has scored. A line is synced before the next group begins. The
+//! windows, passages or choices that one model has scored. A line is synced before the next group begins. The
 //! sha256 is that of the line's JSON, after that of the first line: a line that was changed, or that
 //! is of another evaluation, is an error and never part of a mean.
 
@@ -65,6 +65,7 @@ impl JournalError {
 pub(crate) enum Part {
     Windows,
     Passages,
+    Choices,
 }
 
 /// A group that one model has scored.
@@ -85,15 +86,20 @@ pub(crate) struct Entry {
     pub windows: Vec<WindowScore>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub answers: Vec<bool>,
+    /// Log-likelihoods of choices.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub likelihoods: Vec<f64>,
 }
 
 /// What a group is made of: how much an entry of it must say.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct GroupShape {
     /// Predictions of each window.
     pub predictions: Vec<usize>,
-    /// Passages.
+    /// Passages whose last word is guessed.
     pub passages: usize,
+    /// Choices.
+    pub choices: usize,
     /// Whether the model is compared with the reference.
     pub compared: bool,
 }
@@ -117,6 +123,9 @@ struct Stored {
 
 /// Rounding makes the divergence of equal models a little negative; more is no divergence.
 const LEAST_DIVERGENCE: f64 = -1e-3;
+
+/// Rounding makes the log-likelihood of what is certain a little more than 0.
+const MOST_LIKELIHOOD: f64 = 1e-3;
 
 impl Journal {
     /// Forgotten when the process ends.
@@ -227,8 +236,14 @@ impl Stored {
 impl Entry {
     /// Why it cannot be what was found out about a group of this shape.
     fn fits(&self, shape: &GroupShape) -> Result<(), &'static str> {
-        if self.windows.len() != shape.predictions.len() || self.answers.len() != shape.passages {
-            return Err("has another number of windows or passages than its group");
+        let sizes = (self.answers.len(), self.likelihoods.len());
+        if self.windows.len() != shape.predictions.len() || sizes != (shape.passages, shape.choices)
+        {
+            return Err("has another number of windows, passages or choices than its group");
+        }
+        let is_likelihood = |value: &f64| value.is_finite() && *value <= MOST_LIKELIHOOD;
+        if !self.likelihoods.iter().all(is_likelihood) {
+            return Err("has a likelihood that no model gives");
         }
         if !(self.seconds.is_finite() && self.seconds >= 0.0) {
             return Err("took a time that is no time");
@@ -311,8 +326,13 @@ fn read_settings(
         return Err(damaged(path, 1, CHANGED));
     }
     let found: Map<String, Value> = serde_json::from_str(json).map_err(|_| foreign())?;
-    for (what, wanted) in settings {
-        let found = found.get(what).ok_or_else(foreign)?;
+    if !found.contains_key("tool") {
+        return Err(foreign());
+    }
+    // What one of them does not have is null: tasks that were left out, or came in.
+    for what in settings.keys().chain(found.keys()) {
+        let of = |all: &Map<String, Value>| all.get(what).cloned().unwrap_or_default();
+        let (found, wanted) = (of(&found), of(settings));
         if found != wanted {
             return Err(JournalError::Other {
                 path: path.to_path_buf(),
@@ -389,6 +409,7 @@ mod tests {
                 }),
             }],
             answers: Vec::new(),
+            likelihoods: Vec::new(),
         }
     }
 
@@ -493,8 +514,8 @@ mod tests {
         let shape = |place: Place| {
             (place.group == 0).then_some(GroupShape {
                 predictions: vec![4],
-                passages: 0,
                 compared: true,
+                ..GroupShape::default()
             })
         };
         let told = |change: &dyn Fn(&mut Entry)| {
@@ -509,12 +530,13 @@ mod tests {
         };
         told(&|_| {}).unwrap();
         let divergence = |entry: &mut Entry| entry.windows[0].divergence.clone().unwrap();
-        let changes: [&dyn Fn(&mut Entry); 8] = [
+        let changes: [&dyn Fn(&mut Entry); 9] = [
             &|entry| entry.place.group = 1,
             &|entry| entry.windows.clear(),
             &|entry| entry.windows[0].nll = 0.0,
             &|entry| entry.windows[0].divergence = None,
             &|entry| entry.answers.push(true),
+            &|entry| entry.likelihoods.push(-1.0),
             &|entry| entry.seconds = -1.0,
             &|entry| {
                 let kl = -0.5;
@@ -534,6 +556,48 @@ mod tests {
         for change in changes {
             let told = told(change).unwrap_err();
             assert!(told.starts_with("line 2 of "), "{told}");
+        }
+    }
+
+    /// Likelihoods are sums of logarithms of shares: none is above 0 but by rounding.
+    #[test]
+    fn a_likelihood_of_more_than_certainty_is_refused() {
+        let shape = GroupShape {
+            choices: 2,
+            ..GroupShape::default()
+        };
+        let fits = |likelihoods: [f64; 2]| {
+            let choices = Entry {
+                windows: Vec::new(),
+                likelihoods: likelihoods.to_vec(),
+                ..entry(0)
+            };
+            choices.fits(&shape)
+        };
+        assert!(fits([-17.5, 1e-7]).is_ok());
+        for wrong in [0.5, f64::NAN, f64::NEG_INFINITY] {
+            assert!(fits([-1.0, wrong]).is_err());
+        }
+    }
+
+    /// A state without tasks was called none of an evaluation where tasks were asked for, and one
+    /// with them damaged where they were not.
+    #[test]
+    fn a_setting_that_only_one_has_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("state.jsonl");
+        let plain = settings("a");
+        let mut with_tasks = plain.clone();
+        with_tasks.insert("set of questions".to_string(), Value::from("0123"));
+        for (before, after, told) in [
+            (&plain, &with_tasks, "null, here \"0123\""),
+            (&with_tasks, &plain, "\"0123\", here null"),
+        ] {
+            drop(Journal::open(&path, before).unwrap());
+            let error = Journal::open(&path, after).err().unwrap().to_string();
+            let named = format!("belongs to an evaluation with another set of questions: {told}");
+            assert!(error.ends_with(&named), "{error}");
+            fs::remove_file(&path).unwrap();
         }
     }
 

@@ -2,7 +2,7 @@
 //!
 //! Knows: packed linears as weights of the forward pass; perplexity, divergence from another
 //! checkpoint with its tail and its place in the window, paired confidence intervals, last words
-//! guessed by greedy tokens; the journal by which an evaluation goes on after a kill; logits of
+//! guessed by greedy tokens, choices weighed by their likelihood; the journal by which an evaluation goes on after a kill; logits of
 //! given tokens; runners that keep all weights as the file has them, text from them, and its speed.
 //!
 //! Does not know: how a checkpoint was made. Nothing of the solver or the pipeline is reachable
@@ -14,8 +14,10 @@ mod generate;
 mod journal;
 mod last_word;
 mod logits;
+mod multiple_choice;
 mod open;
 mod packed;
+mod passage;
 mod perplexity;
 mod run;
 mod speed;
@@ -29,10 +31,12 @@ pub use generate::{
     Session, TemplateError, fill_prompt,
 };
 pub use journal::{Journal, JournalError};
-pub use last_word::{Passage, guess_last_words};
+pub use last_word::guess_last_words;
 pub use logits::{LogitComparison, compare, logits};
+pub use multiple_choice::{Question, choice_accuracy, weigh_choices};
 pub use open::{OpenError, OpenedModel, open};
 pub use packed::PackedWeights;
+pub use passage::Passage;
 pub use perplexity::{
     Divergence, Reference, ScoreError, WindowScore, score_reference, score_windows,
 };

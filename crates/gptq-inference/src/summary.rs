@@ -123,6 +123,7 @@ pub fn accuracy(task: &str, answers: &[bool]) -> Accuracy {
         examples: answers.len(),
         share,
         stderr,
+        acc_norm: None,
     }
 }
 

@@ -3,7 +3,9 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use gptq_inference::{Passage, guess_last_words, score_reference, score_windows, summarise};
+use gptq_inference::{
+    Passage, guess_last_words, score_reference, score_windows, summarise, weigh_choices,
+};
 use gptq_model::{Decoder, DecoderConfig, HeadInput, ModelError};
 use gptq_types::{ActivationSink, LayerName, Stage, Weight};
 
@@ -258,4 +260,36 @@ fn the_context_is_given() {
     };
     let told = guess_last_words(&mut model, &[passage], &mut || {}).unwrap();
     assert_eq!(told, [true]);
+}
+
+#[test]
+fn choices_are_weighed_as_by_plain_softmaxes() {
+    let mut model = Bigrams::new(wave(0.37));
+    let of = |ids: &[u32], answer| Passage {
+        ids: ids.to_vec(),
+        answer,
+    };
+    let mut passages = vec![of(&[4, 2, 7, 7, 1], 3), of(&[9, 9], 1)];
+    // choices of one token after one text: the model sees them alike
+    passages.extend((0..5).map(|choice| of(&[4, 2, choice], 1)));
+    // and so does it where the text ends earlier
+    passages.push(of(&[4, 2, 3], 2));
+    let weighed = weigh_choices(&mut model, &passages, &mut || {}).unwrap();
+    let want = |passage: &Passage| -> f64 {
+        let first = passage.ids.len() - passage.answer;
+        (first..passage.ids.len())
+            .map(|at| model.probabilities(passage.ids[at - 1])[passage.ids[at] as usize].ln())
+            .sum()
+    };
+    for (passage, weighed) in passages.iter().zip(&weighed) {
+        let want = want(passage);
+        assert!((weighed - want).abs() < TOLERANCE, "{weighed}, {want}");
+    }
+    let seen: usize = model.batches.iter().map(Vec::len).sum();
+    assert_eq!(seen, 3);
+    assert!(
+        weigh_choices(&mut model, &[], &mut || {})
+            .unwrap()
+            .is_empty()
+    );
 }

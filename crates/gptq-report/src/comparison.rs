@@ -1,6 +1,6 @@
 //! Checkpoints side by side.
 
-use gptq_types::{Accuracy, EvalRecord, PairedDifference, Speed};
+use gptq_types::{EvalRecord, PairedDifference, Speed};
 
 use crate::size;
 
@@ -10,59 +10,30 @@ const POSITION_COLUMNS: usize = 8;
 /// A Markdown table, a row a checkpoint, with the protocol above it; a second one where the
 /// divergence is known by position. The first row is what KL divergence, agreement and differences
 /// are relative to. A column without a value is left out.
+///
+/// Records of several texts come text after text, each with the same checkpoints: each text has
+/// columns of its own.
 pub fn comparison(records: &[EvalRecord]) -> String {
-    let Some(first) = records.first() else {
+    let texts: Vec<&[EvalRecord]> = records.chunk_by(|a, b| a.text == b.text).collect();
+    let Some(&first) = texts.first() else {
         return String::new();
     };
-    let mut out = format!("{}\n\n", first.protocol);
-    let column = |head: &str, cell: &dyn Fn(&EvalRecord) -> String| Column {
-        head: head.to_string(),
-        cells: records.iter().map(cell).collect(),
-    };
-    let mut columns = vec![
-        column("checkpoint", &|record| record.model.clone()),
-        column("kind", &|record| record.kind.clone()),
-        column("size", &|record| size(record.weight_bytes)),
-        column("perplexity", &perplexity),
-        column("vs first", &|record| match std::ptr::eq(record, first) {
-            true => String::new(),
-            false => percent_change(record, first),
-        }),
-        column("KL, nats", &|record| decimals(record.kl)),
-        column("KL 99.9 %", &|record| decimals(record.kl_p999)),
-        column("same top token", &|record| {
-            (record.top1_agreement).map_or(String::new(), |share| format!("{:.1} %", 100.0 * share))
-        }),
-        column("ln ppl less first (95 %)", &|record| {
-            (record.nll_difference.as_ref()).map_or(String::new(), interval)
-        }),
-        column("noise floor", &|record| {
-            decimals(record.nll_difference.map(|found| found.noise_floor()))
-        }),
-    ];
-    let tasks = records.iter().filter_map(|record| record.accuracy.as_ref());
-    if let Some(task) = tasks.map(|accuracy| &accuracy.task).next() {
-        columns.push(column(task, &|record| {
-            (record.accuracy.as_ref()).map_or(String::new(), share)
-        }));
+    let mut out = String::new();
+    for text in &texts {
+        out += &format!("{}\n\n", of_text(&text[0], &text[0].protocol));
     }
-    let speeds: Vec<&Speed> = records.iter().filter_map(|r| r.speed.as_ref()).collect();
-    let of = |cell: fn(&Speed) -> String| {
-        move |record: &EvalRecord| record.speed.as_ref().map_or(String::new(), cell)
-    };
-    columns.extend([
-        column(
-            "prompt, tokens/s",
-            &of(|speed| format!("{:.0}", speed.prefill_tokens_per_second)),
-        ),
-        column(
-            "new tokens/s",
-            &of(|speed| format!("{:.1}", speed.decode_tokens_per_second)),
-        ),
-        column("peak memory", &of(|speed| size(speed.peak_memory))),
-    ]);
+    let mut columns = vec![
+        column(first, "checkpoint", &|record| record.model.clone()),
+        column(first, "kind", &|record| record.kind.clone()),
+        column(first, "size", &|record| size(record.weight_bytes)),
+    ];
+    for text in &texts {
+        columns.extend(scores(text));
+    }
+    columns.extend(tasks(first));
+    columns.extend(speeds(first));
     out += &table(columns);
-    if let Some(speed) = speeds.first() {
+    if let Some(speed) = first.iter().find_map(|record| record.speed.as_ref()) {
         out += &format!(
             "\nSpeed on {}: a prompt of {} tokens, then new ones to {}.\n",
             speed.device,
@@ -70,16 +41,105 @@ pub fn comparison(records: &[EvalRecord]) -> String {
             sequences(speed.batch)
         );
     }
-    let compared: Vec<&EvalRecord> = (records.iter())
-        .filter(|record| !record.kl_by_position.is_empty())
-        .collect();
-    if !compared.is_empty() {
-        out += &format!(
-            "\nKL, nats, by token of the window:\n\n{}",
-            positions(&compared)
-        );
+    for text in &texts {
+        let compared: Vec<&EvalRecord> = (text.iter())
+            .filter(|record| !record.kl_by_position.is_empty())
+            .collect();
+        if !compared.is_empty() {
+            let head = of_text(&text[0], "KL, nats, by token of the window:");
+            out += &format!("\n{head}\n\n{}", positions(&compared));
+        }
     }
     out
+}
+
+/// Words about a text, behind its name where there are several.
+fn of_text(record: &EvalRecord, words: &str) -> String {
+    match record.text.as_str() {
+        "" => words.to_string(),
+        name => format!("{name}: {words}"),
+    }
+}
+
+fn column(records: &[EvalRecord], head: &str, cell: &dyn Fn(&EvalRecord) -> String) -> Column {
+    Column {
+        head: head.to_string(),
+        cells: records.iter().map(cell).collect(),
+    }
+}
+
+/// What checkpoints are worth on one text.
+fn scores(records: &[EvalRecord]) -> Vec<Column> {
+    let first = &records[0];
+    let scored = |head: &str, cell: &dyn Fn(&EvalRecord) -> String| {
+        column(records, &of_text(first, head), cell)
+    };
+    vec![
+        scored("perplexity", &perplexity),
+        scored("vs first", &|record| match std::ptr::eq(record, first) {
+            true => String::new(),
+            false => percent_change(record, first),
+        }),
+        scored("KL, nats", &|record| decimals(record.kl)),
+        scored("KL 99.9 %", &|record| decimals(record.kl_p999)),
+        scored("same top token", &|record| {
+            (record.top1_agreement).map_or(String::new(), |share| format!("{:.1} %", 100.0 * share))
+        }),
+        scored("ln ppl less first (95 %)", &|record| {
+            (record.nll_difference.as_ref()).map_or(String::new(), interval)
+        }),
+        scored("noise floor", &|record| {
+            decimals(record.nll_difference.map(|found| found.noise_floor()))
+        }),
+    ]
+}
+
+/// A column for each task, two where choices are also weighed by their length.
+fn tasks(records: &[EvalRecord]) -> Vec<Column> {
+    let mut names: Vec<&str> = Vec::new();
+    for found in records.iter().flat_map(EvalRecord::accuracies) {
+        if !names.contains(&found.task.as_str()) {
+            names.push(&found.task);
+        }
+    }
+    let mut columns = Vec::new();
+    for name in names {
+        let of = |record: &EvalRecord| {
+            record
+                .accuracies()
+                .find(|found| found.task == name)
+                .cloned()
+        };
+        let normed = |record: &EvalRecord| of(record)?.acc_norm;
+        let head = match records.iter().any(|record| normed(record).is_some()) {
+            true => format!("{name}, acc"),
+            false => name.to_string(),
+        };
+        columns.push(column(records, &head, &|record| {
+            of(record).map_or(String::new(), |found| share(found.share, found.stderr))
+        }));
+        columns.push(column(records, &format!("{name}, acc_norm"), &|record| {
+            normed(record).map_or(String::new(), |found| share(found.share, found.stderr))
+        }));
+    }
+    columns
+}
+
+fn speeds(records: &[EvalRecord]) -> [Column; 3] {
+    let of = |head: &str, cell: fn(&Speed) -> String| {
+        column(records, head, &|record| {
+            record.speed.as_ref().map_or(String::new(), cell)
+        })
+    };
+    [
+        of("prompt, tokens/s", |speed| {
+            format!("{:.0}", speed.prefill_tokens_per_second)
+        }),
+        of("new tokens/s", |speed| {
+            format!("{:.1}", speed.decode_tokens_per_second)
+        }),
+        of("peak memory", |speed| size(speed.peak_memory)),
+    ]
 }
 
 fn sequences(batch: usize) -> String {
@@ -160,9 +220,8 @@ fn interval(found: &PairedDifference) -> String {
     )
 }
 
-fn share(accuracy: &Accuracy) -> String {
-    let (share, stderr) = (100.0 * accuracy.share, 100.0 * accuracy.stderr);
-    format!("{share:.1} ± {stderr:.1} %")
+fn share(share: f64, stderr: f64) -> String {
+    format!("{:.1} ± {:.1} %", 100.0 * share, 100.0 * stderr)
 }
 
 fn decimals(value: Option<f64>) -> String {
@@ -171,6 +230,8 @@ fn decimals(value: Option<f64>) -> String {
 
 #[cfg(test)]
 mod tests {
+    use gptq_types::{Accuracy, Share};
+
     use super::*;
 
     fn record(model: &str, perplexity: f64, kl: Option<f64>) -> EvalRecord {
@@ -220,6 +281,7 @@ mod tests {
             examples: 50,
             share,
             stderr: 0.07,
+            acc_norm: None,
         };
         let first = EvalRecord {
             accuracy: Some(accuracy(0.42)),
@@ -250,6 +312,74 @@ mod tests {
             | to 2048 |\n\
             |---|---|---|---|---|---|---|---|---|\n\
             | b | 0.0000 | 0.1000 | 0.2000 | 0.3000 | 0.4000 | 0.5000 | 0.6000 | 0.7000 |\n";
+        assert_eq!(table, want);
+    }
+
+    #[test]
+    fn tasks_have_one_column_or_two() {
+        let accuracy = |task: &str, share, acc_norm: Option<f64>| Accuracy {
+            task: task.into(),
+            examples: 100,
+            share,
+            stderr: 0.05,
+            acc_norm: acc_norm.map(|share| Share {
+                share,
+                stderr: 0.04,
+            }),
+        };
+        let first = EvalRecord {
+            accuracy: Some(accuracy("lambada", 0.5, None)),
+            tasks: vec![
+                accuracy("arc", 0.25, Some(0.375)),
+                accuracy("wino", 0.625, None),
+            ],
+            ..record("a", 20.0, None)
+        };
+        let second = EvalRecord {
+            tasks: vec![accuracy("wino", 0.75, None)],
+            ..record("b", 20.0, None)
+        };
+        let want = "text, 2 windows of 8\n\n\
+            | checkpoint | kind | size | perplexity | vs first | lambada | arc, acc | arc, acc_norm \
+            | wino |\n\
+            |---|---|---|---|---|---|---|---|---|\n\
+            | a | k | 123 MB | 20.000 ± 0.200 |  | 50.0 ± 5.0 % | 25.0 ± 5.0 % | 37.5 ± 4.0 % \
+            | 62.5 ± 5.0 % |\n\
+            | b | k | 123 MB | 20.000 ± 0.200 | +0.00 % |  |  |  | 75.0 ± 5.0 % |\n";
+        assert_eq!(comparison(&[first, second]), want);
+    }
+
+    #[test]
+    fn each_of_several_texts_has_its_columns() {
+        let of = |text: &str, model: &str, perplexity, kl: Option<f64>| EvalRecord {
+            text: text.into(),
+            protocol: format!("`{text}`, 2 windows of 8"),
+            kl_by_position: kl.into_iter().collect(),
+            ..record(model, perplexity, kl)
+        };
+        let table = comparison(&[
+            of("one", "a", 20.0, None),
+            of("one", "b", 21.0, Some(0.0512)),
+            of("two", "a", 10.0, None),
+            of("two", "b", 12.0, Some(0.25)),
+        ]);
+        let want = "one: `one`, 2 windows of 8\n\n\
+            two: `two`, 2 windows of 8\n\n\
+            | checkpoint | kind | size | one: perplexity | one: vs first | one: KL, nats \
+            | one: same top token | two: perplexity | two: vs first | two: KL, nats \
+            | two: same top token |\n\
+            |---|---|---|---|---|---|---|---|---|---|---|\n\
+            | a | k | 123 MB | 20.000 ± 0.200 |  |  |  | 10.000 ± 0.100 |  |  |  |\n\
+            | b | k | 123 MB | 21.000 ± 0.210 | +5.00 % | 0.0512 | 87.5 % \
+            | 12.000 ± 0.120 | +20.00 % | 0.2500 | 87.5 % |\n\n\
+            one: KL, nats, by token of the window:\n\n\
+            | checkpoint | to 8 |\n\
+            |---|---|\n\
+            | b | 0.0512 |\n\n\
+            two: KL, nats, by token of the window:\n\n\
+            | checkpoint | to 8 |\n\
+            |---|---|\n\
+            | b | 0.2500 |\n";
         assert_eq!(table, want);
     }
 

@@ -34,7 +34,7 @@ pub use outside_name::OutsideNameError;
 pub use quiet::{PanicMessage, quietly};
 pub use record::{
     Accuracy, CalibrationRecord, EvalRecord, FileRecord, LayerRecord, PairedDifference, Phase,
-    PhaseTimes, RUN_RECORD_SCHEMA, RunRecord, Speed, Warning,
+    PhaseTimes, RUN_RECORD_SCHEMA, RunRecord, Share, Speed, Warning,
 };
 pub use solved::{LayerLoss, LossMeasure, SolvedLayer};
 pub use source::{Dtype, SourceError, TensorInfo, TensorSource};

@@ -252,6 +252,9 @@ pub struct EvalRecord {
     pub model: String,
     /// `fp16`, `4-bit g64` and so on.
     pub kind: String,
+    /// Name of the text; empty where the run scored one alone.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub text: String,
     /// Text, join, window and count, in words.
     pub protocol: String,
     /// sha256 of the evaluated token ids as little-endian u32.
@@ -279,9 +282,13 @@ pub struct EvalRecord {
     /// `nll` less that of the first checkpoint; absent for the first itself.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub nll_difference: Option<PairedDifference>,
-    /// Share of tasks that were answered right, where some were given.
+    /// Share of last words that were guessed, where passages were given. What does not depend on the
+    /// text stands in the record of the first text alone: this, tasks, speed and seconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub accuracy: Option<Accuracy>,
+    /// Multiple choice, a score per task.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tasks: Vec<Accuracy>,
     /// Speed, where it was measured.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub speed: Option<Speed>,
@@ -293,6 +300,13 @@ pub struct EvalRecord {
     /// Wall seconds.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub seconds: f64,
+}
+
+impl EvalRecord {
+    /// Last words and multiple choice.
+    pub fn accuracies(&self) -> impl Iterator<Item = &Accuracy> {
+        self.accuracy.iter().chain(&self.tasks)
+    }
 }
 
 /// A mean difference over windows that both models scored.
@@ -316,13 +330,27 @@ impl PairedDifference {
 /// Answers to a task with one right answer each.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Accuracy {
-    /// `lambada`: the last word of a passage, by greedy tokens.
+    /// `lambada`: the last word of a passage, by greedy tokens. Else the name that was given to a
+    /// task of multiple choice.
     pub task: String,
-    /// Passages.
+    /// Passages or questions.
     pub examples: usize,
-    /// Share of them answered right, 0 to 1.
+    /// Share of them answered right, 0 to 1; of multiple choice, `acc`: the likeliest choice counts.
     pub share: f64,
     /// Standard error of the share.
+    pub stderr: f64,
+    /// Where the choice counts that is likeliest for its number of characters; absent where no
+    /// choice has a length of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub acc_norm: Option<Share>,
+}
+
+/// A share of right answers.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Share {
+    /// 0 to 1.
+    pub share: f64,
+    /// Its standard error.
     pub stderr: f64,
 }
 

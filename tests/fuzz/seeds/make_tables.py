@@ -1,7 +1,8 @@
 """Writes the seeds that need a library: rows*.parquet and rows*.arrow, a dozen lines of
-the calibration text each. Needs pyarrow. The files are kept, so
-nobody has to run it."""
+the calibration text each, and questions.* of the questions beside them. Needs pyarrow. The files
+are kept, so nobody has to run it."""
 
+import json
 from pathlib import Path
 
 import pyarrow as pa
@@ -23,3 +24,9 @@ for name, compression in [("rows", None), ("rows-lz4", "lz4"), ("rows-zstd", "zs
         out.write_table(table)
 with pa.ipc.new_stream(seeds / "rows-stream.arrow", chats.schema) as out:
     out.write_table(chats)
+asked = [json.loads(line) for line in (seeds / "arc.jsonl").read_text().splitlines()]
+asked[1]["choices"] = {name: [pair[name] for pair in asked[1]["choices"]] for name in ("text", "label")}
+pq.write_table(pa.Table.from_pylist(asked), seeds / "questions.parquet", compression="snappy")
+ended = pa.Table.from_pylist([json.loads(line) | {"label": 0} for line in (seeds / "hellaswag.jsonl").read_text().splitlines()])
+with pa.ipc.new_stream(seeds / "questions.arrow", ended.schema) as out:
+    out.write_table(ended)

@@ -145,7 +145,7 @@ fn made(gptq: &Gptq, folder: &Path) -> Result<(), String> {
         folder,
         "verify packed --write logits.safetensors --ids 1,5,20",
     )?;
-    let eval = "eval model packed --dataset text.txt --max-windows 2 --seq-len 16 --state state.jsonl --device cpu --json";
+    let eval = "eval model packed --dataset text.txt --max-windows 2 --seq-len 16 --task q=seeds/piqa.jsonl --state state.jsonl --device cpu --json";
     let record = gptq.good(folder, eval)?;
     write(&folder.join("eval.json"), &record)?;
     let recipe = r#"{"schema": 1, "recipe": {"model": "model",

@@ -84,6 +84,8 @@ const REPOSITORY: &[(&str, &str)] = &[
 const RTN: &str = "quantize model --out out --method rtn --group-size 32 --device cpu";
 const WINDOWS: &str = "quantize model --out out --dataset rows* --samples 2 --seq-len 16 --group-size 32 --device cpu";
 const EVAL: &str = "eval packed --dataset text.txt --max-windows 1 --seq-len 16 --device cpu";
+const QUESTIONS: &str = "eval model --dataset text.txt --max-windows 1 --seq-len 16 --task q=questions.jsonl --task-examples 2 --device cpu";
+const QUESTION_TABLES: &str = "eval model --dataset text.txt --max-windows 1 --seq-len 16 --task q=questions* --task-examples 2 --device cpu";
 const LOGITS: &str = "verify packed --write logits.safetensors --ids 1,5,20";
 const WRITE: &str = "generate model --prompt around --max-new-tokens 1 --device cpu";
 const CHAT: &str = "generate model --chat --prompt around --max-new-tokens 1 --device cpu";
@@ -318,6 +320,28 @@ pub const TARGETS: &[Target] = &[
         ..PLAIN
     },
     Target {
+        name: "questions",
+        beside: &[("model", "model"), ("text.txt", "text.txt")],
+        seeds: &[
+            "seeds/arc.jsonl",
+            "seeds/piqa.jsonl",
+            "seeds/winogrande.jsonl",
+            "seeds/hellaswag.jsonl",
+        ],
+        file: "questions.jsonl",
+        kind: Kind::Text,
+        commands: &[QUESTIONS],
+        ..PLAIN
+    },
+    Target {
+        name: "question-tables",
+        beside: &[("model", "model"), ("text.txt", "text.txt")],
+        seeds: &["seeds/questions.parquet", "seeds/questions.arrow"],
+        file: "questions*",
+        commands: &[QUESTION_TABLES],
+        ..PLAIN
+    },
+    Target {
         name: "windows",
         beside: MODEL,
         seeds: &["rows.safetensors"],
@@ -379,12 +403,13 @@ pub const TARGETS: &[Target] = &[
             ("model", "model"),
             ("packed", "packed"),
             ("text.txt", "text.txt"),
+            ("seeds/piqa.jsonl", "piqa.jsonl"),
         ],
         seeds: &["state.jsonl"],
         file: "state.jsonl",
         kind: Kind::Text,
         commands: &[
-            "eval model packed --dataset text.txt --max-windows 2 --seq-len 16 --state state.jsonl --device cpu",
+            "eval model packed --dataset text.txt --max-windows 2 --seq-len 16 --task q=piqa.jsonl --state state.jsonl --device cpu",
         ],
         ..PLAIN
     },

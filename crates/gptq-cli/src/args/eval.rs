@@ -2,6 +2,7 @@
 
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use clap::Args;
 
@@ -13,9 +14,9 @@ pub struct EvalArgs {
     #[arg(required = true)]
     pub models: Vec<String>,
     /// Text: `wikitext2` by the papers' protocol, `c4`, NAME=FILE for a local copy, a FILE, or
-    /// OWNER/NAME[:CONFIG[:SPLIT]] on the hub
+    /// OWNER/NAME[:CONFIG[:SPLIT]] on the hub; can be repeated, each text has scores of its own
     #[arg(long, default_value = "wikitext2")]
-    pub dataset: String,
+    pub dataset: Vec<String>,
     /// Column of its rows that holds the text or the conversations [default: the first known one]
     #[arg(long, value_name = "NAME")]
     pub column: Option<String>,
@@ -31,6 +32,13 @@ pub struct EvalArgs {
     /// With --lambada: only this many passages from the start
     #[arg(long, value_name = "N", requires = "lambada")]
     pub lambada_examples: Option<usize>,
+    /// Also answer questions of multiple choice: FILE has the columns of ARC, PIQA, WinoGrande or
+    /// HellaSwag in its rows, NAME stands above the results; can be repeated
+    #[arg(long, value_name = "NAME=FILE")]
+    pub task: Vec<TaskArg>,
+    /// With --task: only this many questions of each from the start
+    #[arg(long, value_name = "N", requires = "task")]
+    pub task_examples: Option<usize>,
     #[command(flatten)]
     pub tokenizer: TokenizerArgs,
     /// Keep scores in FILE as they come; the same command goes on with it after a kill
@@ -51,6 +59,33 @@ pub struct EvalArgs {
     pub json: bool,
     #[command(flatten)]
     pub hub: HubArgs,
+}
+
+/// A file of questions and the name of its results.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TaskArg {
+    pub name: String,
+    pub file: PathBuf,
+}
+
+impl FromStr for TaskArg {
+    type Err = String;
+
+    /// The name heads a column of tables, so it is a plain word.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (name, file) = text.split_once('=').ok_or("expected NAME=FILE")?;
+        let is_plain = |letter: char| letter.is_ascii_alphanumeric() || "._-".contains(letter);
+        if name.is_empty() || !name.chars().all(is_plain) {
+            return Err("NAME is made of letters, digits, `.`, `_` and `-`".to_string());
+        }
+        match file {
+            "" => Err("expected NAME=FILE".to_string()),
+            file => Ok(TaskArg {
+                name: name.to_string(),
+                file: PathBuf::from(file),
+            }),
+        }
+    }
 }
 
 #[derive(Args)]

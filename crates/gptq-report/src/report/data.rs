@@ -50,7 +50,8 @@ impl ReportError {
 pub struct Found {
     /// Runs.
     pub runs: Vec<FoundRun>,
-    /// Files of `gptq eval --json`: in each, the first record is what the others are compared with.
+    /// Files of `gptq eval --json`: in each, the first record of a text is what the others on that
+    /// text are compared with.
     pub evaluations: Vec<Vec<EvalRecord>>,
 }
 

@@ -56,7 +56,9 @@ impl Report {
         }
         let runs = joiner.rows.len();
         for file in found.evaluations {
-            joiner.add_file(file, runs)?;
+            for of_text in file.chunk_by(|a, b| a.text == b.text) {
+                joiner.add_file(of_text.to_vec(), runs)?;
+            }
         }
         for row in 0..runs {
             joiner.add_own_scores(row);
@@ -85,7 +87,7 @@ impl Joiner {
         Ok(())
     }
 
-    /// The scores of one file.
+    /// The scores of one file on one text.
     fn add_file(&mut self, file: Vec<EvalRecord>, runs: usize) -> Result<(), ReportError> {
         let owners = self.owners(&file, runs)?;
         // Of a packed checkpoint alone nobody says that others are to be compared with it.
@@ -284,6 +286,11 @@ fn is_same_text(one: &EvalRecord, other: &EvalRecord) -> bool {
 /// Fills what `first` lacks; what is relative to a reference only where that is the same.
 fn complete(first: &mut EvalRecord, later: EvalRecord, same_reference: bool) {
     first.accuracy = first.accuracy.take().or(later.accuracy);
+    for task in later.tasks {
+        if !first.tasks.iter().any(|known| known.task == task.task) {
+            first.tasks.push(task);
+        }
+    }
     first.speed = first.speed.take().or(later.speed);
     if same_reference || first.kl.is_none() {
         first.kl = first.kl.or(later.kl);

@@ -1,6 +1,6 @@
 //! Tables of a report, before they are HTML or Markdown.
 
-use gptq_types::{ColumnOrder, EvalRecord, QuantSpec, Speed};
+use gptq_types::{Accuracy, ColumnOrder, EvalRecord, QuantSpec, Speed};
 
 use super::data::{Report, Row};
 use super::format::{nats, percent, perplexity_with_error, rate, signed_nats};
@@ -147,22 +147,36 @@ impl<'a> Builder<'a> {
     fn abilities(&mut self) {
         let mut tasks: Vec<String> = Vec::new();
         for (_, row) in &self.rows {
-            let task = accuracy(row).map(|found| found.task.clone());
-            tasks.extend(task.filter(|task| !tasks.contains(task)));
+            for found in accuracies(row) {
+                if !tasks.contains(&found.task) {
+                    tasks.push(found.task.clone());
+                }
+            }
         }
         for task in tasks {
-            let head = if task == "lambada" { "LAMBADA" } else { &task };
+            let of = |row: &Row| accuracies(row).find(|found| found.task == task).cloned();
+            let is_normed = |row: &Row| of(row).is_some_and(|found| found.acc_norm.is_some());
+            let head = match task.as_str() {
+                "lambada" => "LAMBADA".to_string(),
+                _ if self.rows.iter().any(|(_, row)| is_normed(row)) => format!("{task}, acc"),
+                _ => task.clone(),
+            };
             self.number(
                 "tasks",
-                head,
+                &head,
                 "share answered right, ± one standard error",
                 |row| {
-                    let found = accuracy(row).filter(|found| found.task == task)?;
-                    Some(format!(
-                        "{:.1} ± {:.1} %",
-                        100.0 * found.share,
-                        100.0 * found.stderr
-                    ))
+                    let found = of(row)?;
+                    Some(share(found.share, found.stderr))
+                },
+            );
+            self.number(
+                "tasks",
+                &format!("{task}, acc_norm"),
+                "the same where each choice's log-likelihood is divided by its characters",
+                |row| {
+                    let found = of(row)?.acc_norm?;
+                    Some(share(found.share, found.stderr))
                 },
             );
         }
@@ -217,8 +231,13 @@ impl<'a> Builder<'a> {
     }
 }
 
-fn accuracy(row: &Row) -> Option<&gptq_types::Accuracy> {
-    row.scores.iter().find_map(|s| s.record.accuracy.as_ref())
+/// Of all texts together: what a task says does not depend on the text beside it.
+fn accuracies(row: &Row) -> impl Iterator<Item = &Accuracy> {
+    row.scores.iter().flat_map(|s| s.record.accuracies())
+}
+
+fn share(share: f64, stderr: f64) -> String {
+    format!("{:.1} ± {:.1} %", 100.0 * share, 100.0 * stderr)
 }
 
 fn speed(row: &Row) -> Option<&Speed> {
@@ -293,8 +312,9 @@ pub(super) fn branches(report: &Report) -> Table {
 
 /// What the branches are worth: scores on the first text, tasks and speed.
 pub(super) fn worth(report: &Report) -> Table {
-    let told =
-        |row: &Row| row.score(0).is_some() || speed(row).is_some() || accuracy(row).is_some();
+    let told = |row: &Row| {
+        row.score(0).is_some() || speed(row).is_some() || accuracies(row).next().is_some()
+    };
     let mut table = Builder::new(report, told);
     if !report.texts.is_empty() {
         table.scores(0);

@@ -81,6 +81,34 @@ fn a_path_that_was_given_leaves_no_room_for_a_name() {
     assert_eq!(report.rows[1].name, "b/main");
 }
 
+/// `gptq eval` of two texts: a run is one row, each text has its reference and its table.
+#[test]
+fn a_file_may_tell_of_several_texts() {
+    let of = |text: &str, record: EvalRecord| EvalRecord {
+        text: text.into(),
+        token_sha256: text.into(),
+        protocol: format!("`{text}`, 8 windows of 64"),
+        ..record
+    };
+    let file = vec![
+        of("one", score("models/tiny", 20.0, None)),
+        of("one", score("out/main", 25.0, Some(0.2))),
+        of("two", score("models/tiny", 10.0, None)),
+        of("two", score("out/main", 12.0, Some(0.3))),
+    ];
+    let report = report(vec![found("out/main", run(128))], vec![file]);
+    let names: Vec<&str> = report.rows.iter().map(|row| row.name.as_str()).collect();
+    assert_eq!(names, ["tiny", "main"]);
+    assert_eq!(report.doubts, [""; 0]);
+    for (text, perplexity) in [25.0, 12.0].into_iter().enumerate() {
+        assert_eq!(report.texts[text].reference.as_deref(), Some("tiny"));
+        assert_eq!(report.rows[1].score(text).unwrap().perplexity, perplexity);
+        let against = report.rows[1].scores[text].against.as_deref();
+        assert_eq!(against, Some("tiny"));
+    }
+    assert_eq!(report.markdown().matches("| perplexity |").count(), 2);
+}
+
 /// A branch of a matrix brings its scores along; a file of `gptq eval` adds what those lack.
 #[test]
 fn a_branch_and_a_file_tell_of_one_score() {

@@ -1,6 +1,6 @@
 //! What tables and lists say, and what they leave out.
 
-use gptq_types::{Accuracy, ColumnOrder, Method, PairedDifference, Speed, Warning};
+use gptq_types::{Accuracy, ColumnOrder, Method, PairedDifference, Share, Speed, Warning};
 
 use super::*;
 
@@ -52,7 +52,18 @@ fn columns_without_a_value_are_left_out_and_gaps_are_dashes() {
         examples: 500,
         share: 0.612,
         stderr: 0.0218,
+        acc_norm: None,
     });
+    measured.tasks = vec![Accuracy {
+        task: "arc|easy".into(),
+        examples: 570,
+        share: 0.523,
+        stderr: 0.0209,
+        acc_norm: Some(Share {
+            share: 0.43,
+            stderr: 0.0208,
+        }),
+    }];
     measured.speed = Some(Speed {
         device: "cpu, 2 threads".into(),
         prompt_tokens: 128,
@@ -73,6 +84,8 @@ fn columns_without_a_value_are_left_out_and_gaps_are_dashes() {
         "1.2500",
         "87.5 %",
         "61.2 ± 2.2 %",
+        "52.3 ± 2.1 %",
+        "43.0 ± 2.1 %",
         "1,234",
         "61.3",
         "123 MB",
@@ -86,8 +99,12 @@ fn columns_without_a_value_are_left_out_and_gaps_are_dashes() {
         .iter()
         .filter(|cell| *cell == "–")
         .count();
-    // Difference, floor and tail; one task; speeds and memory.
-    assert_eq!(dashes, 3 + 1 + 3, "{markdown}");
+    // Difference, floor and tail; two tasks, one of them twice; speeds and memory.
+    assert_eq!(dashes, 3 + 3 + 3, "{markdown}");
+    assert!(
+        markdown.contains("| arc\\|easy, acc | arc\\|easy, acc_norm |"),
+        "{markdown}"
+    );
 }
 
 #[test]

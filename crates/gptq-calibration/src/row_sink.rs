@@ -1,0 +1,106 @@
+//! Between the readers of files and what becomes of their rows.
+
+use std::path::Path;
+
+use gptq_types::outside_name::shown;
+use serde_json::Value;
+
+use crate::CalibrationError;
+
+/// Characters of a column's name that an error repeats.
+pub(crate) const SHOWN_NAME: usize = 30;
+
+/// Takes the rows of a file, whichever reader finds them: as texts or as questions.
+/// The first row says what all are.
+pub(crate) trait RowSink {
+    /// Chooses among the columns of the first row, or of a file that says its columns; `is_list`
+    /// tells those that hold lists. `place` is what an error calls them.
+    fn begin(
+        &mut self,
+        place: String,
+        names: &[&str],
+        is_list: &dyn Fn(&str) -> bool,
+    ) -> Result<(), CalibrationError>;
+
+    /// Begins where the first row is a string.
+    fn begin_strings(&mut self) -> Result<(), CalibrationError>;
+
+    /// Whether no row came yet.
+    fn is_empty(&self) -> bool;
+
+    /// Whether as much was read as was asked for.
+    fn is_full(&self) -> bool;
+
+    /// The columns whose cells [`RowSink::push`] takes; none before the first row.
+    fn columns(&self) -> Vec<&str>;
+
+    /// Whether all columns hold strings or lists.
+    fn wants_strings(&self) -> bool;
+
+    /// Takes the cells of a row, `None` for a column that it lacks.
+    fn push(&mut self, cells: Vec<Option<Value>>) -> Result<(), CalibrationError>;
+
+    /// Whether each row is a string.
+    fn are_strings(&self) -> bool {
+        false
+    }
+
+    /// Whether rows are texts as they stand in one column.
+    fn are_texts(&self) -> bool {
+        false
+    }
+
+    /// Takes a row that is a text as it stands.
+    fn push_text(&mut self, _: &str) -> Result<(), CalibrationError> {
+        Err(self.wrong("is a string, expected columns".to_string()))
+    }
+
+    /// The next row stands in this line.
+    fn set_line(&mut self, line: usize);
+
+    /// What an error calls the row that comes next.
+    fn place(&self) -> String;
+
+    /// An error about the row that comes next.
+    fn wrong(&self, reason: String) -> CalibrationError;
+}
+
+/// Where a reader is in its file.
+pub(crate) struct RowPlace<'a> {
+    pub(crate) path: &'a Path,
+    /// Of the next row, in a file of lines.
+    pub(crate) line: Option<usize>,
+}
+
+impl RowPlace<'_> {
+    /// What an error calls row `row`, from 1.
+    pub(crate) fn words(&self, row: usize) -> String {
+        let path = self.path.display();
+        match self.line.filter(|line| *line != row) {
+            Some(line) => format!("row {row} (line {line}) of {path}"),
+            None => format!("row {row} of {path}"),
+        }
+    }
+
+    /// An error about row `row`.
+    pub(crate) fn wrong(&self, row: usize, reason: String) -> CalibrationError {
+        CalibrationError::Row {
+            place: self.words(row),
+            row,
+            reason,
+        }
+    }
+}
+
+/// Up to `most` names of columns, and how many more there are.
+pub(crate) fn shown_columns(names: &[&str], most: usize) -> String {
+    let mut found: Vec<String> = (names.iter().take(most))
+        .map(|name| format!("`{}`", shown(name, SHOWN_NAME)))
+        .collect();
+    match names.len().checked_sub(most) {
+        _ if names.is_empty() => found.push("no columns".to_string()),
+        Some(more) if more > 0 => found.push(format!("{more} more")),
+        _ => {}
+    }
+    found.join(", ")
+}
