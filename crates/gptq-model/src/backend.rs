@@ -62,8 +62,9 @@ pub(crate) trait DecoderBackend: Backend + 'static {
     /// A weight of `in_features` and `out_features`; its layout is the backend's own.
     fn weight(values: LinearValues, in_features: usize, out_features: usize) -> Tensor<Self, 2>;
 
-    /// A weight that stays when solvers write over this one.
-    fn copied(weight: &Tensor<Self, 2>) -> Tensor<Self, 2>;
+    /// A weight that stays when solvers write over this one; in the place of one that nobody needs any
+    /// more, where its shape is the same: a GPU waits for all work when memory is given back.
+    fn copied(weight: &Tensor<Self, 2>, place: Option<Tensor<Self, 2>>) -> Tensor<Self, 2>;
 
     /// The weight as solvers see it.
     fn show_weight(weight: &Tensor<Self, 2>) -> Weight;
@@ -150,7 +151,7 @@ pub(crate) trait DecoderBackend: Backend + 'static {
 }
 
 /// Where activations wait.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Shelves<S> {
     /// Hidden states.
     pub hidden: S,
@@ -247,7 +248,7 @@ impl DecoderBackend for Flex {
         wrap(values, out_features)
     }
 
-    fn copied(weight: &Tensor<Self, 2>) -> Tensor<Self, 2> {
+    fn copied(weight: &Tensor<Self, 2>, _: Option<Tensor<Self, 2>>) -> Tensor<Self, 2> {
         weight.clone() // it is replaced, never written over
     }
 

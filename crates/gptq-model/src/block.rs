@@ -29,10 +29,10 @@ impl<B: DecoderBackend> Linear<B> {
         B::show_weight(&self.weight)
     }
 
-    fn copied(&self) -> Self {
+    fn copied(&self, place: Option<Tensor<B, 2>>) -> Self {
         Linear {
             name: self.name.clone(),
-            weight: B::copied(&self.weight),
+            weight: B::copied(&self.weight, place),
             bias: self.bias.clone(),
             in_features: self.in_features,
             out_features: self.out_features,
@@ -136,20 +136,30 @@ impl<B: DecoderBackend> Block<B> {
         }
     }
 
-    /// The same block, which stays as it is when linears of this one are replaced or written over.
-    pub fn copied(&self) -> Self {
-        let copied = |linear: &Linear<B>| linear.copied();
+    /// The same block, which stays as it is when linears of this one are replaced or written over; in the
+    /// place of another one, where there is one.
+    pub fn copied(&self, place: Option<Self>) -> Self {
+        let mut places = place.into_iter().flat_map(Self::into_weights);
+        let mut copied = |linear: &Linear<B>| linear.copied(places.next());
         Block {
             shape: self.shape,
             eps: self.eps,
             input_norm: self.input_norm.clone(),
             post_attention_norm: self.post_attention_norm.clone(),
             head_norms: self.head_norms.clone(),
-            attention_in: self.attention_in.each_ref().map(copied),
+            attention_in: self.attention_in.each_ref().map(&mut copied),
             attention_out: copied(&self.attention_out),
-            mlp_in: self.mlp_in.each_ref().map(copied),
+            mlp_in: self.mlp_in.each_ref().map(&mut copied),
             mlp_out: copied(&self.mlp_out),
         }
+    }
+
+    fn into_weights(self) -> impl Iterator<Item = Tensor<B, 2>> {
+        (self.attention_in.into_iter())
+            .chain([self.attention_out])
+            .chain(self.mlp_in)
+            .chain([self.mlp_out])
+            .map(|linear| linear.weight)
     }
 
     pub fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear<B>> {

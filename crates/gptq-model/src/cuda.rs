@@ -171,9 +171,10 @@ impl<E: Half> DecoderBackend for Cuda<E> {
         out
     }
 
-    fn copied(weight: &Tensor<Self, 2>) -> Tensor<Self, 2> {
+    fn copied(weight: &Tensor<Self, 2>, place: Option<Tensor<Self, 2>>) -> Tensor<Self, 2> {
         let from = view(weight);
-        let out = blank(from.rows, from.columns);
+        let place = place.filter(|place| place.dims() == weight.dims());
+        let out = place.unwrap_or_else(|| blank(from.rows, from.columns));
         let bytes = from.rows * from.columns * 2;
         note(gpu().copy(view(&out).address, from.address, bytes));
         out

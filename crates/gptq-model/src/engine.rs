@@ -205,7 +205,7 @@ impl<B: DecoderBackend> Engine<B> {
             };
             let turn = &self.turns[&tokens];
             let float = (self.float.as_mut())
-                .map(|stream| stream.advance(stage, place, &shelves.float, turn, tokens));
+                .and_then(|stream| stream.advance(stage, place, &shelves.float, turn, tokens));
             look(&input, float.as_ref());
             if matches!(stage, Stage::AttentionOut | Stage::MlpOut) {
                 batch.inner = Some(B::keep(&shelves.inner, place, input));
@@ -231,11 +231,15 @@ impl<B: DecoderBackend> Decoder for Engine<B> {
         let shelves = B::shelves(&self.need(&cut));
         B::check()?;
         let table = self.table()?;
+        let mut start = 0;
         for (place, windows) in cut.into_iter().enumerate() {
             let hidden = self.embed_ids(&table, &windows.concat())?;
             if let Some(stream) = &mut self.float {
-                stream.embed(B::keep(&shelves.float, place, hidden.clone()));
+                let kept = FloatStream::<B>::follows(start)
+                    .then(|| B::keep(&shelves.float, place, hidden.clone()));
+                stream.embed(kept);
             }
+            start += windows.len() * windows[0].len();
             self.batches.push(Batch {
                 hidden: Some(B::keep(&shelves.hidden, place, hidden)),
                 windows: windows.to_vec(),
@@ -253,12 +257,9 @@ impl<B: DecoderBackend> Decoder for Engine<B> {
 
     fn load_block(&mut self, index: usize) -> Result<(), ModelError> {
         self.block = None; // frees the old block before the new one is read
-        if let Some(stream) = &mut self.float {
-            stream.block = None;
-        }
         let block = self.take_next(index)?;
         if let Some(stream) = &mut self.float {
-            stream.block = Some(block.copied());
+            stream.block = Some(block.copied(stream.block.take()));
         }
         self.block = Some(block);
         self.read_ahead(index + 1);

@@ -17,6 +17,7 @@ use half::f16;
 
 use crate::factor::{Damping, importance};
 use crate::hessian::check_finite;
+use crate::mismatch::is_squared;
 use crate::search::SearchRule;
 use crate::stage::{Facts, Rounded, StageHessian, StageSolver, StageSum, count, factor_flop};
 use crate::{Order, QuantizeError};
@@ -50,8 +51,9 @@ impl DeviceSum {
         let (Activations::Device(x), float) = (x, float) else {
             unreachable!("a decoder on the GPU shows rows that lie there");
         };
+        let squared = is_squared(self.tokens);
         let added = self.timed(|hessian| match float {
-            Some(Activations::Device(float)) => hessian.add_pair(x, float),
+            Some(Activations::Device(float)) => hessian.add_pair(x, float, squared),
             _ => hessian.add(x),
         });
         if let Err(error) = added {

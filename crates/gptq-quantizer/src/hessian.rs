@@ -44,7 +44,7 @@ impl HessianSum {
             features: self.features,
             tokens: self.tokens,
             values: self.gram.finish(scale),
-            mismatch: self.mismatch.map(|sum| sum.finish(scale)),
+            mismatch: self.mismatch.map(MismatchSum::finish),
         };
         check_finite(&hessian.diagonal())?;
         Ok(hessian)
@@ -82,11 +82,12 @@ impl ActivationSink for HessianSum {
         tokens: usize,
         in_features: usize,
     ) {
+        let start = self.tokens;
         self.observe(x, tokens, in_features);
         if let (Some(sum), Activations::Host(x), Activations::Host(float)) =
             (&mut self.mismatch, x, float)
         {
-            sum.add(x, float, tokens);
+            sum.add(x, float, start, tokens);
         }
     }
 }

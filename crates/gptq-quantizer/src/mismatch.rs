@@ -1,7 +1,8 @@
 //! Inputs that linears before have changed: what the sweep should aim at, and what it is measured by.
 //!
 //! A linear is rounded on the inputs `X~` of the quantized model, while the float model's are `X`. With
-//! `D = X - X~`, `G = D X~^T` and `F = D D^T` (means over tokens times 2, as `H = X~ X~^T`):
+//! `D = X - X~`, `G = D X~^T` and `F = D D^T` (means over tokens times 2, as `H = X~ X~^T`; those of `G`
+//! over the tokens that a float stream follows, those of `F` over an eighth):
 //!
 //! - The weight that comes nearest to `W X` on `X~` is `W + W G H^-1` (the normal equations of
 //!   `min |W X - V X~|^2`; GPTAQ, Li et al. 2025, and Qronos, Zhang et al. 2025, aim there too). With the
@@ -14,14 +15,23 @@
 //! Weights are stored input channel first, so that everything here is the transpose.
 
 use gptq_kernels::{Cross, Gram, multiply, multiply_left_transposed};
+use gptq_types::stretch_of;
 
 use crate::Factor;
 use crate::measure::inner_product;
+
+/// Of the tokens that a float stream follows, those that go into `F`: it is one number of a layer's
+/// error, the same for every rounding of it, and its product would take half as long as that of `G`.
+pub(crate) fn is_squared(start: usize) -> bool {
+    stretch_of(start) == 0
+}
 
 /// `G` and `F` while tokens arrive.
 pub struct MismatchSum {
     cross: Cross,
     square: Gram,
+    crossed: usize, // tokens in G
+    squared: usize, // tokens in F
 }
 
 impl MismatchSum {
@@ -30,21 +40,28 @@ impl MismatchSum {
         MismatchSum {
             cross: Cross::new(features),
             square: Gram::new(features),
+            crossed: 0,
+            squared: 0,
         }
     }
 
-    /// Adds rows and their float partners.
-    pub fn add(&mut self, x: &[f32], float: &[f32], rows: usize) {
+    /// Adds rows, of which the first is token `start`, and their float partners.
+    pub fn add(&mut self, x: &[f32], float: &[f32], start: usize, rows: usize) {
         let difference: Vec<f32> = float.iter().zip(x).map(|(f, x)| f - x).collect();
         self.cross.add(&difference, x, rows);
-        self.square.add(&difference, rows);
+        self.crossed += rows;
+        if is_squared(start) {
+            self.square.add(&difference, rows);
+            self.squared += rows;
+        }
     }
 
-    /// The means.
-    pub fn finish(self, scale: f32) -> Mismatch {
+    /// The means, times 2.
+    pub fn finish(self) -> Mismatch {
+        let mean = |tokens: usize| 2.0 / tokens.max(1) as f32;
         Mismatch {
-            cross: self.cross.finish(scale),
-            square: self.square.finish(scale),
+            cross: self.cross.finish(mean(self.crossed)),
+            square: self.square.finish(mean(self.squared)),
         }
     }
 }

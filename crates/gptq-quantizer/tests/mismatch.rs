@@ -182,3 +182,19 @@ fn half_of_the_way_lowers_the_error_at_every_width_and_in_every_order() {
         LossMeasure::FloatOutputs
     );
 }
+
+/// A float stream follows seven of eight stretches of the tokens.
+#[test]
+fn rows_without_a_partner_count_in_the_hessian_alone() {
+    let p = problem();
+    let mut sum = sum(&p);
+    sum.observe(Activations::Host(&p.x), TOKENS, K);
+    let (twice, once) = (sum.finish().unwrap(), self::sum(&p).finish().unwrap());
+    assert_eq!((twice.tokens(), once.tokens()), (2 * TOKENS, TOKENS));
+    let zero = vec![0.0; K * N];
+    let signal = |hessian| Outputs::new(hessian, &p.weight, N).signal();
+    // The same rows once more change no mean.
+    assert!((signal(&twice) / signal(&once) - 1.0).abs() < 1e-4);
+    let exact = difference(&p.float, &p.weight, &p.x, &zero);
+    assert!((signal(&twice) / exact - 1.0).abs() < 1e-4);
+}

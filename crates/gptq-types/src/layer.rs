@@ -81,6 +81,16 @@ pub enum Weight {
     Device(DeviceMatrix),
 }
 
+/// Tokens of a stretch, see [`stretch_of`].
+const STRETCH: usize = 8192;
+
+/// The place, 0 to 7, of the stretch that the token number `start` of a pass lies in. What needs not all
+/// tokens takes some of every eight stretches, so that it sees all of the text, and the same tokens on
+/// every device: batches begin where windows do and are no longer than a stretch.
+pub fn stretch_of(start: usize) -> usize {
+    start / STRETCH % 8
+}
+
 /// Sees the inputs of the linears of one stage, one batch of tokens after the other.
 pub trait ActivationSink {
     /// `x` has `tokens` rows of `in_features`; padding is never among the tokens.

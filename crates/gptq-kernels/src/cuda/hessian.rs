@@ -34,6 +34,9 @@ pub struct DeviceHessian {
 struct DeviceMismatch {
     cross: Buffer,
     square: Buffer,
+    /// Rows in each.
+    crossed: usize,
+    squared: usize,
 }
 
 /// What the mismatch does to the outputs of one weight.
@@ -90,6 +93,8 @@ impl DeviceHessian {
             mismatch: Some(DeviceMismatch {
                 cross: sum()?,
                 square: sum()?,
+                crossed: 0,
+                squared: 0,
             }),
             ..Self::new(gpu, features)?
         })
@@ -101,12 +106,21 @@ impl DeviceHessian {
         self.add_square(&self.values, x)
     }
 
-    /// Adds rows and how they differ from their float partners.
-    pub fn add_pair(&mut self, x: DeviceMatrix, float: DeviceMatrix) -> Result<(), CudaError> {
+    /// Adds rows and how they differ from their float partners, to the square of the difference only where
+    /// `squared` says so.
+    pub fn add_pair(
+        &mut self,
+        x: DeviceMatrix,
+        float: DeviceMatrix,
+        squared: bool,
+    ) -> Result<(), CudaError> {
         self.add(x)?;
-        let Some(mismatch) = &self.mismatch else {
+        let Some(mismatch) = &mut self.mismatch else {
             return Ok(());
         };
+        mismatch.crossed += x.rows;
+        mismatch.squared += if squared { x.rows } else { 0 };
+        let mismatch = self.mismatch.as_ref().expect("it is there");
         assert_eq!(
             (x.rows, x.columns),
             (float.rows, float.columns),
@@ -118,7 +132,9 @@ impl DeviceHessian {
             ..x
         };
         self.gpu.subtract(difference, float, x)?;
-        self.add_square(&mismatch.square, difference)?;
+        if squared {
+            self.add_square(&mismatch.square, difference)?;
+        }
         let k = self.features;
         // SAFETY: both have [rows, k] elements, the sum [k, k].
         unsafe { self.add_tile(&mismatch.cross, difference, x, [0, 0], [k, k]) }
@@ -181,16 +197,18 @@ impl DeviceHessian {
         }
     }
 
-    /// Mirrors the computed triangles and multiplies with `scale`; returns the diagonal of H.
+    /// Mirrors the computed triangles and multiplies with `scale`, what pairs added with 2 over their rows;
+    /// returns the diagonal of H.
     pub fn finish(&mut self, scale: f32) -> Result<Vec<f32>, CudaError> {
         let k = self.features;
         self.mirror(&self.values, scale)?;
         if let Some(mismatch) = &self.mismatch {
-            self.mirror(&mismatch.square, scale)?;
+            let mean = |rows: usize| 2.0 / rows.max(1) as f32;
+            self.mirror(&mismatch.square, mean(mismatch.squared))?;
             let args = [
                 (&mismatch.cross).into(),
                 ((k * k) as i64).into(),
-                scale.into(),
+                mean(mismatch.crossed).into(),
             ];
             let grid = [(k * k).div_ceil(256), 1, 1];
             // SAFETY: the matrix is [k, k].

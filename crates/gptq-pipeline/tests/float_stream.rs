@@ -1,0 +1,118 @@
+//! The float stream beside the quantized one: what it shows is what a decoder whose weights were never
+//! replaced shows, whatever was replaced beside it.
+
+#[path = "../../../tests/support/data.rs"]
+#[allow(dead_code)]
+mod data;
+
+use std::sync::Arc;
+
+use gptq_model::{Decoder, DecoderConfig, Device, FloatWeights, Streams};
+use gptq_packer::SafetensorsFile;
+use gptq_types::{ActivationSink, Activations, Stage, Weight};
+
+fn decoder(streams: Streams) -> Box<dyn Decoder> {
+    let model = data::fixture("verne");
+    let config = std::fs::read_to_string(model.join("config.json")).unwrap();
+    let config = DecoderConfig::parse(&config).unwrap();
+    let source = Arc::new(SafetensorsFile::open(&model.join("model.safetensors")).unwrap());
+    let weights = Arc::new(FloatWeights::new(source));
+    let mut decoder = gptq_model::open(weights, config, Device::Cpu, streams).unwrap();
+    let window = |first: u32| (first..first + 48).collect::<Vec<u32>>();
+    decoder.embed(&[window(3), window(20)]).unwrap();
+    decoder
+}
+
+/// Rows of both streams, one batch after the other.
+#[derive(Default)]
+struct Rows {
+    own: Vec<f32>,
+    float: Vec<f32>,
+}
+
+fn host<'a>(x: Activations<'a>) -> &'a [f32] {
+    match x {
+        Activations::Host(x) => x,
+        Activations::Device(_) => unreachable!("the decoder is on the processor"),
+    }
+}
+
+impl ActivationSink for Rows {
+    fn observe(&mut self, x: Activations<'_>, _: usize, _: usize) {
+        self.own.extend(host(x));
+    }
+
+    fn observe_pair(&mut self, x: Activations<'_>, float: Activations<'_>, _: usize, _: usize) {
+        self.own.extend(host(x));
+        self.float.extend(host(float));
+    }
+}
+
+fn rows(decoder: &mut dyn Decoder, stage: Stage) -> Rows {
+    let mut rows = Rows::default();
+    decoder.stage(stage, &mut rows).unwrap();
+    rows
+}
+
+/// Doubles every linear of a stage of block `index`.
+fn change(decoder: &mut dyn Decoder, index: usize, stage: Stage) {
+    for (layer, _, _) in decoder.config().linears(index, stage) {
+        let Weight::Host(mut values) = decoder.weight(&layer).unwrap() else {
+            unreachable!("the decoder is on the processor");
+        };
+        values.iter_mut().for_each(|value| *value *= 2.0);
+        decoder
+            .replace_weight(&layer, Weight::Host(values))
+            .unwrap();
+    }
+}
+
+#[test]
+fn it_is_that_of_weights_that_were_never_replaced() {
+    let mut both = decoder(Streams::BesideFloat);
+    let mut float = decoder(Streams::One);
+    let mut replaced = decoder(Streams::One);
+    for index in 0..3 {
+        for decoder in [&mut both, &mut float, &mut replaced] {
+            decoder.load_block(index).unwrap();
+        }
+        for stage in Stage::ALL {
+            let seen = rows(both.as_mut(), stage);
+            assert_eq!(
+                seen.float,
+                rows(float.as_mut(), stage).own,
+                "{index} {stage:?}"
+            );
+            assert_eq!(
+                seen.own,
+                rows(replaced.as_mut(), stage).own,
+                "{index} {stage:?}"
+            );
+            let first = index == 0 && stage == Stage::AttentionIn;
+            assert_eq!(seen.own == seen.float, first, "{index} {stage:?}");
+            change(both.as_mut(), index, stage);
+            change(replaced.as_mut(), index, stage);
+        }
+        for decoder in [&mut both, &mut float, &mut replaced] {
+            decoder.finish_block().unwrap();
+        }
+    }
+}
+
+/// A resumed run passes through finished blocks without looking.
+#[test]
+fn nobody_has_to_look() {
+    let (mut both, mut float) = (decoder(Streams::BesideFloat), decoder(Streams::One));
+    both.load_block(0).unwrap();
+    for stage in Stage::ALL {
+        change(both.as_mut(), 0, stage);
+    }
+    both.forward_block().unwrap();
+    float.load_block(0).unwrap();
+    float.forward_block().unwrap();
+    both.load_block(1).unwrap();
+    float.load_block(1).unwrap();
+    let seen = rows(both.as_mut(), Stage::AttentionIn);
+    assert_eq!(seen.float, rows(float.as_mut(), Stage::AttentionIn).own);
+    assert_ne!(seen.own, seen.float);
+}
