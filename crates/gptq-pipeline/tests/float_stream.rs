@@ -2,7 +2,6 @@
 //! replaced shows, whatever was replaced beside it.
 
 #[path = "../../../tests/support/data.rs"]
-#[allow(dead_code)]
 mod data;
 
 use std::sync::Arc;
