@@ -65,6 +65,8 @@ const FLAGS: &[(&str, &[&str])] = &[
             "--method",
             "--no-scale-search",
             "--unsigned-scales",
+            "--order",
+            "--tokens",
             "--effort",
             "--input-mismatch",
             "--dataset",

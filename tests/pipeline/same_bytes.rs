@@ -34,6 +34,19 @@ fn two_runs_and_any_number_of_threads() {
 }
 
 #[test]
+fn an_order_by_its_name_and_windows_by_their_tokens() {
+    let folder = tempfile::tempdir().unwrap();
+    let (model, text) = small_model(folder.path());
+    let out = |name: &str| folder.path().join(name);
+    run(quantize(&model, &out("flags"), &text).args(SETTINGS)).done();
+    let mut named = quantize(&model, &out("named"), &text);
+    named.args(["--group-size", "32", "--seq-len", "64"]);
+    // Eight windows hold 512 tokens, seven do not hold 449.
+    run(named.args(["--tokens", "449", "--order", "act-order"])).done();
+    same_files(&out("flags"), &out("named"));
+}
+
+#[test]
 fn one_file_or_many() {
     let folder = tempfile::tempdir().unwrap();
     let (model, text) = (folder.path().join("model"), folder.path().join("text.txt"));

@@ -6,6 +6,7 @@ use gptq_model::{Decoder, Device, Streams};
 use gptq_quantizer::{Facts, HostStage, QuantizeError, StageHessian, StageSum};
 use gptq_types::{LayerName, LayerRecord, Phase, PhaseTimes, QuantSpec, Stage, Warning};
 
+use crate::matrix::estimate::{FOLLOWED, SQUARED};
 use crate::write::Output;
 use crate::{Job, PipelineError, Progress};
 
@@ -148,11 +149,10 @@ pub fn observe(
     times.add(Phase::Hessian, inside);
     // A symmetric product needs half the operations of a full one.
     let flop = tokens(job) as f64 * *in_features as f64 * (*in_features as f64 + 1.0);
-    // Beside a float stream a full product and another symmetric one.
-    let products = if job.streams() == Streams::One {
-        1.0
-    } else {
-        4.0
+    // Beside a float stream a full product and another symmetric one, each of some of the tokens.
+    let products = match job.streams() {
+        Streams::One => 1.0,
+        Streams::BesideFloat => 1.0 + 2.0 * FOLLOWED + SQUARED,
     };
     times.add_flop(Phase::Hessian, flop * products);
     sum.finish(times).map_err(named)

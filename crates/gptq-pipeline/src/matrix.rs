@@ -1,6 +1,6 @@
 //! A matrix of permutations before any work: presets, plan files, and what each branch will be.
 
-mod estimate;
+pub(crate) mod estimate;
 mod plan_file;
 mod presets;
 

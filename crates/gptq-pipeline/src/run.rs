@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use gptq_model::{Decoder, DecoderConfig, Device, FloatWeights, WeightSource};
+use gptq_model::{Decoder, DecoderConfig, Device, FloatWeights, Streams, WeightSource};
 use gptq_packer::{ClaimedPlace, QuantizeConfig, StageError, StagedCheckpoint, read_layer};
 use gptq_quantizer::round_to_nearest;
 use gptq_types::{
@@ -16,6 +16,7 @@ use serde_json::{Map, Value};
 
 use crate::journal::{BlockEntry, JOURNAL_FILE, Journal};
 use crate::layers::{After, LayerWork, observe};
+use crate::matrix::estimate::FOLLOWED;
 use crate::preflight::{check_declared_type, check_shapes, check_unquantised};
 use crate::resume::{Begun, begin, finished, is_interrupted, settings};
 use crate::small_files::{SmallFiles, settings_text};
@@ -416,7 +417,11 @@ impl Run<'_> {
 pub(crate) fn count_forward(config: &DecoderConfig, job: &Job, times: &mut PhaseTimes) {
     for same_length in job.windows.chunk_by(|a, b| a.len() == b.len()) {
         let flop = config.block_flop(same_length.len(), same_length[0].len());
-        times.add_flop(Phase::Forward, flop);
+        let passes = match job.streams() {
+            Streams::One => 1.0,
+            Streams::BesideFloat => 1.0 + FOLLOWED,
+        };
+        times.add_flop(Phase::Forward, passes * flop);
     }
 }
 

@@ -34,11 +34,13 @@ pub struct Permutation {
 }
 
 /// The name under which such a branch is published: `gptq-4bit-32g-actorder_True`, with
-/// `-1g` where there are no groups (the seeds' spelling; nothing says more than these three).
+/// `-1g` where there are no groups (the seeds' spelling), and `actorder_static` where the order leaves
+/// `g_idx` trivial. Nothing says more than these three.
 pub fn branch_name(spec: &QuantSpec) -> String {
     let order = match spec.order {
         ColumnOrder::Natural | ColumnOrder::GroupAware => "False",
-        ColumnOrder::ActOrder | ColumnOrder::ActOrderStaticGroups => "True",
+        ColumnOrder::ActOrder => "True",
+        ColumnOrder::ActOrderStaticGroups => "static",
     };
     let method = match spec.method {
         Method::Gptq => "gptq",
@@ -151,6 +153,8 @@ mod tests {
         spec.bits = Bits::Eight;
         spec.group_size = GroupSize::None;
         assert_eq!(branch_name(&spec), "gptq-8bit--1g-actorder_True");
+        spec.order = ColumnOrder::ActOrderStaticGroups;
+        assert_eq!(branch_name(&spec), "gptq-8bit--1g-actorder_static");
         spec.order = ColumnOrder::Natural;
         assert_eq!(branch_name(&spec), "gptq-8bit--1g-actorder_False");
     }

@@ -96,7 +96,14 @@ fn quantize(args: &QuantizeArgs) -> Vec<Rule> {
     vec![
         (
             rounds,
-            &["dataset", "samples", "seq_len", "seed", "temperature"],
+            &[
+                "dataset",
+                "samples",
+                "tokens",
+                "seq_len",
+                "seed",
+                "temperature",
+            ],
             data,
         ),
         (

@@ -1,5 +1,6 @@
 //! `gptq quantize`.
 
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
@@ -44,6 +45,29 @@ impl EffortArg {
     }
 }
 
+#[derive(Clone, Copy, ValueEnum)]
+pub enum OrderArg {
+    /// As stored
+    Natural,
+    /// By falling Hessian diagonal, groups formed in that order: --desc-act
+    ActOrder,
+    /// By falling Hessian diagonal, groups fixed beforehand: --desc-act --static-groups
+    Static,
+    /// Groups by their largest Hessian diagonal and channels inside them: --act-group-aware
+    GroupAware,
+}
+
+impl OrderArg {
+    fn resolve(self) -> ColumnOrder {
+        match self {
+            OrderArg::Natural => ColumnOrder::Natural,
+            OrderArg::ActOrder => ColumnOrder::ActOrder,
+            OrderArg::Static => ColumnOrder::ActOrderStaticGroups,
+            OrderArg::GroupAware => ColumnOrder::GroupAware,
+        }
+    }
+}
+
 #[derive(Args)]
 pub struct QuantizeArgs {
     /// A folder, or `owner/name[:branch]` on the hub; f16, bf16 or f32 safetensors
@@ -57,6 +81,14 @@ pub struct QuantizeArgs {
     /// Input channels that share one scale, 16 to 1024, or `none` for one group a row
     #[arg(long, default_value = "128", allow_hyphen_values = true)]
     pub group_size: GroupSize,
+    /// In which order input channels are rounded; all but `act-order` leave g_idx trivial, which every
+    /// reader loads [default: natural]
+    #[arg(
+        long,
+        value_enum,
+        conflicts_with_all = ["desc_act", "static_groups", "act_group_aware"]
+    )]
+    pub order: Option<OrderArg>,
     /// Act-order: round channels by falling Hessian diagonal; g_idx becomes a permutation where there
     /// are several groups
     #[arg(long)]
@@ -104,6 +136,9 @@ pub struct QuantizeArgs {
     /// Windows of calibration tokens
     #[arg(long, default_value_t = 128)]
     pub samples: usize,
+    /// As many windows as hold this many tokens, in place of --samples
+    #[arg(long, value_name = "N", conflicts_with = "samples")]
+    pub tokens: Option<NonZeroUsize>,
     /// Tokens in a window
     #[arg(long, default_value_t = 2048)]
     pub seq_len: usize,
@@ -152,9 +187,24 @@ impl QuantizeArgs {
         CalibrationRequest {
             dataset: self.dataset.clone(),
             column: self.column.clone(),
-            samples: self.samples,
+            samples: match self.tokens {
+                Some(tokens) => tokens.get().div_ceil(self.seq_len.max(1)),
+                None => self.samples,
+            },
             seq_len: self.seq_len,
             seed: self.seed,
+        }
+    }
+
+    fn column_order(&self) -> ColumnOrder {
+        if let Some(order) = self.order {
+            return order.resolve();
+        }
+        match (self.desc_act, self.static_groups, self.act_group_aware) {
+            (true, true, _) => ColumnOrder::ActOrderStaticGroups,
+            (true, false, _) => ColumnOrder::ActOrder,
+            (_, _, true) => ColumnOrder::GroupAware,
+            _ => ColumnOrder::Natural,
         }
     }
 
@@ -168,12 +218,7 @@ impl QuantizeArgs {
             bits: self.bits,
             group_size: self.group_size,
             sym: !self.asym,
-            order: match (self.desc_act, self.static_groups, self.act_group_aware) {
-                (true, true, _) => ColumnOrder::ActOrderStaticGroups,
-                (true, false, _) => ColumnOrder::ActOrder,
-                (_, _, true) => ColumnOrder::GroupAware,
-                _ => ColumnOrder::Natural,
-            },
+            order: self.column_order(),
             damp_percent: self.damp_percent,
             method: match self.method {
                 MethodArg::Gptq => Method::Gptq,

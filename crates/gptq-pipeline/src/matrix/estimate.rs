@@ -1,10 +1,14 @@
 //! What a branch will cost, about.
 
 use gptq_model::DecoderConfig;
-use gptq_types::{Method, Permutation, Stage};
+use gptq_types::{LossMeasure, Method, Permutation, Stage};
 
 /// Bytes that a process holds whatever it works on.
 const FIXED: u128 = 150 << 20;
+
+/// Shares of the tokens that a float stream follows, and whose differences are squared.
+pub(crate) const FOLLOWED: f64 = 7.0 / 8.0;
+pub(crate) const SQUARED: f64 = 1.0 / 8.0;
 
 /// Floating-point operations: one forward pass, the Hessians, the factors, the sweeps.
 pub(super) fn flop(config: &DecoderConfig, permutation: &Permutation) -> f64 {
@@ -14,7 +18,9 @@ pub(super) fn flop(config: &DecoderConfig, permutation: &Permutation) -> f64 {
     }
     let calibration = &permutation.calibration;
     let tokens = calibration.samples as f64 * calibration.seq_len as f64;
-    let mut block = config.block_flop(calibration.samples, calibration.seq_len);
+    let aims = permutation.spec.measure() == LossMeasure::FloatOutputs;
+    let passes = if aims { 1.0 + FOLLOWED } else { 1.0 };
+    let mut block = passes * config.block_flop(calibration.samples, calibration.seq_len);
     for stage in Stage::ALL {
         let linears = config.linears(0, stage);
         let k = linears[0].1 as f64;
@@ -22,6 +28,10 @@ pub(super) fn flop(config: &DecoderConfig, permutation: &Permutation) -> f64 {
         // X^T X is symmetric; K^3 for factor and inverse; K^2 for each output, and as much again
         // for measuring its error against rounding to nearest.
         block += tokens * k * k + k * k * k + 2.0 * k * k * n as f64;
+        if aims {
+            // A full product and a symmetric one; four products with each weight.
+            block += tokens * k * k * (2.0 * FOLLOWED + SQUARED) + 8.0 * k * k * n as f64;
+        }
     }
     blocks * block
 }
@@ -47,8 +57,18 @@ pub(super) fn memory(config: &DecoderConfig, permutation: &Permutation) -> u64 {
     let activations = tokens.saturating_mul(width).saturating_mul(4);
     let solver = (widest.saturating_mul(widest).saturating_mul(2 * 4 + 2 * 8))
         .saturating_add(largest.saturating_mul(3 * 4));
+    // Hidden states, a block, two sums and what is carried of a weight.
+    let beside = match permutation.spec.measure() {
+        LossMeasure::QuantisedInputs => 0,
+        LossMeasure::FloatOutputs => (tokens.saturating_mul(config.hidden_size as u128))
+            .saturating_add(block)
+            .saturating_add(widest.saturating_mul(widest).saturating_mul(2))
+            .saturating_add(largest.saturating_mul(3))
+            .saturating_mul(4),
+    };
     let all = (block.saturating_mul(4).saturating_add(activations))
         .saturating_add(solver)
+        .saturating_add(beside)
         .saturating_add(FIXED);
     u64::try_from(all).unwrap_or(u64::MAX)
 }

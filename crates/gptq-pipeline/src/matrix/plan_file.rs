@@ -88,6 +88,7 @@ struct BranchEntry {
     name: Option<String>,
     bits: u8,
     group_size: Group,
+    order: Option<OrderName>,
     #[serde(default)]
     desc_act: bool,
     #[serde(default)]
@@ -114,6 +115,26 @@ struct BranchEntry {
     seq_len: Option<usize>,
     seed: Option<u64>,
     desc: Option<String>,
+}
+
+#[derive(Clone, Copy, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum OrderName {
+    Natural,
+    ActOrder,
+    Static,
+    GroupAware,
+}
+
+impl OrderName {
+    fn resolve(self) -> ColumnOrder {
+        match self {
+            OrderName::Natural => ColumnOrder::Natural,
+            OrderName::ActOrder => ColumnOrder::ActOrder,
+            OrderName::Static => ColumnOrder::ActOrderStaticGroups,
+            OrderName::GroupAware => ColumnOrder::GroupAware,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Default, Deserialize)]
@@ -300,6 +321,12 @@ impl BranchEntry {
     }
 
     fn order(&self) -> Result<ColumnOrder, String> {
+        if let Some(order) = self.order {
+            return match self.desc_act || self.static_groups || self.act_group_aware {
+                true => Err("order stands for desc_act, static_groups and act_group_aware".into()),
+                false => Ok(order.resolve()),
+            };
+        }
         match (self.desc_act, self.static_groups, self.act_group_aware) {
             (true, true, false) => Ok(ColumnOrder::ActOrderStaticGroups),
             (true, false, false) => Ok(ColumnOrder::ActOrder),
@@ -403,6 +430,24 @@ mod tests {
     }
 
     #[test]
+    fn orders_have_names_of_their_own() {
+        let made = |rest: &str| {
+            let text = format!("[[branch]]\nbits = 4\ngroup_size = 64\n{rest}");
+            let made = read(&text).unwrap().remove(0);
+            (made.spec.order, made.branch)
+        };
+        for (short, flags) in [
+            ("natural", ""),
+            ("act-order", "desc_act = true"),
+            ("static", "desc_act = true\nstatic_groups = true"),
+            ("group-aware", "act_group_aware = true"),
+        ] {
+            assert_eq!(made(&format!("order = '{short}'")), made(flags), "{short}");
+        }
+        assert_eq!(made("order = 'static'").1, "gptq-4bit-64g-actorder_static");
+    }
+
+    #[test]
     fn grids_and_the_aim_are_those_of_quantize() {
         let spec = |rest: &str| {
             let text = format!("[[branch]]\nbits = 4\ngroup_size = 64\n{rest}");
@@ -436,6 +481,11 @@ mod tests {
                 "static_groups is for desc_act",
             ),
             (entry("damp = 1.5"), "damp percent `1.5`"),
+            (
+                entry("order = 'static'\ndesc_act = true"),
+                "order stands for",
+            ),
+            (entry("order = 'sorted'"), "unknown variant `sorted`"),
             (entry("input_mismatch = 1.5"), "input mismatch `1.5`"),
             (entry("effort = 'best'"), "unknown variant `best`"),
             (
