@@ -259,6 +259,29 @@ fn what_cannot_be_understood_is_a_usage_error() {
             &["quantize", "m", "-o", "o", "--static-groups"],
             "--desc-act",
         ),
+        // It rounded as without --static-groups, and said nothing.
+        (
+            &[
+                "quantize",
+                "m",
+                "-o",
+                "o",
+                "--static-groups",
+                "--act-group-aware",
+            ],
+            "--act-group-aware",
+        ),
+        (
+            &[
+                "quantize",
+                "m",
+                "-o",
+                "o",
+                "--effort=fast",
+                "--input-mismatch=0.5",
+            ],
+            "--input-mismatch",
+        ),
         (
             &[
                 "quantize",

@@ -219,6 +219,8 @@ fn shared_hessians_exclude_an_aim_at_the_float_model() {
     let plan = place.path("plan.toml");
     let text = fs::read_to_string(&plan).unwrap();
     fs::write(&plan, text + "effort = \"balanced\"\n").unwrap();
+    let mut dry = place.matrix("repo");
+    run(dry.args(["--shared-hessian", "--dry-run"])).ended_with(2);
     let mut command = place.matrix("repo");
     let told = run(command.arg("--shared-hessian")).ended_with(2);
     assert!(told.error_line().contains(EIGHT), "{told:#?}");

@@ -233,8 +233,9 @@ fn made(branch: &Branch) -> String {
     let rtn: f64 = losses().map(|loss| loss.rtn_error).sum();
     if rtn > 0.0 {
         text += &format!(
-            "; output error {:.1} % of rounding to nearest",
-            100.0 * error / rtn
+            "; output error {:.1} % of rounding to nearest{}",
+            100.0 * error / rtn,
+            crate::measured(run)
         );
     }
     let worse = run

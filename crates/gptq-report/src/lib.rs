@@ -28,6 +28,7 @@ pub use report::{
     Damped, Dead, Degraded, Found, FoundRun, Made, Report, ReportError, Row, Score, Text, Warned,
     Worse, quoted,
 };
+pub(crate) use summary::measured;
 pub use summary::summary;
 
 /// Bytes with a decimal unit, three digits.

@@ -1,6 +1,15 @@
 //! What a quantization run did, in a few lines.
 
-use gptq_types::RunRecord;
+use gptq_types::{LossMeasure, RunRecord};
+
+/// What errors are measured against where it is not the usual: such errors are larger, and comparable
+/// among themselves alone.
+pub(crate) fn measured(record: &RunRecord) -> &'static str {
+    match record.spec.measure() {
+        LossMeasure::QuantisedInputs => "",
+        LossMeasure::FloatOutputs => " (both against the float model's outputs)",
+    }
+}
 
 /// Counts, quality against rounding to nearest, and every warning.
 pub fn summary(record: &RunRecord) -> String {
@@ -33,8 +42,9 @@ pub fn summary(record: &RunRecord) -> String {
         );
     } else if rtn > 0.0 {
         out += &format!(
-            "output error {:.1} % of rounding to nearest; {worse} layers above it\n",
-            100.0 * error / rtn
+            "output error {:.1} % of rounding to nearest{}; {worse} layers above it\n",
+            100.0 * error / rtn,
+            crate::measured(record)
         );
     }
     let escalated = losses().filter(|loss| loss.damp_escalations > 0).count();

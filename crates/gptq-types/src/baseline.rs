@@ -3,8 +3,11 @@
 
 use std::collections::BTreeMap;
 
+use serde::de::{Deserializer, Error as _};
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
+use crate::outside_name::shown;
 use crate::{CalibrationRequest, LayerLoss, LayerName, QuantSpec};
 
 /// Version of [`Baseline`]; readers refuse a larger one.
@@ -29,12 +32,26 @@ pub struct Baseline {
 pub struct Recipe {
     /// A folder, relative to the file that holds the recipe, or `owner/name[:branch]`.
     pub model: String,
-    /// Settings.
+    /// Settings; keys that are none are refused, where a record may hold those of a later version.
+    #[serde(deserialize_with = "known_settings")]
     pub spec: QuantSpec,
     /// Calibration tokens; a file is relative to the file that holds the recipe.
     pub calibration: CalibrationRequest,
     /// Text of the perplexity; likewise.
     pub evaluation: EvaluationRequest,
+}
+
+fn known_settings<'de, D: Deserializer<'de>>(deserializer: D) -> Result<QuantSpec, D::Error> {
+    let given = Map::<String, Value>::deserialize(deserializer)?;
+    let spec = QuantSpec::deserialize(Value::Object(given.clone())).map_err(D::Error::custom)?;
+    let known = serde_json::to_value(&spec).map_err(D::Error::custom)?;
+    match given.keys().find(|key| known.get(key.as_str()).is_none()) {
+        None => Ok(spec),
+        Some(key) => {
+            let key = shown(key, 40);
+            Err(D::Error::custom(format!("unknown field `{key}` of `spec`")))
+        }
+    }
 }
 
 /// Which text a perplexity is taken over.
@@ -179,6 +196,10 @@ mod tests {
         );
         let error = serde_json::from_str::<Baseline>(&misspelt).unwrap_err();
         assert!(error.to_string().contains("`window`"), "{error}");
+        // It ran with other settings, and the key was gone from what `--update` wrote.
+        let misplaced = BY_HAND.replace("\"sym\": true", "\"sym\": true, \"effort\": \"fast\"");
+        let error = serde_json::from_str::<Baseline>(&misplaced).unwrap_err();
+        assert!(error.to_string().contains("`effort`"), "{error}");
     }
 
     #[test]

@@ -94,7 +94,7 @@ pub struct QuantizeArgs {
     #[arg(long)]
     pub desc_act: bool,
     /// With --desc-act: fix all grids beforehand, so that g_idx stays trivial
-    #[arg(long, requires = "desc_act")]
+    #[arg(long, requires = "desc_act", conflicts_with = "act_group_aware")]
     pub static_groups: bool,
     /// Group-aware reordering: act-order inside groups and between them, g_idx stays trivial
     #[arg(long, conflicts_with = "desc_act")]
@@ -122,7 +122,7 @@ pub struct QuantizeArgs {
     pub effort: EffortArg,
     /// How far each linear is moved towards what comes nearest to the float model's outputs on the inputs
     /// that linears before it have changed, 0 to 1 [default: that of --effort]
-    #[arg(long, value_name = "SHARE")]
+    #[arg(long, value_name = "SHARE", conflicts_with = "effort")]
     pub input_mismatch: Option<f64>,
     /// Calibration data: `c4`, `wikitext2`, NAME=FILE for a local copy, a FILE (txt, jsonl, json,
     /// parquet, arrow; .gz and .zst; safetensors with input_ids), OWNER/NAME[:CONFIG[:SPLIT]] on the

@@ -45,11 +45,11 @@ pub fn run(args: &MatrixArgs) -> Result<Verdict, Failure> {
     let companions = model.companions();
     let source = model.checkpoint.as_ref();
     let planned = plan_matrix(source, &config, asked, max_shard_bytes)?;
-    if args.dry_run {
-        return dry_run(args, &planned);
-    }
     if args.shared_hessian {
         check_shared(&planned)?;
+    }
+    if args.dry_run {
+        return dry_run(args, &planned);
     }
     let planned = possible(planned, args.skip_impossible)?;
     let wanted = selected(&planned, &args.only)?;

@@ -273,9 +273,13 @@ impl BranchEntry {
             let text = "unsigned_scales and no_scale_search exclude each other";
             return Err(branch_wrong(text.to_string()));
         }
-        if matches!(method, Method::Rtn) && (self.effort.is_some() || self.input_mismatch.is_some())
-        {
-            let text = "method rtn looks at no data: effort and input_mismatch are for gptq";
+        let aims = self.effort.is_some() || self.input_mismatch.is_some();
+        if method == Method::Rtn && (aims || self.unsigned_scales) {
+            let text = "method rtn looks at no data: effort, input_mismatch and unsigned_scales are for gptq";
+            return Err(branch_wrong(text.to_string()));
+        }
+        if self.effort.is_some() && self.input_mismatch.is_some() {
+            let text = "input_mismatch stands for effort: give one of them";
             return Err(branch_wrong(text.to_string()));
         }
         let searches = !self.no_scale_search && method == Method::Gptq;
@@ -457,8 +461,7 @@ mod tests {
         assert_eq!(spec(""), (true, true, 0.0));
         assert_eq!(spec("effort = 'fast'"), (true, true, 0.0));
         assert_eq!(spec("effort = 'balanced'"), (true, true, 0.5));
-        let both = "effort = 'balanced'\ninput_mismatch = 0.25";
-        assert_eq!(spec(both), (true, true, 0.25));
+        assert_eq!(spec("input_mismatch = 0.25"), (true, true, 0.25));
         assert_eq!(spec("unsigned_scales = true"), (true, false, 0.0));
         assert_eq!(spec("no_scale_search = true"), (false, false, 0.0));
         assert_eq!(spec("method = 'rtn'"), (false, false, 0.0));
@@ -490,6 +493,14 @@ mod tests {
             (entry("effort = 'best'"), "unknown variant `best`"),
             (
                 entry("method = 'rtn'\neffort = 'balanced'"),
+                "method rtn looks at no data",
+            ),
+            (
+                entry("effort = 'fast'\ninput_mismatch = 0.5"),
+                "stands for effort",
+            ),
+            (
+                entry("method = 'rtn'\nunsigned_scales = true"),
                 "method rtn looks at no data",
             ),
             (

@@ -100,6 +100,9 @@ fn short_settings(spec: &QuantSpec) -> String {
     if !spec.sym {
         text += " asym";
     }
+    if spec.input_mismatch != 0.0 {
+        text += " aimed";
+    }
     if spec.method == Method::Rtn {
         text += " RTN";
     }
