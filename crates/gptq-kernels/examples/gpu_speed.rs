@@ -72,7 +72,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 values[row] = 1.0;
             }
             let factor = DeviceFactor::from_host(&gpu, &values, &vec![1.0; k])?;
-            factor.sweep(there, &plan, Rule { shares: 46, ..rule }, None)?;
+            factor.sweep(there, &plan, Rule { shares: 46, ..rule }, None, None)?;
             timed("sweep alone, searched", Instant::now())?;
             continue;
         }
@@ -91,7 +91,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         timed("factor", start)?;
         for shares in [1, 46] {
             let start = Instant::now();
-            let swept = factor.sweep(there, &plan, Rule { shares, ..rule }, None)?;
+            let swept = factor.sweep(there, &plan, Rule { shares, ..rule }, None, None)?;
             timed(
                 if shares > 1 {
                     "sweep, searched"

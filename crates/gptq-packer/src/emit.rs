@@ -21,7 +21,8 @@ const SETTINGS_KEY: &str = "quantization_config";
 /// (AutoGPTQ itself writes true with static groups, though its `g_idx` is trivial too.)
 /// [`ColumnOrder::ActOrderStaticGroups`] is told by `static_groups`, [`ColumnOrder::GroupAware`] by
 /// `meta.act_group_aware`, and how scales were chosen by `meta.scale_search`
-/// and, where there is something to tell, `meta.full_range` and `meta.input_mismatch`.
+/// and, where there is something to tell, `meta.full_range`, `meta.input_mismatch` and
+/// `meta.descent_passes`.
 fn settings(spec: &QuantSpec, tool: &str, extra_meta: &Map<String, Value>) -> Map<String, Value> {
     let solver = match spec.method {
         Method::Gptq => "gptq",
@@ -59,6 +60,10 @@ fn settings(spec: &QuantSpec, tool: &str, extra_meta: &Map<String, Value>) -> Ma
         if spec.input_mismatch != 0.0 {
             let share = Value::from(spec.input_mismatch);
             meta.insert("input_mismatch".into(), share);
+        }
+        if spec.descent_passes != 0 {
+            let passes = Value::from(spec.descent_passes);
+            meta.insert("descent_passes".into(), passes);
         }
         meta.extend(extra_meta.clone());
     }

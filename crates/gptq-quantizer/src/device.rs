@@ -286,7 +286,7 @@ impl StageSolver for DeviceStage<'_> {
         assert_eq!(there.rows, out_features, "out_features of the weight");
         let size = spec.group_size.resolve(there.columns);
         let rule = rule(spec);
-        count(times, there.columns, out_features);
+        count(times, there.columns, out_features, spec);
         let (cost, carried) = times.time(Phase::Measure, || {
             self.hessian.rounding_cost(there, size, rule)
         })?;
@@ -294,7 +294,17 @@ impl StageSolver for DeviceStage<'_> {
         let aim = carried.map(|carried| (carried, spec.input_mismatch as f32));
         let start = Instant::now();
         let before = self.hessian.gpu().mark()?;
-        let swept = self.damped.factor.sweep(there, &self.plan, rule, aim)?;
+        let target = match spec.descent_passes {
+            0 => None,
+            _ => Some(self.hessian.target(out_features)?),
+        };
+        let (factor, plan) = (&self.damped.factor, &self.plan);
+        let swept = factor.sweep(there, plan, rule, aim, target.as_deref())?;
+        if let Some(target) = target {
+            let passes = spec.descent_passes;
+            self.hessian
+                .descend(factor, &swept, plan, &target, rule, passes)?;
+        }
         let after = self.hessian.gpu().mark()?;
         let home = swept.send_home()?;
         let error = self.hessian.put_back(there, &swept, &self.plan, carried)?;

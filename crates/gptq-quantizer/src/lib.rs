@@ -10,6 +10,7 @@
 //! | `quant(w)` | [`Grid`], scale already rounded to f16, by default the best of several |
 //! | algorithm 1, lazy batch updates | [`solve`] |
 //! | inputs of the float model (not in the paper) | [`Mismatch`] |
+//! | codes reconsidered (not in the paper) | [`descend`] |
 //!
 //! Knows: Hessians, damping, column orders, grids, the solver, rounding to nearest, and a plain
 //! f64 version of it all ([`reference`]) to be read and compared with.
@@ -17,6 +18,7 @@
 //! Does not know: models, files, bit packing. A singular Hessian is damped further and counted;
 //! nothing is ever solved with an identity in its place.
 
+mod descent;
 #[cfg(feature = "cuda")]
 mod device;
 mod factor;
@@ -31,6 +33,7 @@ mod search;
 mod solve;
 mod stage;
 
+pub use descent::descend;
 #[cfg(feature = "cuda")]
 pub use device::DeviceSum;
 pub use factor::Factor;

@@ -8,7 +8,9 @@ use gptq_types::{
     Weight,
 };
 
-use crate::{Factor, Hessian, HessianSum, Outputs, QuantizeError, round_to_nearest, solve};
+use crate::{
+    Factor, Hessian, HessianSum, Outputs, QuantizeError, descend, round_to_nearest, solve,
+};
 
 /// The sum while tokens arrive.
 pub trait StageSum: ActivationSink {
@@ -103,10 +105,17 @@ pub(crate) fn factor_flop(features: usize) -> f64 {
     2.0 / 3.0 * (features as f64).powi(3)
 }
 
-/// The trailing updates of a sweep, and the three products that measure what it did.
-pub(crate) fn count(times: &mut PhaseTimes, in_features: usize, out_features: usize) {
+/// The trailing updates of a sweep, a product with the Hessian for each pass of descent, and the three
+/// products that measure what they did.
+pub(crate) fn count(
+    times: &mut PhaseTimes,
+    in_features: usize,
+    out_features: usize,
+    spec: &QuantSpec,
+) {
     let square = (in_features as f64).powi(2) * out_features as f64;
-    times.add_flop(Phase::Sweep, square);
+    let passes = f64::from(spec.descent_passes);
+    times.add_flop(Phase::Sweep, square * (1.0 + 2.0 * passes));
     times.add_flop(Phase::Measure, 6.0 * square);
 }
 
@@ -222,9 +231,14 @@ impl StageSolver for HostSolver<'_> {
             let aimed = (outputs.carried())
                 .map(|carried| self.factor.aimed(&weight, carried, alpha, out_features));
             let aim = aimed.as_ref().unwrap_or(&weight);
-            solve(aim, out_features, &self.factor, spec)
+            let mut solved = solve(aim, out_features, &self.factor, spec)?;
+            if spec.descent_passes != 0 {
+                let layer = &mut solved.layer;
+                descend(layer, aim, self.hessian, &self.factor, spec.descent_passes);
+            }
+            Ok::<_, QuantizeError>(solved)
         })?;
-        count(times, self.hessian.features(), out_features);
+        count(times, self.hessian.features(), out_features, spec);
         let loss = times.time(Phase::Measure, || {
             let rounded = round_to_nearest(&weight, out_features, spec)?;
             Ok::<_, QuantizeError>(self.facts().loss(

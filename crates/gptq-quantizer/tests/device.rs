@@ -195,15 +195,17 @@ fn the_gpu_rounds_as_well_as_the_processor_for_every_setting() {
                 GroupSize::None,
             ] {
                 for order in ORDERS {
-                    for (sym, scale_search, full_range, input_mismatch) in [
-                        (true, true, false, 0.0),
-                        (true, false, false, 0.0),
-                        (false, true, false, 0.0),
-                        (false, false, false, 0.0),
-                        (true, true, true, 0.0),
-                        (false, true, true, 0.0),
-                        (true, true, true, 0.5),
-                        (false, true, true, 0.5),
+                    for (sym, scale_search, full_range, input_mismatch, descent_passes) in [
+                        (true, true, false, 0.0, 0),
+                        (true, false, false, 0.0, 0),
+                        (false, true, false, 0.0, 0),
+                        (false, false, false, 0.0, 0),
+                        (true, true, true, 0.0, 0),
+                        (false, true, true, 0.0, 0),
+                        (true, true, true, 0.5, 0),
+                        (false, true, true, 0.5, 0),
+                        (true, true, true, 0.5, 2),
+                        (false, true, true, 0.0, 2),
                     ] {
                         let spec = QuantSpec {
                             bits,
@@ -213,13 +215,19 @@ fn the_gpu_rounds_as_well_as_the_processor_for_every_setting() {
                             scale_search,
                             full_range,
                             input_mismatch,
+                            descent_passes,
                             ..QuantSpec::published()
                         };
                         let what = format!("{k}x{n} {spec:?}");
                         let (device, _) = on_device(&gpu, &p, &spec).expect(&what);
                         let (host, _) = on_host(&p, &spec).expect(&what);
-                        // At 8 bits a handful of codes on a boundary decide.
-                        let slack = if bits == Bits::Eight { 2.0 } else { 1.0 };
+                        // At 8 bits a handful of codes on a boundary decide; and a code that moved or
+                        // not leads a descent to another end.
+                        let slack = match (bits, descent_passes) {
+                            (Bits::Eight, _) => 2.0,
+                            (_, 0) => 1.0,
+                            _ => 3.0,
+                        };
                         let (got, want) = (device.loss.error, host.loss.error);
                         assert!(
                             (got / want - 1.0).abs() < RELATIVE_ERROR_TOLERANCE * slack,

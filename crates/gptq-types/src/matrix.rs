@@ -67,7 +67,11 @@ pub fn describe(spec: &QuantSpec) -> String {
         true => "",
         false => ", aimed at the float model's outputs",
     };
-    format!("{}-bit, {group}, {order}{aim}.", spec.bits)
+    let descent = match spec.descent_passes {
+        0 => "",
+        _ => ", codes reconsidered by coordinate descent",
+    };
+    format!("{}-bit, {group}, {order}{aim}{descent}.", spec.bits)
 }
 
 /// Whether a runtime loads a branch.

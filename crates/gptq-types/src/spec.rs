@@ -19,6 +19,8 @@ pub enum SpecError {
     Damp(f64),
     #[error("input mismatch `{0}` is not between 0 and 1")]
     Mismatch(f64),
+    #[error("descent passes `{0}` are more than {MAX_DESCENT_PASSES}")]
+    Passes(u32),
     #[error("`{0}` and `{1}` exclude each other")]
     Conflict(&'static str, &'static str),
     #[error("`{0}` is not one of {1}")]
@@ -204,7 +206,8 @@ pub enum Effort {
     /// One forward pass, that of the quantized model.
     #[default]
     Fast,
-    /// Another one, of the float model: each linear is aimed at its outputs.
+    /// Another one, of the float model, whose outputs each linear is aimed at; and coordinate descent
+    /// over its codes.
     Balanced,
 }
 
@@ -217,7 +220,18 @@ impl Effort {
             Effort::Balanced => 0.5,
         }
     }
+
+    /// [`QuantSpec::descent_passes`]. The second pass moves a few codes, later ones next to none.
+    pub fn descent_passes(self) -> u32 {
+        match self {
+            Effort::Fast => 0,
+            Effort::Balanced => 2,
+        }
+    }
 }
+
+/// Most passes of coordinate descent that a spec may ask for; it has long settled by then.
+pub const MAX_DESCENT_PASSES: u32 = 16;
 
 /// Everything that decides the codes of a layer, apart from its weights and inputs.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -252,6 +266,10 @@ pub struct QuantSpec {
     /// a choice.
     #[serde(default)]
     pub input_mismatch: f64,
+    /// Passes of coordinate descent over the codes of the sweep, each with a refit of the scales. 0 in
+    /// records from before there was a choice.
+    #[serde(default)]
+    pub descent_passes: u32,
 }
 
 impl QuantSpec {
@@ -269,6 +287,7 @@ impl QuantSpec {
             scale_search: true,
             full_range: false,
             input_mismatch: 0.0,
+            descent_passes: 0,
         }
     }
 
@@ -291,6 +310,12 @@ impl QuantSpec {
         }
         if self.method == Method::Rtn && self.input_mismatch != 0.0 {
             return Err(SpecError::Conflict("method rtn", "an input mismatch"));
+        }
+        if self.descent_passes > MAX_DESCENT_PASSES {
+            return Err(SpecError::Passes(self.descent_passes));
+        }
+        if self.method == Method::Rtn && self.descent_passes != 0 {
+            return Err(SpecError::Conflict("method rtn", "descent passes"));
         }
         Ok(())
     }

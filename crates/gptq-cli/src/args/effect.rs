@@ -114,6 +114,7 @@ fn quantize(args: &QuantizeArgs) -> Vec<Rule> {
                 "unsigned_scales",
                 "effort",
                 "input_mismatch",
+                "descent_passes",
             ],
             data,
         ),

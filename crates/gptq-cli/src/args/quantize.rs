@@ -32,7 +32,7 @@ pub enum FormatArg {
 pub enum EffortArg {
     /// One forward pass
     Fast,
-    /// Another one, of the float model, whose outputs each linear is aimed at
+    /// Another one, of the float model, whose outputs each linear is aimed at; codes are reconsidered
     Balanced,
 }
 
@@ -117,13 +117,17 @@ pub struct QuantizeArgs {
     /// a reader that takes no negative scale
     #[arg(long, conflicts_with = "no_scale_search")]
     pub unsigned_scales: bool,
-    /// How much work the accuracy is worth; `balanced` is --input-mismatch 0.5
+    /// How much work the accuracy is worth; `balanced` is --input-mismatch 0.5 --descent-passes 2
     #[arg(long, value_enum, default_value = "fast")]
     pub effort: EffortArg,
     /// How far each linear is moved towards what comes nearest to the float model's outputs on the inputs
     /// that linears before it have changed, 0 to 1 [default: that of --effort]
-    #[arg(long, value_name = "SHARE", conflicts_with = "effort")]
+    #[arg(long, value_name = "SHARE")]
     pub input_mismatch: Option<f64>,
+    /// Passes of coordinate descent that reconsider the codes and scales of each linear, 0 to 16
+    /// [default: those of --effort]
+    #[arg(long, value_name = "N")]
+    pub descent_passes: Option<u32>,
     /// Calibration data: `c4`, `wikitext2`, NAME=FILE for a local copy, a FILE (txt, jsonl, json,
     /// parquet, arrow; .gz and .zst; safetensors with input_ids), OWNER/NAME[:CONFIG[:SPLIT]] on the
     /// hub, or `self`: text that the model writes itself
@@ -214,6 +218,10 @@ impl QuantizeArgs {
 
     /// The settings that were typed, checked.
     pub fn spec(&self) -> Result<QuantSpec, Failure> {
+        let effort = match self.method {
+            MethodArg::Gptq => self.effort.resolve(),
+            MethodArg::Rtn => Effort::Fast,
+        };
         let spec = QuantSpec {
             bits: self.bits,
             group_size: self.group_size,
@@ -231,13 +239,8 @@ impl QuantizeArgs {
             // The baseline looks at no data, so nothing says which error weighs more.
             scale_search: self.searches(),
             full_range: self.searches() && !self.unsigned_scales,
-            input_mismatch: match self.method {
-                MethodArg::Gptq => {
-                    let effort = self.effort.resolve();
-                    self.input_mismatch.unwrap_or(effort.input_mismatch())
-                }
-                MethodArg::Rtn => 0.0,
-            },
+            input_mismatch: (self.input_mismatch).unwrap_or(effort.input_mismatch()),
+            descent_passes: (self.descent_passes).unwrap_or(effort.descent_passes()),
         };
         spec.validate()?;
         Ok(spec)

@@ -20,6 +20,8 @@ const TILES: usize = 4;
 const DOT_ROWS: usize = 512;
 /// Rows of the factor that are narrowed at a time.
 const NARROW_ROWS: usize = 512;
+/// Working space of the measures of a weight, f32 `[features, outputs]`.
+pub(super) const MEASURE: &str = "measure";
 
 /// A running `X^T X`, then `H`, f32 `[features, features]`.
 pub struct DeviceHessian {
@@ -55,6 +57,8 @@ pub struct DeviceFactor {
     pub(super) values: Buffer,
     /// How much the squared error of each row counts in the scale search.
     pub(super) importance: Buffer,
+    /// What was added to the diagonal, f64 `[features]` in stored order.
+    pub(super) added: Buffer,
 }
 
 impl DeviceFactor {
@@ -71,6 +75,7 @@ impl DeviceFactor {
             features,
             values: Buffer::from_host(gpu, values)?,
             importance: Buffer::from_host(gpu, importance)?,
+            added: Buffer::zeros(gpu, features * 8)?,
         })
     }
 }
@@ -279,6 +284,16 @@ impl DeviceHessian {
         Ok(Some(DeviceCarried { cross, square }))
     }
 
+    /// Input channels.
+    pub(super) fn features(&self) -> usize {
+        self.features
+    }
+
+    /// `H`, undamped.
+    pub(super) fn values(&self) -> &Buffer {
+        &self.values
+    }
+
     /// The GPU that it lies on.
     pub fn gpu(&self) -> &Arc<Gpu> {
         &self.gpu
@@ -323,6 +338,7 @@ impl DeviceHessian {
             features: k,
             values,
             importance: Buffer::from_host(gpu, importance)?,
+            added,
         })
     }
 
@@ -347,7 +363,7 @@ impl DeviceHessian {
     /// `tr(e^T matrix e)` for a symmetric matrix.
     fn quadratic(&self, matrix: &Buffer, e: &Buffer, n: usize) -> Result<f64, CudaError> {
         let (gpu, k) = (&self.gpu, self.features);
-        let product = gpu.scratch("measure", k * n * 4)?;
+        let product = gpu.scratch(MEASURE, k * n * 4)?;
         let (out, matrix) = (product.address(), matrix.address());
         // SAFETY: sizes as said.
         unsafe {

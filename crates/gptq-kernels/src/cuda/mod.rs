@@ -12,6 +12,7 @@
 mod arrival;
 mod attention;
 mod decoder;
+mod descent;
 mod device;
 mod error;
 mod graph;

@@ -12,6 +12,7 @@ use super::error::CudaError;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Program {
     Decoder { bf16: bool },
+    Descent,
     Hessian,
     Packed { bf16: bool, bits: u8 },
     Sweep { bf16: bool },
@@ -25,8 +26,9 @@ macro_rules! source {
 }
 
 /// What the files of `kernels/` include, by name.
-const HEADERS: [(&str, &str); 9] = [
+const HEADERS: [(&str, &str); 10] = [
     ("half.cuh", source!("half.cuh")),
+    ("grid.cuh", source!("grid.cuh")),
     ("packed.cuh", source!("packed.cuh")),
     ("few_rows.cuh", source!("few_rows.cuh")),
     ("more_rows.cuh", source!("more_rows.cuh")),
@@ -38,9 +40,10 @@ const HEADERS: [(&str, &str); 9] = [
 ];
 
 impl Program {
-    pub const ALL: [Program; 11] = [
+    pub const ALL: [Program; 12] = [
         Program::Decoder { bf16: false },
         Program::Decoder { bf16: true },
+        Program::Descent,
         Program::Hessian,
         Program::Packed {
             bf16: false,
@@ -67,6 +70,7 @@ impl Program {
     fn file(self) -> &'static str {
         match self {
             Program::Decoder { .. } => "decoder.cu",
+            Program::Descent => "descent.cu",
             Program::Hessian => "hessian.cu",
             Program::Packed { .. } => "packed.cu",
             Program::Sweep { .. } => "sweep.cu",
@@ -77,6 +81,7 @@ impl Program {
     fn source(self) -> &'static str {
         match self {
             Program::Decoder { .. } => source!("decoder.cu"),
+            Program::Descent => source!("descent.cu"),
             Program::Hessian => source!("hessian.cu"),
             Program::Packed { .. } => source!("packed.cu"),
             Program::Sweep { .. } => source!("sweep.cu"),
@@ -90,7 +95,7 @@ impl Program {
             | Program::Packed { bf16, .. }
             | Program::Sweep { bf16 }
             | Program::Text { bf16 } => bf16,
-            Program::Hessian => false,
+            Program::Descent | Program::Hessian => false,
         }
     }
 

@@ -6,6 +6,7 @@ use gptq_types::{DeviceMatrix, Dtype};
 
 use super::Gpu;
 use super::arrival::Arrival;
+use super::descent::Visits;
 use super::error::CudaError;
 use super::hessian::{DeviceCarried, DeviceFactor, DeviceHessian};
 use super::memory::Buffer;
@@ -65,14 +66,16 @@ pub enum Step {
 
 /// Order and groups of a layer, on the GPU; shared by the linears of a stage.
 pub struct SweepPlan {
-    features: usize,
+    pub(super) features: usize,
     groups: usize,
     /// Stored channel of each row.
-    channels: Buffer,
+    pub(super) channels: Buffer,
     /// Group of each row.
     group_of_row: Buffer,
     /// Group of each stored channel.
-    g_idx: Buffer,
+    pub(super) g_idx: Buffer,
+    /// The order of a descent after the sweep.
+    pub(super) visits: Visits,
     /// Rows of each group one group after the other, and where each begins: for grids that are
     /// fixed before the first row is rounded.
     fixed: Option<(Buffer, Buffer)>,
@@ -116,6 +119,7 @@ impl SweepPlan {
             channels: Buffer::from_host(gpu, channels)?,
             group_of_row: Buffer::from_host(gpu, group_of_row)?,
             g_idx: Buffer::from_host(gpu, &g_idx)?,
+            visits: Visits::new(gpu, &g_idx)?,
             fixed,
             steps,
         })
@@ -124,12 +128,12 @@ impl SweepPlan {
 
 /// Codes of a linear, still on the GPU.
 pub struct Swept {
-    codes: Buffer,
-    scales: Buffer,
-    zeros: Buffer,
+    pub(super) codes: Buffer,
+    pub(super) scales: Buffer,
+    pub(super) zeros: Buffer,
     features: usize,
     groups: usize,
-    outputs: usize,
+    pub(super) outputs: usize,
 }
 
 /// The same on the host.
@@ -204,13 +208,15 @@ const BLOCK: [usize; 3] = [OUTPUTS, LANES, 1];
 
 impl DeviceFactor {
     /// Rounds `weight [outputs, features]`, which is left as it is; with an aim what lies that share of
-    /// the way to the weight of least error at the float model's outputs.
+    /// the way to the weight of least error at the float model's outputs. What it rounds is left in
+    /// `target`, f32 `[features, outputs]` in stored order, where a descent is to follow.
     pub fn sweep(
         &self,
         weight: DeviceMatrix,
         plan: &SweepPlan,
         rule: Rule,
         aim: Option<(&DeviceCarried, f32)>,
+        target: Option<&Buffer>,
     ) -> Result<Swept, CudaError> {
         let (gpu, k, n) = (&self.gpu, self.features, weight.rows);
         assert!(weight.columns == k && plan.features == k, "in_features");
@@ -218,6 +224,9 @@ impl DeviceFactor {
         gpu.gather_weight(w.address(), weight, &plan.channels)?;
         if let Some((carried, share)) = aim {
             self.aim(w.address(), weight, carried, share, plan)?;
+        }
+        if let Some(target) = target {
+            plan.store_rows(gpu, target, &w, n)?;
         }
         let errors = gpu.scratch("errors", SWEEP_CHANNELS * n * 4)?;
         let swept = Swept {

@@ -26,8 +26,9 @@ pub(super) fn flop(config: &DecoderConfig, permutation: &Permutation) -> f64 {
         let k = linears[0].1 as f64;
         let n: usize = linears.iter().map(|(_, _, n)| n).sum();
         // X^T X is symmetric; K^3 for factor and inverse; K^2 for each output, and as much again
-        // for measuring its error against rounding to nearest.
-        block += tokens * k * k + k * k * k + 2.0 * k * k * n as f64;
+        // for measuring its error against rounding to nearest; twice that for a pass of descent.
+        let passes = f64::from(permutation.spec.descent_passes);
+        block += tokens * k * k + k * k * k + (2.0 + 2.0 * passes) * k * k * n as f64;
         if aims {
             // A full product and a symmetric one; four products with each weight.
             block += tokens * k * k * (2.0 * FOLLOWED + SQUARED) + 8.0 * k * k * n as f64;

@@ -104,6 +104,7 @@ struct BranchEntry {
     #[serde(default)]
     effort: Option<Effort>,
     input_mismatch: Option<f64>,
+    descent_passes: Option<u32>,
     #[serde(default)]
     method: MethodName,
     #[serde(default)]
@@ -273,15 +274,13 @@ impl BranchEntry {
             let text = "unsigned_scales and no_scale_search exclude each other";
             return Err(branch_wrong(text.to_string()));
         }
-        let aims = self.effort.is_some() || self.input_mismatch.is_some();
-        if method == Method::Rtn && (aims || self.unsigned_scales) {
-            let text = "method rtn looks at no data: effort, input_mismatch and unsigned_scales are for gptq";
+        let works =
+            self.effort.is_some() || self.input_mismatch.is_some() || self.descent_passes.is_some();
+        if method == Method::Rtn && (works || self.unsigned_scales) {
+            let text = "method rtn looks at no data: effort, input_mismatch, descent_passes and unsigned_scales are for gptq";
             return Err(branch_wrong(text.to_string()));
         }
-        if self.effort.is_some() && self.input_mismatch.is_some() {
-            let text = "input_mismatch stands for effort: give one of them";
-            return Err(branch_wrong(text.to_string()));
-        }
+        let effort = self.effort.unwrap_or_default();
         let searches = !self.no_scale_search && method == Method::Gptq;
         let spec = QuantSpec {
             bits: Bits::try_from(self.bits).map_err(wrong)?,
@@ -300,13 +299,8 @@ impl BranchEntry {
             },
             scale_search: searches,
             full_range: searches && !self.unsigned_scales,
-            input_mismatch: match method {
-                Method::Gptq => {
-                    let effort = self.effort.unwrap_or_default();
-                    (self.input_mismatch).unwrap_or(effort.input_mismatch())
-                }
-                Method::Rtn => 0.0,
-            },
+            input_mismatch: (self.input_mismatch).unwrap_or(effort.input_mismatch()),
+            descent_passes: (self.descent_passes).unwrap_or(effort.descent_passes()),
         };
         spec.validate().map_err(wrong)?;
         let tokens = Tokens {
@@ -456,15 +450,20 @@ mod tests {
         let spec = |rest: &str| {
             let text = format!("[[branch]]\nbits = 4\ngroup_size = 64\n{rest}");
             let spec = read(&text).unwrap()[0].spec.clone();
-            (spec.scale_search, spec.full_range, spec.input_mismatch)
+            let grids = (spec.scale_search, spec.full_range);
+            (grids, spec.input_mismatch, spec.descent_passes)
         };
-        assert_eq!(spec(""), (true, true, 0.0));
-        assert_eq!(spec("effort = 'fast'"), (true, true, 0.0));
-        assert_eq!(spec("effort = 'balanced'"), (true, true, 0.5));
-        assert_eq!(spec("input_mismatch = 0.25"), (true, true, 0.25));
-        assert_eq!(spec("unsigned_scales = true"), (true, false, 0.0));
-        assert_eq!(spec("no_scale_search = true"), (false, false, 0.0));
-        assert_eq!(spec("method = 'rtn'"), (false, false, 0.0));
+        let searched = (true, true);
+        assert_eq!(spec(""), (searched, 0.0, 0));
+        assert_eq!(spec("effort = 'fast'"), (searched, 0.0, 0));
+        assert_eq!(spec("effort = 'balanced'"), (searched, 0.5, 2));
+        assert_eq!(spec("input_mismatch = 0.25"), (searched, 0.25, 0));
+        assert_eq!(spec("descent_passes = 3"), (searched, 0.0, 3));
+        let part = "effort = 'balanced'\ndescent_passes = 0";
+        assert_eq!(spec(part), (searched, 0.5, 0), "a part of an effort");
+        assert_eq!(spec("unsigned_scales = true"), ((true, false), 0.0, 0));
+        assert_eq!(spec("no_scale_search = true"), ((false, false), 0.0, 0));
+        assert_eq!(spec("method = 'rtn'"), ((false, false), 0.0, 0));
     }
 
     #[test]
@@ -495,9 +494,10 @@ mod tests {
                 entry("method = 'rtn'\neffort = 'balanced'"),
                 "method rtn looks at no data",
             ),
+            (entry("descent_passes = 17"), "descent passes `17`"),
             (
-                entry("effort = 'fast'\ninput_mismatch = 0.5"),
-                "stands for effort",
+                entry("method = 'rtn'\ndescent_passes = 1"),
+                "method rtn looks at no data",
             ),
             (
                 entry("method = 'rtn'\nunsigned_scales = true"),

@@ -45,6 +45,9 @@ pub(super) fn quantize_command(run: &RunRecord, out: &str) -> String {
     if spec.input_mismatch != 0.0 {
         words.push(format!("--input-mismatch {}", spec.input_mismatch));
     }
+    if spec.descent_passes != 0 {
+        words.push(format!("--descent-passes {}", spec.descent_passes));
+    }
     words.join(" ")
 }
 

@@ -103,6 +103,9 @@ fn short_settings(spec: &QuantSpec) -> String {
     if spec.input_mismatch != 0.0 {
         text += " aimed";
     }
+    if spec.descent_passes != 0 {
+        text += " descent";
+    }
     if spec.method == Method::Rtn {
         text += " RTN";
     }

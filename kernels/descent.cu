@@ -1,0 +1,166 @@
+// Coordinate descent over the codes of a linear after the sweep (gptq-quantizer/src/descent.rs), one
+// group at a time, or a piece of at most 128 channels of a longer one.
+//
+// With E = V - Q, V the weight that the sweep aimed at, tr(E^T H E) is quadratic in each code, and the
+// best one is the grid point nearest to q_i + (H E)_i / H_ii. A library product gives H E for the rows of
+// a block; what a code that moves does to the others of its block is added here.
+//
+// Eight lanes of a warp serve one output, and each keeps 16 of the block's rows in registers: 4 of every
+// 32, so that eight lanes read 128 consecutive bytes of a row of H. The lane that has a row decides its
+// code and shuffles to the others how far it moved: no barrier stands between two channels.
+#include "grid.cuh"
+
+#define OUTPUTS 32
+#define LANES 8
+#define CHANNELS 128
+#define STRIPES 4 // of 32 rows, of which a lane has 4
+
+// y[reg] += a * row[...] for the rows of this lane.
+__device__ __forceinline__ void add_row(float* y, float a, const float* row, int lane) {
+#pragma unroll
+    for (int p = 0; p < STRIPES; p++) {
+        float4 h = *(const float4*)(row + p * 32 + lane * 4);
+        y[p * 4 + 0] += a * h.x;
+        y[p * 4 + 1] += a * h.y;
+        y[p * 4 + 2] += a * h.z;
+        y[p * 4 + 3] += a * h.w;
+    }
+}
+
+__device__ __forceinline__ float sum_of_lanes(float x) {
+    for (int apart = LANES / 2; apart > 0; apart /= 2) x += __shfl_xor_sync(~0u, x, apart, LANES);
+    return x;
+}
+
+// The f16 scale nearest to scale + along / curvature, if it has the same sign and lowers the error.
+__device__ __forceinline__ float refitted(float scale, float along, float curvature) {
+    float refit = to_half(scale + __fdiv_rn(along, curvature));
+    float moved = refit - scale;
+    bool storable = fabsf(refit) <= 65504.0f && fabsf(refit) >= 6.103515625e-5f && (refit < 0) == (scale < 0);
+    return storable && moved * (2.0f * along - moved * curvature) > 0.0f ? refit : scale;
+}
+
+extern "C" {
+
+// Visits rows 0..rows of a block, stored channels channel[0..rows], all of `group`. gradient [rows, n] is
+// H E of these rows, hessian [rows, k] their damped rows of H, columns in stored order. Codes and error
+// [k, n] and scales [groups, n] follow. With `whole` the block is all of its group, and its scale moves.
+// Grid: n / 32, block (8, 32).
+__global__ void descend(unsigned char* codes, float* scales, const float* zeros, float* error,
+                        const float* gradient, const float* hessian, const unsigned* channel, int k, int n,
+                        int rows, int group, int whole, float max_code) {
+    extern __shared__ float shared[];
+    __shared__ float grid[3][OUTPUTS]; // zero, scale before, scale after
+    float* h = shared;                                                  // [CHANNELS][CHANNELS]
+    float(*tile)[OUTPUTS + 1] = (float(*)[OUTPUTS + 1])(shared + CHANNELS * CHANNELS); // [CHANNELS]
+    int lane = threadIdx.x, y = threadIdx.y, thread = y * LANES + lane;
+    int first = blockIdx.x * OUTPUTS;
+    for (int at = thread; at < CHANNELS * CHANNELS; at += LANES * OUTPUTS) {
+        int i = at / CHANNELS, j = at % CHANNELS;
+        h[at] = i < rows && j < rows ? hessian[(long long)i * k + channel[j]] : (float)(i == j);
+    }
+    if (thread < OUTPUTS) {
+        bool live = first + thread < n;
+        long long at = (long long)group * n + first + thread;
+        grid[0][thread] = live ? zeros[at] : 0.0f;
+        grid[1][thread] = live ? scales[at] : 1.0f;
+    }
+    for (int at = thread; at < CHANNELS * OUTPUTS; at += LANES * OUTPUTS) {
+        int i = at / OUTPUTS, c = at % OUTPUTS;
+        tile[i][c] = i < rows && first + c < n ? gradient[(long long)i * n + first + c] : 0.0f;
+    }
+    __syncthreads();
+    float zero = grid[0][y], scale = grid[1][y];
+    float residual[STRIPES * 4], steps[STRIPES * 4];
+#pragma unroll
+    for (int reg = 0; reg < STRIPES * 4; reg++) residual[reg] = tile[reg / 4 * 32 + lane * 4 + reg % 4][y];
+    __syncthreads();
+    for (int at = thread; at < CHANNELS * OUTPUTS; at += LANES * OUTPUTS) {
+        int i = at / OUTPUTS, c = at % OUTPUTS;
+        bool there = i < rows && first + c < n;
+        tile[i][c] = there ? (float)codes[(long long)channel[i] * n + first + c] - grid[0][c] : 0.0f;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int reg = 0; reg < STRIPES * 4; reg++) steps[reg] = tile[reg / 4 * 32 + lane * 4 + reg % 4][y];
+
+#pragma unroll
+    for (int p = 0; p < STRIPES; p++)
+        for (int owner = 0; owner < LANES; owner++)
+#pragma unroll
+            for (int t = 0; t < 4; t++) {
+                int i = p * 32 + owner * 4 + t, reg = p * 4 + t;
+                if (i >= rows) break;
+                float best = steps[reg] * scale + __fdiv_rn(residual[reg], h[i * CHANNELS + i]);
+                float code = nearest(__fdiv_rn(best, scale), zero, max_code);
+                float moved = __shfl_sync(~0u, (code - steps[reg]) * scale, owner, LANES);
+                if (lane == owner) steps[reg] = code;
+                if (__any_sync(~0u, moved != 0.0f)) add_row(residual, -moved, h + i * CHANNELS, lane);
+            }
+
+    float refit = scale;
+    if (whole) {
+        float product[STRIPES * 4] = {}, along = 0, curvature = 0;
+#pragma unroll
+        for (int p = 0; p < STRIPES; p++)
+            for (int owner = 0; owner < LANES; owner++)
+#pragma unroll
+                for (int t = 0; t < 4; t++) {
+                    int i = p * 32 + owner * 4 + t;
+                    if (i >= rows) break;
+                    float step = __shfl_sync(~0u, steps[p * 4 + t], owner, LANES);
+                    add_row(product, step, h + i * CHANNELS, lane);
+                }
+#pragma unroll
+        for (int reg = 0; reg < STRIPES * 4; reg++) {
+            along += steps[reg] * residual[reg];
+            curvature += steps[reg] * product[reg];
+        }
+        refit = refitted(scale, sum_of_lanes(along), sum_of_lanes(curvature));
+    }
+
+    __syncthreads();
+    if (lane == 0) {
+        grid[2][y] = refit;
+        if (whole && first + y < n) scales[(long long)group * n + first + y] = refit;
+    }
+#pragma unroll
+    for (int reg = 0; reg < STRIPES * 4; reg++) tile[reg / 4 * 32 + lane * 4 + reg % 4][y] = steps[reg];
+    __syncthreads();
+    for (int at = thread; at < rows * OUTPUTS; at += LANES * OUTPUTS) {
+        int i = at / OUTPUTS, c = at % OUTPUTS;
+        if (first + c >= n) continue;
+        long long place = (long long)channel[i] * n + first + c;
+        float before = (float)codes[place] - grid[0][c], after = tile[i][c];
+        float moved = after * grid[2][c] - before * grid[1][c];
+        if (moved == 0.0f) continue;
+        codes[place] = (unsigned char)(int)(after + grid[0][c]);
+        error[place] -= moved;
+    }
+}
+
+// out[i][j] = h[channel[i]][j], with added[channel[i]] on the diagonal of h [k, k]. Grid: (k / 256, rows).
+__global__ void gather_damped(float* out, const float* h, const double* added, const unsigned* channel, int k) {
+    int j = blockIdx.x * blockDim.x + threadIdx.x;
+    if (j >= k) return;
+    int from = channel[blockIdx.y];
+    float value = h[(long long)from * k + j];
+    out[(long long)blockIdx.y * k + j] = j == from ? (float)((double)value + added[j]) : value;
+}
+
+// out[channel[a]][n] = x[a][n], f32 [k, n]. Grid: (n / 256, k).
+__global__ void scatter_rows(float* out, const float* x, const unsigned* channel, int n) {
+    int col = blockIdx.x * blockDim.x + threadIdx.x;
+    if (col < n) out[(long long)channel[blockIdx.y] * n + col] = x[(long long)blockIdx.y * n + col];
+}
+
+// e[c][n] -= scale * (code - zero), all in stored order. Grid: (n / 256, k).
+__global__ void subtract_rounded(float* e, const unsigned char* codes, const float* scales, const float* zeros,
+                                 const unsigned* g_idx, int n) {
+    int col = blockIdx.x * blockDim.x + threadIdx.x;
+    if (col >= n) return;
+    long long at = (long long)blockIdx.y * n + col, grid = (long long)g_idx[blockIdx.y] * n + col;
+    e[at] -= scales[grid] * ((float)codes[at] - zeros[grid]);
+}
+
+}
