@@ -42,13 +42,13 @@ __device__ __forceinline__ float refitted(float scale, float along, float curvat
 
 extern "C" {
 
-// Visits rows 0..rows of a block, stored channels channel[0..rows], all of `group`. gradient [rows, n] is
-// H E of these rows, hessian [rows, k] their damped rows of H, columns in stored order. Codes and error
-// [k, n] and scales [groups, n] follow. With `whole` the block is all of its group, and its scale moves.
-// Grid: n / 32, block (8, 32).
+// Visits rows 0..rows of a block, stored channels channel[0..rows], all of `group`. gradient [parts, rows,
+// n] are the parts of H E of these rows, hessian [rows, k] their rows of H without the damping added [k],
+// columns in stored order. Codes and error [k, n] and scales [groups, n] follow. With `whole` the block is
+// all of its group, and its scale moves. Grid: n / 32, block (8, 32).
 __global__ void descend(unsigned char* codes, float* scales, const float* zeros, float* error,
-                        const float* gradient, const float* hessian, const unsigned* channel, int k, int n,
-                        int rows, int group, int whole, float max_code) {
+                        const float* gradient, int parts, const float* hessian, const double* added,
+                        const unsigned* channel, int k, int n, int rows, int group, int whole, float max_code) {
     extern __shared__ float shared[];
     __shared__ float grid[3][OUTPUTS]; // zero, scale before, scale after
     float* h = shared;                                                  // [CHANNELS][CHANNELS]
@@ -57,7 +57,8 @@ __global__ void descend(unsigned char* codes, float* scales, const float* zeros,
     int first = blockIdx.x * OUTPUTS;
     for (int at = thread; at < CHANNELS * CHANNELS; at += LANES * OUTPUTS) {
         int i = at / CHANNELS, j = at % CHANNELS;
-        h[at] = i < rows && j < rows ? hessian[(long long)i * k + channel[j]] : (float)(i == j);
+        float value = i < rows && j < rows ? hessian[(long long)i * k + channel[j]] : (float)(i == j);
+        h[at] = i == j && i < rows ? (float)((double)value + added[channel[i]]) : value;
     }
     if (thread < OUTPUTS) {
         bool live = first + thread < n;
@@ -67,7 +68,12 @@ __global__ void descend(unsigned char* codes, float* scales, const float* zeros,
     }
     for (int at = thread; at < CHANNELS * OUTPUTS; at += LANES * OUTPUTS) {
         int i = at / OUTPUTS, c = at % OUTPUTS;
-        tile[i][c] = i < rows && first + c < n ? gradient[(long long)i * n + first + c] : 0.0f;
+        float sum = 0.0f;
+        if (i < rows && first + c < n) {
+            for (int part = 0; part < parts; part++) sum += gradient[((long long)part * rows + i) * n + first + c];
+            sum += (float)added[channel[i]] * error[(long long)channel[i] * n + first + c];
+        }
+        tile[i][c] = sum;
     }
     __syncthreads();
     float zero = grid[0][y], scale = grid[1][y];
@@ -139,13 +145,10 @@ __global__ void descend(unsigned char* codes, float* scales, const float* zeros,
     }
 }
 
-// out[i][j] = h[channel[i]][j], with added[channel[i]] on the diagonal of h [k, k]. Grid: (k / 256, rows).
-__global__ void gather_damped(float* out, const float* h, const double* added, const unsigned* channel, int k) {
+// out[i][j] = h[channel[i]][j] of h [k, k]. Grid: (k / 256, rows).
+__global__ void gather_rows(float* out, const float* h, const unsigned* channel, int k) {
     int j = blockIdx.x * blockDim.x + threadIdx.x;
-    if (j >= k) return;
-    int from = channel[blockIdx.y];
-    float value = h[(long long)from * k + j];
-    out[(long long)blockIdx.y * k + j] = j == from ? (float)((double)value + added[j]) : value;
+    if (j < k) out[(long long)blockIdx.y * k + j] = h[(long long)channel[blockIdx.y] * k + j];
 }
 
 // out[channel[a]][n] = x[a][n], f32 [k, n]. Grid: (n / 256, k).

@@ -2,17 +2,23 @@
 
 use std::sync::Arc;
 
+use cudarc::cublas::sys::{
+    cublasComputeType_t as Compute, cublasOperation_t as Op, cudaDataType_t as Type,
+};
+
 use super::Gpu;
 use super::error::CudaError;
 use super::hessian::{DeviceFactor, DeviceHessian, MEASURE};
 use super::memory::Buffer;
-use super::product::Precision;
+use super::product::{Product, Side};
 use super::program::Program;
 use super::sweep::{Rule, SWEEP_CHANNELS, SweepPlan, Swept};
 
 /// Outputs and lanes of a block of threads.
 const OUTPUTS: usize = 32;
 const LANES: usize = 8;
+/// Parts of a product over input channels.
+const PARTS: usize = 4;
 /// A block of the Hessian and a tile of codes, f32; a column more, so that lanes find other banks.
 const SHARED: usize = (SWEEP_CHANNELS * SWEEP_CHANNELS + SWEEP_CHANNELS * (OUTPUTS + 1)) * 4;
 
@@ -28,6 +34,7 @@ pub(super) struct Visits {
 struct Visit {
     first: usize,
     count: usize,
+    channel: Option<usize>, // the first, where they are stored one after the other
     group: usize,
     is_whole: bool, // all of the group
 }
@@ -42,20 +49,23 @@ impl Visits {
             .collect();
         Ok(Visits {
             channels: Buffer::from_host(gpu, &channels)?,
-            blocks: visits(&groups),
+            blocks: visits(&groups, &channels),
         })
     }
 }
 
 /// Groups, given once for each channel and never falling, cut to what the kernel holds.
-fn visits(groups: &[u32]) -> Vec<Visit> {
+fn visits(groups: &[u32], channels: &[u32]) -> Vec<Visit> {
     let mut visits = Vec::new();
     let mut first = 0;
     for group in groups.chunk_by(|a, b| a == b) {
         for part in group.chunks(SWEEP_CHANNELS) {
+            let stored = &channels[first..first + part.len()];
+            let in_a_row = stored.windows(2).all(|pair| pair[0] + 1 == pair[1]);
             visits.push(Visit {
                 first,
                 count: part.len(),
+                channel: in_a_row.then_some(stored[0] as usize),
                 group: group[0] as usize,
                 is_whole: part.len() == group.len(),
             });
@@ -88,8 +98,7 @@ impl DeviceHessian {
         passes: u32,
     ) -> Result<(), CudaError> {
         let (gpu, k, n) = (self.gpu(), self.features(), swept.outputs);
-        let rows = gpu.scratch("rows of the Hessian", SWEEP_CHANNELS * k * 4)?;
-        let gradient = gpu.scratch("errors", SWEEP_CHANNELS * n * 4)?;
+        let gradient = gpu.scratch("gradient", PARTS * SWEEP_CHANNELS * n * 4)?;
         let args = [
             target.into(),
             (&swept.codes).into(),
@@ -113,14 +122,17 @@ impl DeviceHessian {
         for _ in 0..passes {
             for visit in &plan.visits.blocks {
                 let channels = plan.visits.channels.address() + 4 * visit.first as u64;
-                self.gather_damped(rows.address(), factor, channels, visit.count)?;
+                let rows = self.rows(visit, channels)?;
+                let parts = self.gradient(gradient.address(), rows, target, visit.count, n)?;
                 let args = [
                     (&swept.codes).into(),
                     (&swept.scales).into(),
                     (&swept.zeros).into(),
                     target.into(),
                     gradient.address().into(),
-                    rows.address().into(),
+                    (parts as i32).into(),
+                    rows.into(),
+                    (&factor.added).into(),
                     channels.into(),
                     (k as i32).into(),
                     (n as i32).into(),
@@ -131,53 +143,70 @@ impl DeviceHessian {
                 ];
                 let (grid, block) = ([n.div_ceil(OUTPUTS), 1, 1], [LANES, OUTPUTS, 1]);
                 // SAFETY: the rows of a visit are at most SWEEP_CHANNELS and lie inside the weight.
-                unsafe {
-                    gpu.product_f32(
-                        gradient.address(),
-                        0.0,
-                        1.0,
-                        rows.address(),
-                        k,
-                        false,
-                        target.address(),
-                        [visit.count, k, n],
-                        Precision::Tf32,
-                    )?;
-                    gpu.launch(Program::Descent, "descend", grid, block, SHARED, &args)?;
-                }
+                unsafe { gpu.launch(Program::Descent, "descend", grid, block, SHARED, &args)? };
             }
         }
         Ok(())
     }
 
-    /// Rows of the damped Hessian, f32 `[count, features]`.
-    fn gather_damped(
-        &self,
-        out: u64,
-        factor: &DeviceFactor,
-        channels: u64,
-        count: usize,
-    ) -> Result<(), CudaError> {
+    /// Where the rows of H of a visit lie, f32 `[count, features]`; gathered where they are scattered.
+    fn rows(&self, visit: &Visit, channels: u64) -> Result<u64, CudaError> {
         let k = self.features();
+        if let Some(channel) = visit.channel {
+            return Ok(self.values().address() + 4 * (channel * k) as u64);
+        }
+        let rows = self
+            .gpu()
+            .scratch("rows of the Hessian", SWEEP_CHANNELS * k * 4)?;
         let args = [
-            out.into(),
+            rows.address().into(),
             self.values().into(),
-            (&factor.added).into(),
             channels.into(),
             (k as i32).into(),
         ];
-        let grid = [k.div_ceil(256), count, 1];
-        // SAFETY: out has [count, k] elements, channels are below k.
+        let grid = [k.div_ceil(256), visit.count, 1];
+        // SAFETY: there is room for SWEEP_CHANNELS rows, channels are below k.
         unsafe {
-            self.gpu().launch(
-                Program::Descent,
-                "gather_damped",
-                grid,
-                [256, 1, 1],
-                0,
-                &args,
-            )
+            (self.gpu()).launch(Program::Descent, "gather_rows", grid, [256, 1, 1], 0, &args)?;
         }
+        Ok(rows.address())
+    }
+
+    /// `H E` of `count` rows of H, in parts `[parts, count, n]` over the columns of H: one product of so few
+    /// rows would keep a quarter of the GPU busy (split-K).
+    fn gradient(
+        &self,
+        out: u64,
+        rows: u64,
+        error: &Buffer,
+        count: usize,
+        n: usize,
+    ) -> Result<usize, CudaError> {
+        let k = self.features();
+        let parts = if k % (4 * PARTS) == 0 { PARTS } else { 1 };
+        let side = |address, ld, stride| Side {
+            address,
+            op: Op::CUBLAS_OP_N,
+            kind: Type::CUDA_R_32F,
+            ld,
+            stride,
+        };
+        let part = k / parts;
+        // SAFETY: rows are [count, k], the error [k, n], and there is room for PARTS products. cuBLAS counts
+        // by columns, so that the factors change places.
+        unsafe {
+            self.gpu().product(&Product {
+                size: [n, count, part],
+                alpha: 1.0,
+                a: side(error.address(), n, part * n),
+                b: side(rows, k, part),
+                beta: 0.0,
+                c: side(out, n, count * n),
+                batch: parts,
+                compute: Compute::CUBLAS_COMPUTE_32F_FAST_TF32,
+            })?;
+        }
+        Ok(parts)
     }
 }
 
@@ -217,26 +246,28 @@ mod tests {
 
     #[test]
     fn long_groups_are_cut_and_their_scales_stay() {
-        let visit = |first, count, group, is_whole| Visit {
+        let visit = |first, count, channel, group, is_whole| Visit {
             first,
             count,
+            channel,
             group,
             is_whole,
         };
         assert_eq!(
-            visits(&[0, 0, 1, 2, 2]),
+            visits(&[0, 0, 1, 2, 2], &[0, 1, 3, 2, 4]),
             [
-                visit(0, 2, 0, true),
-                visit(2, 1, 1, true),
-                visit(3, 2, 2, true)
+                visit(0, 2, Some(0), 0, true),
+                visit(2, 1, Some(3), 1, true),
+                visit(3, 2, None, 2, true)
             ]
         );
+        let stored: Vec<u32> = (0..300).collect();
         assert_eq!(
-            visits(&[0; 300]),
+            visits(&[0; 300], &stored),
             [
-                visit(0, 128, 0, false),
-                visit(128, 128, 0, false),
-                visit(256, 44, 0, false)
+                visit(0, 128, Some(0), 0, false),
+                visit(128, 128, Some(128), 0, false),
+                visit(256, 44, Some(256), 0, false)
             ]
         );
     }

@@ -18,7 +18,8 @@ use super::memory::Buffer;
 pub(super) enum Precision {
     /// Every product and sum in f32.
     True,
-    /// Factors rounded to 10 bits of mantissa, sums in f32: for measures, never for codes.
+    /// Factors rounded to 10 bits of mantissa, sums in f32: for measures, and where the better of two codes
+    /// is sought; never for what the sweep passes on.
     Tf32,
 }
 
