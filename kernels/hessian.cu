@@ -28,6 +28,12 @@ __global__ void multiply_by(float* x, long long count, float factor) {
     if (i < count) x[i] *= factor;
 }
 
+// mean += share * (other - mean).
+__global__ void move_towards(float* mean, const float* other, long long count, float share) {
+    long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < count) mean[i] += share * (other[i] - mean[i]);
+}
+
 __global__ void diagonal(float* out, const float* h, int k) {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i < k) out[i] = h[(long long)i * k + i];

@@ -176,6 +176,8 @@ pub(crate) struct ShelfNeed {
     pub block_elements: usize,
     /// Whether a float stream runs beside the quantized one.
     pub float: bool,
+    /// Matrices as large as the widest Hessian that somebody else keeps.
+    pub more_hessians: usize,
 }
 
 /// The float tensor behind a Burn tensor of the Flex backend.

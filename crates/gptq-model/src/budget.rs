@@ -32,7 +32,7 @@ pub(crate) fn places_on_device(
     };
     let fixed = LIBRARIES
         + need.block_elements * 2
-        + widest * widest * 4
+        + (1 + need.more_hessians) * widest * widest * 4
         + beside
         + temporaries.max(solving);
     let Some(mut left) = memory.checked_sub(fixed) else {
@@ -73,6 +73,7 @@ mod tests {
         inner: 11008,
         block_elements: 202_375_168,
         float: false,
+        more_hessians: 0,
     };
 
     #[test]

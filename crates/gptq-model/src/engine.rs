@@ -46,6 +46,7 @@ pub(crate) struct Engine<B: DecoderBackend> {
     batches: Vec<Batch<B>>,
     shelves: Option<Shelves<B::Shelf>>,
     float: Option<FloatStream<B>>,
+    more_hessians: usize, // that somebody else will keep on the device
     turns: BTreeMap<usize, B::Turn>, // by window length
 }
 
@@ -67,6 +68,7 @@ impl<B: DecoderBackend> Engine<B> {
             next: None,
             batches: Vec::new(),
             shelves: None,
+            more_hessians: 0,
             turns: BTreeMap::new(),
         })
     }
@@ -166,6 +168,7 @@ impl<B: DecoderBackend> Engine<B> {
             inner: attention.max(self.config.intermediate_size),
             block_elements: self.config.block_bytes() / 4,
             float: self.float.is_some(),
+            more_hessians: self.more_hessians,
         }
     }
 
@@ -218,6 +221,10 @@ impl<B: DecoderBackend> Engine<B> {
 impl<B: DecoderBackend> Decoder for Engine<B> {
     fn config(&self) -> &DecoderConfig {
         &self.config
+    }
+
+    fn leave_room(&mut self, hessians: usize) {
+        self.more_hessians = hessians;
     }
 
     fn embed(&mut self, windows: &[Vec<u32>]) -> Result<(), ModelError> {

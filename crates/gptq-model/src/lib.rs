@@ -126,6 +126,9 @@ pub trait Decoder {
     /// The architecture.
     fn config(&self) -> &DecoderConfig;
 
+    /// Leaves room on the device for so many matrices more, each as large as the widest Hessian.
+    fn leave_room(&mut self, hessians: usize);
+
     /// Starts a pass: hidden states are the embeddings of `windows`.
     fn embed(&mut self, windows: &[Vec<u32>]) -> Result<(), ModelError>;
 

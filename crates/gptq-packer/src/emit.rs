@@ -22,7 +22,7 @@ const SETTINGS_KEY: &str = "quantization_config";
 /// [`ColumnOrder::ActOrderStaticGroups`] is told by `static_groups`, [`ColumnOrder::GroupAware`] by
 /// `meta.act_group_aware`, and how scales were chosen by `meta.scale_search`
 /// and, where there is something to tell, `meta.full_range`, `meta.input_mismatch` and
-/// `meta.descent_passes`.
+/// `meta.descent_passes`; [`ColumnOrder::Folded`] and [`ColumnOrder::Auto`] by `meta.order`.
 fn settings(spec: &QuantSpec, tool: &str, extra_meta: &Map<String, Value>) -> Map<String, Value> {
     let solver = match spec.method {
         Method::Gptq => "gptq",
@@ -60,6 +60,9 @@ fn settings(spec: &QuantSpec, tool: &str, extra_meta: &Map<String, Value>) -> Ma
         if spec.input_mismatch != 0.0 {
             let share = Value::from(spec.input_mismatch);
             meta.insert("input_mismatch".into(), share);
+        }
+        if spec.order.may_fold() {
+            meta.insert("order".into(), Value::from(spec.order.name()));
         }
         if spec.descent_passes != 0 {
             let passes = Value::from(spec.descent_passes);

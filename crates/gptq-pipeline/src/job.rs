@@ -8,7 +8,7 @@ use gptq_model::{ConfigError, Device, ModelError, Streams};
 use gptq_packer::{LayoutError, PackError, StageError, VerifyError};
 use gptq_quantizer::QuantizeError;
 use gptq_types::{
-    CalibrationRecord, LayerName, LayerRecord, LossMeasure, QuantSpec, SourceError, SpecError,
+    CalibrationRecord, ColumnOrder, LayerName, LayerRecord, LossMeasure, QuantSpec, SourceError, SpecError,
     TensorSource,
 };
 
@@ -49,6 +49,20 @@ impl Job {
         match self.spec.measure() {
             LossMeasure::QuantisedInputs => Streams::One,
             LossMeasure::FloatOutputs => Streams::BesideFloat,
+        }
+    }
+
+    /// Whether tokens are held out of the Hessian, to choose orders by.
+    pub fn holds_out(&self) -> bool {
+        self.spec.order == ColumnOrder::Auto
+    }
+
+    /// Matrices as large as a Hessian that this keeps beside the decoder's own.
+    pub(crate) fn hessians_held_out(&self) -> usize {
+        match (self.holds_out(), self.streams()) {
+            (false, _) => 0,
+            (true, Streams::One) => 1,
+            (true, Streams::BesideFloat) => 3,
         }
     }
 }

@@ -1,11 +1,17 @@
 //! One group of linears that share an input: from Hessian to codes.
 
+use std::sync::Arc;
 use std::time::Instant;
 
-use gptq_model::{Decoder, Device, Streams};
-use gptq_quantizer::{Facts, HostStage, QuantizeError, StageHessian, StageSum};
-use gptq_types::{LayerName, LayerRecord, Phase, PhaseTimes, QuantSpec, Stage, Warning};
+use gptq_model::{Decoder, DecoderConfig, Device, Streams};
+use gptq_quantizer::{
+    Arriving, Facts, HostStage, Order, QuantizeError, StageHessian, StageSum,
+};
+use gptq_types::{
+    ColumnOrder, LayerName, LayerRecord, Phase, PhaseTimes, QuantSpec, Stage, Warning,
+};
 
+use crate::fold::Fold;
 use crate::matrix::estimate::{FOLLOWED, SQUARED};
 use crate::write::Output;
 use crate::{Job, PipelineError, Progress};
@@ -22,19 +28,31 @@ pub enum After {
 /// Quantises the linears of a block under one setting, stage by stage.
 pub struct LayerWork<'a> {
     spec: &'a QuantSpec,
+    config: &'a DecoderConfig,
+    index: usize,
     writer: &'a dyn Output,
     all_tokens: usize,
+    /// Rounded linears whose outputs a later stage may permute.
+    waiting: Vec<(LayerName, Arriving)>,
     pub layers: Vec<LayerRecord>,
     pub warnings: Vec<Warning>,
 }
 
 impl<'a> LayerWork<'a> {
-    /// Nothing done yet.
-    pub fn new(job: &'a Job, writer: &'a dyn Output) -> Self {
+    /// Nothing of block `index` done yet.
+    pub fn new(
+        job: &'a Job,
+        config: &'a DecoderConfig,
+        index: usize,
+        writer: &'a dyn Output,
+    ) -> Self {
         LayerWork {
             spec: &job.spec,
+            config,
+            index,
             writer,
             all_tokens: tokens(job),
+            waiting: Vec::new(),
             layers: Vec::new(),
             warnings: Vec::new(),
         }
@@ -44,18 +62,27 @@ impl<'a> LayerWork<'a> {
     pub fn solve(
         &mut self,
         decoder: &mut dyn Decoder,
-        linears: &[(LayerName, usize, usize)],
-        hessian: &dyn StageHessian,
+        stage: Stage,
+        hessian: &mut dyn StageHessian,
         after: After,
         times: &mut PhaseTimes,
         progress: &mut dyn FnMut(Progress<'_>),
     ) -> Result<(), PipelineError> {
+        let linears = &self.config.linears(self.index, stage);
         let (first, in_features, _) = &linears[0];
-        let named = |layer: &LayerName| {
-            let layer = layer.clone();
-            move |source| PipelineError::Quantize { layer, source }
+        let fold = match self.spec.order.may_fold() {
+            true => Fold::of(self.config, self.index, stage, self.spec.group_size),
+            false => None,
         };
-        let solver = hessian.factor(self.spec, times).map_err(named(first))?;
+        let (name, order) = self.order(decoder, linears, hessian, fold.as_ref(), times)?;
+        let folded = match (name, &fold) {
+            (ColumnOrder::Folded, Some(_)) => {
+                Some((order.channels.iter().map(|&c| c as u32)).collect::<Arc<[u32]>>())
+            }
+            _ => None,
+        };
+        let solver = hessian.factor_in(order, self.spec, times);
+        let solver = solver.map_err(named(first))?;
         let facts = solver.facts();
         self.warn_about(facts, first, *in_features);
 
@@ -79,14 +106,127 @@ impl<'a> LayerWork<'a> {
                 token_share: facts.tokens as f64 / self.all_tokens as f64,
                 loss: Some(rounded.loss),
                 solve_seconds: start.elapsed().as_secs_f64(),
+                order: (self.spec.order == ColumnOrder::Auto).then_some(name),
+                folded: folded.as_ref().map(|channels| channels.to_vec()),
             };
-            self.writer.store(layer.clone(), rounded.layer)?;
+            self.store(layer, rounded.layer, folded.clone())?;
             if record.is_worse_than_rtn() {
                 let text = "the GPTQ error is above that of rounding to nearest".to_string();
                 self.warn(&record.layer, text);
             }
             progress(Progress::Layer { record: &record });
             self.layers.push(record);
+        }
+        match fold {
+            Some(fold) => self.store_waiting(&fold, folded.as_deref()),
+            None => Ok(()),
+        }
+    }
+
+    /// The order of a stage under the name of what was chosen.
+    fn order(
+        &mut self,
+        decoder: &dyn Decoder,
+        linears: &[(LayerName, usize, usize)],
+        hessian: &mut dyn StageHessian,
+        fold: Option<&Fold>,
+        times: &mut PhaseTimes,
+    ) -> Result<(ColumnOrder, Order), PipelineError> {
+        let (spec, diagonal) = (self.spec, hessian.diagonal());
+        let simple = |order| (order, Order::new(order, spec.group_size, &diagonal));
+        let folded = |fold: &Fold| {
+            let order = fold.order(spec.group_size, &diagonal);
+            (ColumnOrder::Folded, order)
+        };
+        match spec.order {
+            ColumnOrder::Folded => Ok(fold.map_or(simple(ColumnOrder::Natural), folded)),
+            ColumnOrder::Auto => {
+                let trivial = [
+                    ColumnOrder::Natural,
+                    ColumnOrder::ActOrderStaticGroups,
+                    ColumnOrder::GroupAware,
+                ];
+                let mut candidates: Vec<_> = trivial.map(simple).into();
+                candidates.extend(fold.map(folded));
+                let at = self.choose(decoder, linears, hessian, &candidates, times)?;
+                // Names stay; the diagonal is now that of all tokens.
+                let (name, _) = candidates.swap_remove(at);
+                let diagonal = hessian.diagonal();
+                Ok(match (name, fold) {
+                    (ColumnOrder::Folded, Some(fold)) => {
+                        (name, fold.order(spec.group_size, &diagonal))
+                    }
+                    _ => (name, Order::new(name, spec.group_size, &diagonal)),
+                })
+            }
+            order => Ok(simple(order)),
+        }
+    }
+
+    /// The best of some orders on held-out tokens; the first, said, where there are none.
+    fn choose(
+        &mut self,
+        decoder: &dyn Decoder,
+        linears: &[(LayerName, usize, usize)],
+        hessian: &mut dyn StageHessian,
+        candidates: &[(ColumnOrder, Order)],
+        times: &mut PhaseTimes,
+    ) -> Result<usize, PipelineError> {
+        let (first, _, _) = &linears[0];
+        let orders: Vec<Order> = candidates.iter().map(|(_, order)| order.clone()).collect();
+        let weights = (linears.iter())
+            .map(|(layer, _, outputs)| Ok((decoder.weight(layer)?, *outputs)))
+            .collect::<Result<Vec<_>, PipelineError>>()?;
+        let chosen = hessian.choose(&orders, &weights, self.spec, times);
+        let chosen = chosen.map_err(named(first))?;
+        if chosen.is_none() {
+            let text = "too few calibration tokens to hold any out: natural order".to_string();
+            self.warn(first, text);
+        }
+        Ok(chosen.unwrap_or(0))
+    }
+
+    /// Hands a linear over, its input channels permuted, unless its outputs may be too.
+    fn store(
+        &mut self,
+        layer: &LayerName,
+        solved: Arriving,
+        folded: Option<Arc<[u32]>>,
+    ) -> Result<(), PipelineError> {
+        let solved: Arriving = match folded {
+            None => solved,
+            Some(channels) => Box::new(move || {
+                let mut solved = solved()?;
+                solved.permute_inputs(&channels);
+                Ok(solved)
+            }),
+        };
+        let waits = self.spec.order.may_fold()
+            && Fold::all_before(self.config, self.index, self.spec.group_size).contains(layer);
+        match waits {
+            true => self.waiting.push((layer.clone(), solved)),
+            false => self.writer.store(layer.clone(), solved)?,
+        }
+        Ok(())
+    }
+
+    /// Hands over the linears before a stage, now that it is known how its inputs are permuted.
+    fn store_waiting(&mut self, fold: &Fold, folded: Option<&[u32]>) -> Result<(), PipelineError> {
+        let outputs: Option<Arc<[u32]>> = folded.map(|channels| fold.outputs(channels).into());
+        for (layer, solved) in self.waiting.drain(..) {
+            let outputs = outputs.clone();
+            let permuted = move || {
+                let mut solved = solved()?;
+                if let Some(outputs) = outputs {
+                    solved.permute_outputs(&outputs);
+                }
+                Ok(solved)
+            };
+            self.writer.store(layer, Box::new(permuted))?;
+        }
+        for layer in &fold.before {
+            let outputs = outputs.as_ref().map(|outputs| outputs.to_vec());
+            self.writer.copy_permuted(layer.tensor("bias"), outputs)?;
         }
         Ok(())
     }
@@ -122,6 +262,11 @@ impl<'a> LayerWork<'a> {
             text,
         });
     }
+}
+
+fn named(layer: &LayerName) -> impl FnOnce(QuantizeError) -> PipelineError + use<> {
+    let layer = layer.clone();
+    move |source| PipelineError::Quantize { layer, source }
 }
 
 fn tokens(job: &Job) -> usize {
@@ -161,13 +306,22 @@ pub fn observe(
 /// The sum of a stage on the device of the job; of pairs where the job has a float stream.
 fn stage_sum(job: &Job, in_features: usize) -> Result<Box<dyn StageSum>, QuantizeError> {
     let beside_float = job.streams() == Streams::BesideFloat;
-    match (job.device, beside_float) {
-        (Device::Cpu, false) => Ok(Box::new(HostStage::new(in_features))),
-        (Device::Cpu, true) => Ok(Box::new(HostStage::beside_float(in_features))),
+    let holding_out = job.holds_out();
+    match job.device {
+        Device::Cpu => {
+            let sum = match beside_float {
+                false => HostStage::new(in_features),
+                true => HostStage::beside_float(in_features),
+            };
+            Ok(Box::new(match holding_out {
+                false => sum,
+                true => sum.holding_out(),
+            }))
+        }
         #[cfg(feature = "cuda")]
-        (Device::Cuda { .. }, _) => {
+        Device::Cuda { .. } => {
             let gpu = gptq_model::gpu().expect("the decoder was opened on it");
-            let sum = gptq_quantizer::DeviceSum::new(&gpu, in_features, beside_float)?;
+            let sum = gptq_quantizer::DeviceSum::new(&gpu, in_features, beside_float, holding_out)?;
             Ok(Box::new(sum))
         }
     }

@@ -7,6 +7,7 @@
 //!
 //! Does not know: where models and texts come from, how progress is shown, bit order.
 
+mod fold;
 mod job;
 mod journal;
 mod layers;

@@ -10,9 +10,12 @@ use std::sync::Arc;
 use gptq_model::{DecoderConfig, Device, FloatWeights, Streams};
 use gptq_packer::{QuantizeConfig, read_layer};
 use gptq_quantizer::{Hessian, HessianSum, output_error};
-use gptq_types::{LayerName, LossMeasure, SolvedLayer, Stage, TensorSource, Weight};
+use gptq_types::{
+    LayerName, LayerRecord, LossMeasure, SolvedLayer, Stage, TensorSource, Weight,
+};
 
 use crate::PipelineError;
+use crate::fold::Folded;
 
 /// A packed checkpoint, the float model that it was made from, and tokens.
 pub struct FilesToMeasure<'a> {
@@ -28,6 +31,8 @@ pub struct FilesToMeasure<'a> {
     pub windows: &'a [Vec<u32>],
     /// What errors are measured against: as in the record that they are compared with.
     pub measure: LossMeasure,
+    /// The layers of the record, which say how channels are permuted in the files.
+    pub layers: &'a [LayerRecord],
 }
 
 /// One linear as the files have it.
@@ -66,6 +71,7 @@ pub fn measure_files(
     decoder.embed(files.windows)?;
     for index in 0..config.num_hidden_layers {
         decoder.load_block(index)?;
+        let folded = Folded::of(&config, index, files.settings.group_size, files.layers);
         for stage in Stage::ALL {
             let linears = config.linears(index, stage);
             let mut sum = match streams {
@@ -80,13 +86,14 @@ pub fn measure_files(
             for (layer, in_features, out_features) in &linears {
                 let shape = [*in_features, *out_features];
                 let solved = read_layer(files.packed, layer, shape, files.settings)?;
-                let error = error_of(&hessian, decoder.weight(layer)?, &solved);
+                let unfolded = folded.unfolded(layer, solved.clone());
+                let error = error_of(&hessian, decoder.weight(layer)?, &unfolded);
                 each(MeasuredLayer {
                     layer,
                     solved: &solved,
                     error,
                 });
-                decoder.replace_weight(layer, Weight::Host(solved.dequantise()))?;
+                decoder.replace_weight(layer, Weight::Host(unfolded.dequantise()))?;
             }
         }
         decoder.finish_block()?;

@@ -7,12 +7,14 @@ use gptq_packer::{CheckpointLayout, packed_tensors};
 use gptq_types::{LayerName, QuantSpec, Stage, TensorInfo, TensorSource};
 
 use crate::PipelineError;
+use crate::fold::Fold;
 
 /// The layout of the output, and the tensors that pass through unchanged.
 pub struct OutputPlan {
     /// Files and offsets.
     pub layout: CheckpointLayout,
-    /// Names copied byte for byte: embeddings, norms, biases, an untied head.
+    /// Names copied byte for byte: embeddings, norms, an untied head, and biases but for those that a
+    /// folded order permutes.
     pub copied: Vec<String>,
 }
 
@@ -27,7 +29,12 @@ impl OutputPlan {
         let mut tensors: Vec<(String, TensorInfo)> = Vec::new();
         let mut replaced = BTreeSet::new();
         let mut in_blocks = Vec::new();
+        let mut permuted = BTreeSet::new();
         for index in 0..config.num_hidden_layers {
+            if spec.order.may_fold() {
+                let before = Fold::all_before(config, index, spec.group_size);
+                permuted.extend(before.iter().map(|layer| layer.tensor("bias")));
+            }
             for stage in Stage::ALL {
                 for (layer, k, n) in config.linears(index, stage) {
                     replaced.insert(layer.tensor("weight"));
@@ -41,7 +48,9 @@ impl OutputPlan {
                 || (config.tie_word_embeddings && name == "lm_head.weight");
             if !derived && !replaced.contains(&name) {
                 tensors.push((name.clone(), source.require(&name)?));
-                copied.push(name);
+                if !permuted.contains(&name) {
+                    copied.push(name);
+                }
             }
         }
         tensors.extend(in_blocks);

@@ -5,10 +5,11 @@ use std::path::Path;
 
 use gptq_model::DecoderConfig;
 use gptq_packer::{ClaimedPlace, PACKED_SUFFIXES, StagedCheckpoint, check_files, partial_path};
-use gptq_types::{ContentHash, ContentHasher, RunRecord, TensorSource};
+use gptq_types::{ContentHash, ContentHasher, LayerRecord, RunRecord, TensorSource};
 use rayon::iter::{IntoParallelIterator, ParallelIterator};
 use serde_json::{Map, Value, json};
 
+use crate::fold::is_permutation;
 use crate::journal::{BlockEntry, JOURNAL_FILE, Journal};
 use crate::run::{RECORD_FILE, device_name};
 use crate::small_files::SmallFiles;
@@ -172,6 +173,12 @@ fn check_entries(
         let listed =
             (entry.layers.iter()).map(|row| (&row.layer, row.in_features, row.out_features));
         let same = listed.eq(linears.iter().map(|(layer, k, n)| (layer, *k, *n)));
+        let sound = |row: &LayerRecord| {
+            (row.folded.as_ref()).is_none_or(|channels| {
+                channels.len() == row.in_features && is_permutation(channels)
+            })
+        };
+        let same = same && entry.layers.iter().all(sound);
         let mut names: Vec<String> = (linears.iter())
             .flat_map(|(layer, _, _)| PACKED_SUFFIXES.map(|suffix| layer.tensor(suffix)))
             .collect();

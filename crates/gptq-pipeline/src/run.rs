@@ -14,6 +14,7 @@ use gptq_types::{
 };
 use serde_json::{Map, Value};
 
+use crate::fold::{Fold, Folded};
 use crate::journal::{BlockEntry, JOURNAL_FILE, Journal};
 use crate::layers::{After, LayerWork, observe};
 use crate::matrix::estimate::FOLLOWED;
@@ -63,7 +64,8 @@ pub fn quantize(
         progress(Progress::NothingToResume);
     }
     let weights: Arc<dyn WeightSource> = Arc::new(FloatWeights::new(job.source.clone()));
-    let decoder = gptq_model::open(weights.clone(), config.clone(), job.device, job.streams())?;
+    let mut decoder = gptq_model::open(weights.clone(), config.clone(), job.device, job.streams())?;
+    decoder.leave_room(job.hessians_held_out());
     wait_on_the_processor(job)?;
     let plan = OutputPlan::new(job.source.as_ref(), &config, &job.spec, job.max_shard_bytes)?;
     let settings = settings(job, false);
@@ -269,6 +271,7 @@ impl Run<'_> {
             &mut times,
             |writer, times| {
                 writer.copy(&plan.copied)?;
+                copy_permuted_biases(writer, self.config, job, &done)?;
                 if forward {
                     times.time(Phase::Load, || self.decoder.embed(&job.windows))?;
                 }
@@ -312,15 +315,15 @@ impl Run<'_> {
     ) -> Result<BlockEntry, PipelineError> {
         times.time(Phase::Load, || self.decoder.load_block(index))?;
         count_forward(self.config, self.job, times);
-        let mut work = LayerWork::new(self.job, writer);
+        let mut work = LayerWork::new(self.job, self.config, index, writer);
         for stage in Stage::ALL {
             let linears = self.config.linears(index, stage);
-            let hessian = observe(self.decoder.as_mut(), self.job, &linears, stage, times)?;
+            let mut hessian = observe(self.decoder.as_mut(), self.job, &linears, stage, times)?;
             let decoder = self.decoder.as_mut();
             work.solve(
                 decoder,
-                &linears,
-                hessian.as_ref(),
+                stage,
+                hessian.as_mut(),
                 After::Replace,
                 times,
                 progress,
@@ -369,6 +372,8 @@ impl Run<'_> {
                 token_share: 0.0,
                 loss: None,
                 solve_seconds,
+                order: None,
+                folded: None,
             };
             progress(Progress::Layer { record: &record });
             layers.push(record);
@@ -395,6 +400,7 @@ impl Run<'_> {
             return Ok(());
         }
         let config = written_config(self.job)?;
+        let folded = Folded::of(self.config, index, config.group_size, &entry.layers);
         times.time(Phase::Load, || self.decoder.load_block(index))?;
         for (layer, inputs, outputs) in self.config.block_linears(index) {
             let shape = [inputs, outputs];
@@ -404,13 +410,35 @@ impl Run<'_> {
                     source,
                 }
             })?;
-            let weight = Weight::Host(solved.dequantise());
+            let weight = Weight::Host(folded.unfolded(&layer, solved).dequantise());
             self.decoder.replace_weight(&layer, weight)?;
         }
         count_forward(self.config, self.job, times);
         times.time(Phase::Forward, || self.decoder.forward_block())?;
         Ok(())
     }
+}
+
+/// Writes the biases of finished blocks that are not copied as they are. They are in no journal: it vouches
+/// for what cannot be made again so cheaply.
+pub(crate) fn copy_permuted_biases(
+    writer: &dyn Output,
+    config: &DecoderConfig,
+    job: &Job,
+    done: &[BlockEntry],
+) -> Result<(), PipelineError> {
+    if !job.spec.order.may_fold() {
+        return Ok(());
+    }
+    let group_size = job.spec.group_size;
+    for (index, entry) in done.iter().enumerate() {
+        let folded = Folded::of(config, index, group_size, &entry.layers);
+        for layer in Fold::all_before(config, index, group_size) {
+            let outputs = folded.outputs_of(&layer).map(<[u32]>::to_vec);
+            writer.copy_permuted(layer.tensor("bias"), outputs)?;
+        }
+    }
+    Ok(())
 }
 
 /// The operations of one block for all windows.

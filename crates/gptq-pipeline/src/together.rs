@@ -18,7 +18,7 @@ use crate::layers::{After, LayerWork, observe};
 use crate::preflight::{check_declared_type, check_shapes, check_unquantised};
 use crate::resume::{begin, settings};
 use crate::run::{
-    beside_shards, count_forward, finish, kept_or_discarded, publish, read_config, record,
+    beside_shards, copy_permuted_biases, count_forward, finish, kept_or_discarded, publish, read_config, record,
     wait_on_the_processor,
 };
 use crate::small_files::SmallFiles;
@@ -44,8 +44,8 @@ struct Target<'a> {
 /// and the same jobs with `resume` go on there.
 ///
 /// # Panics
-/// Without jobs, or with one of `method rtn`, which has no Hessian to share, or of `input_mismatch`,
-/// which needs a quantized stream of its own.
+/// Without jobs, or with one of `method rtn`, which has no Hessian to share, of `input_mismatch`, which
+/// needs a quantized stream of its own, or of order `auto`, which holds tokens out.
 pub fn quantize_together(
     jobs: &[Job],
     progress: &mut dyn FnMut(Progress<'_>),
@@ -59,6 +59,10 @@ pub fn quantize_together(
     assert!(
         jobs.iter().all(|job| job.streams() == Streams::One),
         "no job that aims at float outputs"
+    );
+    assert!(
+        !jobs.iter().any(Job::holds_out),
+        "no job that holds tokens out"
     );
     let config = read_config(first)?;
     check_unquantised(first.source.as_ref(), &first.config_json)?;
@@ -178,7 +182,8 @@ fn run(
         let mut work = |writers: &[&dyn Output], times: &mut PhaseTimes| {
             blocks(config, decoder, targets, writers, &mut new, times, progress)
         };
-        with_writers(targets, &mut journals.into_iter(), &[], times, &mut work)?;
+        let journals = &mut journals.into_iter();
+        with_writers(config, targets, journals, &[], times, &mut work)?;
     }
     for (target, new) in targets.iter_mut().zip(new) {
         target.done.extend(new);
@@ -190,6 +195,7 @@ type Work<'a> = dyn FnMut(&[&dyn Output], &mut PhaseTimes) -> Result<(), Pipelin
 
 /// Opens a writer for each of `targets`, each inside the one before, and then works.
 fn with_writers(
+    config: &DecoderConfig,
     targets: &[Target<'_>],
     journals: &mut dyn Iterator<Item = Option<Journal>>,
     open: &[&dyn Output],
@@ -208,8 +214,9 @@ fn with_writers(
         times,
         |writer, times| {
             writer.copy(&target.copied)?;
+            copy_permuted_biases(writer, config, target.job, &target.done)?;
             let open: Vec<&dyn Output> = open.iter().copied().chain([writer as _]).collect();
-            with_writers(rest, journals, &open, times, work)
+            with_writers(config, rest, journals, &open, times, work)
         },
     )
 }
@@ -242,14 +249,16 @@ fn blocks(
             let mut works: Vec<(usize, LayerWork<'_>)> = (targets.iter().zip(writers))
                 .enumerate()
                 .filter(|(_, (target, _))| target.done.len() <= index)
-                .map(|(at, (target, writer))| (at, LayerWork::new(target.job, *writer)))
+                .map(|(at, (target, writer))| {
+                    (at, LayerWork::new(target.job, config, index, *writer))
+                })
                 .collect();
             for stage in Stage::ALL {
                 let linears = config.linears(index, stage);
-                let hessian = observe(decoder, first, &linears, stage, times)?;
+                let mut hessian = observe(decoder, first, &linears, stage, times)?;
                 for (_, work) in &mut works {
-                    let hessian = hessian.as_ref();
-                    work.solve(decoder, &linears, hessian, After::Keep, times, progress)?;
+                    let hessian = hessian.as_mut();
+                    work.solve(decoder, stage, hessian, After::Keep, times, progress)?;
                 }
             }
             times.time(Phase::Forward, || decoder.finish_block())?;

@@ -25,6 +25,8 @@ pub enum Message {
     Layer(LayerName, Arriving),
     Block(BlockEntry),
     Plain(Vec<String>),
+    /// A bias, element `n` of which is what was the one at `outputs[n]`.
+    Permuted(String, Option<Vec<u32>>),
 }
 
 /// Where finished work is handed over.
@@ -57,6 +59,16 @@ pub trait Output {
     /// Hands over the names of tensors that are copied as they are.
     fn copy(&self, names: &[String]) -> Result<(), PipelineError> {
         self.send(Message::Plain(names.to_vec()))
+    }
+
+    /// Hands over the name of a bias, to be copied in the order of the outputs; of none where the model has
+    /// no such tensor.
+    fn copy_permuted(
+        &self,
+        name: String,
+        outputs: Option<Vec<u32>>,
+    ) -> Result<(), PipelineError> {
+        self.send(Message::Permuted(name, outputs))
     }
 }
 
@@ -187,6 +199,7 @@ impl Writing<'_> {
             }
             Message::Block(entry) => self.end_block(entry),
             Message::Plain(names) => self.copy(&names),
+            Message::Permuted(name, outputs) => self.copy_permuted(&name, outputs.as_deref()),
         }
     }
 
@@ -238,6 +251,19 @@ impl Writing<'_> {
         }
         self.times.add(Phase::Write, start.elapsed());
         Ok(())
+    }
+
+    fn copy_permuted(&mut self, name: &str, outputs: Option<&[u32]>) -> Result<(), PipelineError> {
+        if self.job.source.info(name).is_none() {
+            return Ok(());
+        }
+        let mut bytes = self.job.source.bytes(name)?;
+        if let Some(outputs) = outputs {
+            let width = bytes.len() / outputs.len();
+            let elements = outputs.iter().map(|&at| &bytes[at as usize * width..][..width]);
+            bytes = elements.collect::<Vec<_>>().concat().into();
+        }
+        Ok(self.staged.write(name, &bytes)?)
     }
 
     fn end_block(&mut self, mut entry: BlockEntry) -> Result<(), PipelineError> {

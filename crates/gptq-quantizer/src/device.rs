@@ -7,11 +7,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use gptq_kernels::cuda::{
-    CudaError, DeviceFactor, DeviceHessian, Gpu, Mark, Rule, SWEEP_CHANNELS, Step, SweepPlan,
-    SweptHost,
+    CudaError, DeviceCarried, DeviceFactor, DeviceHessian, Gpu, Mark, Rule, SWEEP_CHANNELS, Step,
+    SweepPlan, Swept, SweptHost,
 };
 use gptq_types::{
-    ActivationSink, Activations, Bits, Phase, PhaseTimes, QuantSpec, SolvedLayer, Weight,
+    ActivationSink, Activations, Bits, DeviceMatrix, Phase, PhaseTimes, QuantSpec, SolvedLayer,
+    Weight,
 };
 use half::f16;
 
@@ -19,29 +20,45 @@ use crate::factor::{Damping, importance};
 use crate::hessian::check_finite;
 use crate::mismatch::is_squared;
 use crate::search::SearchRule;
-use crate::stage::{Facts, Rounded, StageHessian, StageSolver, StageSum, count, factor_flop};
+use crate::stage::{
+    Facts, Rounded, StageHessian, StageSolver, StageSum, count, factor_flop, is_held_out, least,
+    outputs_of_a_trial,
+};
 use crate::{Order, QuantizeError};
 
 /// `H` on the GPU while tokens arrive.
 pub struct DeviceSum {
     gpu: Arc<Gpu>,
     hessian: DeviceHessian,
+    held_out: Option<DeviceHessian>,
+    batches: usize,
     tokens: usize,
+    tokens_held_out: usize,
     marks: Vec<(Mark, Mark)>,
     trouble: Option<CudaError>,
 }
 
 impl DeviceSum {
     /// For linears of `features` input channels.
-    /// With `beside_float` it takes pairs of rows.
-    pub fn new(gpu: &Arc<Gpu>, features: usize, beside_float: bool) -> Result<Self, QuantizeError> {
+    /// With `beside_float` it takes pairs of rows; with `holding_out` it holds some batches out for
+    /// [`StageHessian::choose`].
+    pub fn new(
+        gpu: &Arc<Gpu>,
+        features: usize,
+        beside_float: bool,
+        holding_out: bool,
+    ) -> Result<Self, QuantizeError> {
+        let empty = || match beside_float {
+            true => DeviceHessian::beside_float(gpu, features),
+            false => DeviceHessian::new(gpu, features),
+        };
         Ok(DeviceSum {
             gpu: gpu.clone(),
-            hessian: match beside_float {
-                true => DeviceHessian::beside_float(gpu, features)?,
-                false => DeviceHessian::new(gpu, features)?,
-            },
+            hessian: empty()?,
+            held_out: holding_out.then(empty).transpose()?,
+            batches: 0,
             tokens: 0,
+            tokens_held_out: 0,
             marks: Vec::new(),
             trouble: None,
         })
@@ -51,23 +68,28 @@ impl DeviceSum {
         let (Activations::Device(x), float) = (x, float) else {
             unreachable!("a decoder on the GPU shows rows that lie there");
         };
-        let squared = is_squared(self.tokens);
-        let added = self.timed(|hessian| match float {
-            Some(Activations::Device(float)) => hessian.add_pair(x, float, squared),
-            _ => hessian.add(x),
-        });
-        if let Err(error) = added {
+        if let Err(error) = self.add_timed(x, float, tokens) {
             self.trouble.get_or_insert(error);
         }
-        self.tokens += tokens;
     }
 
-    fn timed(
+    fn add_timed(
         &mut self,
-        work: impl FnOnce(&mut DeviceHessian) -> Result<(), CudaError>,
+        x: DeviceMatrix,
+        float: Option<Activations<'_>>,
+        tokens: usize,
     ) -> Result<(), CudaError> {
         let before = self.gpu.mark()?;
-        work(&mut self.hessian)?;
+        let (hessian, seen) = match &mut self.held_out {
+            Some(held_out) if is_held_out(self.batches) => (held_out, &mut self.tokens_held_out),
+            _ => (&mut self.hessian, &mut self.tokens),
+        };
+        match float {
+            Some(Activations::Device(float)) => hessian.add_pair(x, float, is_squared(*seen)),
+            _ => hessian.add(x),
+        }?;
+        *seen += tokens;
+        self.batches += 1;
         self.marks.push((before, self.gpu.mark()?));
         Ok(())
     }
@@ -108,14 +130,23 @@ impl StageSum for DeviceSum {
         if self.tokens == 0 {
             return Err(QuantizeError::NoTokens);
         }
-        let scale = 2.0 / self.tokens as f32;
-        let diagonal = times.time(Phase::Hessian, || self.hessian.finish(scale))?;
+        let (tokens, more) = (self.tokens, self.tokens_held_out);
+        let scale = |tokens: usize| 2.0 / tokens as f32;
+        let diagonal = times.time(Phase::Hessian, || self.hessian.finish(scale(tokens)))?;
         check_finite(&diagonal)?;
+        let held_out = match self.held_out {
+            Some(mut hessian) if more > 0 => {
+                check_finite(&times.time(Phase::Hessian, || hessian.finish(scale(more)))?)?;
+                Some((hessian, more))
+            }
+            _ => None,
+        };
         Ok(Box::new(DeviceReady {
             gpu: self.gpu,
             hessian: self.hessian,
+            held_out,
             diagonal,
-            tokens: self.tokens,
+            tokens,
             last: RefCell::default(),
         }))
     }
@@ -125,6 +156,8 @@ impl StageSum for DeviceSum {
 struct DeviceReady {
     gpu: Arc<Gpu>,
     hessian: DeviceHessian,
+    /// That of the tokens held out, and how many they are.
+    held_out: Option<(DeviceHessian, usize)>,
     diagonal: Vec<f32>,
     tokens: usize,
     /// The factor made last: settings of a matrix often differ in the grid alone.
@@ -140,13 +173,58 @@ struct Damped {
 }
 
 impl StageHessian for DeviceReady {
-    fn factor(
+    fn diagonal(&self) -> Vec<f32> {
+        self.diagonal.clone()
+    }
+
+    fn choose(
+        &mut self,
+        orders: &[Order],
+        linears: &[(Weight, usize)],
+        spec: &QuantSpec,
+        times: &mut PhaseTimes,
+    ) -> Result<Option<usize>, QuantizeError> {
+        let Some((held_out, more)) = self.held_out.take() else {
+            return Ok(None);
+        };
+        let errors = (orders.iter())
+            .map(|order| self.error_held_out(&held_out, order, linears, spec, times))
+            .collect::<Result<Vec<f64>, _>>()?;
+        self.diagonal = self.hessian.merge(self.tokens, &held_out, more)?;
+        self.tokens += more;
+        self.last.replace(None);
+        Ok(least(&errors))
+    }
+
+    fn factor_in(
         &self,
+        order: Order,
         spec: &QuantSpec,
         times: &mut PhaseTimes,
     ) -> Result<Box<dyn StageSolver + '_>, QuantizeError> {
+        Ok(Box::new(self.stage(order, spec, times)?))
+    }
+
+    fn copied(&self, weight: Weight) -> Result<Weight, QuantizeError> {
+        Ok(Weight::Device(self.gpu.copied(there(&weight))?))
+    }
+}
+
+fn there(weight: &Weight) -> DeviceMatrix {
+    let Weight::Device(there) = weight else {
+        unreachable!("a decoder on the GPU has its weights there");
+    };
+    *there
+}
+
+impl DeviceReady {
+    fn stage(
+        &self,
+        order: Order,
+        spec: &QuantSpec,
+        times: &mut PhaseTimes,
+    ) -> Result<DeviceStage<'_>, QuantizeError> {
         let start = Instant::now();
-        let order = Order::new(spec.order, spec.group_size, &self.diagonal);
         let channels: Vec<u32> = order.channels.iter().rev().map(|&c| c as u32).collect();
         let groups: Vec<u32> = order.groups.iter().rev().copied().collect();
         let plan = SweepPlan::new(
@@ -159,23 +237,43 @@ impl StageHessian for DeviceReady {
         )?;
         let damped = self.damped(channels, spec.damp_percent, times)?;
         times.add(Phase::Factor, start.elapsed());
-        Ok(Box::new(DeviceStage {
+        Ok(DeviceStage {
             hessian: &self.hessian,
             damped,
             plan,
             order,
-        }))
+        })
     }
 
-    fn copied(&self, weight: Weight) -> Result<Weight, QuantizeError> {
-        match weight {
-            Weight::Device(there) => Ok(Weight::Device(self.gpu.copied(there)?)),
-            Weight::Host(_) => unreachable!("a decoder on the GPU has its weights there"),
+    /// Error on the held-out tokens of the first outputs of `linears`, solved in `order`.
+    fn error_held_out(
+        &self,
+        held_out: &DeviceHessian,
+        order: &Order,
+        linears: &[(Weight, usize)],
+        spec: &QuantSpec,
+        times: &mut PhaseTimes,
+    ) -> Result<f64, QuantizeError> {
+        let stage = self.stage(order.clone(), spec, times)?;
+        let start = Instant::now();
+        let mut error = 0.0;
+        for (weight, outputs) in linears {
+            let part = DeviceMatrix {
+                rows: outputs_of_a_trial(*outputs),
+                ..there(weight)
+            };
+            let size = spec.group_size.resolve(part.columns);
+            let rule = rule(spec);
+            let (_, carried) = self.hessian.rounding_cost(part, size, rule)?;
+            let swept = stage.swept(part, rule, carried.as_ref(), spec)?;
+            let (_, carried) = held_out.rounding_cost(part, size, rule)?;
+            let copy = self.gpu.copied(part)?;
+            error += held_out.put_back(copy, &swept, &stage.plan, carried.as_ref())?;
         }
+        times.add(Phase::Sweep, start.elapsed());
+        Ok(error)
     }
-}
 
-impl DeviceReady {
     /// The factor for `channels`, in reversed processing order; the last one where it serves again.
     fn damped(
         &self,
@@ -268,6 +366,31 @@ fn rule(spec: &QuantSpec) -> Rule {
     }
 }
 
+impl DeviceStage<'_> {
+    /// Aims, sweeps and descends as the spec says.
+    fn swept(
+        &self,
+        weight: DeviceMatrix,
+        rule: Rule,
+        carried: Option<&DeviceCarried>,
+        spec: &QuantSpec,
+    ) -> Result<Swept, CudaError> {
+        let aim = carried.map(|carried| (carried, spec.input_mismatch as f32));
+        let target = match spec.descent_passes {
+            0 => None,
+            _ => Some(self.hessian.target(weight.rows)?),
+        };
+        let (factor, plan) = (&self.damped.factor, &self.plan);
+        let swept = factor.sweep(weight, plan, rule, aim, target.as_deref())?;
+        if let Some(target) = target {
+            let passes = spec.descent_passes;
+            self.hessian
+                .descend(factor, &swept, plan, &target, rule, passes)?;
+        }
+        Ok(swept)
+    }
+}
+
 impl StageSolver for DeviceStage<'_> {
     fn facts(&self) -> Facts {
         self.damped.facts
@@ -280,9 +403,7 @@ impl StageSolver for DeviceStage<'_> {
         spec: &QuantSpec,
         times: &mut PhaseTimes,
     ) -> Result<Rounded, QuantizeError> {
-        let Weight::Device(there) = weight else {
-            unreachable!("a decoder on the GPU has its weights there");
-        };
+        let there = there(&weight);
         assert_eq!(there.rows, out_features, "out_features of the weight");
         let size = spec.group_size.resolve(there.columns);
         let rule = rule(spec);
@@ -291,20 +412,9 @@ impl StageSolver for DeviceStage<'_> {
             self.hessian.rounding_cost(there, size, rule)
         })?;
         let carried = carried.as_ref();
-        let aim = carried.map(|carried| (carried, spec.input_mismatch as f32));
         let start = Instant::now();
         let before = self.hessian.gpu().mark()?;
-        let target = match spec.descent_passes {
-            0 => None,
-            _ => Some(self.hessian.target(out_features)?),
-        };
-        let (factor, plan) = (&self.damped.factor, &self.plan);
-        let swept = factor.sweep(there, plan, rule, aim, target.as_deref())?;
-        if let Some(target) = target {
-            let passes = spec.descent_passes;
-            self.hessian
-                .descend(factor, &swept, plan, &target, rule, passes)?;
-        }
+        let swept = self.swept(there, rule, carried, spec)?;
         let after = self.hessian.gpu().mark()?;
         let home = swept.send_home()?;
         let error = self.hessian.put_back(there, &swept, &self.plan, carried)?;

@@ -31,13 +31,22 @@ pub struct Factor {
 }
 
 impl Factor {
-    /// Damps by `spec.damp_percent` of the mean diagonal and factors in f64.
+    /// In the order of the spec.
     pub fn new(hessian: &Hessian, spec: &QuantSpec) -> Result<Self, QuantizeError> {
+        let order = Order::new(spec.order, spec.group_size, &hessian.diagonal());
+        Self::in_order(hessian, order, spec.damp_percent)
+    }
+
+    /// Damps by `damp_percent` of the mean diagonal and factors in f64.
+    pub fn in_order(
+        hessian: &Hessian,
+        order: Order,
+        damp_percent: f64,
+    ) -> Result<Self, QuantizeError> {
         let k = hessian.features();
         let diagonal = hessian.diagonal();
-        let order = Order::new(spec.order, spec.group_size, &diagonal);
         let damping = Damping::new(&diagonal);
-        let (u, damp_used, escalations) = damping.escalate(spec.damp_percent, |share| {
+        let (u, damp_used, escalations) = damping.escalate(damp_percent, |share| {
             let added = damping.added(&diagonal, share);
             let damped = |i: usize, j: usize| {
                 let (row, col) = (order.channels[i], order.channels[j]);

@@ -4,7 +4,7 @@ use gptq_kernels::Gram;
 use gptq_types::{ActivationSink, Activations};
 
 use crate::QuantizeError;
-use crate::mismatch::{Mismatch, MismatchSum};
+use crate::mismatch::{Mismatch, MismatchSum, merge};
 
 /// `H` while tokens arrive.
 pub struct HessianSum {
@@ -31,6 +31,19 @@ impl HessianSum {
             mismatch: Some(MismatchSum::new(features)),
             ..Self::new(features)
         }
+    }
+
+    /// An empty sum of the same kind.
+    pub(crate) fn another(&self) -> Self {
+        match self.mismatch {
+            None => Self::new(self.features),
+            Some(_) => Self::beside_float(self.features),
+        }
+    }
+
+    /// Tokens so far.
+    pub(crate) fn tokens(&self) -> usize {
+        self.tokens
     }
 
     /// Divides by the tokens seen. An activation that overflowed shows in the diagonal and is an
@@ -110,6 +123,17 @@ impl Hessian {
             values,
             mismatch: None,
         }
+    }
+
+    /// Of the tokens of both.
+    pub fn merged(mut self, other: &Hessian) -> Self {
+        merge(&mut self.values, self.tokens, &other.values, other.tokens);
+        self.tokens += other.tokens;
+        self.mismatch = match (self.mismatch, &other.mismatch) {
+            (Some(mine), Some(other)) => Some(mine.merged(other)),
+            (mine, _) => mine,
+        };
+        self
     }
 
     /// How the inputs differ from those of the float model, where a float stream was seen.

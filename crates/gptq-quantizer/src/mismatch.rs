@@ -62,6 +62,8 @@ impl MismatchSum {
         Mismatch {
             cross: self.cross.finish(mean(self.crossed)),
             square: self.square.finish(mean(self.squared)),
+            crossed: self.crossed,
+            squared: self.squared,
         }
     }
 }
@@ -70,6 +72,8 @@ impl MismatchSum {
 pub struct Mismatch {
     cross: Vec<f32>,
     square: Vec<f32>,
+    crossed: usize,
+    squared: usize,
 }
 
 /// What the mismatch does to the outputs of one weight.
@@ -81,6 +85,15 @@ pub struct Carried {
 }
 
 impl Mismatch {
+    /// Of the tokens of both.
+    pub(crate) fn merged(mut self, other: &Mismatch) -> Self {
+        merge(&mut self.cross, self.crossed, &other.cross, other.crossed);
+        merge(&mut self.square, self.squared, &other.square, other.squared);
+        self.crossed += other.crossed;
+        self.squared += other.squared;
+        self
+    }
+
     /// Of `weight [K, N]`.
     pub fn carried(&self, weight: &[f32], n: usize) -> Carried {
         let k = weight.len() / n;
@@ -93,6 +106,12 @@ impl Mismatch {
             square,
         }
     }
+}
+
+/// A mean over `count` tokens becomes that over `more` others too.
+pub(crate) fn merge(mean: &mut [f32], count: usize, other: &[f32], more: usize) {
+    let share = more as f32 / (count + more).max(1) as f32;
+    (mean.iter_mut().zip(other)).for_each(|(mean, other)| *mean += share * (other - *mean));
 }
 
 impl Factor {

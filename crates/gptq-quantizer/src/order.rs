@@ -16,26 +16,50 @@ pub struct Order {
 }
 
 impl Order {
-    /// The order for a Hessian diagonal `[K]`; ties keep the stored order.
+    /// The order for a Hessian diagonal `[K]`; ties keep the stored order. Of the orders that depend on
+    /// more than the diagonal, `Folded` is [`Order::folded`] without heads, and `Auto` natural until one is
+    /// chosen.
     pub fn new(order: ColumnOrder, group_size: GroupSize, diagonal: &[f32]) -> Self {
         let k = diagonal.len();
         let size = group_size.resolve(k);
         let natural: Vec<usize> = (0..k).collect();
         let channels = match order {
-            ColumnOrder::Natural => natural,
-            ColumnOrder::ActOrder | ColumnOrder::ActOrderStaticGroups => {
-                falling(natural, |&channel| diagonal[channel])
-            }
+            ColumnOrder::Natural | ColumnOrder::Auto => natural,
+            ColumnOrder::ActOrder
+            | ColumnOrder::ActOrderStaticGroups
+            | ColumnOrder::Folded => falling(natural, |&channel| diagonal[channel]),
             ColumnOrder::GroupAware => group_aware(diagonal, size),
         };
         let groups = match order {
-            ColumnOrder::ActOrder => (0..k).map(|position| (position / size) as u32).collect(),
+            ColumnOrder::ActOrder | ColumnOrder::Folded => consecutive(k, size),
             _ => channels.iter().map(|c| (c / size) as u32).collect(),
         };
         Order {
             channels,
             groups,
             fixed_grids: order == ColumnOrder::ActOrderStaticGroups,
+        }
+    }
+
+    /// Act-order that stays inside runs of `run` channels, and is the same in `sharing` runs one after
+    /// the other: heads, and the query heads of one key-value head. Groups are formed in that order.
+    pub fn folded(group_size: GroupSize, diagonal: &[f32], run: usize, sharing: usize) -> Self {
+        let k = diagonal.len();
+        let mut channels = Vec::with_capacity(k);
+        for start in (0..k).step_by(run * sharing) {
+            let of_place = |&place: &usize| -> f32 {
+                let runs = (0..sharing).map(|at| diagonal[start + at * run + place]);
+                runs.sum()
+            };
+            let places = falling((0..run).collect(), of_place);
+            for at in 0..sharing {
+                channels.extend(places.iter().map(|place| start + at * run + place));
+            }
+        }
+        Order {
+            channels,
+            groups: consecutive(k, group_size.resolve(k)),
+            fixed_grids: false,
         }
     }
 
@@ -84,6 +108,11 @@ impl Order {
     }
 }
 
+/// Groups of `size` positions.
+fn consecutive(k: usize, size: usize) -> Vec<u32> {
+    (0..k).map(|position| (position / size) as u32).collect()
+}
+
 /// Groups by their largest diagonal, channels sorted inside; every group keeps its channels.
 fn group_aware(diagonal: &[f32], size: usize) -> Vec<usize> {
     let channels: Vec<usize> = (0..diagonal.len()).collect();
@@ -124,6 +153,19 @@ mod tests {
         assert_eq!(fixed.channels, act.channels);
         assert_eq!(fixed.g_idx(), [0, 0, 1, 1, 2]);
         assert!(fixed.fixed_grids);
+    }
+
+    #[test]
+    fn a_folded_order_stays_inside_heads_that_share_a_permutation() {
+        // Two key-value heads of two query heads with two channels each.
+        let diagonal = [1.0, 5.0, 3.0, 2.0, 4.0, 1.0, 0.0, 9.0];
+        let order = Order::folded(GroupSize::Channels(16), &diagonal, 2, 2);
+        assert_eq!(order.channels, [1, 0, 3, 2, 5, 4, 7, 6]);
+        let whole = Order::folded(GroupSize::Channels(16), &diagonal, 8, 1);
+        let act = Order::new(ColumnOrder::ActOrder, GroupSize::Channels(16), &diagonal);
+        assert_eq!(whole, act);
+        let named = Order::new(ColumnOrder::Folded, GroupSize::Channels(16), &diagonal);
+        assert_eq!(named, act);
     }
 
     #[test]

@@ -9,7 +9,8 @@ use gptq_types::{
 };
 
 use crate::{
-    Factor, Hessian, HessianSum, Outputs, QuantizeError, descend, round_to_nearest, solve,
+    Factor, Hessian, HessianSum, Order, Outputs, QuantizeError, Solved, descend, output_error,
+    round_to_nearest, solve,
 };
 
 /// The sum while tokens arrive.
@@ -26,12 +27,37 @@ pub trait StageSum: ActivationSink {
 
 /// `H` of a stage, to be factored under one setting or several.
 pub trait StageHessian {
-    /// Damps and factors; adds the time to `times`.
+    /// The diagonal `[K]`, by which orders go.
+    fn diagonal(&self) -> Vec<f32>;
+
+    /// Which of `orders` has the least error on the tokens that were held out, summed over the first
+    /// outputs of `linears`, weights with their outputs. Afterwards these tokens are in `H` like all
+    /// others. Nothing where none were held out.
+    fn choose(
+        &mut self,
+        orders: &[Order],
+        linears: &[(Weight, usize)],
+        spec: &QuantSpec,
+        times: &mut PhaseTimes,
+    ) -> Result<Option<usize>, QuantizeError>;
+
+    /// Damps and factors in `order`; adds the time to `times`.
+    fn factor_in(
+        &self,
+        order: Order,
+        spec: &QuantSpec,
+        times: &mut PhaseTimes,
+    ) -> Result<Box<dyn StageSolver + '_>, QuantizeError>;
+
+    /// The same in the order of the spec.
     fn factor(
         &self,
         spec: &QuantSpec,
         times: &mut PhaseTimes,
-    ) -> Result<Box<dyn StageSolver + '_>, QuantizeError>;
+    ) -> Result<Box<dyn StageSolver + '_>, QuantizeError> {
+        let order = Order::new(spec.order, spec.group_size, &self.diagonal());
+        self.factor_in(order, spec, times)
+    }
 
     /// A weight to round in the place of `weight`, which stays as it is: rounding overwrites what
     /// lies on a GPU. Valid until the next call.
@@ -119,9 +145,25 @@ pub(crate) fn count(
     times.add_flop(Phase::Measure, 6.0 * square);
 }
 
+/// Of every eight batches one is held out where an order is to be chosen; the second, so that few
+/// batches are enough.
+const HELD_OUT: usize = 1;
+
+/// Whether the batch of this number is held out.
+pub(crate) fn is_held_out(batch: usize) -> bool {
+    batch % 8 == HELD_OUT
+}
+
+/// Outputs by which an order is chosen: a share of all, which are as many samples as there are weights.
+pub(crate) fn outputs_of_a_trial(outputs: usize) -> usize {
+    (outputs / 8).max(32).min(outputs)
+}
+
 /// A stage on the processor.
 pub struct HostStage {
     sum: HessianSum,
+    held_out: Option<HessianSum>,
+    batches: usize,
     elapsed: Duration,
 }
 
@@ -130,6 +172,8 @@ impl HostStage {
     pub fn new(features: usize) -> Self {
         HostStage {
             sum: HessianSum::new(features),
+            held_out: None,
+            batches: 0,
             elapsed: Duration::ZERO,
         }
     }
@@ -138,7 +182,22 @@ impl HostStage {
     pub fn beside_float(features: usize) -> Self {
         HostStage {
             sum: HessianSum::beside_float(features),
-            elapsed: Duration::ZERO,
+            ..Self::new(features)
+        }
+    }
+
+    /// The same, which holds some batches out for [`StageHessian::choose`].
+    pub fn holding_out(mut self) -> Self {
+        self.held_out = Some(self.sum.another());
+        self
+    }
+
+    /// The sum that the next batch belongs to.
+    fn next(&mut self) -> &mut HessianSum {
+        self.batches += 1;
+        match &mut self.held_out {
+            Some(held_out) if is_held_out(self.batches - 1) => held_out,
+            _ => &mut self.sum,
         }
     }
 }
@@ -146,7 +205,7 @@ impl HostStage {
 impl ActivationSink for HostStage {
     fn observe(&mut self, x: Activations<'_>, tokens: usize, in_features: usize) {
         let start = Instant::now();
-        self.sum.observe(x, tokens, in_features);
+        self.next().observe(x, tokens, in_features);
         self.elapsed += start.elapsed();
     }
 
@@ -158,7 +217,7 @@ impl ActivationSink for HostStage {
         in_features: usize,
     ) {
         let start = Instant::now();
-        self.sum.observe_pair(x, float, tokens, in_features);
+        self.next().observe_pair(x, float, tokens, in_features);
         self.elapsed += start.elapsed();
     }
 }
@@ -173,24 +232,95 @@ impl StageSum for HostStage {
         times: &mut PhaseTimes,
     ) -> Result<Box<dyn StageHessian>, QuantizeError> {
         let hessian = times.time(Phase::Hessian, || self.sum.finish())?;
-        Ok(Box::new(HostHessian(hessian)))
+        let held_out = match self.held_out {
+            Some(sum) if sum.tokens() > 0 => Some(times.time(Phase::Hessian, || sum.finish())?),
+            _ => None,
+        };
+        Ok(Box::new(HostHessian { hessian, held_out }))
     }
 }
 
-struct HostHessian(Hessian);
+struct HostHessian {
+    hessian: Hessian,
+    held_out: Option<Hessian>,
+}
+
+impl HostHessian {
+    /// Error on the held-out tokens of the first outputs of `linears`, solved in `order`.
+    fn error_held_out(
+        &self,
+        held_out: &Hessian,
+        order: &Order,
+        linears: &[(Weight, usize)],
+        spec: &QuantSpec,
+        times: &mut PhaseTimes,
+    ) -> Result<f64, QuantizeError> {
+        let solver = self.solver(order.clone(), spec, times)?;
+        let mut error = 0.0;
+        for (weight, outputs) in linears {
+            let part = outputs_of_a_trial(*outputs);
+            let weight: Vec<f32> = (host(weight).chunks_exact(*outputs))
+                .flat_map(|row| &row[..part])
+                .copied()
+                .collect();
+            let before = Outputs::new(&self.hessian, &weight, part);
+            let solved = times.time(Phase::Sweep, || {
+                solver.solved(&weight, &before, part, spec)
+            })?;
+            error += times.time(Phase::Measure, || {
+                output_error(held_out, &weight, &solved.layer)
+            });
+        }
+        Ok(error)
+    }
+
+    fn solver(
+        &self,
+        order: Order,
+        spec: &QuantSpec,
+        times: &mut PhaseTimes,
+    ) -> Result<HostSolver<'_>, QuantizeError> {
+        times.add_flop(Phase::Factor, factor_flop(self.hessian.features()));
+        let factor = times.time(Phase::Factor, || {
+            Factor::in_order(&self.hessian, order, spec.damp_percent)
+        })?;
+        Ok(HostSolver {
+            hessian: &self.hessian,
+            factor,
+        })
+    }
+}
 
 impl StageHessian for HostHessian {
-    fn factor(
+    fn diagonal(&self) -> Vec<f32> {
+        self.hessian.diagonal()
+    }
+
+    fn choose(
+        &mut self,
+        orders: &[Order],
+        linears: &[(Weight, usize)],
+        spec: &QuantSpec,
+        times: &mut PhaseTimes,
+    ) -> Result<Option<usize>, QuantizeError> {
+        let Some(held_out) = self.held_out.take() else {
+            return Ok(None);
+        };
+        let errors = (orders.iter())
+            .map(|order| self.error_held_out(&held_out, order, linears, spec, times))
+            .collect::<Result<Vec<f64>, _>>()?;
+        let empty = Hessian::from_values(0, 0, Vec::new());
+        self.hessian = std::mem::replace(&mut self.hessian, empty).merged(&held_out);
+        Ok(least(&errors))
+    }
+
+    fn factor_in(
         &self,
+        order: Order,
         spec: &QuantSpec,
         times: &mut PhaseTimes,
     ) -> Result<Box<dyn StageSolver + '_>, QuantizeError> {
-        let factor = times.time(Phase::Factor, || Factor::new(&self.0, spec))?;
-        times.add_flop(Phase::Factor, factor_flop(self.0.features()));
-        Ok(Box::new(HostSolver {
-            hessian: &self.0,
-            factor,
-        }))
+        Ok(Box::new(self.solver(order, spec, times)?))
     }
 
     fn copied(&self, weight: Weight) -> Result<Weight, QuantizeError> {
@@ -198,9 +328,47 @@ impl StageHessian for HostHessian {
     }
 }
 
+/// The place of the first of the smallest.
+pub(crate) fn least(errors: &[f64]) -> Option<usize> {
+    let better = |best: Option<usize>, (at, error): (usize, &f64)| match best {
+        Some(best) if errors[best] <= *error => Some(best),
+        _ => Some(at),
+    };
+    errors.iter().enumerate().fold(None, better)
+}
+
+fn host(weight: &Weight) -> &[f32] {
+    let Weight::Host(weight) = weight else {
+        unreachable!("a decoder on the processor has its weights in host memory");
+    };
+    weight
+}
+
 struct HostSolver<'a> {
     hessian: &'a Hessian,
     factor: Factor,
+}
+
+impl HostSolver<'_> {
+    /// Aims, sweeps and descends as the spec says.
+    fn solved(
+        &self,
+        weight: &[f32],
+        outputs: &Outputs<'_>,
+        out_features: usize,
+        spec: &QuantSpec,
+    ) -> Result<Solved, QuantizeError> {
+        let alpha = spec.input_mismatch as f32;
+        let aimed = (outputs.carried())
+            .map(|carried| self.factor.aimed(weight, carried, alpha, out_features));
+        let aim = aimed.as_deref().unwrap_or(weight);
+        let mut solved = solve(aim, out_features, &self.factor, spec)?;
+        if spec.descent_passes != 0 {
+            let layer = &mut solved.layer;
+            descend(layer, aim, self.hessian, &self.factor, spec.descent_passes);
+        }
+        Ok(solved)
+    }
 }
 
 impl StageSolver for HostSolver<'_> {
@@ -220,27 +388,16 @@ impl StageSolver for HostSolver<'_> {
         spec: &QuantSpec,
         times: &mut PhaseTimes,
     ) -> Result<Rounded, QuantizeError> {
-        let Weight::Host(weight) = weight else {
-            unreachable!("a decoder on the processor has its weights in host memory");
-        };
+        let weight = host(&weight);
         let outputs = times.time(Phase::Measure, || {
-            Outputs::new(self.hessian, &weight, out_features)
+            Outputs::new(self.hessian, weight, out_features)
         });
         let solved = times.time(Phase::Sweep, || {
-            let alpha = spec.input_mismatch as f32;
-            let aimed = (outputs.carried())
-                .map(|carried| self.factor.aimed(&weight, carried, alpha, out_features));
-            let aim = aimed.as_ref().unwrap_or(&weight);
-            let mut solved = solve(aim, out_features, &self.factor, spec)?;
-            if spec.descent_passes != 0 {
-                let layer = &mut solved.layer;
-                descend(layer, aim, self.hessian, &self.factor, spec.descent_passes);
-            }
-            Ok::<_, QuantizeError>(solved)
+            self.solved(weight, &outputs, out_features, spec)
         })?;
         count(times, self.hessian.features(), out_features, spec);
         let loss = times.time(Phase::Measure, || {
-            let rounded = round_to_nearest(&weight, out_features, spec)?;
+            let rounded = round_to_nearest(weight, out_features, spec)?;
             Ok::<_, QuantizeError>(self.facts().loss(
                 spec.measure(),
                 outputs.error(&solved.layer),

@@ -189,6 +189,8 @@ impl Row {
                 ColumnOrder::ActOrder => "Yes",
                 ColumnOrder::ActOrderStaticGroups => "Yes, static groups",
                 ColumnOrder::GroupAware => "Inside groups",
+                ColumnOrder::Folded => "Folded",
+                ColumnOrder::Auto => "By layer",
                 ColumnOrder::Natural => "No",
             },
             damp: spec.damp_percent,

@@ -41,6 +41,8 @@ pub fn branch_name(spec: &QuantSpec) -> String {
         ColumnOrder::Natural | ColumnOrder::GroupAware => "False",
         ColumnOrder::ActOrder => "True",
         ColumnOrder::ActOrderStaticGroups => "static",
+        ColumnOrder::Folded => "folded",
+        ColumnOrder::Auto => "auto",
     };
     let method = match spec.method {
         Method::Gptq => "gptq",
@@ -58,6 +60,8 @@ pub fn describe(spec: &QuantSpec) -> String {
         ColumnOrder::ActOrder => "with act-order: g_idx is a permutation, slower in some runtimes",
         ColumnOrder::ActOrderStaticGroups => "act-order with static groups: g_idx stays trivial",
         ColumnOrder::GroupAware => "channels reordered inside groups: g_idx stays trivial",
+        ColumnOrder::Folded => "act-order folded into the linears before: g_idx stays trivial",
+        ColumnOrder::Auto => "order chosen by layer: g_idx stays trivial",
     };
     let group = match spec.group_size {
         GroupSize::None => "one group a row".to_string(),

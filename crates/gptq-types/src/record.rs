@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{ContentHash, LayerLoss, LayerName, QuantSpec};
+use crate::{ColumnOrder, ContentHash, LayerLoss, LayerName, QuantSpec};
 
 /// Version of [`RunRecord`]; readers refuse a larger one.
 pub const RUN_RECORD_SCHEMA: u32 = 1;
@@ -95,6 +95,13 @@ pub struct LayerRecord {
     /// counted under [`Phase::Factor`] alone.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub solve_seconds: f64,
+    /// The order that was chosen, where the settings leave it open.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub order: Option<ColumnOrder>,
+    /// Which input channel of the float model each one in the file is, where they are permuted; the outputs
+    /// of the linears before it are permuted alike.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub folded: Option<Vec<u32>>,
 }
 
 impl LayerRecord {

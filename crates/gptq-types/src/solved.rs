@@ -49,6 +49,23 @@ impl SolvedLayer {
         weight
     }
 
+    /// Input channel `k` becomes what was `channels[k]`.
+    pub fn permute_inputs(&mut self, channels: &[u32]) {
+        let n = self.out_features;
+        let rows = |&channel: &u32| &self.codes[channel as usize * n..][..n];
+        self.codes = channels.iter().map(rows).collect::<Vec<_>>().concat();
+        self.g_idx = (channels.iter())
+            .map(|&channel| self.g_idx[channel as usize])
+            .collect();
+    }
+
+    /// Output `n` becomes what was `outputs[n]`.
+    pub fn permute_outputs(&mut self, outputs: &[u32]) {
+        self.codes = permuted_columns(&self.codes, outputs);
+        self.scales = permuted_columns(&self.scales, outputs);
+        self.zeros = permuted_columns(&self.zeros, outputs);
+    }
+
     /// Whether `g_idx[k] = k / group_size` for some group size.
     pub fn has_trivial_g_idx(&self, group_size: usize) -> bool {
         self.g_idx
@@ -56,6 +73,12 @@ impl SolvedLayer {
             .enumerate()
             .all(|(k, &g)| g as usize == k / group_size.max(1))
     }
+}
+
+fn permuted_columns<T: Copy>(rows: &[T], order: &[u32]) -> Vec<T> {
+    rows.chunks_exact(order.len())
+        .flat_map(|row| order.iter().map(|&at| row[at as usize]))
+        .collect()
 }
 
 /// What an error is measured against.

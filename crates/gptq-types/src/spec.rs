@@ -197,6 +197,32 @@ pub enum ColumnOrder {
     ActOrderStaticGroups,
     /// Groups by their largest Hessian diagonal and channels sorted inside; `g_idx` is trivial.
     GroupAware,
+    /// Act-order where the file can hold it as the order of its channels: the linears whose outputs are
+    /// the channels (gate and up for down; v for o, inside heads) have their output rows permuted, so that
+    /// `g_idx` is trivial. Natural everywhere else.
+    Folded,
+    /// For each stage the one of the orders with a trivial `g_idx` that has the least error on tokens held
+    /// out of the Hessian.
+    Auto,
+}
+
+impl ColumnOrder {
+    /// Its name on the command line and in plans.
+    pub fn name(self) -> &'static str {
+        match self {
+            ColumnOrder::Natural => "natural",
+            ColumnOrder::ActOrder => "act-order",
+            ColumnOrder::ActOrderStaticGroups => "static",
+            ColumnOrder::GroupAware => "group-aware",
+            ColumnOrder::Folded => "folded",
+            ColumnOrder::Auto => "auto",
+        }
+    }
+
+    /// Whether files of this order may have their channels permuted.
+    pub fn may_fold(self) -> bool {
+        matches!(self, ColumnOrder::Folded | ColumnOrder::Auto)
+    }
 }
 
 /// How much work a quantization is worth.

@@ -211,6 +211,16 @@ fn permutations(args: &MatrixArgs) -> Result<Vec<Permutation>, Failure> {
 
 /// Branches that share a Hessian have no quantized stream, whose inputs could differ from the float ones.
 fn check_shared(planned: &[PlannedBranch]) -> Result<(), Failure> {
+    let open = |branch: &&PlannedBranch| branch.permutation.spec.order == ColumnOrder::Auto;
+    if let Some(branch) = planned.iter().find(open) {
+        return Err(Failure::with_hint(
+            format!(
+                "--shared-hessian: branch `{}` has order auto, which holds tokens out of its Hessian",
+                branch.permutation.branch
+            ),
+            "leave out --shared-hessian, or give the branch another order",
+        ));
+    }
     let aimed = |branch: &&PlannedBranch| branch.permutation.spec.input_mismatch != 0.0;
     match planned.iter().find(aimed) {
         None => Ok(()),

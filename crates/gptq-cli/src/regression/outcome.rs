@@ -231,6 +231,7 @@ impl<'a> Bench<'a> {
             settings,
             windows,
             measure: self.recipe.spec.measure(),
+            layers: record.map_or(&[], |record| &record.layers),
         };
         let mut steps = Steps::new("measuring files", 0, packed_layers(packed).len());
         let mut layers: Vec<LayerOutcome> = Vec::new();

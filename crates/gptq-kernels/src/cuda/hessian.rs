@@ -223,6 +223,11 @@ impl DeviceHessian {
                     .launch(program, "multiply_by", grid, [256, 1, 1], 0, &args)?
             };
         }
+        self.diagonal()
+    }
+
+    fn diagonal(&self) -> Result<Vec<f32>, CudaError> {
+        let k = self.features;
         let diagonal = Buffer::new(&self.gpu, k * 4)?;
         let args = [(&diagonal).into(), (&self.values).into(), (k as i32).into()];
         // SAFETY: k elements on the diagonal.
@@ -237,6 +242,48 @@ impl DeviceHessian {
             )?
         };
         diagonal.to_host(k)
+    }
+
+    /// Finished means over `tokens` rows become those over `more` others too; returns the diagonal of H.
+    pub fn merge(
+        &mut self,
+        tokens: usize,
+        other: &DeviceHessian,
+        more: usize,
+    ) -> Result<Vec<f32>, CudaError> {
+        self.merge_mean(&self.values, tokens, &other.values, more)?;
+        if let (Some(mine), Some(others)) = (&self.mismatch, &other.mismatch) {
+            let (crossed, squared) = (others.crossed, others.squared);
+            self.merge_mean(&mine.cross, mine.crossed, &others.cross, crossed)?;
+            self.merge_mean(&mine.square, mine.squared, &others.square, squared)?;
+        }
+        if let (Some(mine), Some(others)) = (&mut self.mismatch, &other.mismatch) {
+            mine.crossed += others.crossed;
+            mine.squared += others.squared;
+        }
+        self.diagonal()
+    }
+
+    fn merge_mean(
+        &self,
+        mean: &Buffer,
+        count: usize,
+        other: &Buffer,
+        more: usize,
+    ) -> Result<(), CudaError> {
+        let elements = self.features * self.features;
+        let args = [
+            mean.into(),
+            other.into(),
+            (elements as i64).into(),
+            (more as f32 / (count + more).max(1) as f32).into(),
+        ];
+        let grid = [elements.div_ceil(256), 1, 1];
+        // SAFETY: both are [features, features].
+        unsafe {
+            self.gpu
+                .launch(Program::Hessian, "move_towards", grid, [256, 1, 1], 0, &args)
+        }
     }
 
     fn mirror(&self, sum: &Buffer, scale: f32) -> Result<(), CudaError> {

@@ -125,6 +125,8 @@ enum OrderName {
     ActOrder,
     Static,
     GroupAware,
+    Folded,
+    Auto,
 }
 
 impl OrderName {
@@ -134,6 +136,8 @@ impl OrderName {
             OrderName::ActOrder => ColumnOrder::ActOrder,
             OrderName::Static => ColumnOrder::ActOrderStaticGroups,
             OrderName::GroupAware => ColumnOrder::GroupAware,
+            OrderName::Folded => ColumnOrder::Folded,
+            OrderName::Auto => ColumnOrder::Auto,
         }
     }
 }
@@ -441,6 +445,11 @@ mod tests {
             ("group-aware", "act_group_aware = true"),
         ] {
             assert_eq!(made(&format!("order = '{short}'")), made(flags), "{short}");
+        }
+        for order in [ColumnOrder::Folded, ColumnOrder::Auto] {
+            let made = made(&format!("order = '{}'", order.name()));
+            let branch = format!("gptq-4bit-64g-actorder_{}", order.name());
+            assert_eq!(made, (order, branch));
         }
         assert_eq!(made("order = 'static'").1, "gptq-4bit-64g-actorder_static");
     }

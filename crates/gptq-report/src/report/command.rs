@@ -31,6 +31,8 @@ pub(super) fn quantize_command(run: &RunRecord, out: &str) -> String {
         ColumnOrder::ActOrder => &["--desc-act"],
         ColumnOrder::ActOrderStaticGroups => &["--desc-act", "--static-groups"],
         ColumnOrder::GroupAware => &["--act-group-aware"],
+        ColumnOrder::Folded => &["--order folded"],
+        ColumnOrder::Auto => &["--order auto"],
     };
     words.extend(order.iter().map(|flag| flag.to_string()));
     if !spec.sym {

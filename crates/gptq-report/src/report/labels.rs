@@ -96,6 +96,8 @@ fn short_settings(spec: &QuantSpec) -> String {
         ColumnOrder::ActOrder => " act",
         ColumnOrder::ActOrderStaticGroups => " static",
         ColumnOrder::GroupAware => " in-group",
+        ColumnOrder::Folded => " folded",
+        ColumnOrder::Auto => " auto",
     };
     if !spec.sym {
         text += " asym";

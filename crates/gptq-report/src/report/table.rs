@@ -407,6 +407,8 @@ fn act_order(spec: &QuantSpec) -> String {
         ColumnOrder::ActOrder => "yes",
         ColumnOrder::ActOrderStaticGroups => "static groups",
         ColumnOrder::GroupAware => "in-group",
+        ColumnOrder::Folded => "folded",
+        ColumnOrder::Auto => "by layer",
     }
     .to_string()
 }

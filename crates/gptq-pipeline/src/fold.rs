@@ -1,0 +1,185 @@
+//! Act-order that the file holds as the order of its channels.
+//!
+//! The input channels of a linear may be stored in any order if the outputs that they come from are
+//! stored in the same: rows of gate and up for down, and rows of v for o, where the order stays inside a
+//! head and is the same for all query heads that share the head of v. What is computed is the same, and
+//! groups formed in act-order have a trivial `g_idx`.
+
+use std::collections::BTreeMap;
+
+use gptq_model::DecoderConfig;
+use gptq_quantizer::Order;
+use gptq_types::{GroupSize, LayerName, LayerRecord, SolvedLayer, Stage};
+
+/// How the channels of a stage's input may be permuted.
+pub struct Fold {
+    /// Channels that may be sorted among themselves.
+    run: usize,
+    /// Runs, one after the other, that take the same permutation.
+    sharing: usize,
+    /// The linears whose outputs they are.
+    pub before: Vec<LayerName>,
+}
+
+impl Fold {
+    /// Of a stage of block `index`; nothing where folding changes no group: with one group a row, and in
+    /// heads that are no longer than a group.
+    pub fn of(
+        config: &DecoderConfig,
+        index: usize,
+        stage: Stage,
+        group_size: GroupSize,
+    ) -> Option<Self> {
+        let GroupSize::Channels(size) = group_size else {
+            return None;
+        };
+        let named = |stage: Stage, wanted: &[&str]| -> Vec<LayerName> {
+            let linears = config.linears(index, stage).into_iter();
+            let names = linears.map(|(layer, _, _)| layer);
+            names
+                .filter(|layer| wanted.iter().any(|name| layer.0.ends_with(name)))
+                .collect()
+        };
+        match stage {
+            Stage::MlpOut => Some(Fold {
+                run: config.intermediate_size,
+                sharing: 1,
+                before: named(Stage::MlpIn, &["gate_proj", "up_proj"]),
+            }),
+            Stage::AttentionOut if config.head_dim > size => Some(Fold {
+                run: config.head_dim,
+                sharing: config.num_attention_heads / config.num_key_value_heads,
+                before: named(Stage::AttentionIn, &["v_proj"]),
+            }),
+            _ => None,
+        }
+    }
+
+    /// Act-order within what may be permuted.
+    pub fn order(&self, group_size: GroupSize, diagonal: &[f32]) -> Order {
+        Order::folded(group_size, diagonal, self.run, self.sharing)
+    }
+
+    /// How the outputs before are permuted where the inputs are by `channels`: output `n` becomes what was
+    /// the one at `n`.
+    pub fn outputs(&self, channels: &[u32]) -> Vec<u32> {
+        let (run, bundle) = (self.run, self.run * self.sharing);
+        (channels.chunks_exact(bundle).enumerate())
+            .flat_map(|(at, bundle_of)| {
+                let moved = (at * bundle - at * run) as u32;
+                bundle_of[..run].iter().map(move |channel| channel - moved)
+            })
+            .collect()
+    }
+
+    /// Linears of which somebody permutes the outputs, if orders may be folded at all.
+    pub fn all_before(
+        config: &DecoderConfig,
+        index: usize,
+        group_size: GroupSize,
+    ) -> Vec<LayerName> {
+        let stages = [Stage::AttentionOut, Stage::MlpOut];
+        let folds = stages.map(|stage| Fold::of(config, index, stage, group_size));
+        folds.into_iter().flatten().flat_map(|fold| fold.before).collect()
+    }
+}
+
+/// How the linears of a finished block are permuted in the file.
+#[derive(Default)]
+pub struct Folded {
+    /// Input channel of the float model at each place, by linear.
+    inputs: BTreeMap<LayerName, Vec<u32>>,
+    /// The same for outputs.
+    outputs: BTreeMap<LayerName, Vec<u32>>,
+}
+
+impl Folded {
+    /// As the records of block `index` say.
+    pub fn of(
+        config: &DecoderConfig,
+        index: usize,
+        group_size: GroupSize,
+        layers: &[LayerRecord],
+    ) -> Self {
+        let mut folded = Folded::default();
+        for stage in [Stage::AttentionOut, Stage::MlpOut] {
+            let Some(fold) = Fold::of(config, index, stage, group_size) else {
+                continue;
+            };
+            for (layer, _, _) in config.linears(index, stage) {
+                let record = layers.iter().find(|record| record.layer == layer);
+                let Some(channels) = record.and_then(|record| record.folded.as_ref()) else {
+                    continue;
+                };
+                let outputs = fold.outputs(channels);
+                for before in &fold.before {
+                    folded.outputs.insert(before.clone(), outputs.clone());
+                }
+                folded.inputs.insert(layer, channels.clone());
+            }
+        }
+        folded
+    }
+
+    /// The output of the float model at each output of a linear, where they are permuted.
+    pub fn outputs_of(&self, layer: &LayerName) -> Option<&[u32]> {
+        self.outputs.get(layer).map(Vec::as_slice)
+    }
+
+    /// A linear as it is in the file, in the order of the float model again.
+    pub fn unfolded(&self, layer: &LayerName, mut solved: SolvedLayer) -> SolvedLayer {
+        if let Some(channels) = self.inputs.get(layer) {
+            solved.permute_inputs(&inverse(channels));
+        }
+        if let Some(outputs) = self.outputs.get(layer) {
+            solved.permute_outputs(&inverse(outputs));
+        }
+        solved
+    }
+}
+
+/// Whether each channel below their number is there once.
+pub fn is_permutation(channels: &[u32]) -> bool {
+    let mut seen = vec![false; channels.len()];
+    (channels.iter()).all(|&channel| {
+        (seen.get_mut(channel as usize)).is_some_and(|seen| !std::mem::replace(seen, true))
+    })
+}
+
+fn inverse(channels: &[u32]) -> Vec<u32> {
+    let mut inverse = vec![0; channels.len()];
+    for (place, &channel) in channels.iter().enumerate() {
+        inverse[channel as usize] = place as u32;
+    }
+    inverse
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn heads_of_values_follow_the_query_heads_that_share_them() {
+        let fold = Fold {
+            run: 2,
+            sharing: 2,
+            before: Vec::new(),
+        };
+        // Key-value head 0 serves query heads 0 and 1, head 1 the others.
+        assert_eq!(fold.outputs(&[1, 0, 3, 2, 4, 5, 6, 7]), [1, 0, 2, 3]);
+        let whole = Fold {
+            run: 4,
+            sharing: 1,
+            before: Vec::new(),
+        };
+        assert_eq!(whole.outputs(&[3, 0, 2, 1]), [3, 0, 2, 1]);
+    }
+
+    #[test]
+    fn an_inverse_takes_a_permutation_back() {
+        let channels = [2, 0, 3, 1];
+        assert!(is_permutation(&channels));
+        assert!(!is_permutation(&[0, 0, 1]) && !is_permutation(&[0, 3, 1]));
+        assert_eq!(inverse(&channels), [1, 3, 0, 2]);
+    }
+}
