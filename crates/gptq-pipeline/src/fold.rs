@@ -80,7 +80,11 @@ impl Fold {
     ) -> Vec<LayerName> {
         let stages = [Stage::AttentionOut, Stage::MlpOut];
         let folds = stages.map(|stage| Fold::of(config, index, stage, group_size));
-        folds.into_iter().flatten().flat_map(|fold| fold.before).collect()
+        folds
+            .into_iter()
+            .flatten()
+            .flat_map(|fold| fold.before)
+            .collect()
     }
 }
 

@@ -8,8 +8,8 @@ use gptq_model::{ConfigError, Device, ModelError, Streams};
 use gptq_packer::{LayoutError, PackError, StageError, VerifyError};
 use gptq_quantizer::QuantizeError;
 use gptq_types::{
-    CalibrationRecord, ColumnOrder, LayerName, LayerRecord, LossMeasure, QuantSpec, SourceError, SpecError,
-    TensorSource,
+    CalibrationRecord, ColumnOrder, LayerName, LayerRecord, LossMeasure, QuantSpec, SourceError,
+    SpecError, TensorSource,
 };
 
 /// A quantization to be done.

@@ -4,9 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use gptq_model::{Decoder, DecoderConfig, Device, Streams};
-use gptq_quantizer::{
-    Arriving, Facts, HostStage, Order, QuantizeError, StageHessian, StageSum,
-};
+use gptq_quantizer::{Arriving, Facts, HostStage, Order, QuantizeError, StageHessian, StageSum};
 use gptq_types::{
     ColumnOrder, LayerName, LayerRecord, Phase, PhaseTimes, QuantSpec, Stage, Warning,
 };

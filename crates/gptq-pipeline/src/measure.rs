@@ -10,9 +10,7 @@ use std::sync::Arc;
 use gptq_model::{DecoderConfig, Device, FloatWeights, Streams};
 use gptq_packer::{QuantizeConfig, read_layer};
 use gptq_quantizer::{Hessian, HessianSum, output_error};
-use gptq_types::{
-    LayerName, LayerRecord, LossMeasure, SolvedLayer, Stage, TensorSource, Weight,
-};
+use gptq_types::{LayerName, LayerRecord, LossMeasure, SolvedLayer, Stage, TensorSource, Weight};
 
 use crate::PipelineError;
 use crate::fold::Folded;

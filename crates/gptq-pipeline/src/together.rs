@@ -18,8 +18,8 @@ use crate::layers::{After, LayerWork, observe};
 use crate::preflight::{check_declared_type, check_shapes, check_unquantised};
 use crate::resume::{begin, settings};
 use crate::run::{
-    beside_shards, copy_permuted_biases, count_forward, finish, kept_or_discarded, publish, read_config, record,
-    wait_on_the_processor,
+    beside_shards, copy_permuted_biases, count_forward, finish, kept_or_discarded, publish,
+    read_config, record, wait_on_the_processor,
 };
 use crate::small_files::SmallFiles;
 use crate::weights::CheckedWeights;

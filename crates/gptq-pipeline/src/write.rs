@@ -63,11 +63,7 @@ pub trait Output {
 
     /// Hands over the name of a bias, to be copied in the order of the outputs; of none where the model has
     /// no such tensor.
-    fn copy_permuted(
-        &self,
-        name: String,
-        outputs: Option<Vec<u32>>,
-    ) -> Result<(), PipelineError> {
+    fn copy_permuted(&self, name: String, outputs: Option<Vec<u32>>) -> Result<(), PipelineError> {
         self.send(Message::Permuted(name, outputs))
     }
 }
@@ -260,7 +256,9 @@ impl Writing<'_> {
         let mut bytes = self.job.source.bytes(name)?;
         if let Some(outputs) = outputs {
             let width = bytes.len() / outputs.len();
-            let elements = outputs.iter().map(|&at| &bytes[at as usize * width..][..width]);
+            let elements = outputs
+                .iter()
+                .map(|&at| &bytes[at as usize * width..][..width]);
             bytes = elements.collect::<Vec<_>>().concat().into();
         }
         Ok(self.staged.write(name, &bytes)?)

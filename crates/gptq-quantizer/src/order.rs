@@ -25,9 +25,9 @@ impl Order {
         let natural: Vec<usize> = (0..k).collect();
         let channels = match order {
             ColumnOrder::Natural | ColumnOrder::Auto => natural,
-            ColumnOrder::ActOrder
-            | ColumnOrder::ActOrderStaticGroups
-            | ColumnOrder::Folded => falling(natural, |&channel| diagonal[channel]),
+            ColumnOrder::ActOrder | ColumnOrder::ActOrderStaticGroups | ColumnOrder::Folded => {
+                falling(natural, |&channel| diagonal[channel])
+            }
             ColumnOrder::GroupAware => group_aware(diagonal, size),
         };
         let groups = match order {

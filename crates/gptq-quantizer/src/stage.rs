@@ -231,8 +231,9 @@ impl StageSum for HostStage {
         self: Box<Self>,
         times: &mut PhaseTimes,
     ) -> Result<Box<dyn StageHessian>, QuantizeError> {
-        let hessian = times.time(Phase::Hessian, || self.sum.finish())?;
-        let held_out = match self.held_out {
+        let HostStage { sum, held_out, .. } = *self;
+        let hessian = times.time(Phase::Hessian, || sum.finish())?;
+        let held_out = match held_out {
             Some(sum) if sum.tokens() > 0 => Some(times.time(Phase::Hessian, || sum.finish())?),
             _ => None,
         };
@@ -264,9 +265,8 @@ impl HostHessian {
                 .copied()
                 .collect();
             let before = Outputs::new(&self.hessian, &weight, part);
-            let solved = times.time(Phase::Sweep, || {
-                solver.solved(&weight, &before, part, spec)
-            })?;
+            let solved =
+                times.time(Phase::Sweep, || solver.solved(&weight, &before, part, spec))?;
             error += times.time(Phase::Measure, || {
                 output_error(held_out, &weight, &solved.layer)
             });

@@ -10,7 +10,7 @@ use gptq_pipeline::{
     Preset, check_permutations, check_unquantised, check_weights, plan_matrix, read_plan,
 };
 use gptq_repository::{Repository, check_branch_names, check_signature};
-use gptq_types::{CalibrationRequest, Method, Permutation, PlannedBranch};
+use gptq_types::{CalibrationRequest, ColumnOrder, Method, Permutation, PlannedBranch};
 
 use crate::Verdict;
 use crate::args::{MatrixArgs, PresetArg, shard_bytes};

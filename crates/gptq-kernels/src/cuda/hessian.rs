@@ -281,8 +281,14 @@ impl DeviceHessian {
         let grid = [elements.div_ceil(256), 1, 1];
         // SAFETY: both are [features, features].
         unsafe {
-            self.gpu
-                .launch(Program::Hessian, "move_towards", grid, [256, 1, 1], 0, &args)
+            self.gpu.launch(
+                Program::Hessian,
+                "move_towards",
+                grid,
+                [256, 1, 1],
+                0,
+                &args,
+            )
         }
     }
 

@@ -31,9 +31,9 @@ fn loss(error: f64, rtn_error: f64, signal: f64) -> LayerLoss {
 }
 
 fn layer(block: usize, path: &str, loss: Option<LayerLoss>) -> LayerRecord {
+    LayerRecord {
         order: None,
         folded: None,
-    LayerRecord {
         layer: LayerName(format!("model.layers.{block}.{path}")),
         in_features: 64,
         out_features: 64,
