@@ -7,6 +7,7 @@ mod generated;
 mod gpu;
 mod matrix;
 mod memory;
+mod orders;
 mod published;
 mod quality;
 mod regress;

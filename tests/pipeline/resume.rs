@@ -142,6 +142,22 @@ fn after_the_second_block_beside_the_float_model() {
     killed_and_resumed(&Place::new(), 2, &flags);
 }
 
+/// Finished blocks lie permuted on disk, their biases too.
+#[test]
+fn after_the_first_block_with_permuted_channels() {
+    let folder = tempfile::tempdir().unwrap();
+    let (model, text) = (folder.path().join("model"), folder.path().join("text.txt"));
+    let shapes = TinyModel {
+        head_dim: 32,
+        layers: 3,
+        ..TinyModel::new(Family::Qwen2)
+    };
+    shapes.write(&model);
+    write_text(&text, shapes.vocab, 30_000);
+    let place = Place::of(folder, model, text);
+    killed_and_resumed(&place, 1, &["--group-size", "16", "--order", "folded"]);
+}
+
 #[test]
 fn after_the_second_block_with_act_order_and_shards() {
     let place = Place::with_larger_blocks();

@@ -59,6 +59,8 @@ fn after(token: usize) -> usize {
 }
 
 impl Decoder for Bigrams {
+    fn leave_room(&mut self, _: usize) {}
+
     fn config(&self) -> &DecoderConfig {
         &self.config
     }

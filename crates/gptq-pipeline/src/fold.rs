@@ -61,15 +61,25 @@ impl Fold {
     }
 
     /// How the outputs before are permuted where the inputs are by `channels`: output `n` becomes what was
-    /// the one at `n`.
-    pub fn outputs(&self, channels: &[u32]) -> Vec<u32> {
+    /// the one at `n`. Nothing where heads that share values are permuted otherwise, which no run writes.
+    pub fn outputs(&self, channels: &[u32]) -> Option<Vec<u32>> {
         let (run, bundle) = (self.run, self.run * self.sharing);
-        (channels.chunks_exact(bundle).enumerate())
-            .flat_map(|(at, bundle_of)| {
-                let moved = (at * bundle - at * run) as u32;
-                bundle_of[..run].iter().map(move |channel| channel - moved)
-            })
-            .collect()
+        let mut outputs = Vec::with_capacity(channels.len() / self.sharing);
+        for (at, heads) in channels.chunks_exact(bundle).enumerate() {
+            let start = (at * bundle) as u32;
+            let first: Vec<u32> = (heads[..run].iter())
+                .map(|channel| channel.checked_sub(start))
+                .collect::<Option<_>>()?;
+            let alike = heads.chunks_exact(run).enumerate().all(|(head, places)| {
+                let start = start + (head * run) as u32;
+                (places.iter().zip(&first)).all(|(channel, place)| *channel == start + place)
+            });
+            if !alike || !is_permutation(&first) {
+                return None;
+            }
+            outputs.extend(first.iter().map(|place| (at * run) as u32 + place));
+        }
+        Some(outputs)
     }
 
     /// Linears of which somebody permutes the outputs, if orders may be folded at all.
@@ -110,12 +120,14 @@ impl Folded {
             let Some(fold) = Fold::of(config, index, stage, group_size) else {
                 continue;
             };
-            for (layer, _, _) in config.linears(index, stage) {
+            for (layer, inputs, _) in config.linears(index, stage) {
                 let record = layers.iter().find(|record| record.layer == layer);
-                let Some(channels) = record.and_then(|record| record.folded.as_ref()) else {
+                let channels = record.and_then(|record| record.folded.as_ref());
+                let channels = channels.filter(|channels| channels.len() == inputs);
+                let found = channels.and_then(|channels| Some((channels, fold.outputs(channels)?)));
+                let Some((channels, outputs)) = found else {
                     continue;
                 };
-                let outputs = fold.outputs(channels);
                 for before in &fold.before {
                     folded.outputs.insert(before.clone(), outputs.clone());
                 }
@@ -170,13 +182,17 @@ mod tests {
             before: Vec::new(),
         };
         // Key-value head 0 serves query heads 0 and 1, head 1 the others.
-        assert_eq!(fold.outputs(&[1, 0, 3, 2, 4, 5, 6, 7]), [1, 0, 2, 3]);
+        let outputs = fold.outputs(&[1, 0, 3, 2, 4, 5, 6, 7]);
+        assert_eq!(outputs.unwrap(), [1, 0, 2, 3]);
+        for wrong in [[1, 0, 2, 3, 4, 5, 6, 7], [4, 5, 6, 7, 0, 1, 2, 3], [0; 8]] {
+            assert_eq!(fold.outputs(&wrong), None);
+        }
         let whole = Fold {
             run: 4,
             sharing: 1,
             before: Vec::new(),
         };
-        assert_eq!(whole.outputs(&[3, 0, 2, 1]), [3, 0, 2, 1]);
+        assert_eq!(whole.outputs(&[3, 0, 2, 1]).unwrap(), [3, 0, 2, 1]);
     }
 
     #[test]

@@ -210,7 +210,8 @@ impl<'a> LayerWork<'a> {
 
     /// Hands over the linears before a stage, now that it is known how its inputs are permuted.
     fn store_waiting(&mut self, fold: &Fold, folded: Option<&[u32]>) -> Result<(), PipelineError> {
-        let outputs: Option<Arc<[u32]>> = folded.map(|channels| fold.outputs(channels).into());
+        let outputs = folded.map(|channels| fold.outputs(channels).expect("the fold's own order"));
+        let outputs: Option<Arc<[u32]>> = outputs.map(Into::into);
         for (layer, solved) in self.waiting.drain(..) {
             let outputs = outputs.clone();
             let permuted = move || {

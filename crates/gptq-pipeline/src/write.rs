@@ -259,7 +259,7 @@ impl Writing<'_> {
             let elements = outputs
                 .iter()
                 .map(|&at| &bytes[at as usize * width..][..width]);
-            bytes = elements.collect::<Vec<_>>().concat().into();
+            bytes = elements.collect::<Vec<_>>().concat();
         }
         Ok(self.staged.write(name, &bytes)?)
     }

@@ -183,7 +183,11 @@ impl DeviceHessian {
         n: usize,
     ) -> Result<usize, CudaError> {
         let k = self.features();
-        let parts = if k.is_multiple_of(4 * PARTS) { PARTS } else { 1 };
+        let parts = if k.is_multiple_of(4 * PARTS) {
+            PARTS
+        } else {
+            1
+        };
         let side = |address, ld, stride| Side {
             address,
             op: Op::CUBLAS_OP_N,
