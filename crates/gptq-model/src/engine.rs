@@ -310,13 +310,22 @@ impl<B: DecoderBackend> Decoder for Engine<B> {
     }
 
     fn forward_block(&mut self) -> Result<(), ModelError> {
-        for stage in Stage::ALL {
-            // The inputs of these two are computed again on the way to the next stage.
-            if stage != Stage::AttentionIn {
-                self.pass(stage, &mut |_, _| {})?;
+        // No weight is replaced on the way: a batch passes at once, and nothing inside it waits.
+        let block = self.block.as_ref().expect("a block is resident");
+        let shelves = self.shelves.as_ref().expect("windows were embedded");
+        for (place, batch) in self.batches.iter_mut().enumerate() {
+            let tokens = batch.tokens();
+            let turn = &self.turns[&tokens];
+            let hidden = B::recall(batch.hidden.take().expect("hidden states are kept"));
+            let hidden = block.forward(hidden, turn, tokens);
+            batch.hidden = Some(B::keep(&shelves.hidden, place, &hidden));
+            drop(hidden);
+            if let Some(stream) = &mut self.float {
+                stream.forward(place, &shelves.float, turn, tokens);
             }
         }
-        self.finish_block()
+        B::tidy();
+        B::check()
     }
 
     fn weight(&self, layer: &LayerName) -> Result<Weight, ModelError> {

@@ -79,4 +79,15 @@ impl<B: DecoderBackend> FloatStream<B> {
         followed.hidden = Some(B::keep(shelf, followed.place, &hidden));
         Some(input)
     }
+
+    /// All stages of a batch with nobody looking.
+    pub fn forward(&mut self, batch: usize, shelf: &B::Shelf, turn: &B::Turn, tokens: usize) {
+        let Some(followed) = self.batches[batch].as_mut() else {
+            return;
+        };
+        let block = self.block.as_ref().expect("a block is resident");
+        let hidden = B::recall(followed.hidden.take().expect("hidden states are kept"));
+        let hidden = block.forward(hidden, turn, tokens);
+        followed.hidden = Some(B::keep(shelf, followed.place, &hidden));
+    }
 }
