@@ -94,8 +94,11 @@ pub(crate) trait DecoderBackend: Backend + 'static {
     /// Shelves for the activations of all batches.
     fn shelves(need: &ShelfNeed) -> Shelves<Self::Shelf>;
 
+    /// Forgets what is on a shelf, which takes activations of up to `rows` and `columns` from now on.
+    fn clear(shelf: &Self::Shelf, rows: usize, columns: usize);
+
     /// Puts an activation at a place of a shelf.
-    fn keep(shelf: &Self::Shelf, place: usize, x: Tensor<Self, 2>) -> Self::Kept;
+    fn keep(shelf: &Self::Shelf, place: usize, x: &Tensor<Self, 2>) -> Self::Kept;
 
     /// Takes it back.
     fn recall(kept: Self::Kept) -> Tensor<Self, 2>;
@@ -174,8 +177,8 @@ pub(crate) struct ShelfNeed {
     pub inner: usize,
     /// Elements of the weights of one block.
     pub block_elements: usize,
-    /// Whether a float stream runs beside the quantized one.
-    pub float: bool,
+    /// Batches that the float stream follows, where one runs beside the quantized one.
+    pub float: Option<usize>,
     /// Matrices as large as the widest Hessian that somebody else keeps.
     pub more_hessians: usize,
 }
@@ -300,8 +303,10 @@ impl DecoderBackend for Flex {
         }
     }
 
-    fn keep((): &(), _: usize, x: Tensor<Self, 2>) -> Tensor<Self, 2> {
-        x
+    fn clear((): &(), _: usize, _: usize) {}
+
+    fn keep((): &(), _: usize, x: &Tensor<Self, 2>) -> Tensor<Self, 2> {
+        x.clone()
     }
 
     fn recall(kept: Tensor<Self, 2>) -> Tensor<Self, 2> {

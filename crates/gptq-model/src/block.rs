@@ -182,6 +182,15 @@ impl<B: DecoderBackend> Block<B> {
         B::cache(sequences, capacity, self.shape)
     }
 
+    /// The hidden states behind the block, from those before it.
+    pub fn forward(&self, hidden: Tensor<B, 2>, turn: &B::Turn, tokens: usize) -> Tensor<B, 2> {
+        let input = self.attend(&self.attention_input(&hidden), turn, tokens);
+        let hidden = B::add(hidden, self.attention_out.forward(&input));
+        drop(input);
+        let input = self.gated(&self.mlp_input(&hidden));
+        B::add(hidden, self.mlp_out.forward(&input))
+    }
+
     /// The input of `q_proj`, `k_proj`, `v_proj`.
     pub fn attention_input(&self, hidden: &Tensor<B, 2>) -> Tensor<B, 2> {
         B::norm(hidden, &self.input_norm, self.eps)

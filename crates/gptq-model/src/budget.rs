@@ -8,11 +8,25 @@ use crate::backend::{ShelfNeed, Shelves};
 /// allocated: 0.6 GB on an H200, and some room.
 pub(crate) const LIBRARIES: usize = 850 << 20;
 
-/// How many places of each shelf fit on the GPU beside everything else that a run needs there.
-pub(crate) fn places_on_device(
-    need: &ShelfNeed,
-    memory: usize,
-) -> Result<Shelves<usize>, CudaError> {
+/// What a shelf has on the GPU.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Fit {
+    /// Places.
+    pub places: usize,
+    /// As large as a place, for copies beside the work of the GPU; none where every place is there.
+    pub slots: usize,
+}
+
+/// What a shelf would have.
+#[derive(Clone, Copy)]
+struct Wish {
+    bytes: usize, // of a place
+    places: usize,
+    slots: usize, // where not all places are on the GPU
+}
+
+/// How much of each shelf fits on the GPU beside everything else that a run needs there.
+pub(crate) fn places_on_device(need: &ShelfNeed, memory: usize) -> Result<Shelves<Fit>, CudaError> {
     let row = |columns: usize| need.rows * columns * 2;
     let widest = need.inner.max(need.hidden);
     // Weights of a block; a batch's temporaries, of which three are as wide as the feed-forward;
@@ -23,19 +37,19 @@ pub(crate) fn places_on_device(
     // Beside a float stream: its block, the rows' difference, two more matrices as large as H, and the
     // target of a linear, three times in f32.
     let (beside, temporaries, solving) = match need.float {
-        true => (
+        Some(_) => (
             need.block_elements * 2 + widest * widest * 8,
             temporaries + row(widest),
             solving + widest * need.hidden * 12,
         ),
-        false => (0, temporaries, solving),
+        None => (0, temporaries, solving),
     };
     let fixed = LIBRARIES
         + need.block_elements * 2
         + (1 + need.more_hessians) * widest * widest * 4
         + beside
         + temporaries.max(solving);
-    let Some(mut left) = memory.checked_sub(fixed) else {
+    let Some(left) = memory.checked_sub(fixed) else {
         return Err(CudaError::Invalid(format!(
             "--gpu-memory of {:.1} GB is too little: a block, its solver and the libraries take \
              {:.1} GB beside the activations",
@@ -43,22 +57,54 @@ pub(crate) fn places_on_device(
             fixed as f64 / 1e9
         )));
     };
-    let mut fit = |bytes: usize| {
-        let places = (left / bytes.max(1)).min(need.batches);
-        left -= places * bytes;
-        places
+    let wish = |columns: usize, places: usize, slots: usize| Wish {
+        bytes: row(columns),
+        places,
+        slots,
     };
-    // The hidden states first: they are read and written three times a block, the others once.
-    let hidden = fit(row(need.hidden));
-    let float = match need.float {
-        true => fit(row(need.hidden)),
-        false => 0,
-    };
+    // The hidden states first: they are read five times a block and written twice, each time between
+    // two reads; inner ones are read twice, and all written before any is read.
+    let [hidden, float, inner] = divide(
+        [
+            wish(need.hidden, need.batches, 2),
+            wish(need.hidden, need.float.unwrap_or(0), 2),
+            wish(need.inner, need.batches, 1),
+        ],
+        left,
+    );
     Ok(Shelves {
         hidden,
         float,
-        inner: fit(row(need.inner)),
+        inner,
     })
+}
+
+/// Divides `left` bytes among wishes, the first of them first. Those that are not granted as a whole
+/// get their slots, which are worth more than as many places; with too little for these there are none.
+fn divide(wishes: [Wish; 3], left: usize) -> [Fit; 3] {
+    let whole = |wish: &Wish| wish.places * wish.bytes;
+    let slots = |wish: &Wish| match wish.places {
+        0 => 0,
+        _ => wish.slots * wish.bytes,
+    };
+    let enough = |granted: &usize| {
+        let (first, rest) = wishes.split_at(*granted);
+        first.iter().map(whole).sum::<usize>() + rest.iter().map(slots).sum::<usize>() <= left
+    };
+    let granted = (0..=wishes.len()).rev().find(enough);
+    let mut left = left;
+    let mut fits = [Fit::default(); 3];
+    for (index, (fit, wish)) in fits.iter_mut().zip(&wishes).enumerate() {
+        if granted.is_some_and(|granted| index >= granted && wish.places > 0) {
+            fit.slots = wish.slots;
+            left -= slots(wish);
+        }
+    }
+    for (fit, wish) in fits.iter_mut().zip(&wishes) {
+        fit.places = (left / wish.bytes.max(1)).min(wish.places);
+        left -= fit.places * wish.bytes;
+    }
+    fits
 }
 
 #[cfg(test)]
@@ -72,7 +118,7 @@ mod tests {
         hidden: 4096,
         inner: 11008,
         block_elements: 202_375_168,
-        float: false,
+        float: None,
         more_hessians: 0,
     };
 
@@ -80,7 +126,7 @@ mod tests {
     fn a_larger_budget_keeps_more_activations_on_the_gpu() {
         let places = |gb: usize| {
             let fit = places_on_device(&NEED, gb * 1_000_000_000).unwrap();
-            [fit.hidden, fit.inner]
+            [fit.hidden.places, fit.inner.places]
         };
         let [six, ten, thirty] = [places(6), places(10), places(30)];
         assert_eq!(thirty, [32, 32]);
@@ -91,13 +137,54 @@ mod tests {
     #[test]
     fn a_float_stream_leaves_less_room_for_inner_activations() {
         let need = ShelfNeed {
-            float: true,
+            float: Some(28),
             ..NEED
         };
         let fit = places_on_device(&need, 10_000_000_000).unwrap();
         let without = places_on_device(&NEED, 10_000_000_000).unwrap();
-        assert_eq!((fit.hidden, fit.float, without.float), (32, 32, 0));
-        assert!(fit.inner < without.inner, "{}", fit.inner);
+        let places = [fit.hidden, fit.float, without.float].map(|fit| fit.places);
+        assert_eq!(places, [32, 28, 0]);
+        assert!(fit.inner.places < without.inner.places, "{:?}", fit.inner);
+    }
+
+    #[test]
+    fn what_crosses_the_bus_has_slots_and_nothing_else_has() {
+        let need = ShelfNeed {
+            float: Some(28),
+            ..NEED
+        };
+        for gb in 6..20 {
+            let fit = places_on_device(&need, gb * 1_000_000_000).unwrap();
+            let slots = |fit: Fit, all: usize, slots: usize| {
+                let want = if fit.places < all { slots } else { 0 };
+                assert_eq!(fit.slots, want, "{gb} GB: {fit:?}");
+            };
+            slots(fit.hidden, 32, 2);
+            slots(fit.float, 28, 2);
+            slots(fit.inner, 32, 1);
+        }
+    }
+
+    #[test]
+    fn places_and_slots_are_no_more_than_what_is_left() {
+        let wishes = [(3, 32, 2), (3, 28, 2), (8, 32, 1)].map(|(bytes, places, slots)| Wish {
+            bytes,
+            places,
+            slots,
+        });
+        let all = 3 * 32 + 3 * 28 + 8 * 32;
+        for left in 0..all + 30 {
+            let taken = |(fit, wish): (&Fit, &Wish)| (fit.places + fit.slots) * wish.bytes;
+            let fits = divide(wishes, left);
+            let taken: usize = fits.iter().zip(&wishes).map(taken).sum();
+            assert!(taken <= left, "{left}: {fits:?}");
+            if left >= all {
+                assert_eq!(taken, all, "everything fits and nothing crosses: {fits:?}");
+            }
+        }
+        let little = divide(wishes, 12);
+        assert_eq!(little.map(|fit| fit.slots), [0; 3], "too little for slots");
+        assert_eq!(little.map(|fit| fit.places), [4, 0, 0]);
     }
 
     #[test]

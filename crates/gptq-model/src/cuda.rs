@@ -3,7 +3,8 @@
 //! Burn owns the tensors; the operations of `gptq-kernels` read and write them through their
 //! addresses, on the one stream of [`Gpu`]. Burn itself queues no work on any of them, so its own
 //! stream never has to be waited for: memory that a dropped tensor leaves is reused by operations
-//! that stand behind it in the same stream.
+//! that stand behind it in the same stream. Copies beside that stream touch no tensor, only what
+//! belongs to a [`Shelf`].
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -20,7 +21,7 @@ use gptq_types::{Activations, DeviceMatrix, Dtype, LayerName, SourceError, Weigh
 
 use crate::ModelError;
 use crate::backend::{DecoderBackend, ShelfNeed, Shelves};
-use crate::budget::{LIBRARIES, places_on_device};
+use crate::budget::{Fit, LIBRARIES, places_on_device};
 use crate::device_rows::ScoringHead;
 use crate::head::HostHead;
 use crate::score::HeadInput;
@@ -231,22 +232,26 @@ impl<E: Half> DecoderBackend for Cuda<E> {
         let Some(fit) = note(places_on_device(need, memory)) else {
             return none;
         };
-        let shelf = |columns: usize, fit: usize| {
+        let shelf = |places: usize, columns: usize, fit: Fit| {
             let bytes = need.rows * columns * 2;
-            note(Shelf::new(&gpu(), need.batches, bytes, fit)).map(Rc::new)
+            let shelf = Shelf::new(&gpu(), places, bytes, fit.places, fit.slots);
+            note(shelf).map(Rc::new)
         };
         Shelves {
-            hidden: shelf(need.hidden, fit.hidden),
-            float: match need.float {
-                true => shelf(need.hidden, fit.float),
-                false => None,
-            },
-            inner: shelf(need.inner, fit.inner),
+            hidden: shelf(need.batches, need.hidden, fit.hidden),
+            float: (need.float).and_then(|followed| shelf(followed, need.hidden, fit.float)),
+            inner: shelf(need.batches, need.inner, fit.inner),
         }
     }
 
-    fn keep(shelf: &Self::Shelf, place: usize, x: Tensor<Self, 2>) -> Placed {
-        let from = view(&x);
+    fn clear(shelf: &Self::Shelf, rows: usize, columns: usize) {
+        if let Some(shelf) = shelf {
+            shelf.clear(rows * columns * 2);
+        }
+    }
+
+    fn keep(shelf: &Self::Shelf, place: usize, x: &Tensor<Self, 2>) -> Placed {
+        let from = view(x);
         if let Some(shelf) = shelf {
             note(shelf.put(place, from.address, from.rows * from.columns * 2));
         }

@@ -28,6 +28,10 @@ impl<B: DecoderBackend> Batch<B> {
         self.windows[0].len()
     }
 
+    fn rows(&self) -> usize {
+        self.windows.len() * self.tokens()
+    }
+
     fn hidden(&self) -> Tensor<B, 2> {
         B::peek(self.hidden.as_ref().expect("hidden states are kept"))
     }
@@ -160,19 +164,29 @@ impl<B: DecoderBackend> Engine<B> {
 
     fn need(&self, batches: &[&[Vec<u32>]]) -> ShelfNeed {
         let rows = |batch: &&[Vec<u32>]| batch.len() * batch[0].len();
-        let attention = self.config.num_attention_heads * self.config.head_dim;
+        let starts = batches.iter().scan(0, |start, batch| {
+            let this = *start;
+            *start += rows(batch);
+            Some(this)
+        });
+        let followed = starts.filter(|&start| FloatStream::<B>::follows(start));
         ShelfNeed {
             batches: batches.len(),
             rows: batches.iter().map(rows).max().unwrap_or(0),
             hidden: self.config.hidden_size,
-            inner: attention.max(self.config.intermediate_size),
+            inner: self.attention_width().max(self.config.intermediate_size),
             block_elements: self.config.block_bytes() / 4,
-            float: self.float.is_some(),
+            float: self.float.as_ref().map(|_| followed.count()),
             more_hessians: self.more_hessians,
         }
     }
 
-    /// Adds the output of the linear that `inner` waits for to the hidden states.
+    /// Columns of the input of `o_proj`.
+    fn attention_width(&self) -> usize {
+        self.config.num_attention_heads * self.config.head_dim
+    }
+
+    /// Adds the output of the linear that `inner` waits for to the hidden states; these.
     fn add_output(
         batch: &mut Batch<B>,
         linear: &Linear<B>,
@@ -184,13 +198,20 @@ impl<B: DecoderBackend> Engine<B> {
         drop(inner);
         let hidden = B::recall(batch.hidden.take().expect("hidden states are kept"));
         let hidden = B::add(hidden, output);
-        batch.hidden = Some(B::keep(shelf, place, hidden));
-        batch.hidden()
+        batch.hidden = Some(B::keep(shelf, place, &hidden));
+        hidden
     }
 
     fn pass(&mut self, stage: Stage, look: &mut Look<'_, B>) -> Result<(), ModelError> {
         let block = self.block.as_ref().expect("a block is resident");
         let shelves = self.shelves.as_ref().expect("windows were embedded");
+        // All inner activations of the stage before were taken back.
+        let rows = self.batches.iter().map(Batch::rows).max().unwrap_or(0);
+        match stage {
+            Stage::AttentionOut => B::clear(&shelves.inner, rows, self.attention_width()),
+            Stage::MlpOut => B::clear(&shelves.inner, rows, self.config.intermediate_size),
+            Stage::AttentionIn | Stage::MlpIn => {}
+        }
         for (place, batch) in self.batches.iter_mut().enumerate() {
             let tokens = batch.tokens();
             let input = match stage {
@@ -211,7 +232,7 @@ impl<B: DecoderBackend> Engine<B> {
                 .and_then(|stream| stream.advance(stage, place, &shelves.float, turn, tokens));
             look(&input, float.as_ref());
             if matches!(stage, Stage::AttentionOut | Stage::MlpOut) {
-                batch.inner = Some(B::keep(&shelves.inner, place, input));
+                batch.inner = Some(B::keep(&shelves.inner, place, &input));
             }
         }
         B::check()
@@ -242,13 +263,11 @@ impl<B: DecoderBackend> Decoder for Engine<B> {
         for (place, windows) in cut.into_iter().enumerate() {
             let hidden = self.embed_ids(&table, &windows.concat())?;
             if let Some(stream) = &mut self.float {
-                let kept = FloatStream::<B>::follows(start)
-                    .then(|| B::keep(&shelves.float, place, hidden.clone()));
-                stream.embed(kept);
+                stream.embed(start, &shelves.float, &hidden);
             }
             start += windows.len() * windows[0].len();
             self.batches.push(Batch {
-                hidden: Some(B::keep(&shelves.hidden, place, hidden)),
+                hidden: Some(B::keep(&shelves.hidden, place, &hidden)),
                 windows: windows.to_vec(),
                 inner: None,
             });
@@ -298,13 +317,22 @@ impl<B: DecoderBackend> Decoder for Engine<B> {
     }
 
     fn forward_block(&mut self) -> Result<(), ModelError> {
-        for stage in Stage::ALL {
-            // The inputs of these two are computed again on the way to the next stage.
-            if stage != Stage::AttentionIn {
-                self.pass(stage, &mut |_, _| {})?;
+        // No weight is replaced on the way: a batch passes at once, and nothing inside it waits.
+        let block = self.block.as_ref().expect("a block is resident");
+        let shelves = self.shelves.as_ref().expect("windows were embedded");
+        for (place, batch) in self.batches.iter_mut().enumerate() {
+            let tokens = batch.tokens();
+            let turn = &self.turns[&tokens];
+            let hidden = B::recall(batch.hidden.take().expect("hidden states are kept"));
+            let hidden = block.forward(hidden, turn, tokens);
+            batch.hidden = Some(B::keep(&shelves.hidden, place, &hidden));
+            drop(hidden);
+            if let Some(stream) = &mut self.float {
+                stream.forward(place, &shelves.float, turn, tokens);
             }
         }
-        self.finish_block()
+        B::tidy();
+        B::check()
     }
 
     fn weight(&self, layer: &LayerName) -> Result<Weight, ModelError> {

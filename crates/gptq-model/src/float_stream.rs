@@ -11,10 +11,16 @@ use gptq_types::{Stage, stretch_of};
 use crate::backend::DecoderBackend;
 use crate::block::Block;
 
+/// A batch that is followed.
+struct Followed<B: DecoderBackend> {
+    place: usize,            // on the stream's own shelf, which has none for other batches
+    hidden: Option<B::Kept>, // [tokens, hidden_size]; out only while it is changed
+}
+
 /// Hidden states of the float model, batch by batch, and its resident block.
 pub(crate) struct FloatStream<B: DecoderBackend> {
     pub block: Option<Block<B>>,
-    batches: Vec<Option<Option<B::Kept>>>, // [tokens, hidden_size]; out only while it is changed
+    batches: Vec<Option<Followed<B>>>,
 }
 
 impl<B: DecoderBackend> Default for FloatStream<B> {
@@ -32,9 +38,13 @@ impl<B: DecoderBackend> FloatStream<B> {
         stretch_of(start) < 7
     }
 
-    /// The next batch; nothing where it is not followed.
-    pub fn embed(&mut self, hidden: Option<B::Kept>) {
-        self.batches.push(hidden.map(Some));
+    /// The next batch, which begins at token `start`; it is kept where it is followed.
+    pub fn embed(&mut self, start: usize, shelf: &B::Shelf, hidden: &Tensor<B, 2>) {
+        let place = self.batches.iter().flatten().count();
+        self.batches.push(Self::follows(start).then(|| Followed {
+            place,
+            hidden: Some(B::keep(shelf, place, hidden)),
+        }));
     }
 
     /// The input of the linears of `stage` for a batch that is followed. Stages are visited in the order
@@ -42,14 +52,14 @@ impl<B: DecoderBackend> FloatStream<B> {
     pub fn advance(
         &mut self,
         stage: Stage,
-        place: usize,
+        batch: usize,
         shelf: &B::Shelf,
         turn: &B::Turn,
         tokens: usize,
     ) -> Option<Tensor<B, 2>> {
-        let kept = self.batches[place].as_mut()?;
+        let followed = self.batches[batch].as_mut()?;
         let block = self.block.as_ref().expect("a block is resident");
-        let hidden = B::peek(kept.as_ref().expect("hidden states are kept"));
+        let hidden = B::peek(followed.hidden.as_ref().expect("hidden states are kept"));
         let (input, output) = match stage {
             Stage::AttentionIn => return Some(block.attention_input(&hidden)),
             Stage::MlpIn => return Some(block.mlp_input(&hidden)),
@@ -64,8 +74,20 @@ impl<B: DecoderBackend> FloatStream<B> {
                 (input, output)
             }
         };
-        *kept = None;
-        *kept = Some(B::keep(shelf, place, B::add(hidden, output)));
+        followed.hidden = None;
+        let hidden = B::add(hidden, output);
+        followed.hidden = Some(B::keep(shelf, followed.place, &hidden));
         Some(input)
+    }
+
+    /// All stages of a batch with nobody looking.
+    pub fn forward(&mut self, batch: usize, shelf: &B::Shelf, turn: &B::Turn, tokens: usize) {
+        let Some(followed) = self.batches[batch].as_mut() else {
+            return;
+        };
+        let block = self.block.as_ref().expect("a block is resident");
+        let hidden = B::recall(followed.hidden.take().expect("hidden states are kept"));
+        let hidden = block.forward(hidden, turn, tokens);
+        followed.hidden = Some(B::keep(shelf, followed.place, &hidden));
     }
 }

@@ -15,8 +15,8 @@ use super::memory::{Buffer, Staging};
 use super::program::Program;
 
 /// A GPU with everything that is queued on it. All work goes to one stream, in the order of the
-/// calls; nothing waits but [`Gpu::synchronize`] and copies to the host. Only codes leave on a
-/// second one.
+/// calls; nothing waits but [`Gpu::synchronize`] and copies to the host. Only codes and activations
+/// that wait in host memory cross the bus on two others.
 ///
 /// Belongs to the thread that opened it.
 pub struct Gpu {
@@ -31,8 +31,10 @@ pub struct Gpu {
     pub(super) modules: RefCell<HashMap<Program, sys::CUmodule>>,
     scratch: RefCell<HashMap<&'static str, Arc<Buffer>>>,
     pub(super) staging: RefCell<Staging>,
-    /// Results go to the host beside the work of `stream`.
+    /// Results and activations go to the host beside the work of `stream`.
     pub(super) home: Arc<CudaStream>,
+    /// Activations come back beside it.
+    pub(super) back: Arc<CudaStream>,
     pub(super) pool_of_pinned: Arc<Mutex<Pool>>,
     ordinal: usize,
     name: String,
@@ -107,6 +109,7 @@ impl Gpu {
         let context = CudaContext::new(ordinal).named("opening the device")?;
         let stream = context.new_stream().named("creating a stream")?;
         let home = context.new_stream().named("creating a stream")?;
+        let back = context.new_stream().named("creating a stream")?;
         let capability = context
             .compute_capability()
             .named("reading the compute capability")?;
@@ -152,6 +155,7 @@ impl Gpu {
             scratch: RefCell::default(),
             staging: RefCell::default(),
             home,
+            back,
             pool_of_pinned: Arc::default(),
             ordinal,
             capability,
@@ -357,6 +361,7 @@ impl Drop for Gpu {
         // SAFETY: created in `open`, used nowhere else; errors at the end of a process are moot.
         unsafe {
             let _ = self.home.synchronize();
+            let _ = self.back.synchronize();
             let _ = self.stream.synchronize();
             let _ = cudarc::cublas::result::destroy_handle(self.blas);
             let _ = cudarc::cusolver::result::dn_destroy_params(self.solver_params);

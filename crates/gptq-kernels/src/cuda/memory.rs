@@ -104,6 +104,11 @@ impl Pinned {
         Ok(Pinned { pointer, bytes })
     }
 
+    /// Of the first byte, for copies that the borrow checker cannot see the end of.
+    pub(super) fn pointer(&self) -> *mut c_void {
+        self.pointer
+    }
+
     /// The content; undefined until something was written.
     pub fn as_slice(&self) -> &[u8] {
         // SAFETY: allocated with this length; any byte is a valid u8.
@@ -262,85 +267,5 @@ impl Gpu {
         // SAFETY: the caller vouches for both addresses.
         unsafe { result::memcpy_dtod_async(to, from, bytes, self.raw_stream()) }
             .named("copying on the GPU")
-    }
-}
-
-/// Equal places for matrices that wait, as many on the GPU as fit and the rest in pinned memory.
-pub struct Shelf {
-    gpu: Arc<Gpu>,
-    place_bytes: usize,
-    device: Option<Buffer>,
-    on_device: usize,
-    host: Vec<Pinned>,
-}
-
-impl Shelf {
-    /// `places` of `place_bytes`, of which `on_device` are on the GPU.
-    pub fn new(
-        gpu: &Arc<Gpu>,
-        places: usize,
-        place_bytes: usize,
-        on_device: usize,
-    ) -> Result<Shelf, CudaError> {
-        let on_device = on_device.min(places);
-        let device = match on_device {
-            0 => None,
-            _ => Some(Buffer::new(gpu, on_device * place_bytes)?),
-        };
-        let host = (on_device..places)
-            .map(|_| Pinned::new(place_bytes))
-            .collect::<Result<_, _>>()?;
-        Ok(Shelf {
-            gpu: gpu.clone(),
-            place_bytes,
-            device,
-            on_device,
-            host,
-        })
-    }
-
-    fn device_address(&self, place: usize) -> Option<u64> {
-        let start = self.device.as_ref()?.address();
-        (place < self.on_device).then(|| start + (place * self.place_bytes) as u64)
-    }
-
-    /// Copies `bytes` at `from` to a place.
-    pub fn put(&self, place: usize, from: u64, bytes: usize) -> Result<(), CudaError> {
-        assert!(bytes <= self.place_bytes, "bytes of a place");
-        if let Some(address) = self.device_address(place) {
-            return self.gpu.copy(address, from, bytes);
-        }
-        let pinned = &self.host[place - self.on_device];
-        // SAFETY: pinned memory of at least `bytes`; only copies on this stream touch it, in order.
-        unsafe {
-            cudarc::driver::sys::cuMemcpyDtoHAsync_v2(
-                pinned.pointer,
-                from,
-                bytes,
-                self.gpu.raw_stream(),
-            )
-        }
-        .result()
-        .named("moving activations to host memory")
-    }
-
-    /// Copies `bytes` of a place to `to`.
-    pub fn get(&self, place: usize, to: u64, bytes: usize) -> Result<(), CudaError> {
-        assert!(bytes <= self.place_bytes, "bytes of a place");
-        if let Some(address) = self.device_address(place) {
-            return self.gpu.copy(to, address, bytes);
-        }
-        let pinned = &self.host[place - self.on_device];
-        // SAFETY: as in `put`.
-        unsafe {
-            cudarc::driver::sys::cuMemcpyHtoDAsync_v2(
-                to,
-                pinned.pointer,
-                bytes,
-                self.gpu.raw_stream(),
-            )
-        }
-        .result()
-        .named("moving activations from host memory")
     }
 }

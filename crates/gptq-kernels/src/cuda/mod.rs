@@ -2,9 +2,9 @@
 //! sources in `kernels/` compiled by NVRTC for the rest.
 //!
 //! Libraries are opened when a [`Gpu`] is, never before: a program with this code runs on machines
-//! without any of them. All work of a [`Gpu`] is queued on one stream. Matrices come as addresses
-//! ([`gptq_types::DeviceMatrix`]), so that tensors of other libraries need no copy; whoever passes
-//! an address vouches for it.
+//! without any of them. All work of a [`Gpu`] is queued on one stream, but for copies that cross the
+//! bus beside it. Matrices come as addresses ([`gptq_types::DeviceMatrix`]), so that tensors of other
+//! libraries need no copy; whoever passes an address vouches for it.
 
 // The one place in the workspace that calls foreign code.
 #![allow(unsafe_code)]
@@ -28,6 +28,7 @@ mod probe;
 mod product;
 mod program;
 mod score;
+mod shelf;
 mod sweep;
 mod text;
 
@@ -38,9 +39,10 @@ pub use error::CudaError;
 pub use graph::Recorded;
 pub use hessian::{DeviceCarried, DeviceFactor, DeviceHessian};
 pub use key_values::{DeviceKeyValues, TextRows};
-pub use memory::{Buffer, Pinned, Shelf};
+pub use memory::{Buffer, Pinned};
 pub use packed::PackedLinear;
 pub use probe::{Found, check, devices, libraries};
 pub use score::{DeviceHead, RowScore, States};
+pub use shelf::Shelf;
 pub use sweep::{Cost, Rule, SWEEP_CHANNELS, Step, SweepPlan, Swept, SweptHome, SweptHost};
 pub use text::{Output, RowOrder};
