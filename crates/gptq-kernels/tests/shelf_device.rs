@@ -46,7 +46,7 @@ impl Bench {
             .collect();
         Bench {
             gpu: gpu.clone(),
-            shelf: Shelf::new(gpu, PLACES, PLACE, on_device, slots).unwrap(),
+            shelf: Shelf::new(gpu, PLACES, [PLACE, PLACE], on_device, slots).unwrap(),
             contents,
             from: Buffer::new(gpu, PLACE).unwrap(),
             at: [None; PLACES],
@@ -131,6 +131,29 @@ fn places_that_are_written_before_they_are_read() {
             }
         }
         bench.look();
+    }
+}
+
+/// As inner activations are that are too large for host memory: those on the GPU alone are kept, and
+/// smaller ones all.
+#[test]
+fn large_matrices_have_room_on_the_gpu_alone() {
+    let Some(gpu) = gpu() else { return };
+    let shelf = Shelf::new(&gpu, PLACES, [PLACE, SHORT], 3, 1).unwrap();
+    let values: Vec<u32> = (0..PLACE as u32 / 4).collect();
+    let from = Buffer::from_host(&gpu, &values).unwrap();
+    for bytes in [SHORT, PLACE, SHORT] {
+        shelf.clear(bytes);
+        let room: Vec<usize> = (0..PLACES).filter(|&place| shelf.has_room(place)).collect();
+        assert_eq!(room.len(), if bytes == SHORT { PLACES } else { 3 });
+        for &place in &room {
+            shelf.put(place, from.address(), bytes).unwrap();
+        }
+        for &place in &room {
+            let to = Buffer::zeros(&gpu, bytes).unwrap();
+            shelf.get(place, to.address(), bytes).unwrap();
+            assert!(to.to_host::<u32>(bytes / 4).unwrap() == values[..bytes / 4]);
+        }
     }
 }
 

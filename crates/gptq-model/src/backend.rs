@@ -97,7 +97,10 @@ pub(crate) trait DecoderBackend: Backend + 'static {
     /// Forgets what is on a shelf, which takes activations of up to `rows` and `columns` from now on.
     fn clear(shelf: &Self::Shelf, rows: usize, columns: usize);
 
-    /// Puts an activation at a place of a shelf.
+    /// Whether an activation as large as the shelf takes now can be kept at a place.
+    fn has_room(shelf: &Self::Shelf, place: usize) -> bool;
+
+    /// Puts an activation at a place of a shelf that has room.
     fn keep(shelf: &Self::Shelf, place: usize, x: &Tensor<Self, 2>) -> Self::Kept;
 
     /// Takes it back.
@@ -173,6 +176,8 @@ pub(crate) struct ShelfNeed {
     pub rows: usize,
     /// Columns of the hidden states.
     pub hidden: usize,
+    /// Columns of the attention's output.
+    pub attention: usize,
     /// Columns of the widest inner activation.
     pub inner: usize,
     /// Elements of the weights of one block.
@@ -304,6 +309,10 @@ impl DecoderBackend for Flex {
     }
 
     fn clear((): &(), _: usize, _: usize) {}
+
+    fn has_room((): &(), _: usize) -> bool {
+        true
+    }
 
     fn keep((): &(), _: usize, x: &Tensor<Self, 2>) -> Tensor<Self, 2> {
         x.clone()

@@ -13,7 +13,8 @@ pub(crate) const LIBRARIES: usize = 850 << 20;
 pub(crate) struct Fit {
     /// Places.
     pub places: usize,
-    /// As large as a place, for copies beside the work of the GPU; none where every place is there.
+    /// As large as a place in host memory, for copies beside the work of the GPU; none where every place is
+    /// there.
     pub slots: usize,
 }
 
@@ -23,6 +24,7 @@ struct Wish {
     bytes: usize, // of a place
     places: usize,
     slots: usize, // where not all places are on the GPU
+    slot_bytes: usize,
 }
 
 /// How much of each shelf fits on the GPU beside everything else that a run needs there.
@@ -61,6 +63,7 @@ pub(crate) fn places_on_device(need: &ShelfNeed, memory: usize) -> Result<Shelve
         bytes: row(columns),
         places,
         slots,
+        slot_bytes: row(columns),
     };
     // The hidden states first: they are read five times a block and written twice, each time between
     // two reads; inner ones are read twice, and all written before any is read.
@@ -68,7 +71,10 @@ pub(crate) fn places_on_device(need: &ShelfNeed, memory: usize) -> Result<Shelve
         [
             wish(need.hidden, need.batches, 2),
             wish(need.hidden, need.float.unwrap_or(0), 2),
-            wish(need.inner, need.batches, 1),
+            Wish {
+                slot_bytes: row(need.attention),
+                ..wish(need.inner, need.batches, 1)
+            },
         ],
         left,
     );
@@ -85,7 +91,7 @@ fn divide(wishes: [Wish; 3], left: usize) -> [Fit; 3] {
     let whole = |wish: &Wish| wish.places * wish.bytes;
     let slots = |wish: &Wish| match wish.places {
         0 => 0,
-        _ => wish.slots * wish.bytes,
+        _ => wish.slots * wish.slot_bytes,
     };
     let enough = |granted: &usize| {
         let (first, rest) = wishes.split_at(*granted);
@@ -116,6 +122,7 @@ mod tests {
         batches: 32,
         rows: 8192,
         hidden: 4096,
+        attention: 4096,
         inner: 11008,
         block_elements: 202_375_168,
         float: None,
@@ -171,6 +178,7 @@ mod tests {
             bytes,
             places,
             slots,
+            slot_bytes: bytes,
         });
         let all = 3 * 32 + 3 * 28 + 8 * 32;
         for left in 0..all + 30 {

@@ -232,15 +232,18 @@ impl<E: Half> DecoderBackend for Cuda<E> {
         let Some(fit) = note(places_on_device(need, memory)) else {
             return none;
         };
-        let shelf = |places: usize, columns: usize, fit: Fit| {
-            let bytes = need.rows * columns * 2;
+        let shelf = |places: usize, columns: [usize; 2], fit: Fit| {
+            let bytes = columns.map(|columns| need.rows * columns * 2);
             let shelf = Shelf::new(&gpu(), places, bytes, fit.places, fit.slots);
             note(shelf).map(Rc::new)
         };
+        let hidden = [need.hidden; 2];
+        // A gated product that does not fit is computed again sooner than it would cross the bus twice.
+        let inner = [need.inner, need.attention];
         Shelves {
-            hidden: shelf(need.batches, need.hidden, fit.hidden),
-            float: (need.float).and_then(|followed| shelf(followed, need.hidden, fit.float)),
-            inner: shelf(need.batches, need.inner, fit.inner),
+            hidden: shelf(need.batches, hidden, fit.hidden),
+            float: (need.float).and_then(|followed| shelf(followed, hidden, fit.float)),
+            inner: shelf(need.batches, inner, fit.inner),
         }
     }
 
@@ -248,6 +251,10 @@ impl<E: Half> DecoderBackend for Cuda<E> {
         if let Some(shelf) = shelf {
             shelf.clear(rows * columns * 2);
         }
+    }
+
+    fn has_room(shelf: &Self::Shelf, place: usize) -> bool {
+        shelf.as_ref().is_some_and(|shelf| shelf.has_room(place))
     }
 
     fn keep(shelf: &Self::Shelf, place: usize, x: &Tensor<Self, 2>) -> Placed {

@@ -174,6 +174,7 @@ impl<B: DecoderBackend> Engine<B> {
             batches: batches.len(),
             rows: batches.iter().map(rows).max().unwrap_or(0),
             hidden: self.config.hidden_size,
+            attention: self.attention_width(),
             inner: self.attention_width().max(self.config.intermediate_size),
             block_elements: self.config.block_bytes() / 4,
             float: self.float.as_ref().map(|_| followed.count()),
@@ -186,14 +187,19 @@ impl<B: DecoderBackend> Engine<B> {
         self.config.num_attention_heads * self.config.head_dim
     }
 
-    /// Adds the output of the linear that `inner` waits for to the hidden states; these.
+    /// Adds the output of the linear that `inner` waits for to the hidden states; these. A gated product for
+    /// which there was no room is computed again, from the same values to the same bits.
     fn add_output(
         batch: &mut Batch<B>,
+        block: &Block<B>,
         linear: &Linear<B>,
         shelf: &B::Shelf,
         place: usize,
     ) -> Tensor<B, 2> {
-        let inner = B::recall(batch.inner.take().expect("its input came before"));
+        let inner = match batch.inner.take() {
+            Some(kept) => B::recall(kept),
+            None => block.gated(&block.mlp_input(&batch.hidden())),
+        };
         let output = linear.forward(&inner);
         drop(inner);
         let hidden = B::recall(batch.hidden.take().expect("hidden states are kept"));
@@ -222,7 +228,8 @@ impl<B: DecoderBackend> Engine<B> {
                 }
                 Stage::MlpIn => {
                     let shelf = &shelves.hidden;
-                    let hidden = Self::add_output(batch, &block.attention_out, shelf, place);
+                    let linear = &block.attention_out;
+                    let hidden = Self::add_output(batch, block, linear, shelf, place);
                     block.mlp_input(&hidden)
                 }
                 Stage::MlpOut => block.gated(&block.mlp_input(&batch.hidden())),
@@ -231,7 +238,8 @@ impl<B: DecoderBackend> Engine<B> {
             let float = (self.float.as_mut())
                 .and_then(|stream| stream.advance(stage, place, &shelves.float, turn, tokens));
             look(&input, float.as_ref());
-            if matches!(stage, Stage::AttentionOut | Stage::MlpOut) {
+            let awaits = matches!(stage, Stage::AttentionOut | Stage::MlpOut);
+            if awaits && B::has_room(&shelves.inner, place) {
                 batch.inner = Some(B::keep(&shelves.inner, place, &input));
             }
         }
@@ -310,7 +318,7 @@ impl<B: DecoderBackend> Decoder for Engine<B> {
         let block = self.block.as_ref().expect("a block is resident");
         let shelf = &self.shelves.as_ref().expect("windows were embedded").hidden;
         for (place, batch) in self.batches.iter_mut().enumerate() {
-            Self::add_output(batch, &block.mlp_out, shelf, place);
+            Self::add_output(batch, block, &block.mlp_out, shelf, place);
         }
         B::tidy();
         B::check()

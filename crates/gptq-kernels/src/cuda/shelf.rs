@@ -24,8 +24,10 @@ use super::{Gpu, Mark};
 pub struct Shelf {
     gpu: Arc<Gpu>,
     places: usize,
-    /// Of the largest matrix, as the places in host memory have them.
+    /// Of the largest matrix.
     largest_bytes: usize,
+    /// Of a place in host memory and of a slot.
+    host_bytes: usize,
     /// Of a place now.
     place_bytes: Cell<usize>,
     device: Option<Buffer>,
@@ -88,24 +90,27 @@ impl Slot {
 }
 
 impl Shelf {
-    /// `places` of `place_bytes`, of which `on_device` are on the GPU. `slots` more of the same size
-    /// are there for copies beside its work, where not all places are on it: two where places are
-    /// written between two reads, one where all are written before any is read. With none every
-    /// copy stands in the way of other work.
+    /// `places` of at most `place_bytes`, of which `on_device` are on the GPU. The others take `host_bytes`:
+    /// larger matrices have no room there. `slots` of as many bytes are on the GPU for copies beside its
+    /// work, where not all places are on it: two where places are written between two reads, one where all
+    /// are written before any is read. With none every copy stands in the way of other work.
     pub fn new(
         gpu: &Arc<Gpu>,
         places: usize,
-        place_bytes: usize,
+        [place_bytes, host_bytes]: [usize; 2],
         on_device: usize,
         slots: usize,
     ) -> Result<Shelf, CudaError> {
+        let host_bytes = host_bytes.min(place_bytes);
         let on_device = on_device.min(places);
         let device = match on_device {
             0 => None,
             _ => Some(Buffer::new(gpu, on_device * place_bytes)?),
         };
-        let host = (on_device..places)
-            .map(|_| HostPlace::new(gpu, place_bytes))
+        // Places of this size that are on the GPU need none in host memory.
+        let near = on_device * place_bytes / host_bytes.max(1);
+        let host = (near.min(places)..places)
+            .map(|_| HostPlace::new(gpu, host_bytes))
             .collect::<Result<Vec<_>, _>>()?;
         let slots = match host.is_empty() {
             true => 0,
@@ -115,11 +120,12 @@ impl Shelf {
             gpu: gpu.clone(),
             places,
             largest_bytes: place_bytes,
+            host_bytes,
             place_bytes: Cell::new(place_bytes),
             device,
             host,
             slots: (0..slots)
-                .map(|_| Slot::new(gpu, place_bytes))
+                .map(|_| Slot::new(gpu, host_bytes))
                 .collect::<Result<_, _>>()?,
         })
     }
@@ -137,6 +143,11 @@ impl Shelf {
         }
     }
 
+    /// Whether a matrix as large as a place now can be put there.
+    pub fn has_room(&self, place: usize) -> bool {
+        self.device_address(place).is_some() || self.place_bytes.get() <= self.host_bytes
+    }
+
     fn device_address(&self, place: usize) -> Option<u64> {
         let (device, bytes) = (self.device.as_ref()?, self.place_bytes.get());
         let start = place * bytes;
@@ -152,9 +163,10 @@ impl Shelf {
         self.host.get(place - (self.places - self.host.len()))
     }
 
-    /// Copies `bytes` at `from` to a place.
+    /// Copies `bytes` at `from` to a place that has room.
     pub fn put(&self, place: usize, from: u64, bytes: usize) -> Result<(), CudaError> {
         assert!(bytes <= self.place_bytes.get(), "bytes of a place");
+        assert!(self.has_room(place), "room for the matrix");
         let Some(host) = self.host_place(place) else {
             return self.gpu.copy(self.on_device(place), from, bytes);
         };
