@@ -104,7 +104,7 @@ fn on_device(gpu: &Arc<Gpu>, p: &Problem, spec: &QuantSpec) -> Solved {
     let weight = Buffer::from_host(gpu, &p.weight)?;
     let beside_float = spec.input_mismatch != 0.0;
     let float = Buffer::from_host(gpu, &p.float)?;
-    let mut sum = Box::new(DeviceSum::new(gpu, p.k, beside_float)?);
+    let mut sum = Box::new(DeviceSum::new(gpu, p.k, beside_float, false)?);
     let rows = |x: &Buffer| Activations::Device(matrix(x, p.tokens, p.k));
     match beside_float {
         true => sum.observe_pair(rows(&x), rows(&float), p.tokens, p.k),
@@ -136,15 +136,21 @@ fn on_device(gpu: &Arc<Gpu>, p: &Problem, spec: &QuantSpec) -> Solved {
     Ok((Arrived { layer, loss }, solver.facts()))
 }
 
-fn on_host(p: &Problem, spec: &QuantSpec) -> Solved {
-    let mut times = PhaseTimes::default();
-    let x: Vec<f32> = p.x.iter().map(|x| x.to_f32()).collect();
+/// The weight as the processor has it, `[k, n]`.
+fn input_major(p: &Problem) -> Vec<f32> {
     let mut weight = vec![0.0; p.n * p.k];
     for (n, row) in p.weight.chunks(p.k).enumerate() {
         for (k, value) in row.iter().enumerate() {
             weight[k * p.n + n] = value.to_f32();
         }
     }
+    weight
+}
+
+fn on_host(p: &Problem, spec: &QuantSpec) -> Solved {
+    let mut times = PhaseTimes::default();
+    let x: Vec<f32> = p.x.iter().map(|x| x.to_f32()).collect();
+    let weight = input_major(p);
     let mut sum = Box::new(HostStage::beside_float(p.k));
     match spec.input_mismatch == 0.0 {
         true => {
@@ -251,6 +257,72 @@ fn two_runs_give_the_same_codes() {
     let (first, _) = on_device(&gpu, &p, &spec).unwrap();
     let (second, _) = on_device(&gpu, &p, &spec).unwrap();
     assert_eq!(first.layer, second.layer);
+}
+
+/// Batches held out are chosen by alike, and end in the same Hessian.
+#[test]
+fn an_order_is_chosen_as_on_the_processor() {
+    let Some(gpu) = gpu() else { return };
+    let p = problem(320, 256, 1600);
+    let (rows, batches) = (p.tokens / 8, 0..8usize);
+    for (input_mismatch, descent_passes) in [(0.0, 0), (0.5, 2)] {
+        let spec = QuantSpec {
+            bits: Bits::Three,
+            group_size: GroupSize::Channels(64),
+            full_range: true,
+            input_mismatch,
+            descent_passes,
+            ..QuantSpec::published()
+        };
+        let beside_float = input_mismatch != 0.0;
+        let mut times = PhaseTimes::default();
+        let mut there = DeviceSum::new(&gpu, p.k, beside_float, true).unwrap();
+        let mut here = match beside_float {
+            true => HostStage::beside_float(p.k).holding_out(),
+            false => HostStage::new(p.k).holding_out(),
+        };
+        for batch in batches.clone() {
+            let part = |x: &[f16]| x[batch * rows * p.k..(batch + 1) * rows * p.k].to_vec();
+            let (x, float) = (part(&p.x), part(&p.float));
+            let on_gpu = [&x, &float].map(|x| Buffer::from_host(&gpu, x).unwrap());
+            let [x, float] = [x, float].map(|x| x.iter().map(|x| x.to_f32()).collect::<Vec<_>>());
+            let seen = |at: usize| Activations::Device(matrix(&on_gpu[at], rows, p.k));
+            let (x, float) = (Activations::Host(&x), Activations::Host(&float));
+            if beside_float {
+                there.observe_pair(seen(0), seen(1), rows, p.k);
+                here.observe_pair(x, float, rows, p.k);
+            } else {
+                there.observe(seen(0), rows, p.k);
+                here.observe(x, rows, p.k);
+            }
+        }
+        let mut there = Box::new(there).finish(&mut times).unwrap();
+        let mut here = Box::new(here).finish(&mut times).unwrap();
+        let orders = |diagonal: &[f32]| {
+            [
+                ColumnOrder::Natural,
+                ColumnOrder::ActOrder,
+                ColumnOrder::GroupAware,
+            ]
+            .map(|order| gptq_quantizer::Order::new(order, spec.group_size, diagonal))
+        };
+        let weight = Buffer::from_host(&gpu, &p.weight).unwrap();
+        let on_gpu = [(Weight::Device(matrix(&weight, p.n, p.k)), p.n)];
+        let on_host = [(Weight::Host(input_major(&p)), p.n)];
+        let chosen = there.choose(&orders(&there.diagonal()), &on_gpu, &spec, &mut times);
+        let want = here.choose(&orders(&here.diagonal()), &on_host, &spec, &mut times);
+        assert_eq!(chosen.unwrap(), want.unwrap());
+        for (got, want) in there.diagonal().iter().zip(here.diagonal()) {
+            assert!((got / want - 1.0).abs() < 1e-3, "{got} against {want}");
+        }
+        assert_eq!(weight.to_host::<f16>(p.n * p.k).unwrap(), p.weight);
+        assert!(
+            there
+                .choose(&[], &on_gpu, &spec, &mut times)
+                .unwrap()
+                .is_none()
+        );
+    }
 }
 
 #[test]
