@@ -51,6 +51,7 @@ __global__ void descend(unsigned char* codes, float* scales, const float* zeros,
                         const unsigned* channel, int k, int n, int rows, int group, int whole, float max_code) {
     extern __shared__ float shared[];
     __shared__ float grid[3][OUTPUTS]; // zero, scale before, scale after
+    __shared__ float inverse[CHANNELS]; // 1 / H_ii
     float* h = shared;                                                  // [CHANNELS][CHANNELS]
     float(*tile)[OUTPUTS + 1] = (float(*)[OUTPUTS + 1])(shared + CHANNELS * CHANNELS); // [CHANNELS]
     int lane = threadIdx.x, y = threadIdx.y, thread = y * LANES + lane;
@@ -76,7 +77,8 @@ __global__ void descend(unsigned char* codes, float* scales, const float* zeros,
         tile[i][c] = sum;
     }
     __syncthreads();
-    float zero = grid[0][y], scale = grid[1][y];
+    if (thread < CHANNELS) inverse[thread] = 1.0f / h[thread * CHANNELS + thread];
+    float zero = grid[0][y], scale = grid[1][y], per_scale = 1.0f / scale;
     float residual[STRIPES * 4], steps[STRIPES * 4];
 #pragma unroll
     for (int reg = 0; reg < STRIPES * 4; reg++) residual[reg] = tile[reg / 4 * 32 + lane * 4 + reg % 4][y];
@@ -97,11 +99,12 @@ __global__ void descend(unsigned char* codes, float* scales, const float* zeros,
             for (int t = 0; t < 4; t++) {
                 int i = p * 32 + owner * 4 + t, reg = p * 4 + t;
                 if (i >= rows) break;
-                float best = steps[reg] * scale + __fdiv_rn(residual[reg], h[i * CHANNELS + i]);
-                float code = nearest(__fdiv_rn(best, scale), zero, max_code);
+                // Nothing here waits longer than for the shuffle: 128 such steps follow one another.
+                float best = steps[reg] + residual[reg] * inverse[i] * per_scale;
+                float code = nearest(best, zero, max_code);
                 float moved = __shfl_sync(~0u, (code - steps[reg]) * scale, owner, LANES);
                 if (lane == owner) steps[reg] = code;
-                if (__any_sync(~0u, moved != 0.0f)) add_row(residual, -moved, h + i * CHANNELS, lane);
+                add_row(residual, -moved, h + i * CHANNELS, lane);
             }
 
     float refit = scale;

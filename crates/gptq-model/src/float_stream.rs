@@ -2,8 +2,8 @@
 //! linear before been rounded.
 //!
 //! Its weights are never replaced, so an output is added as soon as its input was seen, and nothing but
-//! hidden states waits between two stages. It follows seven of eight stretches of the tokens: the eighth
-//! would cost as much as any and tells next to nothing more.
+//! hidden states waits between two stages. It follows six of eight stretches of the tokens: the other two
+//! would cost as much as any and tell next to nothing more.
 
 use burn::tensor::Tensor;
 use gptq_types::{Stage, stretch_of};
@@ -35,7 +35,7 @@ impl<B: DecoderBackend> Default for FloatStream<B> {
 impl<B: DecoderBackend> FloatStream<B> {
     /// Whether the batch that begins at token `start` is followed.
     pub fn follows(start: usize) -> bool {
-        stretch_of(start) < 7
+        stretch_of(start) < 6
     }
 
     /// The next batch, which begins at token `start`; it is kept where it is followed.

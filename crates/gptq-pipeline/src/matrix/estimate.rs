@@ -7,7 +7,7 @@ use gptq_types::{LossMeasure, Method, Permutation, Stage};
 const FIXED: u128 = 150 << 20;
 
 /// Shares of the tokens that a float stream follows, and whose differences are squared.
-pub(crate) const FOLLOWED: f64 = 7.0 / 8.0;
+pub(crate) const FOLLOWED: f64 = 6.0 / 8.0;
 pub(crate) const SQUARED: f64 = 1.0 / 8.0;
 
 /// Floating-point operations: one forward pass, the Hessians, the factors, the sweeps.
