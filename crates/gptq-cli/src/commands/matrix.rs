@@ -178,7 +178,7 @@ fn verdict(failed: usize) -> Verdict {
 /// What was asked for: a preset or a plan, with flags over what it says of tokens.
 fn permutations(args: &MatrixArgs) -> Result<Vec<Permutation>, Failure> {
     let mut permutations = match (&args.plan, args.preset) {
-        (Some(path), _) => read_plan(&read_text(path)?)
+        (Some(path), _) => read_plan(&read_text(path)?, args.seq_len)
             .map_err(|error| Failure::new(format!("`{}`: {error}", path.display())))?,
         (None, Some(PresetArg::LongContext)) => Preset::LongContext.permutations(),
         (None, _) => Preset::Llama2.permutations(),
