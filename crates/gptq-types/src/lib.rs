@@ -33,7 +33,7 @@ pub use matrix::{
 pub use outside_name::OutsideNameError;
 pub use quiet::{PanicMessage, quietly};
 pub use record::{
-    Accuracy, CalibrationRecord, EvalRecord, FileRecord, LayerRecord, PairedDifference,
+    Accuracy, CalibrationRecord, Divergence, EvalRecord, FileRecord, LayerRecord, PairedDifference,
     Phase, PhaseTimes, RUN_RECORD_SCHEMA, RunRecord, Share, Speed, Warning,
 };
 pub use solved::{LayerLoss, LossMeasure, SolvedLayer};

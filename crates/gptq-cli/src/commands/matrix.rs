@@ -22,7 +22,7 @@ use crate::matrix::{
     Evaluation, Shared, State, card_info, make_all, make_together, read_branches, read_text,
     render, tidy,
 };
-use crate::models::{Model, find};
+use crate::models::{Model, find, public_folder_name};
 use crate::output::{print, print_json};
 use crate::scoring::ScoringText;
 use crate::unread_keys;
@@ -117,6 +117,7 @@ pub fn run(args: &MatrixArgs) -> Result<Verdict, Failure> {
                 model: &model,
                 checked,
                 model_name: &model_name,
+                tokenizer: (args.tokenizer.folder.as_deref()).map(public_folder_name),
                 text,
                 max_shard_bytes,
                 companions,
