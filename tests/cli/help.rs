@@ -82,6 +82,8 @@ const FLAGS: &[(&str, &[&str])] = &[
             "--resume",
             "--profile",
             "--max-degraded",
+            "--check-windows",
+            "--check-dataset",
             "--json",
             "--strict",
             "--offline",

@@ -143,7 +143,7 @@ fn branches_hold_what_quantize_writes_and_a_card() {
     for text in [
         "license: \"apache-2.0\"",
         "# tiny - GPTQ",
-        "| main | 4 | 32 | No | 0.1 | text.txt | 64 |",
+        "| main | 4 | 32 | No | 0.1 | either sign | fast | text.txt | 64 |",
         "| gptq-8bit--1g-actorder_True | 8 | None | Yes |",
         "no: 8 bits",
         "# Original model card\n# The original",

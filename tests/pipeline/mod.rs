@@ -2,6 +2,7 @@
 
 mod architectures;
 mod branches;
+mod divergence;
 mod evaluation;
 mod generated;
 mod gpu;

@@ -142,6 +142,15 @@ pub enum CalibrationError {
         longest: usize,
         needed: usize,
     },
+    #[error(
+        "{path} has room for {found} windows of {seq_len} tokens beside those of calibration, not for the {wanted} that are to be held out"
+    )]
+    HeldOut {
+        path: String,
+        found: usize,
+        wanted: usize,
+        seq_len: usize,
+    },
     #[error("`{field}` is {value}, expected {expected}")]
     Spec {
         field: &'static str,
@@ -170,6 +179,9 @@ impl CalibrationError {
             Self::Hash { .. } => "remove the cached file and fetch it again",
             Self::TooShort { .. } | Self::NoLongDocument { .. } => {
                 "give a longer text or ask for shorter windows"
+            }
+            Self::HeldOut { .. } => {
+                "ask for fewer with --check-windows, give a longer text, or another one with --check-dataset"
             }
             Self::NoColumn { .. } => {
                 "--column NAME names one; read without it are `text`, `content`, conversations in `messages` or `conversations`, and `instruction`/`input`/`output`, `prompt`/`completion`, `prompt`/`response`, `question`/`answer`"

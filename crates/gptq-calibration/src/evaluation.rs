@@ -14,7 +14,7 @@ const DOCUMENT_WINDOWS: usize = 256;
 const DOCUMENT_SEED: u64 = 0;
 
 /// A window of one token predicts nothing.
-const MIN_SEQ_LEN: usize = 2;
+pub(crate) const MIN_SEQ_LEN: usize = 2;
 
 /// What the original makes of windows (`llama_eval`): every window counts alike, and its first
 /// token is predicted by nothing.
@@ -33,6 +33,15 @@ pub struct EvaluationWindows {
 }
 
 impl EvaluationWindows {
+    /// Windows that were chosen by a rule in words.
+    pub(crate) fn new(ids: Vec<Vec<u32>>, rule: &str) -> Self {
+        EvaluationWindows {
+            protocol: format!("{rule}; {SCORING}"),
+            token_sha256: token_sha256(&ids),
+            ids,
+        }
+    }
+
     /// Refuses a token that a model of `model_vocab` embeddings does not know.
     pub fn check_vocabulary(&self, model_vocab: usize) -> Result<(), CalibrationError> {
         check_ids(&self.ids, model_vocab)
@@ -78,15 +87,8 @@ pub fn evaluation_windows(
             cut(&tokens, &special, "as one string", seq_len, most, &material)?
         }
     };
-    Ok(EvaluationWindows {
-        protocol: format!(
-            "{}, {}{how}; {SCORING}",
-            material.title,
-            material.rows_words()
-        ),
-        token_sha256: token_sha256(&ids),
-        ids,
-    })
+    let rule = format!("{}, {}{how}", material.title, material.rows_words());
+    Ok(EvaluationWindows::new(ids, &rule))
 }
 
 fn check(seq_len: usize, max_windows: Option<usize>) -> Result<(), CalibrationError> {

@@ -8,6 +8,8 @@ use rayon::prelude::*;
 use crate::CalibrationError;
 use crate::digest::token_sha256;
 use crate::distinct::{Place, contexts, positions, positions_of_windows};
+use crate::evaluation::EvaluationWindows;
+use crate::held_out;
 use crate::manifest::Rule;
 use crate::material::{Content, Material, Means, Purpose, join};
 use crate::python_random::PythonRandom;
@@ -97,7 +99,7 @@ impl Windows {
             distinct_positions: Some(distinct),
             distinct_contexts: Some(contexts(&ids)),
             overlap: Some(1.0 - distinct as f64 / tokens.max(1) as f64),
-            widest_input: None,
+            ..CalibrationRecord::default()
         };
         Self { ids, record }
     }
@@ -122,20 +124,45 @@ pub fn windows(
     spec: &WindowSpec,
     means: &Means<'_>,
 ) -> Result<Windows, CalibrationError> {
+    windows_and_held_out(source, spec, 0, means).map(|(windows, _)| windows)
+}
+
+/// The windows of [`windows`], and `count` others of the same source to check a result on; nothing
+/// beside them where `count` is 0. What calibration sees does not depend on `count`.
+///
+/// No position of the text is in a calibration window and in one that is held out, nor in two of
+/// these. Of a joined text they are spread evenly over what fits between the calibration windows; of
+/// documents each is from one that no other window is from, found by the draws that follow those of
+/// calibration; of stored windows they are the next ones, without those that are equal to one before.
+///
+/// Fails as [`windows`] does, and where there are fewer than `count` such windows, or `count` of less
+/// than 2 tokens.
+pub fn windows_and_held_out(
+    source: &Source,
+    spec: &WindowSpec,
+    count: usize,
+    means: &Means<'_>,
+) -> Result<(Windows, Option<EvaluationWindows>), CalibrationError> {
     spec.check()?;
+    held_out::check(count, spec)?;
+    // Not those that are held out: of a dataset more text would be read, and other windows drawn.
     let tokens = spec.samples.saturating_mul(spec.seq_len);
     let purpose = Purpose::Calibration;
     let material = Material::read(source, purpose, tokens, means.chat, means.files)?;
-    let (drawn, rule) = match (&material.content, material.rule) {
+    let (drawn, rule, beside) = match (&material.content, material.rule) {
         (Content::Windows(ids), _) => {
+            let beside = held_out::stored(ids, spec.samples, count, &material)?;
             let (ids, rule) = first_stored(ids, spec.samples);
-            return Ok(Windows::from_ids(ids, source.given(), &rule, spec.seed));
+            let windows = Windows::from_ids(ids, source.given(), &rule, spec.seed);
+            return Ok((windows, beside));
         }
         (Content::Rows(rows), Rule::Documents) => {
             let (is_rendered, tokenizer) = (rows.is_rendered(), means.tokenizer);
             let encode = |text: &str| encode(text, is_rendered, tokenizer);
-            let drawn = draw_documents(rows, spec, &material.place(), encode)?;
-            (drawn, material.words.clone().unwrap_or_default())
+            let mut search = Search::new(rows, spec);
+            let drawn = search.draw(spec.samples, &material.place(), &encode)?;
+            let beside = held_out::documents(search, &drawn, count, spec, &material, &encode)?;
+            (drawn, material.words.clone().unwrap_or_default(), beside)
         }
         (Content::Rows(rows), Rule::Joined) => {
             let text = join(rows, &material.path)?;
@@ -144,24 +171,27 @@ pub fn windows(
                 true => RENDERED_WORDS,
                 false => JOINED_WORDS,
             };
-            draw_joined(&tokens, words, spec, &material)?
+            let (drawn, rule) = draw_joined(&tokens, words, spec, &material)?;
+            let beside = held_out::joined(&tokens, &drawn, count, spec, &material)?;
+            (drawn, rule, beside)
         }
         (Content::Whole(text), _) => {
             let tokens = encode(text, false, means.tokenizer)?;
-            draw_joined(&tokens, WHOLE_WORDS, spec, &material)?
+            let (drawn, rule) = draw_joined(&tokens, WHOLE_WORDS, spec, &material)?;
+            let beside = held_out::joined(&tokens, &drawn, count, spec, &material)?;
+            (drawn, rule, beside)
         }
     };
     let distinct = positions(&drawn.places, spec.seq_len);
     let (given, rule) = (source.given(), material.rows_words() + &rule);
-    Ok(Windows::counted(
-        drawn.ids, distinct, given, &rule, spec.seed,
-    ))
+    let windows = Windows::counted(drawn.ids, distinct, given, &rule, spec.seed);
+    Ok((windows, beside))
 }
 
 /// Windows and where each one lay.
 pub(crate) struct Drawn {
     pub(crate) ids: Vec<Vec<u32>>,
-    places: Vec<Place>,
+    pub(crate) places: Vec<Place>,
 }
 
 /// Special tokens are added once, but for texts of a chat template, which brings its own.
@@ -231,41 +261,61 @@ pub(crate) fn draw_documents(
     place: &str,
     encode: impl Fn(&str) -> Result<Vec<u32>, CalibrationError> + Sync,
 ) -> Result<Drawn, CalibrationError> {
-    let mut search = Search {
-        rows,
-        seq_len: spec.seq_len,
-        random: PythonRandom::new(spec.seed),
-        too_short: HashSet::new(),
-        longest: 0,
-    };
-    let found: Vec<(Place, Vec<u32>)> = (0..spec.samples)
-        .map(|_| search.next_window(place, &encode))
-        .collect::<Result<_, _>>()?;
-    let (places, ids) = found.into_iter().unzip();
-    Ok(Drawn { ids, places })
+    Search::new(rows, spec).draw(spec.samples, place, &encode)
 }
 
 /// The state between two draws.
-struct Search<'a> {
+pub(crate) struct Search<'a> {
     rows: &'a Rows,
     seq_len: usize,
     random: PythonRandom,
-    /// Documents known to be too short: not tokenised again, and all of them means no answer.
-    too_short: HashSet<usize>,
+    /// Documents known to be too short, or not to be drawn again: not tokenised, and all of them means
+    /// no answer.
+    passed_over: HashSet<usize>,
     longest: usize,
 }
 
-impl Search<'_> {
-    fn next_window(
+impl<'a> Search<'a> {
+    /// At the first draw of the seed.
+    fn new(rows: &'a Rows, spec: &WindowSpec) -> Self {
+        Search {
+            rows,
+            seq_len: spec.seq_len,
+            random: PythonRandom::new(spec.seed),
+            passed_over: HashSet::new(),
+            longest: 0,
+        }
+    }
+
+    /// The next `samples` windows.
+    fn draw(
+        &mut self,
+        samples: usize,
+        place: &str,
+        encode: &(impl Fn(&str) -> Result<Vec<u32>, CalibrationError> + Sync),
+    ) -> Result<Drawn, CalibrationError> {
+        let found: Vec<(Place, Vec<u32>)> = (0..samples)
+            .map(|_| self.next_window(place, encode))
+            .collect::<Result<_, _>>()?;
+        let (places, ids) = found.into_iter().unzip();
+        Ok(Drawn { ids, places })
+    }
+
+    /// No window of this document from now on.
+    pub(crate) fn pass_over(&mut self, document: usize) {
+        self.passed_over.insert(document);
+    }
+
+    pub(crate) fn next_window(
         &mut self,
         place: &str,
         encode: &(impl Fn(&str) -> Result<Vec<u32>, CalibrationError> + Sync),
     ) -> Result<(Place, Vec<u32>), CalibrationError> {
-        while self.too_short.len() < self.rows.len() {
+        while self.passed_over.len() < self.rows.len() {
             let ahead = self.look_ahead();
             let encoded: Vec<_> = ahead
                 .par_iter()
-                .map(|document| match self.too_short.contains(document) {
+                .map(|document| match self.passed_over.contains(document) {
                     true => Ok(Vec::new()),
                     false => encode(self.rows.get(*document)),
                 })
@@ -280,7 +330,7 @@ impl Search<'_> {
                     return Ok(((document, start), window));
                 }
                 self.longest = self.longest.max(tokens.len());
-                self.too_short.insert(document);
+                self.passed_over.insert(document);
             }
         }
         Err(CalibrationError::NoLongDocument {

@@ -14,6 +14,7 @@ use arrow_array::{ArrayRef, RecordBatch, StringArray};
 use gptq_calibration::{
     CalibrationError, Dataset, DatasetFiles, FoundDataset, Manifest, Means, NoTemplate, Passage,
     Passages, Source, Tokenizer, WindowSpec, Windows, evaluation_windows, token_sha256, windows,
+    windows_and_held_out,
 };
 use parquet::arrow::ArrowWriter;
 use sha2::Digest;
@@ -251,6 +252,72 @@ fn stored_windows_are_taken_as_they_are() {
     );
     assert!(first.check_vocabulary(5).is_ok());
     assert!(first.check_vocabulary(4).is_err());
+    let means = means(&tokenizer, &NoFiles);
+    let (drawn, beside) = windows_and_held_out(&source, &spec(1, 2048), 2, &means).unwrap();
+    assert_eq!(drawn.ids, [[1, 2]]);
+    assert_eq!(beside.unwrap().ids, [[3, 4], [5, 6]]);
+    let error = windows_and_held_out(&source, &spec(2, 2048), 2, &means).unwrap_err();
+    let room = "has room for 1 windows of 2 tokens beside those of calibration, not for the 2";
+    assert!(error.to_string().contains(room), "{error}");
+}
+
+/// What calibration sees does not depend on what is held out; and no position is in two of them, which
+/// tokens that all differ would show.
+#[test]
+fn held_out_windows_share_nothing_with_those_of_calibration() {
+    let folder = tempfile::tempdir().unwrap();
+    let tokenizer = letters(folder.path());
+    let text = folder.path().join("text.txt");
+    // 301 tokens; a window of 8 letters occurs once.
+    let letter = |index: usize| char::from(b'a' + (index * index / 7 + index / 26) as u8 % 26);
+    let written: String = (0..300).map(letter).collect();
+    std::fs::write(&text, &written).unwrap();
+    let rows = folder.path().join("c4.jsonl");
+    let documents: Vec<&str> = (0..12)
+        .map(|row| &written[row * 20..row * 20 + 12])
+        .collect();
+    write_jsonl(&rows, &documents);
+    let means = means(&tokenizer, &NoFiles);
+    for (source, seq_len, samples, most) in [
+        (source("", &text), 8, 6, 26),
+        (source("wikitext2", &text), 8, 6, 26),
+        (source("c4", &rows), 10, 3, 9),
+    ] {
+        let spec = spec(samples, seq_len);
+        let alone = windows(&source, &spec, &means).unwrap();
+        for count in [1, 4, most] {
+            let (drawn, beside) = windows_and_held_out(&source, &spec, count, &means).unwrap();
+            assert_eq!(drawn, alone);
+            let beside = beside.unwrap();
+            assert_eq!(beside.ids.len(), count, "{}", beside.protocol);
+            assert!(beside.ids.iter().all(|window| window.len() == seq_len));
+            let pairs = |window: &Vec<u32>| -> Vec<[u32; 8]> {
+                window
+                    .windows(8)
+                    .map(|part| part.try_into().unwrap())
+                    .collect()
+            };
+            let seen: Vec<[u32; 8]> = drawn.ids.iter().flat_map(pairs).collect();
+            let mut held: Vec<[u32; 8]> = beside.ids.iter().flat_map(pairs).collect();
+            assert!(held.iter().all(|part| !seen.contains(part)));
+            let all = held.len();
+            held.sort_unstable();
+            held.dedup();
+            assert_eq!(held.len(), all);
+            let again = windows_and_held_out(&source, &spec, count, &means).unwrap();
+            assert_eq!(again.1.as_ref(), Some(&beside));
+        }
+        let (drawn, none) = windows_and_held_out(&source, &spec, 0, &means).unwrap();
+        assert_eq!((drawn, none), (alone, None));
+        let error = windows_and_held_out(&source, &spec, 200, &means).unwrap_err();
+        let CalibrationError::HeldOut {
+            found, wanted: 200, ..
+        } = error
+        else {
+            panic!("{error}");
+        };
+        assert!(found >= most && error.hint().is_some(), "{error}");
+    }
 }
 
 #[test]

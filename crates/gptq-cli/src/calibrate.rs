@@ -2,12 +2,14 @@
 
 use std::sync::Arc;
 
-use gptq_calibration::{Means, Source, Tokenizer, WindowSpec, Windows, windows};
+use gptq_calibration::{
+    EvaluationWindows, Means, Source, Tokenizer, WindowSpec, Windows, windows_and_held_out,
+};
 use gptq_model::{DecoderConfig, Device, FloatWeights, SampleSpec, sample_windows};
 use gptq_types::CalibrationRequest;
 
 use crate::args::HubArgs;
-use crate::datasets::{HubFiles, ModelTemplate};
+use crate::datasets::{HubFiles, ModelTemplate, local_copy};
 use crate::failure::Failure;
 use crate::models::Model;
 use crate::progress::Steps;
@@ -21,6 +23,21 @@ pub fn calibrate(
     device: Device,
     hub: &HubArgs,
 ) -> Result<Windows, Failure> {
+    let found = calibrate_and_hold_out(request, 0, temperature, model, config, device, hub);
+    found.map(|(windows, _)| windows)
+}
+
+/// The same, and `held_out` windows of that text which calibration does not see; nothing beside where
+/// that is 0. A text of the model's own has no such windows.
+pub fn calibrate_and_hold_out(
+    request: &CalibrationRequest,
+    held_out: usize,
+    temperature: f32,
+    model: &Model,
+    config: &DecoderConfig,
+    device: Device,
+    hub: &HubArgs,
+) -> Result<(Windows, Option<EvaluationWindows>), Failure> {
     let source = Source::parse(&request.dataset)?.with_column(request.column.clone())?;
     if request.seq_len > config.max_position_embeddings {
         eprintln!(
@@ -28,8 +45,17 @@ pub fn calibrate(
             request.seq_len, config.max_position_embeddings
         );
     }
-    let mut windows = if source.is_generated() {
-        write_own(request, temperature, model, config, device)?
+    if source.is_generated() && held_out > 0 {
+        return Err(Failure::with_hint(
+            format!(
+                "`self` holds no text beside the windows of calibration, and {held_out} are to be held out"
+            ),
+            "leave out --check-windows; --check-dataset TEXT compares on a text of its own",
+        ));
+    }
+    let (mut windows, beside) = if source.is_generated() {
+        let own = write_own(request, temperature, model, config, device)?;
+        (own, None)
     } else {
         let tokenizer = Tokenizer::open(model.tokenizer_dir())?;
         tokenizer.check_vocabulary(config.vocab_size)?;
@@ -38,14 +64,21 @@ pub fn calibrate(
             files: &HubFiles::new(hub),
             chat: &ModelTemplate::of(model),
         };
-        windows(&source, &window_spec(request), &means)?
+        windows_and_held_out(&source, &window_spec(request), held_out, &means)?
     };
     windows.check_vocabulary(config.vocab_size)?;
+    if let Some(beside) = &beside {
+        beside.check_vocabulary(config.vocab_size)?;
+    }
     windows.record.widest_input = widest_input(config);
+    windows.record.column.clone_from(&request.column);
+    windows.record.file = local_copy(&source);
+    let is_warm = source.is_generated() && temperature != 1.0;
+    windows.record.temperature = is_warm.then_some(temperature);
     if let Some(doubt) = windows.record.doubt() {
         eprintln!("warning: {doubt}");
     }
-    Ok(windows)
+    Ok((windows, beside))
 }
 
 /// All blocks have the shapes of the first.

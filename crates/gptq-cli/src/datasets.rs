@@ -112,6 +112,30 @@ pub fn public_name(dataset: &str) -> String {
     }
 }
 
+/// Name of the file that a named dataset is read from, where a copy was given: of files without a rule
+/// of their own it is their public name.
+pub fn local_copy(source: &Source) -> Option<String> {
+    match source.origin() {
+        Origin::Copy(_, path, _) => Some(path.file_name()?.to_string_lossy().into_owned()),
+        _ => None,
+    }
+}
+
+/// Whether both are read from one place, for calibration and for evaluation alike. A named dataset of the
+/// hub has a split for each.
+pub fn is_one_text(calibration: &Source, evaluation: &Source) -> bool {
+    let file = |source: &Source| match source.origin() {
+        Origin::Copy(_, path, _) | Origin::File(path, _) => {
+            Some(path.canonicalize().unwrap_or(path.clone()))
+        }
+        _ => None,
+    };
+    match (calibration.origin(), evaluation.origin()) {
+        (Origin::Dataset(one), Origin::Dataset(other)) => one == other,
+        _ => file(calibration).is_some_and(|path| file(evaluation) == Some(path)),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

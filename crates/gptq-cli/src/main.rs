@@ -11,6 +11,7 @@ mod calibrate;
 mod commands;
 mod datasets;
 mod device;
+mod divergence;
 mod failure;
 mod interrupt;
 mod isolation;

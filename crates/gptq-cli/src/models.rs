@@ -173,9 +173,14 @@ impl Model {
 
 /// A model by the name that may be published: of a folder its own name, never the path.
 pub fn public_model_name(model: &str) -> String {
-    let folder = std::fs::canonicalize(model).ok();
-    match folder.as_deref().and_then(Path::file_name) {
-        Some(name) => name.to_string_lossy().into_owned(),
-        None => model.to_string(),
-    }
+    public_folder_name(Path::new(model))
+}
+
+/// A folder by its own name; what is none as it is.
+pub fn public_folder_name(folder: &Path) -> String {
+    let found = std::fs::canonicalize(folder).ok();
+    let name = found.as_deref().and_then(Path::file_name);
+    name.unwrap_or(folder.as_os_str())
+        .to_string_lossy()
+        .into_owned()
 }

@@ -1,6 +1,8 @@
 //! A quantization run and how far it is.
 
-use gptq_pipeline::{Job, PipelineError, Progress, quantize, quantize_together};
+use gptq_pipeline::{
+    Compare, Job, PipelineError, Progress, quantize_and_compare, quantize_together,
+};
 use gptq_types::RunRecord;
 
 use crate::failure::Failure;
@@ -11,13 +13,18 @@ pub const TOOL: &str = concat!("gptq-rs:", env!("CARGO_PKG_VERSION"));
 
 /// Runs the job under the name `what`; with `plain`, beside others, in lines instead of a bar.
 pub fn watch(job: &Job, what: &str, plain: bool) -> Result<RunRecord, Failure> {
-    try_watch(job, what, plain).map_err(|error| Failure::from(*error))
+    try_watch(job, None, what, plain).map_err(|error| Failure::from(*error))
 }
 
-/// The same, for a caller to whom it matters what went wrong.
-pub fn try_watch(job: &Job, what: &str, plain: bool) -> Result<RunRecord, Box<PipelineError>> {
+/// The same with a comparison at the end, for a caller to whom it matters what went wrong.
+pub fn try_watch(
+    job: &Job,
+    compare: Option<&mut Compare<'_>>,
+    what: &str,
+    plain: bool,
+) -> Result<RunRecord, Box<PipelineError>> {
     let mut shown = Shown::new(what, plain);
-    let record = quantize(job, &mut |progress| shown.hear(progress))?;
+    let record = quantize_and_compare(job, compare, &mut |progress| shown.hear(progress))?;
     shown.end();
     Ok(record)
 }
@@ -70,6 +77,8 @@ impl<'a> Shown<'a> {
                 eprintln!("there is no interrupted run to go on with: one begins");
             }
             Progress::Warning(text) => eprintln!("warning: {text}"),
+            // It has a bar of its own.
+            Progress::Comparing => self.steps.take().into_iter().for_each(Steps::end),
             Progress::Published => {}
         }
     }

@@ -144,20 +144,20 @@ mod tests {
     #[test]
     fn a_float_stream_leaves_less_room_for_inner_activations() {
         let need = ShelfNeed {
-            float: Some(28),
+            float: Some(24),
             ..NEED
         };
         let fit = places_on_device(&need, 10_000_000_000).unwrap();
         let without = places_on_device(&NEED, 10_000_000_000).unwrap();
         let places = [fit.hidden, fit.float, without.float].map(|fit| fit.places);
-        assert_eq!(places, [32, 28, 0]);
+        assert_eq!(places, [32, 24, 0]);
         assert!(fit.inner.places < without.inner.places, "{:?}", fit.inner);
     }
 
     #[test]
     fn what_crosses_the_bus_has_slots_and_nothing_else_has() {
         let need = ShelfNeed {
-            float: Some(28),
+            float: Some(24),
             ..NEED
         };
         for gb in 6..20 {
@@ -167,7 +167,7 @@ mod tests {
                 assert_eq!(fit.slots, want, "{gb} GB: {fit:?}");
             };
             slots(fit.hidden, 32, 2);
-            slots(fit.float, 28, 2);
+            slots(fit.float, 24, 2);
             slots(fit.inner, 32, 1);
         }
     }

@@ -1,6 +1,6 @@
 //! What is asked of a run, what it reports on the way, how it can fail.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::weights::WeightCheck;
@@ -8,8 +8,8 @@ use gptq_model::{ConfigError, Device, ModelError, Streams};
 use gptq_packer::{LayoutError, PackError, StageError, VerifyError};
 use gptq_quantizer::QuantizeError;
 use gptq_types::{
-    CalibrationRecord, ColumnOrder, LayerName, LayerRecord, LossMeasure, QuantSpec, SourceError,
-    SpecError, TensorSource,
+    CalibrationRecord, ColumnOrder, Divergence, LayerName, LayerRecord, LossMeasure, QuantSpec,
+    SourceError, SpecError, TensorSource,
 };
 
 /// A quantization to be done.
@@ -20,6 +20,8 @@ pub struct Job {
     pub config_json: String,
     /// The model as given, for records and `model_name_or_path`.
     pub model_name: String,
+    /// Where its tokenizer comes from, for records, where that is another folder.
+    pub tokenizer: Option<String>,
     /// Settings.
     pub spec: QuantSpec,
     /// Token windows and how they were made; empty for `method rtn`.
@@ -67,6 +69,20 @@ impl Job {
     }
 }
 
+/// Compares the checkpoint in a folder with the float model. All its files but the run record are
+/// there, and the device is free.
+pub type Compare<'a> = dyn FnMut(&Path) -> Result<Vec<Divergence>, CompareError> + 'a;
+
+/// A comparison that could not be made.
+#[derive(Debug, thiserror::Error)]
+#[error("{text}")]
+pub struct CompareError {
+    /// What failed, where, with the value.
+    pub text: String,
+    /// Advice, apart from the cause.
+    pub hint: Option<String>,
+}
+
 /// Progress of a run, in the order of events.
 #[derive(Clone, Copy, Debug)]
 #[allow(missing_docs)]
@@ -83,6 +99,8 @@ pub enum Progress<'a> {
     Warning(&'a str),
     /// A block is done.
     Block { done: usize, blocks: usize },
+    /// All files are written, and are compared with the float model.
+    Comparing,
     /// The folder has its final name.
     Published,
 }
@@ -175,6 +193,8 @@ pub enum PipelineError {
     Companion { path: PathBuf, reason: String },
     #[error(transparent)]
     FolderCheck(#[from] gptq_packer::FolderCheckError),
+    #[error(transparent)]
+    Compare(#[from] CompareError),
     #[error("{source}")]
     Kept {
         folder: PathBuf,
@@ -211,6 +231,7 @@ impl PipelineError {
                     None => kept,
                 })
             }
+            PipelineError::Compare(error) => error.hint.clone(),
             PipelineError::DamagedLine { line, .. } if *line > 1 => Some(redo_from(*line)),
             PipelineError::DamagedTensor { line, .. } => Some(redo_from(*line)),
             #[cfg(feature = "cuda")]

@@ -127,6 +127,7 @@ pub fn finished(
             && record.model == job.model_name
             && record.weights_sha256.as_ref() == Some(&checked.identity)
             && record.spec == job.spec
+            && record.tokenizer == job.tokenizer
             && record.calibration == job.calibration
             && record.device == device_name(job.device)
             && record.shared_hessian == shared_hessian

@@ -23,7 +23,7 @@ use crate::resume::{Begun, begin, finished, is_interrupted, settings};
 use crate::small_files::{SmallFiles, settings_text};
 use crate::weights::CheckedWeights;
 use crate::write::{Output, writing};
-use crate::{Job, OutputPlan, PipelineError, Progress};
+use crate::{Compare, Job, OutputPlan, PipelineError, Progress};
 
 /// The run record's file name in the published folder.
 pub(crate) const RECORD_FILE: &str = "gptq_run.json";
@@ -34,6 +34,20 @@ pub(crate) const RECORD_FILE: &str = "gptq_run.json";
 /// kept in the partial folder, [`PipelineError::Kept`], and the same job with `resume` goes on there.
 pub fn quantize(
     job: &Job,
+    progress: &mut dyn FnMut(Progress<'_>),
+) -> Result<RunRecord, PipelineError> {
+    quantize_and_compare(job, None, progress)
+}
+
+/// The same; before the folder is published, `compare` looks at its files, and what it finds is in the
+/// record. It is called on this thread.
+///
+/// A run that ends meanwhile, or a comparison that fails, leaves all blocks finished: the same job with
+/// `resume` compares again. What is compared is no setting of the run, so it may be other texts, or
+/// none. A folder that was published before is not compared again.
+pub fn quantize_and_compare(
+    job: &Job,
+    compare: Option<&mut Compare<'_>>,
     progress: &mut dyn FnMut(Progress<'_>),
 ) -> Result<RunRecord, PipelineError> {
     let started = Instant::now();
@@ -98,13 +112,18 @@ pub fn quantize(
                 run.times,
             );
             // Freeing what a GPU run held takes about as long as hashing the ends of the shards.
-            std::thread::scope(|scope| {
-                let finishing = scope.spawn(|| finish(&staged, &files, record));
+            let mut record = std::thread::scope(|scope| {
+                let finishing = scope.spawn(|| add_files(&staged, &files, record));
                 drop(run.decoder);
                 finishing
                     .join()
                     .unwrap_or_else(|panic| resume_unwind(panic))
-            })
+            })?;
+            if let Some(compare) = compare {
+                progress(Progress::Comparing);
+                record.divergence = compare(staged.partial_dir())?;
+            }
+            add_record(&staged, record)
         });
     match outcome {
         Ok(record) => {
@@ -181,6 +200,7 @@ pub(crate) fn record(
         schema: RUN_RECORD_SCHEMA,
         tool: job.tool.clone(),
         model: job.model_name.clone(),
+        tokenizer: job.tokenizer.clone(),
         weights_sha256: Some(checked.identity.clone()),
         spec: job.spec.clone(),
         calibration: job.calibration.clone(),
@@ -189,6 +209,7 @@ pub(crate) fn record(
         layers,
         warnings,
         shared_hessian: false,
+        divergence: Vec::new(),
         seconds: started.elapsed().as_secs_f64(),
         phases,
         files: BTreeMap::new(),
@@ -462,14 +483,22 @@ fn written_config(job: &Job) -> Result<QuantizeConfig, PipelineError> {
     })
 }
 
-/// The small files, after the last tensor; the record, which lists all of them, is the last.
-pub(crate) fn finish(
+/// The small files, after the last tensor; the record lists all files.
+pub(crate) fn add_files(
     staged: &StagedCheckpoint,
     files: &SmallFiles,
-    mut record: RunRecord,
+    record: RunRecord,
 ) -> Result<RunRecord, PipelineError> {
     files.add_to(staged)?;
-    record.files = staged.file_records()?;
+    let files = staged.file_records()?;
+    Ok(RunRecord { files, ..record })
+}
+
+/// The record, after the last other file.
+pub(crate) fn add_record(
+    staged: &StagedCheckpoint,
+    record: RunRecord,
+) -> Result<RunRecord, PipelineError> {
     let text = serde_json::to_string_pretty(&record).map_err(|error| PipelineError::Journal {
         path: staged.partial_dir().join(RECORD_FILE),
         reason: error.to_string(),

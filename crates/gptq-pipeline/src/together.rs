@@ -18,8 +18,8 @@ use crate::layers::{After, LayerWork, observe};
 use crate::preflight::{check_declared_type, check_shapes, check_unquantised};
 use crate::resume::{begin, settings};
 use crate::run::{
-    beside_shards, copy_permuted_biases, count_forward, finish, kept_or_discarded, publish,
-    read_config, record, wait_on_the_processor,
+    add_files, add_record, beside_shards, copy_permuted_biases, count_forward, kept_or_discarded,
+    publish, read_config, record, wait_on_the_processor,
 };
 use crate::small_files::SmallFiles;
 use crate::weights::CheckedWeights;
@@ -163,7 +163,8 @@ impl<'a> Target<'a> {
                 times.clone(),
             )
         };
-        finish(&self.staged, &self.files, record)
+        let record = add_files(&self.staged, &self.files, record)?;
+        add_record(&self.staged, record)
     }
 }
 

@@ -183,7 +183,7 @@ fn half_of_the_way_lowers_the_error_at_every_width_and_in_every_order() {
     );
 }
 
-/// A float stream follows seven of eight stretches of the tokens.
+/// A float stream does not follow all tokens.
 #[test]
 fn rows_without_a_partner_count_in_the_hessian_alone() {
     let p = problem();

@@ -1,7 +1,9 @@
 //! The model card of a repository of branches, or of a single checkpoint.
 
 use gptq_types::outside_name::shown;
-use gptq_types::{Branch, ColumnOrder, EvalRecord, GroupSize, Reading};
+use gptq_types::{
+    Branch, ColumnOrder, Divergence, Effort, EvalRecord, GroupSize, Method, QuantSpec, Reading,
+};
 use minijinja::{Environment, ErrorKind, UndefinedBehavior, context};
 use serde::{Deserialize, Serialize};
 
@@ -84,10 +86,25 @@ struct Row {
     bits_per_weight: String,
     perplexity: String,
     kl: String,
+    scales: &'static str,
+    effort: String,
     exllama: String,
     desc: String,
     readings: Vec<Reading>,
     made: String,
+    compared: Vec<Compared>,
+}
+
+/// How far a branch was from the float model when it was made.
+#[derive(Serialize)]
+struct Compared {
+    text: String,
+    held_out: bool,
+    windows: usize,
+    tokens: usize,
+    kl: String,
+    perplexity: String,
+    float_perplexity: String,
 }
 
 /// What widths are a multiple of for Machete, the kernel that optimum chooses on Hopper whatever a model's shapes
@@ -132,6 +149,7 @@ pub fn card(
             branches => rows(branches, info.repo.as_ref().map(link)),
             readers => readers(first),
             were_run => were_run(first),
+            compared => branches.iter().any(|branch| !branch.run.divergence.is_empty()),
             creator_link,
             prompt_fence => prompt_fence(info),
             bit_widths => bit_widths(branches),
@@ -201,6 +219,11 @@ impl Row {
             perplexity: scores.map_or(String::new(), perplexity),
             kl: (scores.and_then(|scores| scores.kl))
                 .map_or(String::new(), |kl| format!("{kl:.4}")),
+            scales: match spec.sym && spec.full_range {
+                true => "either sign",
+                false => "positive",
+            },
+            effort: effort(spec),
             exllama: match exllama.and_then(|reading| reading.refusal.as_ref()) {
                 None => "Yes".to_string(),
                 Some(_) => "No".to_string(),
@@ -208,7 +231,36 @@ impl Row {
             desc: permutation.desc.clone(),
             readings: record.readings.clone(),
             made: made(branch),
+            compared: branch.run.divergence.iter().map(Compared::of).collect(),
         }
+    }
+}
+
+impl Compared {
+    fn of(divergence: &Divergence) -> Self {
+        Compared {
+            text: divergence.text.clone(),
+            held_out: divergence.held_out,
+            windows: divergence.windows,
+            tokens: divergence.tokens,
+            kl: format!("{:.4}", divergence.kl),
+            perplexity: format!("{:.3}", divergence.perplexity),
+            float_perplexity: format!("{:.3}", divergence.float_perplexity),
+        }
+    }
+}
+
+/// The flag in a word, or its share where it has none.
+fn effort(spec: &QuantSpec) -> String {
+    let known = [(Effort::Fast, "fast"), (Effort::Balanced, "balanced")];
+    let share = spec.input_mismatch;
+    let named = known
+        .into_iter()
+        .find(|(effort, _)| effort.input_mismatch() == share);
+    match (spec.method, named) {
+        (Method::Rtn, _) => "none".to_string(),
+        (_, Some((_, name))) => name.to_string(),
+        (_, None) => format!("mismatch {share}"),
     }
 }
 
@@ -396,13 +448,77 @@ mod tests {
         assert!(text.contains("````\n```\n{prompt}\n````"), "{text}");
         let row = text.lines().find(|line| line.starts_with("| main | 4 "));
         let cells = row.unwrap().replace("\\|", "").matches('|').count();
-        assert_eq!(cells, 14, "{text}");
+        assert_eq!(cells, 16, "{text}");
         let linked = CardInfo {
             model_creator_link: Some("javascript:alert(1)".to_string()),
             ..CardInfo::default()
         };
         let error = card(&linked, "llama", &[branch("x")], None).unwrap_err();
         assert!(matches!(error, CardError::Link(_)), "{error}");
+    }
+
+    fn settings_row(branch: Branch) -> Vec<String> {
+        let whole = card(&CardInfo::default(), "llama", &[branch], None).unwrap();
+        let row = whole.lines().find(|line| line.starts_with("| main | 4 "));
+        row.unwrap().split(" | ").map(str::to_string).collect()
+    }
+
+    #[test]
+    fn the_table_says_which_signs_scales_have_and_what_the_aim_was() {
+        let row = |change: fn(&mut QuantSpec)| {
+            let mut branch = branch("x");
+            change(&mut branch.record.permutation.spec);
+            let row = settings_row(branch);
+            (row[5].clone(), row[6].clone())
+        };
+        let is = |scales: &str, effort: &str| (scales.to_string(), effort.to_string());
+        assert_eq!(row(|_| ()), is("positive", "fast"));
+        assert_eq!(
+            row(|spec| spec.full_range = true),
+            is("either sign", "fast")
+        );
+        let asym = row(|spec| (spec.full_range, spec.sym) = (true, false));
+        assert_eq!(asym, is("positive", "fast"));
+        let half = row(|spec| spec.input_mismatch = 0.5);
+        assert_eq!(half, is("positive", "balanced"));
+        let quarter = row(|spec| spec.input_mismatch = 0.25);
+        assert_eq!(quarter, is("positive", "mismatch 0.25"));
+        let rtn = row(|spec| spec.method = Method::Rtn);
+        assert_eq!(rtn, is("positive", "none"));
+    }
+
+    #[test]
+    fn what_a_branch_was_compared_on_is_shown_where_it_was() {
+        let of = |branch: Branch| card(&CardInfo::default(), "llama", &[branch], None).unwrap();
+        let without = of(branch("x"));
+        assert!(without.contains("Perplexity and KL were not measured."));
+        assert!(!without.contains("when it was made"), "{without}");
+        let mut compared = branch("x");
+        compared.run.divergence = vec![
+            Divergence {
+                text: "a|b.txt".to_string(),
+                held_out: true,
+                windows: 8,
+                tokens: 4096,
+                float_perplexity: 20.0,
+                perplexity: 21.5,
+                kl: 0.0625,
+                ..Divergence::default()
+            },
+            Divergence {
+                text: "wikitext2".to_string(),
+                windows: 16,
+                ..Divergence::default()
+            },
+        ];
+        let with = of(compared);
+        assert!(!with.contains("were not measured"), "{with}");
+        for row in [
+            "| main | a\\|b.txt, beside the calibration windows | 8 | 4096 | 0.0625 | 21.500 | 20.000 |",
+            "| main | wikitext2 | 16 | 0 | 0.0000 | 0.000 | 0.000 |",
+        ] {
+            assert!(with.contains(row), "{row}: {with}");
+        }
     }
 
     #[test]

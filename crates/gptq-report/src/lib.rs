@@ -28,8 +28,8 @@ pub use report::{
     Damped, Dead, Degraded, Found, FoundRun, Made, Report, ReportError, Row, Score, Text, Warned,
     Worse, quoted,
 };
-pub(crate) use summary::measured;
 pub use summary::summary;
+pub(crate) use summary::{divergence, measured};
 
 /// Bytes with a decimal unit, three digits.
 fn size(bytes: u64) -> String {

@@ -1,6 +1,6 @@
 //! What a quantization run did, in a few lines.
 
-use gptq_types::{LossMeasure, RunRecord};
+use gptq_types::{Divergence, LossMeasure, RunRecord};
 
 /// What errors are measured against where it is not the usual: such errors are larger, and comparable
 /// among themselves alone.
@@ -47,6 +47,9 @@ pub fn summary(record: &RunRecord) -> String {
             crate::measured(record)
         );
     }
+    for compared in &record.divergence {
+        out += &format!("against the float model: {}\n", divergence(compared));
+    }
     let escalated = losses().filter(|loss| loss.damp_escalations > 0).count();
     let dead: usize = losses().map(|loss| loss.dead_channels).sum();
     out += &format!("damped further than asked: {escalated} layers; dead input channels: {dead}\n");
@@ -62,6 +65,19 @@ pub fn summary(record: &RunRecord) -> String {
         }
     }
     out
+}
+
+/// How far a checkpoint is from the float model on a text, in a line.
+pub(crate) fn divergence(compared: &Divergence) -> String {
+    let Divergence { text, windows, .. } = compared;
+    let which = match compared.held_out {
+        true => format!("{windows} windows of {text} that calibration did not see"),
+        false => format!("{windows} windows of {text}"),
+    };
+    format!(
+        "KL {:.4} nats, perplexity {:.3} (float {:.3}) on {which}, {} tokens",
+        compared.kl, compared.perplexity, compared.float_perplexity, compared.tokens
+    )
 }
 
 /// Warnings of one text once, with the first module and the count.

@@ -28,13 +28,13 @@ pub use identity::{ContentHash, ContentHasher, NotAHash, model_identity};
 pub use layer::{ActivationSink, Activations, DeviceMatrix, LayerName, Stage, Weight, stretch_of};
 pub use matrix::{
     Branch, BranchEvaluation, BranchRecord, CalibrationRequest, Permutation, PlannedBranch,
-    Reading, branch_name, describe,
+    Reading, branch_name, describe, plan_branch_name,
 };
 pub use outside_name::OutsideNameError;
 pub use quiet::{PanicMessage, quietly};
 pub use record::{
-    Accuracy, CalibrationRecord, EvalRecord, FileRecord, LayerRecord, PairedDifference, Phase,
-    PhaseTimes, RUN_RECORD_SCHEMA, RunRecord, Share, Speed, Warning,
+    Accuracy, CalibrationRecord, Divergence, EvalRecord, FileRecord, LayerRecord, PairedDifference,
+    Phase, PhaseTimes, RUN_RECORD_SCHEMA, RunRecord, Share, Speed, Warning,
 };
 pub use solved::{LayerLoss, LossMeasure, SolvedLayer};
 pub use source::{Dtype, SourceError, TensorInfo, TensorSource};

@@ -2,7 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{ColumnOrder, ContentHash, EvalRecord, GroupSize, Method, QuantSpec, RunRecord};
+use crate::{
+    ColumnOrder, ContentHash, Effort, EvalRecord, GroupSize, Method, QuantSpec, RunRecord,
+};
 
 /// Which calibration tokens a permutation sees.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -50,6 +52,23 @@ pub fn branch_name(spec: &QuantSpec) -> String {
     };
     let group = i64::from(spec.group_size);
     format!("{method}-{}bit-{group}g-actorder_{order}", spec.bits)
+}
+
+/// The name of a branch of a plan that gives it none: [`branch_name`], and after it what else makes
+/// other codes of the same file: `-balanced` or `-mismatch_0.25`, `-unsigned`. Published tables have
+/// unsigned scales under the bare name; in a plan they are the exception.
+pub fn plan_branch_name(spec: &QuantSpec) -> String {
+    let mut name = branch_name(spec);
+    let aim = spec.input_mismatch;
+    if aim == Effort::Balanced.input_mismatch() {
+        name += "-balanced";
+    } else if aim != Effort::Fast.input_mismatch() {
+        name += &format!("-mismatch_{aim}");
+    }
+    if spec.scale_search && !spec.full_range {
+        name += "-unsigned";
+    }
+    name
 }
 
 /// What the settings mean to someone who chooses a branch.

@@ -41,6 +41,15 @@ pub struct CalibrationRecord {
     /// layer has full rank.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub widest_input: Option<usize>,
+    /// The column of its rows, where one was named.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub column: Option<String>,
+    /// Name of the local copy that a named dataset was read from; where it lay is not told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub file: Option<String>,
+    /// What logits were divided by while the model wrote its own text, where that was not 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub temperature: Option<f32>,
 }
 
 impl CalibrationRecord {
@@ -113,6 +122,34 @@ impl LayerRecord {
     }
 }
 
+/// How far a checkpoint is from the float model on a text that calibration did not see.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Divergence {
+    /// The text, as it may be published.
+    pub text: String,
+    /// Name of the local copy that a named text was read from; where it lay is not told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub file: Option<String>,
+    /// Windows of the calibration text that calibration did not see; else of a text of its own.
+    pub held_out: bool,
+    /// Text, windows and how they were chosen, in words.
+    pub protocol: String,
+    /// sha256 of the token ids as little-endian u32, window after window.
+    pub token_sha256: String,
+    /// Windows.
+    pub windows: usize,
+    /// Tokens in the longest window.
+    pub seq_len: usize,
+    /// Tokens in all windows.
+    pub tokens: usize,
+    /// Perplexity of the float model.
+    pub float_perplexity: f64,
+    /// Perplexity of the checkpoint, read from its files.
+    pub perplexity: f64,
+    /// Mean KL divergence of the checkpoint's next-token distributions from the float model's, nats.
+    pub kl: f64,
+}
+
 /// Something that a reader of the result should know.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Warning {
@@ -183,6 +220,9 @@ pub struct RunRecord {
     /// [`crate::model_identity`] of the float weights; absent in older records.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub weights_sha256: Option<ContentHash>,
+    /// The folder that the tokenizer was taken from, by its name alone, where it was not the model's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tokenizer: Option<String>,
     /// Settings.
     pub spec: QuantSpec,
     /// Tokens; absent for `method rtn`.
@@ -201,7 +241,12 @@ pub struct RunRecord {
     /// quantised up to the layer.
     #[serde(default, skip_serializing_if = "is_false")]
     pub shared_hessian: bool,
-    /// Wall seconds of all; left out of a [`RunRecord::timeless`] record.
+    /// Against the float model, on each text that was asked for: before the folder was published, from
+    /// its files. Empty where none was.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub divergence: Vec<Divergence>,
+    /// Wall seconds of all but the comparison with the float model; left out of a
+    /// [`RunRecord::timeless`] record.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub seconds: f64,
     /// Seconds per phase; likewise.

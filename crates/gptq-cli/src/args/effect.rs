@@ -95,17 +95,12 @@ fn quantize(args: &QuantizeArgs) -> Vec<Rule> {
     let on_gpu = matches!(args.device.device, DeviceArg::Cuda(_));
     vec![
         (
-            rounds,
-            &[
-                "dataset",
-                "samples",
-                "tokens",
-                "seq_len",
-                "seed",
-                "temperature",
-            ],
+            rounds && args.check_windows == 0,
+            &["dataset", "samples", "tokens", "seed"],
             data,
         ),
+        (rounds && !args.checks(), &["seq_len"], data),
+        (rounds, &["temperature"], data),
         (
             rounds,
             &[
@@ -124,12 +119,12 @@ fn quantize(args: &QuantizeArgs) -> Vec<Rule> {
             "--method rtn is what layers are compared with",
         ),
         (
-            rounds,
+            rounds && !args.checks(),
             &["gpu_memory"],
             "--method rtn runs on the processor",
         ),
         (
-            rounds && on_gpu,
+            rounds && on_gpu && !args.checks(),
             &["device"],
             "--method rtn runs on the processor",
         ),
@@ -139,7 +134,7 @@ fn quantize(args: &QuantizeArgs) -> Vec<Rule> {
             "it is for --dataset self",
         ),
         (
-            !rounds && is_on_processor(&[args.device.device]),
+            (!rounds || args.checks()) && is_on_processor(&[args.device.device]),
             &["gpu_memory"],
             "the run is on the processor",
         ),

@@ -22,7 +22,7 @@ use crate::matrix::{
     Evaluation, Shared, State, card_info, make_all, make_together, read_branches, read_text,
     render, tidy,
 };
-use crate::models::{Model, find};
+use crate::models::{Model, find, public_folder_name};
 use crate::output::{print, print_json};
 use crate::scoring::ScoringText;
 use crate::unread_keys;
@@ -117,6 +117,7 @@ pub fn run(args: &MatrixArgs) -> Result<Verdict, Failure> {
                 model: &model,
                 checked,
                 model_name: &model_name,
+                tokenizer: (args.tokenizer.folder.as_deref()).map(public_folder_name),
                 text,
                 max_shard_bytes,
                 companions,
@@ -178,7 +179,7 @@ fn verdict(failed: usize) -> Verdict {
 /// What was asked for: a preset or a plan, with flags over what it says of tokens.
 fn permutations(args: &MatrixArgs) -> Result<Vec<Permutation>, Failure> {
     let mut permutations = match (&args.plan, args.preset) {
-        (Some(path), _) => read_plan(&read_text(path)?)
+        (Some(path), _) => read_plan(&read_text(path)?, args.seq_len)
             .map_err(|error| Failure::new(format!("`{}`: {error}", path.display())))?,
         (None, Some(PresetArg::LongContext)) => Preset::LongContext.permutations(),
         (None, _) => Preset::Llama2.permutations(),

@@ -5,18 +5,20 @@ use std::path::Path;
 use gptq_model::{DecoderConfig, Device};
 use gptq_packer::{ClaimedPlace, StageError};
 use gptq_pipeline::{
-    Job, PipelineError, WeightCheck, check_beside, check_shapes, check_unquantised, may_be_finished,
+    Compare, Job, PipelineError, WeightCheck, check_beside, check_shapes, check_unquantised,
+    may_be_finished,
 };
 use gptq_report::quoted;
 use gptq_types::{Method, RunRecord};
 
 use crate::Verdict;
 use crate::args::{QuantizeArgs, shard_bytes};
-use crate::calibrate::calibrate;
+use crate::calibrate::calibrate_and_hold_out;
 use crate::datasets::public_name;
 use crate::device;
+use crate::divergence::Texts;
 use crate::failure::Failure;
-use crate::models::{find, public_model_name};
+use crate::models::{find, public_folder_name, public_model_name};
 use crate::output::{print, print_json};
 use crate::unread_keys;
 use crate::watch::{TOOL, try_watch};
@@ -33,15 +35,18 @@ pub fn run(args: &QuantizeArgs) -> Result<Verdict, Failure> {
     unread_keys::refuse(&args.strict, &args.model, &config)?;
     check_unquantised(model.checkpoint.as_ref(), &model.config_json)?;
     check_shapes(&config, &spec)?;
-    // Rounding to nearest looks at no activations: there is nothing for a GPU to do.
-    let device = match spec.method {
-        Method::Gptq => device::resolve(&args.device)?,
-        Method::Rtn => Device::Cpu,
+    // Rounding to nearest looks at no activations: there is nothing for a GPU to do but to compare.
+    let solves = spec.method == Method::Gptq;
+    let comparing = match solves || args.checks() {
+        true => device::resolve(&args.device)?,
+        false => Device::Cpu,
     };
+    let device = if solves { comparing } else { Device::Cpu };
     let mut job = Job {
         source: model.checkpoint.clone(),
         config_json: model.config_json.clone(),
         model_name: public_model_name(&args.model),
+        tokenizer: (args.tokenizer.folder.as_deref()).map(public_folder_name),
         spec,
         windows: Vec::new(),
         calibration: None,
@@ -55,24 +60,37 @@ pub fn run(args: &QuantizeArgs) -> Result<Verdict, Failure> {
         tool: TOOL.to_string(),
     };
     check_beside(&job)?;
-    if job.spec.method == Method::Gptq {
-        let request = args.calibration();
-        let windows = calibrate(
-            &request,
+    let mut texts = Texts::read(args, &model, config.vocab_size)?;
+    // Rounding to nearest is compared on the windows that GPTQ would have held out.
+    if solves || args.check_windows > 0 {
+        let (mut windows, beside) = calibrate_and_hold_out(
+            &args.calibration(),
+            args.check_windows,
             args.temperature,
             &model,
             &config,
             device,
             &args.hub,
         )?;
-        gptq_model::prepare(device)?;
-        job.windows = windows.ids;
-        job.calibration = Some(windows.record);
-        if let Some(record) = &mut job.calibration {
-            record.dataset = public_name(&record.dataset);
+        if let Some(beside) = beside {
+            texts.put_first(&args.dataset, beside);
+        }
+        if solves {
+            windows.record.dataset = public_name(&windows.record.dataset);
+            job.windows = windows.ids;
+            job.calibration = Some(windows.record);
         }
     }
-    let record = try_watch(&job, "blocks", false).map_err(|error| with_command(*error))?;
+    if solves {
+        gptq_model::prepare(device)?;
+    }
+    let mut compare = |folder: &Path| texts.compare(&model, comparing, folder);
+    let compare: Option<&mut Compare<'_>> = match texts.is_empty() {
+        true => None,
+        false => Some(&mut compare),
+    };
+    let record = try_watch(&job, compare, "blocks", false).map_err(|error| with_command(*error))?;
+    texts.warn_of_missing(&record);
     report(args, &record)
 }
 

@@ -30,6 +30,8 @@ pub struct Shared<'a> {
     pub checked: CheckedWeights,
     /// The model's name as published.
     pub model_name: &'a str,
+    /// Where its tokenizer comes from, as published, where that is another folder.
+    pub tokenizer: Option<String>,
     /// Windows of each request, by [`Shared::key`].
     pub windows: HashMap<String, Windows>,
     /// What branches are scored on.
@@ -153,6 +155,7 @@ impl<'a> Maker<'a> {
             source: model.checkpoint.clone(),
             config_json: model.config_json.clone(),
             model_name: self.shared.model_name.to_string(),
+            tokenizer: self.shared.tokenizer.clone(),
             spec: permutation.spec.clone(),
             windows: windows.map_or(Vec::new(), |windows| windows.ids.clone()),
             calibration: windows.map(|windows| windows.record.clone()),

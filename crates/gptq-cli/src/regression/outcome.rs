@@ -109,6 +109,7 @@ impl<'a> Bench<'a> {
             source: self.model.checkpoint.clone(),
             config_json: self.model.config_json.clone(),
             model_name: self.recipe.model.clone(),
+            tokenizer: None,
             spec: self.recipe.spec.clone(),
             windows,
             calibration: Some(self.windows.record.clone()),
@@ -120,7 +121,7 @@ impl<'a> Bench<'a> {
             check: WeightCheck::done(self.checked.clone()),
             tool: TOOL.to_string(),
         };
-        match try_watch(&job, "blocks", false) {
+        match try_watch(&job, None, "blocks", false) {
             Ok(record) => {
                 eprint!("{}", gptq_report::summary(&record));
                 self.measure(&out, &job.windows, Some(&record))

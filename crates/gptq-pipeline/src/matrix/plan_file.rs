@@ -1,10 +1,11 @@
 //! A plan file: any permutations, in TOML.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
+use std::num::NonZeroUsize;
 
 use gptq_types::{
     Bits, CalibrationRequest, CheckpointFormat, ColumnOrder, Effort, GroupSize, Method,
-    Permutation, QuantSpec, SpecError, branch_name, describe, outside_name::shown,
+    Permutation, QuantSpec, SpecError, describe, outside_name::shown, plan_branch_name,
 };
 use serde::Deserialize;
 
@@ -31,25 +32,35 @@ pub enum PlanError {
     Empty,
     #[error("branch `{0}` is listed twice")]
     Twice(String),
+    #[error(
+        "branches {first} and {second} would both be `{branch}`, a name that says nothing of what they differ in: give one of them a `name`"
+    )]
+    Unnamed {
+        branch: String,
+        first: usize,
+        second: usize,
+    },
+    #[error("tokens stands for samples: give one of them")]
+    SamplesAndTokens,
     #[error("branch `{branch}`: {reason}")]
     Branch { branch: String, reason: String },
 }
 
 /// What a branch has where the plan says nothing: as `gptq quantize`.
 struct Defaults {
-    calibration: CalibrationRequest,
+    tokens: Tokens,
     damp_percent: f64,
 }
 
 impl Defaults {
     fn of_quantize() -> Self {
         Defaults {
-            calibration: CalibrationRequest {
-                dataset: "c4".to_string(),
-                column: None,
-                samples: 128,
-                seq_len: 2048,
-                seed: 0,
+            tokens: Tokens {
+                dataset: Some("c4".to_string()),
+                samples: Some(128),
+                seq_len: Some(2048),
+                seed: Some(0),
+                ..Tokens::default()
             },
             damp_percent: 0.1,
         }
@@ -66,11 +77,12 @@ struct PlanFile {
     branch: Vec<BranchEntry>,
 }
 
-#[derive(Deserialize)]
+#[derive(Clone, Default, Deserialize)]
 struct Tokens {
     dataset: Option<String>,
     column: Option<String>,
     samples: Option<usize>,
+    tokens: Option<NonZeroUsize>,
     seq_len: Option<usize>,
     seed: Option<u64>,
 }
@@ -113,6 +125,7 @@ struct BranchEntry {
     dataset: Option<String>,
     column: Option<String>,
     samples: Option<usize>,
+    tokens: Option<NonZeroUsize>,
     seq_len: Option<usize>,
     seed: Option<u64>,
     desc: Option<String>,
@@ -158,9 +171,10 @@ enum FormatName {
     GptqV2,
 }
 
-/// Reads a plan. Top-level `dataset`, `column`, `samples`, `seq_len`, `seed` and `damp` are for all branches;
-/// a `[[branch]]` has `bits`, `group_size`, and any flag of `gptq quantize` by its long name.
-pub fn read_plan(text: &str) -> Result<Vec<Permutation>, PlanError> {
+/// Reads a plan. Top-level `dataset`, `column`, `samples` or `tokens`, `seq_len`, `seed` and `damp` are for
+/// all branches; a `[[branch]]` has `bits`, `group_size`, and any flag of `gptq quantize` by its long name.
+/// `seq_len` stands for what the plan says of it, so that `tokens` are counted in such windows.
+pub fn read_plan(text: &str, seq_len: Option<usize>) -> Result<Vec<Permutation>, PlanError> {
     if text.len() > MAX_PLAN_BYTES {
         let bytes = text.len();
         return Err(PlanError::Toml(format!(
@@ -177,16 +191,26 @@ pub fn read_plan(text: &str) -> Result<Vec<Permutation>, PlanError> {
     if plan.branch.is_empty() {
         return Err(PlanError::Empty);
     }
+    if plan.tokens.contradict() {
+        return Err(PlanError::SamplesAndTokens);
+    }
     let mut defaults = Defaults::of_quantize();
-    defaults.calibration = plan.tokens.over(&defaults.calibration);
+    defaults.tokens = plan.tokens.over(&defaults.tokens);
     defaults.damp_percent = plan.damp.unwrap_or(defaults.damp_percent);
-    let mut names = BTreeSet::new();
-    (plan.branch.into_iter())
-        .map(|entry| {
-            let permutation = entry.permutation(&defaults)?;
-            match names.insert(permutation.branch.clone()) {
-                true => Ok(permutation),
-                false => Err(PlanError::Twice(shown(&permutation.branch, SHOWN))),
+    let mut names: BTreeMap<String, (usize, bool)> = BTreeMap::new();
+    (plan.branch.into_iter().zip(1..))
+        .map(|(entry, second)| {
+            let is_named = entry.name.is_some();
+            let permutation = entry.permutation(&defaults, seq_len)?;
+            let branch = shown(&permutation.branch, SHOWN);
+            match names.insert(permutation.branch.clone(), (second, is_named)) {
+                None => Ok(permutation),
+                Some((_, true)) if is_named => Err(PlanError::Twice(branch)),
+                Some((first, _)) => Err(PlanError::Unnamed {
+                    branch,
+                    first,
+                    second,
+                }),
             }
         })
         .collect()
@@ -239,23 +263,54 @@ fn check(permutation: &Permutation) -> Result<(), String> {
 }
 
 impl Tokens {
-    fn over(self, defaults: &CalibrationRequest) -> CalibrationRequest {
-        CalibrationRequest {
+    /// As the flags of `quantize`.
+    fn contradict(&self) -> bool {
+        self.samples.is_some() && self.tokens.is_some()
+    }
+
+    fn over(self, defaults: &Tokens) -> Tokens {
+        // Either says how much, so the other one of the defaults is no longer meant.
+        let says_how_much = self.samples.is_some() || self.tokens.is_some();
+        let (samples, tokens) = match says_how_much {
+            true => (self.samples, self.tokens),
+            false => (defaults.samples, defaults.tokens),
+        };
+        Tokens {
             // a column belongs to its data
             column: match self.dataset {
                 Some(_) => self.column,
                 None => self.column.or_else(|| defaults.column.clone()),
             },
-            dataset: self.dataset.unwrap_or_else(|| defaults.dataset.clone()),
-            samples: self.samples.unwrap_or(defaults.samples),
-            seq_len: self.seq_len.unwrap_or(defaults.seq_len),
-            seed: self.seed.unwrap_or(defaults.seed),
+            dataset: self.dataset.or_else(|| defaults.dataset.clone()),
+            samples,
+            tokens,
+            seq_len: self.seq_len.or(defaults.seq_len),
+            seed: self.seed.or(defaults.seed),
+        }
+    }
+
+    /// In windows; `seq_len` stands for its own.
+    fn request(self, seq_len: Option<usize>) -> CalibrationRequest {
+        let seq_len = seq_len.or(self.seq_len).unwrap_or_default();
+        CalibrationRequest {
+            dataset: self.dataset.unwrap_or_default(),
+            column: self.column,
+            samples: match self.tokens {
+                Some(tokens) => tokens.get().div_ceil(seq_len.max(1)),
+                None => self.samples.unwrap_or_default(),
+            },
+            seq_len,
+            seed: self.seed.unwrap_or_default(),
         }
     }
 }
 
 impl BranchEntry {
-    fn permutation(self, defaults: &Defaults) -> Result<Permutation, PlanError> {
+    fn permutation(
+        self,
+        defaults: &Defaults,
+        seq_len: Option<usize>,
+    ) -> Result<Permutation, PlanError> {
         let place = self.name.clone().unwrap_or_else(|| {
             let group = match &self.group_size {
                 Group::Size(size) => size.to_string(),
@@ -311,14 +366,18 @@ impl BranchEntry {
             dataset: self.dataset,
             column: self.column,
             samples: self.samples,
+            tokens: self.tokens,
             seq_len: self.seq_len,
             seed: self.seed,
         };
+        if tokens.contradict() {
+            return Err(branch_wrong(PlanError::SamplesAndTokens.to_string()));
+        }
         Ok(Permutation {
-            branch: self.name.unwrap_or_else(|| branch_name(&spec)),
+            branch: self.name.unwrap_or_else(|| plan_branch_name(&spec)),
             desc: self.desc.unwrap_or_else(|| describe(&spec)),
             spec,
-            calibration: tokens.over(&defaults.calibration),
+            calibration: tokens.over(&defaults.tokens).request(seq_len),
         })
     }
 
@@ -345,7 +404,7 @@ mod tests {
     use super::*;
 
     fn read(text: &str) -> Result<Vec<Permutation>, String> {
-        read_plan(text).map_err(|error| error.to_string())
+        read_plan(text, None).map_err(|error| error.to_string())
     }
 
     #[test]
@@ -387,12 +446,80 @@ mod tests {
         assert_eq!(eight.spec.damp_percent, 0.01);
     }
 
+    /// As many windows as hold the tokens, of the length that the branch ends up with.
+    #[test]
+    fn tokens_are_counted_in_windows_of_the_branch() {
+        let plan = "
+            tokens = 5000
+            [[branch]]
+            name = 'all'
+            bits = 4
+            group_size = 64
+            [[branch]]
+            name = 'short'
+            bits = 4
+            group_size = 64
+            seq_len = 512
+            [[branch]]
+            name = 'counted'
+            bits = 4
+            group_size = 64
+            samples = 7
+            [[branch]]
+            name = 'own'
+            bits = 4
+            group_size = 64
+            tokens = 2048
+        ";
+        let samples = |seq_len| -> Vec<usize> {
+            let branches = read_plan(plan, seq_len).unwrap();
+            (branches.iter())
+                .map(|branch| branch.calibration.samples)
+                .collect()
+        };
+        assert_eq!(samples(None), [3, 10, 7, 1]);
+        assert_eq!(samples(Some(100)), [50, 50, 7, 21]);
+        let counted = plan.replace("tokens = 5000", "samples = 9");
+        let branches = read(&counted).unwrap();
+        assert_eq!(branches[0].calibration.samples, 9);
+        assert_eq!(branches[3].calibration.samples, 1);
+    }
+
+    /// All of these had one name, and a plan with two of them was refused.
+    #[test]
+    fn what_makes_other_codes_has_another_name() {
+        let plan = [
+            "",
+            "effort = 'balanced'",
+            "input_mismatch = 0.25",
+            "unsigned_scales = true",
+            "unsigned_scales = true\neffort = 'balanced'",
+        ]
+        .map(|rest| format!("[[branch]]\nbits = 4\ngroup_size = 64\n{rest}\n"))
+        .concat();
+        let branches = read(&plan).unwrap();
+        let names: Vec<&str> = (branches.iter())
+            .map(|branch| {
+                let name = branch.branch.strip_prefix("gptq-4bit-64g-actorder_False");
+                name.unwrap()
+            })
+            .collect();
+        let wanted = [
+            "",
+            "-balanced",
+            "-mismatch_0.25",
+            "-unsigned",
+            "-balanced-unsigned",
+        ];
+        assert_eq!(names, wanted);
+    }
+
     /// `samples = 4611686018427387904` wrapped: the plan said `0 s | 158 MB`.
     #[test]
     fn what_no_run_can_have_is_refused_before_any_is_estimated() {
         let checked = |rest: &str| {
             let plan = format!("[[branch]]\nbits = 4\ngroup_size = 64\n{rest}");
-            let asked = read_plan(&plan)?;
+            let asked = read_plan(&plan, None)?;
             check_permutations(&asked)
         };
         checked("samples = 1048576").unwrap();
@@ -426,9 +553,9 @@ mod tests {
         let many: String = (0..300)
             .map(|index| many.replace('X', &format!("b{index}")))
             .collect();
-        let error = check_permutations(&read_plan(&many).unwrap()).unwrap_err();
+        let error = check_permutations(&read_plan(&many, None).unwrap()).unwrap_err();
         assert!(error.to_string().contains("300 branches"), "{error}");
-        assert!(read_plan(&"#".repeat(MAX_PLAN_BYTES + 1)).is_err());
+        assert!(read_plan(&"#".repeat(MAX_PLAN_BYTES + 1), None).is_err());
     }
 
     #[test]
@@ -482,9 +609,22 @@ mod tests {
             (String::new(), "no [[branch]]"),
             (entry("bit = 4"), "unknown field `bit`"),
             (
-                entry("[[branch]]\nbits = 4\ngroup_size = 64"),
-                "listed twice",
+                entry("[[branch]]\nbits = 4\ngroup_size = 64\ndamp = 0.2"),
+                "branches 1 and 2 would both be `gptq-4bit-64g-actorder_False`",
             ),
+            (
+                entry("name = 'a'\n[[branch]]\nbits = 8\ngroup_size = 64\nname = 'a'"),
+                "branch `a` is listed twice",
+            ),
+            (
+                entry("samples = 8\ntokens = 4096"),
+                "tokens stands for samples",
+            ),
+            (
+                format!("samples = 8\ntokens = 4096\n{}", entry("")),
+                "tokens stands for samples",
+            ),
+            (entry("tokens = 0"), "nonzero"),
             (entry("").replace("64", "63"), "group size `63`"),
             (entry("").replace('4', "5"), "bits `5`"),
             (

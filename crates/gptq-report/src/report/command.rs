@@ -12,10 +12,33 @@ pub(super) fn quantize_command(run: &RunRecord, out: &str) -> String {
     flag("--group-size", spec.group_size.to_string());
     flag("--damp", spec.damp_percent.to_string());
     if let Some(calibration) = &run.calibration {
-        flag("--dataset", calibration.dataset.clone());
+        flag("--dataset", given(&calibration.dataset, &calibration.file));
+        if let Some(column) = &calibration.column {
+            flag("--column", column.clone());
+        }
         flag("--samples", calibration.samples.to_string());
         flag("--seq-len", calibration.seq_len.to_string());
         flag("--seed", calibration.seed.to_string());
+        if let Some(temperature) = calibration.temperature {
+            flag("--temperature", temperature.to_string());
+        }
+    }
+    let mut compared = run.divergence.iter();
+    if let Some(compared) = compared.next().filter(|_| run.calibration.is_none()) {
+        // Rounding to nearest keeps no record of tokens that it did not see.
+        if compared.held_out {
+            flag("--dataset", given(&compared.text, &compared.file));
+        }
+        flag("--seq-len", compared.seq_len.to_string());
+    }
+    if let Some(tokenizer) = &run.tokenizer {
+        flag("--tokenizer", tokenizer.clone());
+    }
+    for compared in &run.divergence {
+        match compared.held_out {
+            true => flag("--check-windows", compared.windows.to_string()),
+            false => flag("--check-dataset", given(&compared.text, &compared.file)),
+        }
     }
     if spec.format != CheckpointFormat::Gptq {
         flag("--format", spec.format.to_string());
@@ -51,6 +74,14 @@ pub(super) fn quantize_command(run: &RunRecord, out: &str) -> String {
         words.push(format!("--descent-passes {}", spec.descent_passes));
     }
     words.join(" ")
+}
+
+/// A dataset as it is typed, with the local copy of a named one.
+fn given(dataset: &str, file: &Option<String>) -> String {
+    match file {
+        Some(file) => format!("{dataset}={file}"),
+        None => dataset.to_string(),
+    }
 }
 
 /// A word as a shell reads it back.

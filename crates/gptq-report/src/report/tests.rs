@@ -57,6 +57,7 @@ fn run(group: usize) -> RunRecord {
         tool: "gptq-rs:test".into(),
         model: "owner/tiny".into(),
         weights_sha256: None,
+        tokenizer: None,
         spec: QuantSpec {
             group_size: GroupSize::Channels(group),
             ..QuantSpec::published()
@@ -76,6 +77,7 @@ fn run(group: usize) -> RunRecord {
         layers: layers.collect(),
         warnings: Vec::new(),
         shared_hessian: false,
+        divergence: Vec::new(),
         seconds: 12.5,
         phases: Default::default(),
         files: Default::default(),

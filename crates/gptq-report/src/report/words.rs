@@ -5,7 +5,7 @@ use gptq_types::{CheckpointFormat, Phase, RunRecord};
 use super::data::{Report, Row, Text};
 use super::degraded::Degraded;
 use super::format::{duration, perplexity_with_error, thousands};
-use crate::size;
+use crate::{divergence, size};
 
 /// Names under one heading, each with what is to be said of it.
 #[derive(Clone, Debug, PartialEq)]
@@ -139,6 +139,12 @@ fn run_facts(run: &RunRecord) -> Vec<(&'static str, String)> {
         let text = "of one pass of the float model, shared with other branches by `gptq matrix \
                     --shared-hessian`; the command above has its own pass and gives other codes";
         facts.push(("Hessians", text.to_string()));
+    }
+    if let Some(tokenizer) = &run.tokenizer {
+        facts.push(("Tokenizer", format!("of another folder, {tokenizer}")));
+    }
+    for compared in &run.divergence {
+        facts.push(("Against the float model", divergence(compared)));
     }
     facts.push((
         "Zeros",

@@ -1,6 +1,8 @@
 //! What tables and lists say, and what they leave out.
 
-use gptq_types::{Accuracy, ColumnOrder, Method, PairedDifference, Share, Speed, Warning};
+use gptq_types::{
+    Accuracy, ColumnOrder, Divergence, Method, PairedDifference, Share, Speed, Warning,
+};
 
 use super::*;
 
@@ -250,6 +252,49 @@ fn commands_hold_every_setting() {
     ] {
         assert!(markdown.contains(fact), "{fact}: {markdown}");
     }
+}
+
+/// Each of these changes the tokens, or what is measured, and was left out of the command.
+#[test]
+fn commands_hold_where_tokens_come_from_and_what_was_compared() {
+    let mut run = run(32);
+    let calibration = run.calibration.as_mut().unwrap();
+    calibration.dataset = "wikitext2".into();
+    calibration.file = Some("wiki.train.raw".into());
+    calibration.column = Some("the text".into());
+    calibration.temperature = Some(0.7);
+    run.tokenizer = Some("tiny-tokenizer".into());
+    let compared = |text: &str, held_out| Divergence {
+        text: text.into(),
+        held_out,
+        windows: 8,
+        tokens: 2048,
+        seq_len: 256,
+        kl: 0.125,
+        ..Divergence::default()
+    };
+    run.divergence = vec![compared("wikitext2", true), compared("c4", false)];
+    run.divergence[1].file = Some("c4.jsonl".into());
+    let mut rounded = run.clone();
+    rounded.calibration = None;
+    let markdown = report(
+        vec![found("out/main", run), found("out/rtn", rounded)],
+        Vec::new(),
+    )
+    .markdown();
+    let rest = "--tokenizer tiny-tokenizer --check-windows 8 --check-dataset c4=c4.jsonl";
+    for want in [
+        format!(
+            "--dataset wikitext2=wiki.train.raw --column 'the text' --samples 32 --seq-len 256 \
+             --seed 3 --temperature 0.7 {rest}"
+        ),
+        format!("--dataset wikitext2 --seq-len 256 {rest}"),
+    ] {
+        assert!(markdown.contains(&want), "{want}: {markdown}");
+    }
+    let fact = "- Against the float model: KL 0.1250 nats, perplexity 0.000 (float 0.000) on 8 windows \
+                of wikitext2 that calibration did not see, 2048 tokens";
+    assert!(markdown.contains(fact), "{markdown}");
 }
 
 #[test]
