@@ -2,7 +2,7 @@
 
 use gptq_types::outside_name::shown;
 use gptq_types::{
-    Branch, ColumnOrder, Divergence, Effort, EvalRecord, GroupSize, Method, QuantSpec, Reading,
+    Branch, ColumnOrder, Divergence, EvalRecord, GroupSize, Method, QuantSpec, Reading,
 };
 use minijinja::{Environment, ErrorKind, UndefinedBehavior, context};
 use serde::{Deserialize, Serialize};
@@ -250,17 +250,15 @@ impl Compared {
     }
 }
 
-/// The flag in a word, or its share where it has none.
+/// The flag in a word, or its parts where there is none.
 fn effort(spec: &QuantSpec) -> String {
-    let known = [(Effort::Fast, "fast"), (Effort::Balanced, "balanced")];
-    let share = spec.input_mismatch;
-    let named = known
-        .into_iter()
-        .find(|(effort, _)| effort.input_mismatch() == share);
-    match (spec.method, named) {
+    match (spec.method, spec.effort()) {
         (Method::Rtn, _) => "none".to_string(),
-        (_, Some((_, name))) => name.to_string(),
-        (_, None) => format!("mismatch {share}"),
+        (_, Some(effort)) => effort.name().to_string(),
+        (_, None) => {
+            let (share, passes) = (spec.input_mismatch, spec.descent_passes);
+            format!("mismatch {share}, descent {passes}")
+        }
     }
 }
 
@@ -479,10 +477,10 @@ mod tests {
         );
         let asym = row(|spec| (spec.full_range, spec.sym) = (true, false));
         assert_eq!(asym, is("positive", "fast"));
-        let half = row(|spec| spec.input_mismatch = 0.5);
-        assert_eq!(half, is("positive", "balanced"));
-        let quarter = row(|spec| spec.input_mismatch = 0.25);
-        assert_eq!(quarter, is("positive", "mismatch 0.25"));
+        let whole = row(|spec| (spec.input_mismatch, spec.descent_passes) = (0.5, 2));
+        assert_eq!(whole, is("positive", "balanced"));
+        let part = row(|spec| spec.input_mismatch = 0.25);
+        assert_eq!(part, is("positive", "mismatch 0.25, descent 0"));
         let rtn = row(|spec| spec.method = Method::Rtn);
         assert_eq!(rtn, is("positive", "none"));
     }

@@ -55,15 +55,19 @@ pub fn branch_name(spec: &QuantSpec) -> String {
 }
 
 /// The name of a branch of a plan that gives it none: [`branch_name`], and after it what else makes
-/// other codes of the same file: `-balanced` or `-mismatch_0.25`, `-unsigned`. Published tables have
-/// unsigned scales under the bare name; in a plan they are the exception.
+/// other codes of the same file: `-fast`, or the parts of no effort, `-mismatch_0.25` and `-descent_1`;
+/// `-unsigned`. Published tables have unsigned scales under the bare name; in a plan they are the
+/// exception.
 pub fn plan_branch_name(spec: &QuantSpec) -> String {
     let mut name = branch_name(spec);
-    let aim = spec.input_mismatch;
-    if aim == Effort::Balanced.input_mismatch() {
-        name += "-balanced";
-    } else if aim != Effort::Fast.input_mismatch() {
-        name += &format!("-mismatch_{aim}");
+    match spec.effort() {
+        _ if spec.method == Method::Rtn => {}
+        Some(effort) if effort == Effort::default() => {}
+        Some(effort) => name += &format!("-{}", effort.name()),
+        None => {
+            let (aim, passes) = (spec.input_mismatch, spec.descent_passes);
+            name += &format!("-mismatch_{aim}-descent_{passes}");
+        }
     }
     if spec.scale_search && !spec.full_range {
         name += "-unsigned";

@@ -230,14 +230,25 @@ impl ColumnOrder {
 #[serde(rename_all = "lowercase")]
 pub enum Effort {
     /// One forward pass, that of the quantized model.
-    #[default]
     Fast,
     /// Another one, of the float model, whose outputs each linear is aimed at; and coordinate descent
     /// over its codes.
+    #[default]
     Balanced,
 }
 
 impl Effort {
+    /// Every one, by the work it takes.
+    pub const ALL: [Effort; 2] = [Effort::Fast, Effort::Balanced];
+
+    /// Its name on the command line and in plans.
+    pub fn name(self) -> &'static str {
+        match self {
+            Effort::Fast => "fast",
+            Effort::Balanced => "balanced",
+        }
+    }
+
     /// [`QuantSpec::input_mismatch`]. Half of the way was better than all of it at every width, and kept
     /// 3 bits from fitting the domain of the calibration text.
     pub fn input_mismatch(self) -> f64 {
@@ -344,6 +355,13 @@ impl QuantSpec {
             return Err(SpecError::Conflict("method rtn", "descent passes"));
         }
         Ok(())
+    }
+
+    /// The effort whose parts these are, if they are those of one.
+    pub fn effort(&self) -> Option<Effort> {
+        let parts = (self.input_mismatch, self.descent_passes);
+        (Effort::ALL.into_iter())
+            .find(|effort| (effort.input_mismatch(), effort.descent_passes()) == parts)
     }
 
     /// What the errors of its layers are measured against.

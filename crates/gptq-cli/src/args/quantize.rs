@@ -126,7 +126,7 @@ pub struct QuantizeArgs {
     #[arg(long, conflicts_with = "no_scale_search")]
     pub unsigned_scales: bool,
     /// How much work the accuracy is worth; `balanced` is --input-mismatch 0.5 --descent-passes 2
-    #[arg(long, value_enum, default_value = "fast")]
+    #[arg(long, value_enum, default_value = "balanced")]
     pub effort: EffortArg,
     /// How far each linear is moved towards what comes nearest to the float model's outputs on the inputs
     /// that linears before it have changed, 0 to 1 [default: that of --effort]

@@ -10,7 +10,7 @@ use gptq_pipeline::{
     Preset, check_permutations, check_unquantised, check_weights, plan_matrix, read_plan,
 };
 use gptq_repository::{Repository, check_branch_names, check_signature};
-use gptq_types::{CalibrationRequest, ColumnOrder, Method, Permutation, PlannedBranch};
+use gptq_types::{CalibrationRequest, ColumnOrder, Effort, Method, Permutation, PlannedBranch};
 
 use crate::Verdict;
 use crate::args::{MatrixArgs, PresetArg, shard_bytes};
@@ -179,8 +179,15 @@ fn verdict(failed: usize) -> Verdict {
 /// What was asked for: a preset or a plan, with flags over what it says of tokens.
 fn permutations(args: &MatrixArgs) -> Result<Vec<Permutation>, Failure> {
     let mut permutations = match (&args.plan, args.preset) {
-        (Some(path), _) => read_plan(&read_text(path)?, args.seq_len)
-            .map_err(|error| Failure::new(format!("`{}`: {error}", path.display())))?,
+        (Some(path), _) => {
+            // A shared Hessian is that of the float model: there is no second stream to aim by.
+            let effort = match args.shared_hessian {
+                true => Effort::Fast,
+                false => Effort::default(),
+            };
+            read_plan(&read_text(path)?, args.seq_len, effort)
+                .map_err(|error| Failure::new(format!("`{}`: {error}", path.display())))?
+        }
         (None, Some(PresetArg::LongContext)) => Preset::LongContext.permutations(),
         (None, _) => Preset::Llama2.permutations(),
     };

@@ -50,6 +50,7 @@ pub enum PlanError {
 struct Defaults {
     tokens: Tokens,
     damp_percent: f64,
+    effort: Effort,
 }
 
 impl Defaults {
@@ -63,6 +64,7 @@ impl Defaults {
                 ..Tokens::default()
             },
             damp_percent: 0.1,
+            effort: Effort::default(),
         }
     }
 }
@@ -173,8 +175,13 @@ enum FormatName {
 
 /// Reads a plan. Top-level `dataset`, `column`, `samples` or `tokens`, `seq_len`, `seed` and `damp` are for
 /// all branches; a `[[branch]]` has `bits`, `group_size`, and any flag of `gptq quantize` by its long name.
-/// `seq_len` stands for what the plan says of it, so that `tokens` are counted in such windows.
-pub fn read_plan(text: &str, seq_len: Option<usize>) -> Result<Vec<Permutation>, PlanError> {
+/// `seq_len` stands for what the plan says of it, so that `tokens` are counted in such windows; `effort` is
+/// that of branches that name none.
+pub fn read_plan(
+    text: &str,
+    seq_len: Option<usize>,
+    effort: Effort,
+) -> Result<Vec<Permutation>, PlanError> {
     if text.len() > MAX_PLAN_BYTES {
         let bytes = text.len();
         return Err(PlanError::Toml(format!(
@@ -197,6 +204,7 @@ pub fn read_plan(text: &str, seq_len: Option<usize>) -> Result<Vec<Permutation>,
     let mut defaults = Defaults::of_quantize();
     defaults.tokens = plan.tokens.over(&defaults.tokens);
     defaults.damp_percent = plan.damp.unwrap_or(defaults.damp_percent);
+    defaults.effort = effort;
     let mut names: BTreeMap<String, (usize, bool)> = BTreeMap::new();
     (plan.branch.into_iter().zip(1..))
         .map(|(entry, second)| {
@@ -339,7 +347,10 @@ impl BranchEntry {
             let text = "method rtn looks at no data: effort, input_mismatch, descent_passes and unsigned_scales are for gptq";
             return Err(branch_wrong(text.to_string()));
         }
-        let effort = self.effort.unwrap_or_default();
+        let effort = match method {
+            Method::Gptq => self.effort.unwrap_or(defaults.effort),
+            Method::Rtn => Effort::Fast,
+        };
         let searches = !self.no_scale_search && method == Method::Gptq;
         let spec = QuantSpec {
             bits: Bits::try_from(self.bits).map_err(wrong)?,
@@ -404,7 +415,7 @@ mod tests {
     use super::*;
 
     fn read(text: &str) -> Result<Vec<Permutation>, String> {
-        read_plan(text, None).map_err(|error| error.to_string())
+        read_plan(text, None, Effort::default()).map_err(|error| error.to_string())
     }
 
     #[test]
@@ -472,7 +483,7 @@ mod tests {
             tokens = 2048
         ";
         let samples = |seq_len| -> Vec<usize> {
-            let branches = read_plan(plan, seq_len).unwrap();
+            let branches = read_plan(plan, seq_len, Effort::default()).unwrap();
             (branches.iter())
                 .map(|branch| branch.calibration.samples)
                 .collect()
@@ -490,10 +501,10 @@ mod tests {
     fn what_makes_other_codes_has_another_name() {
         let plan = [
             "",
-            "effort = 'balanced'",
+            "effort = 'fast'",
             "input_mismatch = 0.25",
             "unsigned_scales = true",
-            "unsigned_scales = true\neffort = 'balanced'",
+            "unsigned_scales = true\neffort = 'fast'",
         ]
         .map(|rest| format!("[[branch]]\nbits = 4\ngroup_size = 64\n{rest}\n"))
         .concat();
@@ -506,10 +517,10 @@ mod tests {
             .collect();
         let wanted = [
             "",
-            "-balanced",
-            "-mismatch_0.25",
+            "-fast",
+            "-mismatch_0.25-descent_2",
             "-unsigned",
-            "-balanced-unsigned",
+            "-fast-unsigned",
         ];
         assert_eq!(names, wanted);
     }
@@ -590,15 +601,15 @@ mod tests {
             (grids, spec.input_mismatch, spec.descent_passes)
         };
         let searched = (true, true);
-        assert_eq!(spec(""), (searched, 0.0, 0));
+        assert_eq!(spec(""), (searched, 0.5, 2));
         assert_eq!(spec("effort = 'fast'"), (searched, 0.0, 0));
         assert_eq!(spec("effort = 'balanced'"), (searched, 0.5, 2));
-        assert_eq!(spec("input_mismatch = 0.25"), (searched, 0.25, 0));
-        assert_eq!(spec("descent_passes = 3"), (searched, 0.0, 3));
+        assert_eq!(spec("input_mismatch = 0.25"), (searched, 0.25, 2));
+        assert_eq!(spec("descent_passes = 3"), (searched, 0.5, 3));
         let part = "effort = 'balanced'\ndescent_passes = 0";
         assert_eq!(spec(part), (searched, 0.5, 0), "a part of an effort");
-        assert_eq!(spec("unsigned_scales = true"), ((true, false), 0.0, 0));
-        assert_eq!(spec("no_scale_search = true"), ((false, false), 0.0, 0));
+        assert_eq!(spec("unsigned_scales = true"), ((true, false), 0.5, 2));
+        assert_eq!(spec("no_scale_search = true"), ((false, false), 0.5, 2));
         assert_eq!(spec("method = 'rtn'"), ((false, false), 0.0, 0));
     }
 
