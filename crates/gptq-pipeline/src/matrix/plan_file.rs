@@ -530,7 +530,7 @@ mod tests {
     fn what_no_run_can_have_is_refused_before_any_is_estimated() {
         let checked = |rest: &str| {
             let plan = format!("[[branch]]\nbits = 4\ngroup_size = 64\n{rest}");
-            let asked = read_plan(&plan, None)?;
+            let asked = read_plan(&plan, None, Effort::default())?;
             check_permutations(&asked)
         };
         checked("samples = 1048576").unwrap();
@@ -564,9 +564,10 @@ mod tests {
         let many: String = (0..300)
             .map(|index| many.replace('X', &format!("b{index}")))
             .collect();
-        let error = check_permutations(&read_plan(&many, None).unwrap()).unwrap_err();
+        let error =
+            check_permutations(&read_plan(&many, None, Effort::default()).unwrap()).unwrap_err();
         assert!(error.to_string().contains("300 branches"), "{error}");
-        assert!(read_plan(&"#".repeat(MAX_PLAN_BYTES + 1), None).is_err());
+        assert!(read_plan(&"#".repeat(MAX_PLAN_BYTES + 1), None, Effort::default()).is_err());
     }
 
     #[test]
