@@ -69,6 +69,7 @@ const FLAGS: &[(&str, &[&str])] = &[
             "--tokens",
             "--effort",
             "--input-mismatch",
+            "--descent-passes",
             "--dataset",
             "--column",
             "--samples",
@@ -272,17 +273,6 @@ fn what_cannot_be_understood_is_a_usage_error() {
                 "--act-group-aware",
             ],
             "--act-group-aware",
-        ),
-        (
-            &[
-                "quantize",
-                "m",
-                "-o",
-                "o",
-                "--effort=fast",
-                "--input-mismatch=0.5",
-            ],
-            "--input-mismatch",
         ),
         (
             &[

@@ -72,8 +72,11 @@ fn signed_scales_and_the_aim_each_lower_the_divergence() {
     };
     for grid in ["--sym", "--asym"] {
         let places = [
-            made(&format!("{grid}-unsigned"), &[grid, "--unsigned-scales"]),
-            made(&format!("{grid}-fast"), &[grid]),
+            made(
+                &format!("{grid}-unsigned"),
+                &[grid, "--effort", "fast", "--unsigned-scales"],
+            ),
+            made(&format!("{grid}-fast"), &[grid, "--effort", "fast"]),
             made(&format!("{grid}-balanced"), &[grid, "--effort", "balanced"]),
         ];
         let models: Vec<&Path> = std::iter::once(model.as_path())

@@ -54,7 +54,7 @@ fn packed(folder: &Path) -> PathBuf {
     let (calibration, out) = (&recipe["calibration"], folder.join("packed"));
     let mut command = gptq("quantize");
     command
-        .arg("--unsigned-scales")
+        .args(["--unsigned-scales", "--effort", "fast"])
         .arg(home.join(recipe["model"].as_str().unwrap()))
         .arg("--out")
         .arg(&out)

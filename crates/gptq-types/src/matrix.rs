@@ -55,14 +55,14 @@ pub fn branch_name(spec: &QuantSpec) -> String {
 }
 
 /// The name of a branch of a plan that gives it none: [`branch_name`], and after it what else makes
-/// other codes of the same file: `-fast`, or the parts of no effort, `-mismatch_0.25` and `-descent_1`;
-/// `-unsigned`. Published tables have unsigned scales under the bare name; in a plan they are the
-/// exception.
-pub fn plan_branch_name(spec: &QuantSpec) -> String {
+/// other codes of the same file: an effort that is not the `usual` one, `-fast`, or the parts of no
+/// effort, `-mismatch_0.25-descent_1`; `-unsigned`. Published tables have unsigned scales under the bare
+/// name; in a plan they are the exception.
+pub fn plan_branch_name(spec: &QuantSpec, usual: Effort) -> String {
     let mut name = branch_name(spec);
     match spec.effort() {
         _ if spec.method == Method::Rtn => {}
-        Some(effort) if effort == Effort::default() => {}
+        Some(effort) if effort == usual => {}
         Some(effort) => name += &format!("-{}", effort.name()),
         None => {
             let (aim, passes) = (spec.input_mismatch, spec.descent_passes);

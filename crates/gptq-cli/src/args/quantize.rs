@@ -241,9 +241,13 @@ impl QuantizeArgs {
 
     /// The settings that were typed, checked.
     pub fn spec(&self) -> Result<QuantSpec, Failure> {
-        let effort = match self.method {
-            MethodArg::Gptq => self.effort.resolve(),
-            MethodArg::Rtn => Effort::Fast,
+        let effort = self.effort.resolve();
+        let (input_mismatch, descent_passes) = match self.method {
+            MethodArg::Gptq => (
+                self.input_mismatch.unwrap_or(effort.input_mismatch()),
+                self.descent_passes.unwrap_or(effort.descent_passes()),
+            ),
+            MethodArg::Rtn => (0.0, 0),
         };
         let spec = QuantSpec {
             bits: self.bits,
@@ -262,8 +266,8 @@ impl QuantizeArgs {
             // The baseline looks at no data, so nothing says which error weighs more.
             scale_search: self.searches(),
             full_range: self.searches() && !self.unsigned_scales,
-            input_mismatch: (self.input_mismatch).unwrap_or(effort.input_mismatch()),
-            descent_passes: (self.descent_passes).unwrap_or(effort.descent_passes()),
+            input_mismatch,
+            descent_passes,
         };
         spec.validate()?;
         Ok(spec)

@@ -385,7 +385,9 @@ impl BranchEntry {
             return Err(branch_wrong(PlanError::SamplesAndTokens.to_string()));
         }
         Ok(Permutation {
-            branch: self.name.unwrap_or_else(|| plan_branch_name(&spec)),
+            branch: self
+                .name
+                .unwrap_or_else(|| plan_branch_name(&spec, defaults.effort)),
             desc: self.desc.unwrap_or_else(|| describe(&spec)),
             spec,
             calibration: tokens.over(&defaults.tokens).request(seq_len),

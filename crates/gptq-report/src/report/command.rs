@@ -1,6 +1,6 @@
 //! The command that makes a checkpoint again, as far as its record holds it.
 
-use gptq_types::{CheckpointFormat, ColumnOrder, Method, RunRecord};
+use gptq_types::{CheckpointFormat, ColumnOrder, Effort, Method, RunRecord};
 
 /// `gptq quantize` with every setting of the record.
 pub(super) fn quantize_command(run: &RunRecord, out: &str) -> String {
@@ -67,11 +67,14 @@ pub(super) fn quantize_command(run: &RunRecord, out: &str) -> String {
     if spec.scale_search && !spec.full_range {
         words.push("--unsigned-scales".to_string());
     }
-    if spec.input_mismatch != 0.0 {
-        words.push(format!("--input-mismatch {}", spec.input_mismatch));
-    }
-    if spec.descent_passes != 0 {
-        words.push(format!("--descent-passes {}", spec.descent_passes));
+    match spec.effort() {
+        _ if spec.method == Method::Rtn => {}
+        Some(effort) if effort == Effort::default() => {}
+        Some(effort) => words.push(format!("--effort {}", effort.name())),
+        None => {
+            words.push(format!("--input-mismatch {}", spec.input_mismatch));
+            words.push(format!("--descent-passes {}", spec.descent_passes));
+        }
     }
     words.join(" ")
 }

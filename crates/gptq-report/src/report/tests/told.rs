@@ -241,7 +241,7 @@ fn commands_hold_every_setting() {
     let report = report(vec![found("out/main", run)], Vec::new());
     let want = "gptq quantize 'my models/tiny' -o main --bits 4 --group-size 32 --damp 0.1 \
                 --dataset texts/book.txt --samples 32 --seq-len 256 --seed 3 --device cpu \
-                --desc-act --static-groups --asym --no-scale-search\n";
+                --desc-act --static-groups --asym --no-scale-search --effort fast\n";
     let markdown = report.markdown();
     assert!(markdown.contains(want), "{markdown}");
     for fact in [
