@@ -1,156 +1,28 @@
 //! A stage on the GPU: the same steps as on the processor, on matrices that never leave it but as
 //! codes.
 
+mod sum;
+
 use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use gptq_kernels::cuda::{
-    CudaError, DeviceCarried, DeviceFactor, DeviceHessian, Gpu, Mark, Rule, SWEEP_CHANNELS, Step,
+    CudaError, DeviceCarried, DeviceFactor, DeviceHessian, Gpu, Rule, SWEEP_CHANNELS, Step,
     SweepPlan, Swept, SweptHost,
 };
-use gptq_types::{
-    ActivationSink, Activations, Bits, DeviceMatrix, Phase, PhaseTimes, QuantSpec, SolvedLayer,
-    Weight,
-};
+use gptq_types::{Bits, DeviceMatrix, Phase, PhaseTimes, QuantSpec, SolvedLayer, Weight};
 use half::f16;
 
+pub use sum::DeviceSum;
+
 use crate::factor::{Damping, importance};
-use crate::hessian::check_finite;
-use crate::mismatch::is_squared;
 use crate::search::SearchRule;
 use crate::stage::{
-    Facts, Rounded, StageHessian, StageSolver, StageSum, count, factor_flop, is_held_out, least,
-    outputs_of_a_trial,
+    Facts, Rounded, StageHessian, StageSolver, count, factor_flop, least, outputs_of_a_trial,
 };
 use crate::{Order, QuantizeError};
-
-/// `H` on the GPU while tokens arrive.
-pub struct DeviceSum {
-    gpu: Arc<Gpu>,
-    hessian: DeviceHessian,
-    held_out: Option<DeviceHessian>,
-    batches: usize,
-    tokens: usize,
-    tokens_held_out: usize,
-    marks: Vec<(Mark, Mark)>,
-    trouble: Option<CudaError>,
-}
-
-impl DeviceSum {
-    /// For linears of `features` input channels.
-    /// With `beside_float` it takes pairs of rows; with `holding_out` it holds some batches out for
-    /// [`StageHessian::choose`].
-    pub fn new(
-        gpu: &Arc<Gpu>,
-        features: usize,
-        beside_float: bool,
-        holding_out: bool,
-    ) -> Result<Self, QuantizeError> {
-        let empty = || match beside_float {
-            true => DeviceHessian::beside_float(gpu, features),
-            false => DeviceHessian::new(gpu, features),
-        };
-        Ok(DeviceSum {
-            gpu: gpu.clone(),
-            hessian: empty()?,
-            held_out: holding_out.then(empty).transpose()?,
-            batches: 0,
-            tokens: 0,
-            tokens_held_out: 0,
-            marks: Vec::new(),
-            trouble: None,
-        })
-    }
-
-    fn add(&mut self, x: Activations<'_>, float: Option<Activations<'_>>, tokens: usize) {
-        let (Activations::Device(x), float) = (x, float) else {
-            unreachable!("a decoder on the GPU shows rows that lie there");
-        };
-        if let Err(error) = self.add_timed(x, float, tokens) {
-            self.trouble.get_or_insert(error);
-        }
-    }
-
-    fn add_timed(
-        &mut self,
-        x: DeviceMatrix,
-        float: Option<Activations<'_>>,
-        tokens: usize,
-    ) -> Result<(), CudaError> {
-        let before = self.gpu.mark()?;
-        let (hessian, seen) = match &mut self.held_out {
-            Some(held_out) if is_held_out(self.batches) => (held_out, &mut self.tokens_held_out),
-            _ => (&mut self.hessian, &mut self.tokens),
-        };
-        match float {
-            Some(Activations::Device(float)) => hessian.add_pair(x, float, is_squared(*seen)),
-            _ => hessian.add(x),
-        }?;
-        *seen += tokens;
-        self.batches += 1;
-        self.marks.push((before, self.gpu.mark()?));
-        Ok(())
-    }
-}
-
-impl ActivationSink for DeviceSum {
-    fn observe(&mut self, x: Activations<'_>, tokens: usize, _in_features: usize) {
-        self.add(x, None, tokens);
-    }
-
-    fn observe_pair(
-        &mut self,
-        x: Activations<'_>,
-        float: Activations<'_>,
-        tokens: usize,
-        _in_features: usize,
-    ) {
-        self.add(x, Some(float), tokens);
-    }
-}
-
-impl StageSum for DeviceSum {
-    fn elapsed(&mut self) -> Result<Duration, QuantizeError> {
-        let mut seconds = 0.0;
-        for (before, after) in &self.marks {
-            seconds += before.seconds_to(after)?;
-        }
-        Ok(Duration::from_secs_f64(seconds))
-    }
-
-    fn finish(
-        mut self: Box<Self>,
-        times: &mut PhaseTimes,
-    ) -> Result<Box<dyn StageHessian>, QuantizeError> {
-        if let Some(error) = self.trouble.take() {
-            return Err(error.into());
-        }
-        if self.tokens == 0 {
-            return Err(QuantizeError::NoTokens);
-        }
-        let (tokens, more) = (self.tokens, self.tokens_held_out);
-        let scale = |tokens: usize| 2.0 / tokens as f32;
-        let diagonal = times.time(Phase::Hessian, || self.hessian.finish(scale(tokens)))?;
-        check_finite(&diagonal)?;
-        let held_out = match self.held_out {
-            Some(mut hessian) if more > 0 => {
-                check_finite(&times.time(Phase::Hessian, || hessian.finish(scale(more)))?)?;
-                Some((hessian, more))
-            }
-            _ => None,
-        };
-        Ok(Box::new(DeviceReady {
-            gpu: self.gpu,
-            hessian: self.hessian,
-            held_out,
-            diagonal,
-            tokens,
-            last: RefCell::default(),
-        }))
-    }
-}
 
 /// `H` on the GPU, and its diagonal here.
 struct DeviceReady {

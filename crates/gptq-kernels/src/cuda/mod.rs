@@ -11,6 +11,7 @@
 
 mod arrival;
 mod attention;
+mod cholesky;
 mod decoder;
 mod descent;
 mod device;
