@@ -1,7 +1,7 @@
 //! What a branch will cost, about.
 
 use gptq_model::DecoderConfig;
-use gptq_types::{LossMeasure, Method, Permutation, Stage};
+use gptq_types::{ColumnOrder, LossMeasure, Method, Permutation, Stage};
 
 /// Bytes that a process holds whatever it works on.
 const FIXED: u128 = 150 << 20;
@@ -9,6 +9,9 @@ const FIXED: u128 = 150 << 20;
 /// Shares of the tokens that a float stream follows, and whose differences are squared.
 pub(crate) const FOLLOWED: f64 = 6.0 / 8.0;
 pub(crate) const SQUARED: f64 = 1.0 / 8.0;
+
+/// Orders that `auto` tries on an input, about.
+const ORDERS_TRIED: f64 = 3.5;
 
 /// Floating-point operations: one forward pass, the Hessians, the factors, the sweeps.
 pub(super) fn flop(config: &DecoderConfig, permutation: &Permutation) -> f64 {
@@ -28,7 +31,12 @@ pub(super) fn flop(config: &DecoderConfig, permutation: &Permutation) -> f64 {
         // X^T X is symmetric; K^3 for factor and inverse; K^2 for each output, and as much again
         // for measuring its error against rounding to nearest; twice that for a pass of descent.
         let passes = f64::from(permutation.spec.descent_passes);
-        block += tokens * k * k + k * k * k + (2.0 + 2.0 * passes) * k * k * n as f64;
+        let solve = (1.0 + 2.0 * passes) * k * k * n as f64;
+        block += tokens * k * k + k * k * k + solve + k * k * n as f64;
+        if permutation.spec.order == ColumnOrder::Auto {
+            // A factor for each order, and a share of the outputs.
+            block += ORDERS_TRIED * (k * k * k + solve / 8.0);
+        }
         if aims {
             // A full product and a symmetric one; four products with each weight.
             block += tokens * k * k * (2.0 * FOLLOWED + SQUARED) + 8.0 * k * k * n as f64;
@@ -67,9 +75,16 @@ pub(super) fn memory(config: &DecoderConfig, permutation: &Permutation) -> u64 {
             .saturating_add(largest.saturating_mul(3))
             .saturating_mul(4),
     };
+    // The Hessian of what is held out, with its sums beside a float stream.
+    let held_out = match (permutation.spec.order, permutation.spec.measure()) {
+        (ColumnOrder::Auto, LossMeasure::QuantisedInputs) => widest.saturating_mul(widest * 4),
+        (ColumnOrder::Auto, LossMeasure::FloatOutputs) => widest.saturating_mul(widest * 12),
+        _ => 0,
+    };
     let all = (block.saturating_mul(4).saturating_add(activations))
         .saturating_add(solver)
         .saturating_add(beside)
+        .saturating_add(held_out)
         .saturating_add(FIXED);
     u64::try_from(all).unwrap_or(u64::MAX)
 }
