@@ -3,7 +3,7 @@
 //!
 //! Its weights are never replaced, so an output is added as soon as its input was seen, and nothing but
 //! hidden states waits between two stages. It follows six of eight stretches of the tokens: the other two
-//! would cost as much as any and tell next to nothing more.
+//! would cost as much as any other and tell little more.
 
 use burn::tensor::Tensor;
 use gptq_types::{Stage, stretch_of};

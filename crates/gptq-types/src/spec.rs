@@ -258,7 +258,7 @@ impl Effort {
         }
     }
 
-    /// [`QuantSpec::descent_passes`]. The second pass moves a few codes, later ones next to none.
+    /// [`QuantSpec::descent_passes`]. The first pass gains most, those after the second little.
     pub fn descent_passes(self) -> u32 {
         match self {
             Effort::Fast => 0,
