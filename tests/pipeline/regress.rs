@@ -356,3 +356,64 @@ fn a_recipe_that_aims_at_the_float_model_is_measured_there() {
     // Of the second block: what rounding the first cost is counted too.
     assert!(error(&made) > error(&plain));
 }
+
+/// Channels that files hold permuted are measured as those of the float model; where nothing says how they
+/// are permuted there is no verdict.
+#[test]
+fn a_folded_checkpoint_is_measured_by_its_record() {
+    let made = Made::with(&json!({"order": "folded", "descent_passes": 1, "group_size": 16}));
+    run(regress(&made.baseline).arg("--update")).done();
+    let told = run(&mut regress(&made.baseline)).done();
+    assert!(told.stdout.contains("as good"), "{told:#?}");
+
+    let packed = made.path("packed");
+    let mut command = gptq("quantize");
+    command.arg(made.path("model")).arg("--out").arg(&packed);
+    command.args([
+        "--order",
+        "folded",
+        "--effort",
+        "fast",
+        "--descent-passes",
+        "1",
+    ]);
+    command.args([
+        "--group-size",
+        "16",
+        "--no-scale-search",
+        "--method",
+        "gptq",
+    ]);
+    let recipe: Value = serde_json::from_slice(&fs::read(&made.baseline).unwrap()).unwrap();
+    let calibration = &recipe["recipe"]["calibration"];
+    let dataset = made.baseline.parent().unwrap();
+    let dataset = dataset.join(calibration["dataset"].as_str().unwrap());
+    command.arg("--dataset").arg(dataset);
+    for (flag, key) in [("--samples", "samples"), ("--seq-len", "seq_len")] {
+        command.args([flag, &calibration[key].to_string()]);
+    }
+    run(&mut command).done();
+    let of_files = || {
+        let mut command = regress(&made.baseline);
+        command.arg("--checkpoint").arg(&packed);
+        command
+    };
+    let told = run(&mut of_files());
+    assert_ne!(told.code, Some(2), "{told:#?}");
+    let record = packed.join("gptq_run.json");
+    edit_json(&record, |record| {
+        let layers = record["layers"].as_array_mut().unwrap();
+        for layer in layers {
+            if layer["layer"].as_str().unwrap().ends_with("down_proj") {
+                layer["folded"][0] = json!(1);
+                layer["folded"][1] = json!(1);
+            }
+        }
+    });
+    let told = run(&mut of_files()).ended_with(2);
+    assert!(told.error_line().contains("down_proj"), "{told:#?}");
+    fs::remove_file(&record).unwrap();
+    let told = run(&mut of_files()).ended_with(2);
+    let unknown = "does not say in which order the channels";
+    assert!(told.error_line().contains(unknown), "{told:#?}");
+}

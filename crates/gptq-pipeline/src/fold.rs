@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 
 use gptq_model::DecoderConfig;
 use gptq_quantizer::Order;
-use gptq_types::{GroupSize, LayerName, LayerRecord, SolvedLayer, Stage};
+use gptq_types::{ColumnOrder, GroupSize, LayerName, LayerRecord, QuantSpec, SolvedLayer, Stage};
 
 /// How the channels of a stage's input may be permuted.
 pub struct Fold {
@@ -108,25 +108,41 @@ pub struct Folded {
 }
 
 impl Folded {
-    /// As the records of block `index` say.
+    /// As the records of block `index` say, which was written under `spec`.
+    ///
+    /// # Errors
+    /// The linear whose record does not say how its channels are stored, or says what cannot be.
     pub fn of(
         config: &DecoderConfig,
         index: usize,
-        group_size: GroupSize,
+        spec: &QuantSpec,
         layers: &[LayerRecord],
-    ) -> Self {
+    ) -> Result<Self, LayerName> {
         let mut folded = Folded::default();
+        if !spec.order.may_fold() {
+            return Ok(folded);
+        }
         for stage in [Stage::AttentionOut, Stage::MlpOut] {
-            let Some(fold) = Fold::of(config, index, stage, group_size) else {
+            let Some(fold) = Fold::of(config, index, stage, spec.group_size) else {
                 continue;
             };
             for (layer, inputs, _) in config.linears(index, stage) {
                 let record = layers.iter().find(|record| record.layer == layer);
-                let channels = record.and_then(|record| record.folded.as_ref());
+                let Some(record) = record else {
+                    return Err(layer);
+                };
+                // A choice says whether there is something to permute.
+                if spec.order == ColumnOrder::Auto
+                    && record.folded.is_none()
+                    && (record.order).is_some_and(|order| order != ColumnOrder::Folded)
+                {
+                    continue;
+                }
+                let channels = record.folded.as_ref();
                 let channels = channels.filter(|channels| channels.len() == inputs);
                 let found = channels.and_then(|channels| Some((channels, fold.outputs(channels)?)));
                 let Some((channels, outputs)) = found else {
-                    continue;
+                    return Err(layer);
                 };
                 for before in &fold.before {
                     folded.outputs.insert(before.clone(), outputs.clone());
@@ -134,7 +150,7 @@ impl Folded {
                 folded.inputs.insert(layer, channels.clone());
             }
         }
-        folded
+        Ok(folded)
     }
 
     /// The output of the float model at each output of a linear, where they are permuted.
@@ -155,7 +171,7 @@ impl Folded {
 }
 
 /// Whether each channel below their number is there once.
-pub fn is_permutation(channels: &[u32]) -> bool {
+fn is_permutation(channels: &[u32]) -> bool {
     let mut seen = vec![false; channels.len()];
     (channels.iter()).all(|&channel| {
         (seen.get_mut(channel as usize)).is_some_and(|seen| !std::mem::replace(seen, true))

@@ -120,6 +120,8 @@ pub enum PipelineError {
     },
     #[error("{0} is quantised already")]
     AlreadyQuantised(String),
+    #[error("the record does not say in which order the channels of `{0}` are stored")]
+    UnknownOrder(LayerName),
     #[error("group size {group_size} is larger than the {in_features} input channels of `{layer}`")]
     GroupTooLarge {
         group_size: usize,

@@ -10,7 +10,9 @@ use std::sync::Arc;
 use gptq_model::{DecoderConfig, Device, FloatWeights, Streams};
 use gptq_packer::{QuantizeConfig, read_layer};
 use gptq_quantizer::{Hessian, HessianSum, output_error};
-use gptq_types::{LayerName, LayerRecord, LossMeasure, SolvedLayer, Stage, TensorSource, Weight};
+use gptq_types::{
+    LayerName, LayerRecord, LossMeasure, QuantSpec, SolvedLayer, Stage, TensorSource, Weight,
+};
 
 use crate::PipelineError;
 use crate::fold::Folded;
@@ -29,6 +31,8 @@ pub struct FilesToMeasure<'a> {
     pub windows: &'a [Vec<u32>],
     /// What errors are measured against: as in the record that they are compared with.
     pub measure: LossMeasure,
+    /// The settings that the files were made with.
+    pub spec: &'a QuantSpec,
     /// The layers of the record, which say how channels are permuted in the files.
     pub layers: &'a [LayerRecord],
 }
@@ -69,7 +73,8 @@ pub fn measure_files(
     decoder.embed(files.windows)?;
     for index in 0..config.num_hidden_layers {
         decoder.load_block(index)?;
-        let folded = Folded::of(&config, index, files.settings.group_size, files.layers);
+        let folded = Folded::of(&config, index, files.spec, files.layers);
+        let folded = folded.map_err(PipelineError::UnknownOrder)?;
         for stage in Stage::ALL {
             let linears = config.linears(index, stage);
             let mut sum = match streams {

@@ -5,11 +5,11 @@ use std::path::Path;
 
 use gptq_model::DecoderConfig;
 use gptq_packer::{ClaimedPlace, PACKED_SUFFIXES, StagedCheckpoint, check_files, partial_path};
-use gptq_types::{ContentHash, ContentHasher, LayerRecord, RunRecord, TensorSource};
+use gptq_types::{ContentHash, ContentHasher, QuantSpec, RunRecord, TensorSource};
 use rayon::iter::{IntoParallelIterator, ParallelIterator};
 use serde_json::{Map, Value, json};
 
-use crate::fold::is_permutation;
+use crate::fold::Folded;
 use crate::journal::{BlockEntry, JOURNAL_FILE, Journal};
 use crate::run::{RECORD_FILE, device_name};
 use crate::small_files::SmallFiles;
@@ -45,7 +45,7 @@ pub fn begin(
     if job.resume && partial.is_dir() {
         let settings = of_weights(settings, &job.check)?;
         if let Some((journal, done)) = Journal::reopen(&partial, &settings)? {
-            check_entries(&partial, &done, config)?;
+            check_entries(&partial, &done, config, &job.spec)?;
             let staged = place.reopen(&plan.layout)?;
             check_tensors(&staged, &done)?;
             return Ok(Begun {
@@ -158,6 +158,7 @@ fn check_entries(
     partial: &Path,
     done: &[BlockEntry],
     config: &DecoderConfig,
+    spec: &QuantSpec,
 ) -> Result<(), PipelineError> {
     let damaged = |line: usize, reason: String| PipelineError::DamagedLine {
         path: partial.join(JOURNAL_FILE),
@@ -174,12 +175,7 @@ fn check_entries(
         let listed =
             (entry.layers.iter()).map(|row| (&row.layer, row.in_features, row.out_features));
         let same = listed.eq(linears.iter().map(|(layer, k, n)| (layer, *k, *n)));
-        let sound = |row: &LayerRecord| {
-            (row.folded.as_ref()).is_none_or(|channels| {
-                channels.len() == row.in_features && is_permutation(channels)
-            })
-        };
-        let same = same && entry.layers.iter().all(sound);
+        let same = same && Folded::of(config, entry.block, spec, &entry.layers).is_ok();
         let mut names: Vec<String> = (linears.iter())
             .flat_map(|(layer, _, _)| PACKED_SUFFIXES.map(|suffix| layer.tensor(suffix)))
             .collect();

@@ -33,6 +33,23 @@ impl HessianSum {
         }
     }
 
+    /// Pairs of which the first is token `start` of the pass: not all of its tokens need come here.
+    pub(crate) fn observe_pair_at(
+        &mut self,
+        start: usize,
+        x: Activations<'_>,
+        float: Activations<'_>,
+        tokens: usize,
+        in_features: usize,
+    ) {
+        self.observe(x, tokens, in_features);
+        if let (Some(sum), Activations::Host(x), Activations::Host(float)) =
+            (&mut self.mismatch, x, float)
+        {
+            sum.add(x, float, start, tokens);
+        }
+    }
+
     /// An empty sum of the same kind.
     pub(crate) fn another(&self) -> Self {
         match self.mismatch {
@@ -95,13 +112,7 @@ impl ActivationSink for HessianSum {
         tokens: usize,
         in_features: usize,
     ) {
-        let start = self.tokens;
-        self.observe(x, tokens, in_features);
-        if let (Some(sum), Activations::Host(x), Activations::Host(float)) =
-            (&mut self.mismatch, x, float)
-        {
-            sum.add(x, float, start, tokens);
-        }
+        self.observe_pair_at(self.tokens, x, float, tokens, in_features);
     }
 }
 

@@ -192,6 +192,11 @@ impl HostStage {
         self
     }
 
+    /// Tokens so far, held out or not.
+    fn tokens(&self) -> usize {
+        self.sum.tokens() + self.held_out.as_ref().map_or(0, HessianSum::tokens)
+    }
+
     /// The sum that the next batch belongs to.
     fn next(&mut self) -> &mut HessianSum {
         self.batches += 1;
@@ -217,7 +222,8 @@ impl ActivationSink for HostStage {
         in_features: usize,
     ) {
         let start = Instant::now();
-        self.next().observe_pair(x, float, tokens, in_features);
+        let seen = self.tokens();
+        (self.next()).observe_pair_at(seen, x, float, tokens, in_features);
         self.elapsed += start.elapsed();
     }
 }

@@ -183,6 +183,47 @@ fn half_of_the_way_lowers_the_error_at_every_width_and_in_every_order() {
     );
 }
 
+/// Tokens that are held out for a choice end in the same sums: errors are those of a run that holds none.
+#[test]
+fn held_out_tokens_are_squared_like_all_others() {
+    let p = problem();
+    let spec = spec(Bits::Four, ColumnOrder::Natural, 0.5);
+    let loss = |stage: HostStage| {
+        let mut stage = Box::new(stage);
+        for batch in 0..48 {
+            // Later batches differ more: which of them are squared shows.
+            let off = 1.0 + batch as f32 / 400.0;
+            let float: Vec<f32> = (p.float.iter().zip(&p.x))
+                .map(|(float, x)| x + off * (float - x))
+                .collect();
+            let (x, float) = (Activations::Host(&p.x), Activations::Host(&float));
+            stage.observe_pair(x, float, TOKENS, K);
+        }
+        let mut times = PhaseTimes::default();
+        let mut hessian = stage.finish(&mut times).unwrap();
+        let weight = || Weight::Host(p.weight.clone());
+        let orders = [gptq_quantizer::Order::new(
+            spec.order,
+            spec.group_size,
+            &hessian.diagonal(),
+        )];
+        hessian
+            .choose(&orders, &[(weight(), N)], &spec, &mut times)
+            .unwrap();
+        let solver = hessian.factor(&spec, &mut times).unwrap();
+        solver.round(weight(), N, &spec, &mut times).unwrap().loss
+    };
+    let (all, some) = (
+        loss(HostStage::beside_float(K)),
+        loss(HostStage::beside_float(K).holding_out()),
+    );
+    assert!(
+        (some.error / all.error - 1.0).abs() < 1e-4,
+        "{some:?} {all:?}"
+    );
+    assert!((some.signal / all.signal - 1.0).abs() < 1e-4);
+}
+
 /// A float stream does not follow all tokens.
 #[test]
 fn rows_without_a_partner_count_in_the_hessian_alone() {

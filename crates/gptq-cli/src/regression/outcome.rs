@@ -232,6 +232,7 @@ impl<'a> Bench<'a> {
             settings,
             windows,
             measure: self.recipe.spec.measure(),
+            spec: record.map_or(&self.recipe.spec, |record| &record.spec),
             layers: record.map_or(&[], |record| &record.layers),
         };
         let mut steps = Steps::new("measuring files", 0, packed_layers(packed).len());

@@ -67,12 +67,14 @@ impl DeviceSum {
         tokens: usize,
     ) -> Result<(), CudaError> {
         let before = self.gpu.mark()?;
+        // Of the whole pass, so that the same tokens are squared where none are held out.
+        let squared = is_squared(self.tokens + self.tokens_held_out);
         let (hessian, seen) = match &mut self.held_out {
             Some(held_out) if is_held_out(self.batches) => (held_out, &mut self.tokens_held_out),
             _ => (&mut self.hessian, &mut self.tokens),
         };
         match float {
-            Some(Activations::Device(float)) => hessian.add_pair(x, float, is_squared(*seen)),
+            Some(Activations::Device(float)) => hessian.add_pair(x, float, squared),
             _ => hessian.add(x),
         }?;
         *seen += tokens;
