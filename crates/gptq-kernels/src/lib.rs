@@ -16,6 +16,7 @@ mod factor;
 mod matrix;
 mod product;
 mod vector;
+mod visits;
 
 pub use attention::{AttentionShape, CachedRows, attend_cached, causal_attention};
 pub use cache::KeyValueCache;
@@ -27,3 +28,4 @@ pub use product::{
     multiply_transposed, transpose,
 };
 pub use vector::{axpy, dot, exp, exp_sum, softmax, vectorised};
+pub use visits::{VISIT_CHANNELS, Visit, visits};

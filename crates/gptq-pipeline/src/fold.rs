@@ -11,6 +11,8 @@ use gptq_model::DecoderConfig;
 use gptq_quantizer::Order;
 use gptq_types::{ColumnOrder, GroupSize, LayerName, LayerRecord, QuantSpec, SolvedLayer, Stage};
 
+use crate::PipelineError;
+
 /// How the channels of a stage's input may be permuted.
 pub struct Fold {
     /// Channels that may be sorted among themselves.
@@ -117,7 +119,7 @@ impl Folded {
         index: usize,
         spec: &QuantSpec,
         layers: &[LayerRecord],
-    ) -> Result<Self, LayerName> {
+    ) -> Result<Self, PipelineError> {
         let mut folded = Folded::default();
         if !spec.order.may_fold() {
             return Ok(folded);
@@ -129,7 +131,7 @@ impl Folded {
             for (layer, inputs, _) in config.linears(index, stage) {
                 let record = layers.iter().find(|record| record.layer == layer);
                 let Some(record) = record else {
-                    return Err(layer);
+                    return Err(PipelineError::UnknownOrder(layer));
                 };
                 // A choice says whether there is something to permute.
                 if spec.order == ColumnOrder::Auto
@@ -142,7 +144,7 @@ impl Folded {
                 let channels = channels.filter(|channels| channels.len() == inputs);
                 let found = channels.and_then(|channels| Some((channels, fold.outputs(channels)?)));
                 let Some((channels, outputs)) = found else {
-                    return Err(layer);
+                    return Err(PipelineError::UnknownOrder(layer));
                 };
                 for before in &fold.before {
                     folded.outputs.insert(before.clone(), outputs.clone());

@@ -73,8 +73,7 @@ pub fn measure_files(
     decoder.embed(files.windows)?;
     for index in 0..config.num_hidden_layers {
         decoder.load_block(index)?;
-        let folded = Folded::of(&config, index, files.spec, files.layers);
-        let folded = folded.map_err(PipelineError::UnknownOrder)?;
+        let folded = Folded::of(&config, index, files.spec, files.layers)?;
         for stage in Stage::ALL {
             let linears = config.linears(index, stage);
             let mut sum = match streams {

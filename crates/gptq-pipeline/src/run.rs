@@ -421,8 +421,7 @@ impl Run<'_> {
             return Ok(());
         }
         let config = written_config(self.job)?;
-        let folded = Folded::of(self.config, index, &self.job.spec, &entry.layers);
-        let folded = folded.map_err(PipelineError::UnknownOrder)?;
+        let folded = Folded::of(self.config, index, &self.job.spec, &entry.layers)?;
         times.time(Phase::Load, || self.decoder.load_block(index))?;
         for (layer, inputs, outputs) in self.config.block_linears(index) {
             let shape = [inputs, outputs];
@@ -454,8 +453,7 @@ pub(crate) fn copy_permuted_biases(
     }
     let group_size = job.spec.group_size;
     for (index, entry) in done.iter().enumerate() {
-        let folded = Folded::of(config, index, &job.spec, &entry.layers);
-        let folded = folded.map_err(PipelineError::UnknownOrder)?;
+        let folded = Folded::of(config, index, &job.spec, &entry.layers)?;
         for layer in Fold::all_before(config, index, group_size) {
             let outputs = folded.outputs_of(&layer).map(<[u32]>::to_vec);
             writer.copy_permuted(layer.tensor("bias"), outputs)?;

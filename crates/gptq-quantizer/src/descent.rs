@@ -15,7 +15,7 @@
 use std::borrow::Cow;
 use std::ops::Range;
 
-use gptq_kernels::{axpy, multiply_add, vectorised};
+use gptq_kernels::{VISIT_CHANNELS, Visit, axpy, multiply_add, vectorised, visits};
 use gptq_types::SolvedLayer;
 use half::f16;
 use rayon::prelude::*;
@@ -25,8 +25,6 @@ use crate::{Factor, Hessian};
 
 /// Outputs that one thread takes through all channels.
 const PANEL: usize = 128;
-/// Channels whose gradient is computed at a time.
-pub(crate) const BLOCK: usize = 128;
 
 /// Lowers `tr(E H E^T)` for `target [K, N]` by `passes` over the codes of `layer` that the sweep with
 /// `factor` chose.
@@ -60,8 +58,7 @@ pub fn descend(
 struct Problem<'a> {
     /// `[K]`: the stored channel at each place.
     channels: Vec<usize>,
-    /// Runs of places of one group, at most [`BLOCK`] long.
-    blocks: Vec<Block>,
+    visits: Vec<Visit>,
     /// `[K, K]`, without damping.
     hessian: Cow<'a, [f32]>,
     /// `[K]`: the damped diagonal.
@@ -69,17 +66,11 @@ struct Problem<'a> {
     max_code: f32,
 }
 
-/// Places of a group.
-struct Block {
-    places: Range<usize>,
-    group: usize,
-    is_whole: bool, // all of the group, so that its scale may move
-}
-
 impl<'a> Problem<'a> {
     fn new(layer: &SolvedLayer, hessian: &'a Hessian, factor: &Factor) -> Self {
         let k = layer.in_features;
-        let channels = group_by_group(&layer.g_idx);
+        let (channels, visits) = visits(&layer.g_idx);
+        let channels: Vec<usize> = channels.iter().map(|&channel| channel as usize).collect();
         let is_stored = channels.iter().enumerate().all(|(at, &c)| at == c);
         let values = match is_stored {
             true => Cow::Borrowed(hessian.values()),
@@ -92,7 +83,7 @@ impl<'a> Problem<'a> {
             damped[channel] = value;
         }
         Problem {
-            blocks: blocks(&layer.g_idx, &channels),
+            visits,
             diagonal: channels.iter().map(|&channel| damped[channel]).collect(),
             channels,
             hessian: values,
@@ -112,31 +103,6 @@ impl<'a> Problem<'a> {
             false => self.hessian[i * self.features() + j],
         }
     }
-}
-
-/// Stored channels by group, those of a group in stored order.
-pub(crate) fn group_by_group(g_idx: &[u32]) -> Vec<usize> {
-    let mut channels: Vec<usize> = (0..g_idx.len()).collect();
-    channels.sort_by_key(|&channel| g_idx[channel]);
-    channels
-}
-
-fn blocks(g_idx: &[u32], channels: &[usize]) -> Vec<Block> {
-    let mut blocks = Vec::new();
-    let mut first = 0;
-    for group in channels.chunk_by(|&a, &b| g_idx[a] == g_idx[b]) {
-        let end = first + group.len();
-        while first < end {
-            let last = end.min(first + BLOCK);
-            blocks.push(Block {
-                places: first..last,
-                group: g_idx[group[0]] as usize,
-                is_whole: last - first == group.len(),
-            });
-            first = last;
-        }
-    }
-    blocks
 }
 
 /// A run of outputs.
@@ -187,12 +153,12 @@ impl Panel {
     /// Visits every code, and every scale whose group is one block.
     fn pass(&mut self, problem: &Problem<'_>) {
         let (k, n) = (problem.features(), self.outputs.len());
-        let mut gradient = vec![0.0; BLOCK * n];
-        for block in &problem.blocks {
-            let count = block.places.len();
+        let mut gradient = vec![0.0; VISIT_CHANNELS * n];
+        for visit in &problem.visits {
+            let count = visit.places.len();
             let gradient = &mut gradient[..count * n];
             gradient.fill(0.0);
-            let first = block.places.start;
+            let first = visit.places.start;
             // H is symmetric: its columns are its rows.
             multiply_add(
                 gradient,
@@ -208,10 +174,10 @@ impl Panel {
             vectorised(
                 #[inline(always)]
                 || {
-                    self.add_damping(problem, block, gradient);
-                    self.move_codes(problem, block, gradient);
-                    if block.is_whole {
-                        self.move_scales(problem, block, gradient);
+                    self.add_damping(problem, visit, gradient);
+                    self.move_codes(problem, visit, gradient);
+                    if visit.is_whole {
+                        self.move_scales(problem, visit, gradient);
                     }
                 },
             );
@@ -220,9 +186,9 @@ impl Panel {
 
     /// The product was made with the undamped Hessian.
     #[inline(always)]
-    fn add_damping(&self, problem: &Problem<'_>, block: &Block, gradient: &mut [f32]) {
+    fn add_damping(&self, problem: &Problem<'_>, visit: &Visit, gradient: &mut [f32]) {
         let (k, n) = (problem.features(), self.outputs.len());
-        for (place, gradient) in block.places.clone().zip(gradient.chunks_exact_mut(n)) {
+        for (place, gradient) in visit.places.clone().zip(gradient.chunks_exact_mut(n)) {
             let added = problem.diagonal[place] - problem.hessian[place * k + place];
             axpy(gradient, added, &self.error[place * n..][..n]);
         }
@@ -230,16 +196,16 @@ impl Panel {
 
     /// Each code to the best one, all others as they are.
     #[inline(always)]
-    fn move_codes(&mut self, problem: &Problem<'_>, block: &Block, gradient: &mut [f32]) {
+    fn move_codes(&mut self, problem: &Problem<'_>, visit: &Visit, gradient: &mut [f32]) {
         let n = self.outputs.len();
-        let first = block.places.start;
+        let first = visit.places.start;
         let mut moved = [0.0; PANEL];
         let moved = &mut moved[..n];
         let (scales, zeros) = (
-            &self.scales[block.group * n..][..n],
-            &self.zeros[block.group * n..][..n],
+            &self.scales[visit.group * n..][..n],
+            &self.zeros[visit.group * n..][..n],
         );
-        for place in block.places.clone() {
+        for place in visit.places.clone() {
             let inverse = 1.0 / problem.diagonal[place];
             let steps = &mut self.steps[place * n..][..n];
             let at = &gradient[(place - first) * n..][..n];
@@ -259,14 +225,14 @@ impl Panel {
 
     /// The scale of a group to the least squares on its codes.
     #[inline(always)]
-    fn move_scales(&mut self, problem: &Problem<'_>, block: &Block, gradient: &[f32]) {
+    fn move_scales(&mut self, problem: &Problem<'_>, visit: &Visit, gradient: &[f32]) {
         let n = self.outputs.len();
         let (mut along, mut curvature) = ([0.0; PANEL], [0.0; PANEL]);
         let mut product = [0.0; PANEL];
-        for (place, gradient) in block.places.clone().zip(gradient.chunks_exact(n)) {
+        for (place, gradient) in visit.places.clone().zip(gradient.chunks_exact(n)) {
             let product = &mut product[..n];
             product.fill(0.0);
-            for other in block.places.clone() {
+            for other in visit.places.clone() {
                 axpy(
                     product,
                     problem.at(place, other),
@@ -279,14 +245,14 @@ impl Panel {
                 curvature[column] += steps[column] * product[column];
             }
         }
-        let scales = &mut self.scales[block.group * n..][..n];
+        let scales = &mut self.scales[visit.group * n..][..n];
         let mut moved = [0.0; PANEL];
         for column in 0..n {
             let new = refitted(scales[column], along[column], curvature[column]);
             moved[column] = new - scales[column];
             scales[column] = new;
         }
-        for place in block.places.clone() {
+        for place in visit.places.clone() {
             let error = &mut self.error[place * n..][..n];
             let steps = &self.steps[place * n..][..n];
             for column in 0..n {
@@ -329,21 +295,6 @@ fn refitted(scale: f32, along: f32, curvature: f32) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn blocks_are_groups_or_pieces_of_them() {
-        let g_idx = [1, 0, 1, 0, 2];
-        let channels = group_by_group(&g_idx);
-        assert_eq!(channels, [1, 3, 0, 2, 4]);
-        let found = blocks(&g_idx, &channels);
-        let places: Vec<_> = found.iter().map(|b| (b.places.clone(), b.group)).collect();
-        assert_eq!(places, [(0..2, 0), (2..4, 1), (4..5, 2)]);
-        assert!(found.iter().all(|block| block.is_whole));
-        let long = vec![0; 300];
-        let found = blocks(&long, &group_by_group(&long));
-        assert_eq!(found.len(), 3);
-        assert!(found.iter().all(|block| !block.is_whole));
-    }
 
     #[test]
     fn a_scale_moves_only_where_that_lowers_the_error() {

@@ -136,15 +136,13 @@ impl Hessian {
         }
     }
 
-    /// Of the tokens of both.
-    pub fn merged(mut self, other: &Hessian) -> Self {
+    /// Becomes that of the tokens of `other` too.
+    pub(crate) fn merge(&mut self, other: &Hessian) {
         merge(&mut self.values, self.tokens, &other.values, other.tokens);
         self.tokens += other.tokens;
-        self.mismatch = match (self.mismatch, &other.mismatch) {
-            (Some(mine), Some(other)) => Some(mine.merged(other)),
-            (mine, _) => mine,
-        };
-        self
+        if let (Some(mine), Some(other)) = (&mut self.mismatch, &other.mismatch) {
+            mine.merge(other);
+        }
     }
 
     /// How the inputs differ from those of the float model, where a float stream was seen.

@@ -85,13 +85,12 @@ pub struct Carried {
 }
 
 impl Mismatch {
-    /// Of the tokens of both.
-    pub(crate) fn merged(mut self, other: &Mismatch) -> Self {
+    /// Becomes that of the tokens of `other` too.
+    pub(crate) fn merge(&mut self, other: &Mismatch) {
         merge(&mut self.cross, self.crossed, &other.cross, other.crossed);
         merge(&mut self.square, self.squared, &other.square, other.squared);
         self.crossed += other.crossed;
         self.squared += other.squared;
-        self
     }
 
     /// Of `weight [K, N]`.

@@ -315,8 +315,7 @@ impl StageHessian for HostHessian {
         let errors = (orders.iter())
             .map(|order| self.error_held_out(&held_out, order, linears, spec, times))
             .collect::<Result<Vec<f64>, _>>()?;
-        let empty = Hessian::from_values(0, 0, Vec::new());
-        self.hessian = std::mem::replace(&mut self.hessian, empty).merged(&held_out);
+        self.hessian.merge(&held_out);
         Ok(least(&errors))
     }
 
@@ -336,11 +335,8 @@ impl StageHessian for HostHessian {
 
 /// The place of the first of the smallest.
 pub(crate) fn least(errors: &[f64]) -> Option<usize> {
-    let better = |best: Option<usize>, (at, error): (usize, &f64)| match best {
-        Some(best) if errors[best] <= *error => Some(best),
-        _ => Some(at),
-    };
-    errors.iter().enumerate().fold(None, better)
+    let places = errors.iter().enumerate();
+    (places.min_by(|(_, a), (_, b)| a.total_cmp(b))).map(|(at, _)| at)
 }
 
 fn host(weight: &Weight) -> &[f32] {

@@ -1,28 +1,20 @@
 //! Coordinate descent against plain sums in f64: what a pass may not do, and where passes end.
 
+#[path = "../../../tests/support/random.rs"]
+mod random;
+
 use gptq_quantizer::{Factor, Hessian, HessianSum, descend, solve};
 use gptq_types::{
     ActivationSink, Activations, Bits, ColumnOrder, GroupSize, QuantSpec, SolvedLayer,
 };
 
+use random::Random;
+
 const TOKENS: usize = 300;
-
-struct Random(u64);
-
-impl Random {
-    fn normal(&mut self) -> f32 {
-        let mut uniform = || {
-            self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005);
-            self.0 = self.0.wrapping_add(1_442_695_040_888_963_407);
-            (self.0 >> 40) as f32 / (1u64 << 24) as f32
-        };
-        (0..12).map(|_| uniform()).sum::<f32>() - 6.0
-    }
-}
 
 /// A Hessian of channels that share a direction, and a weight `[k, n]`.
 fn problem(k: usize, n: usize) -> (Hessian, Vec<f32>) {
-    let mut random = Random((k * 31 + n) as u64);
+    let mut random = Random::new((k * 31 + n) as u64);
     let size: Vec<f32> = (0..k).map(|_| (0.6 * random.normal()).exp()).collect();
     let mut x = Vec::new();
     for _ in 0..TOKENS {

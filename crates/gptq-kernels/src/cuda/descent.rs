@@ -12,7 +12,8 @@ use super::hessian::{DeviceFactor, DeviceHessian, MEASURE};
 use super::memory::Buffer;
 use super::product::{Product, Side};
 use super::program::Program;
-use super::sweep::{Rule, SWEEP_CHANNELS, SweepPlan, Swept};
+use super::sweep::{Rule, SweepPlan, Swept};
+use crate::visits::{VISIT_CHANNELS, Visit, visits};
 
 /// Outputs and lanes of a block of threads.
 const OUTPUTS: usize = 32;
@@ -20,7 +21,7 @@ const LANES: usize = 8;
 /// Parts of a product over input channels.
 const PARTS: usize = 4;
 /// A block of the Hessian and a tile of codes, f32; a column more, so that lanes find other banks.
-const SHARED: usize = (SWEEP_CHANNELS * SWEEP_CHANNELS + SWEEP_CHANNELS * (OUTPUTS + 1)) * 4;
+const SHARED: usize = (VISIT_CHANNELS * VISIT_CHANNELS + VISIT_CHANNELS * (OUTPUTS + 1)) * 4;
 
 /// In which order channels are visited: group by group.
 pub(super) struct Visits {
@@ -29,50 +30,15 @@ pub(super) struct Visits {
     blocks: Vec<Visit>,
 }
 
-/// A run of channels of one group.
-#[derive(Debug, PartialEq)]
-struct Visit {
-    first: usize,
-    count: usize,
-    channel: Option<usize>, // the first, where they are stored one after the other
-    group: usize,
-    is_whole: bool, // all of the group
-}
-
 impl Visits {
     /// For the group of each stored channel.
     pub fn new(gpu: &Arc<Gpu>, g_idx: &[u32]) -> Result<Self, CudaError> {
-        let mut channels: Vec<u32> = (0..g_idx.len() as u32).collect();
-        channels.sort_by_key(|&channel| g_idx[channel as usize]);
-        let groups: Vec<u32> = (channels.iter())
-            .map(|&channel| g_idx[channel as usize])
-            .collect();
+        let (channels, blocks) = visits(g_idx);
         Ok(Visits {
             channels: Buffer::from_host(gpu, &channels)?,
-            blocks: visits(&groups, &channels),
+            blocks,
         })
     }
-}
-
-/// Groups, given once for each channel and never falling, cut to what the kernel holds.
-fn visits(groups: &[u32], channels: &[u32]) -> Vec<Visit> {
-    let mut visits = Vec::new();
-    let mut first = 0;
-    for group in groups.chunk_by(|a, b| a == b) {
-        for part in group.chunks(SWEEP_CHANNELS) {
-            let stored = &channels[first..first + part.len()];
-            let in_a_row = stored.windows(2).all(|pair| pair[0] + 1 == pair[1]);
-            visits.push(Visit {
-                first,
-                count: part.len(),
-                channel: in_a_row.then_some(stored[0] as usize),
-                group: group[0] as usize,
-                is_whole: part.len() == group.len(),
-            });
-            first += part.len();
-        }
-    }
-    visits
 }
 
 impl DeviceHessian {
@@ -98,7 +64,7 @@ impl DeviceHessian {
         passes: u32,
     ) -> Result<(), CudaError> {
         let (gpu, k, n) = (self.gpu(), self.features(), swept.outputs);
-        let gradient = gpu.scratch("gradient", PARTS * SWEEP_CHANNELS * n * 4)?;
+        let gradient = gpu.scratch("gradient", PARTS * VISIT_CHANNELS * n * 4)?;
         let args = [
             target.into(),
             (&swept.codes).into(),
@@ -121,9 +87,10 @@ impl DeviceHessian {
         }
         for _ in 0..passes {
             for visit in &plan.visits.blocks {
-                let channels = plan.visits.channels.address() + 4 * visit.first as u64;
+                let channels = plan.visits.channels.address() + 4 * visit.places.start as u64;
                 let rows = self.rows(visit, channels)?;
-                let parts = self.gradient(gradient.address(), rows, target, visit.count, n)?;
+                let parts =
+                    self.gradient(gradient.address(), rows, target, visit.places.len(), n)?;
                 let args = [
                     (&swept.codes).into(),
                     (&swept.scales).into(),
@@ -136,13 +103,13 @@ impl DeviceHessian {
                     channels.into(),
                     (k as i32).into(),
                     (n as i32).into(),
-                    (visit.count as i32).into(),
+                    (visit.places.len() as i32).into(),
                     (visit.group as i32).into(),
                     i32::from(visit.is_whole).into(),
                     rule.max_code.into(),
                 ];
                 let (grid, block) = ([n.div_ceil(OUTPUTS), 1, 1], [LANES, OUTPUTS, 1]);
-                // SAFETY: the rows of a visit are at most SWEEP_CHANNELS and lie inside the weight.
+                // SAFETY: the rows of a visit are at most VISIT_CHANNELS and lie inside the weight.
                 unsafe { gpu.launch(Program::Descent, "descend", grid, block, SHARED, &args)? };
             }
         }
@@ -157,15 +124,15 @@ impl DeviceHessian {
         }
         let rows = self
             .gpu()
-            .scratch("rows of the Hessian", SWEEP_CHANNELS * k * 4)?;
+            .scratch("rows of the Hessian", VISIT_CHANNELS * k * 4)?;
         let args = [
             rows.address().into(),
             self.values().into(),
             channels.into(),
             (k as i32).into(),
         ];
-        let grid = [k.div_ceil(256), visit.count, 1];
-        // SAFETY: there is room for SWEEP_CHANNELS rows, channels are below k.
+        let grid = [k.div_ceil(256), visit.places.len(), 1];
+        // SAFETY: there is room for VISIT_CHANNELS rows, channels are below k.
         unsafe {
             (self.gpu()).launch(Program::Descent, "gather_rows", grid, [256, 1, 1], 0, &args)?;
         }
@@ -241,38 +208,5 @@ impl SweepPlan {
                 &args,
             )
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn long_groups_are_cut_and_their_scales_stay() {
-        let visit = |first, count, channel, group, is_whole| Visit {
-            first,
-            count,
-            channel,
-            group,
-            is_whole,
-        };
-        assert_eq!(
-            visits(&[0, 0, 1, 2, 2], &[0, 1, 3, 2, 4]),
-            [
-                visit(0, 2, Some(0), 0, true),
-                visit(2, 1, Some(3), 1, true),
-                visit(3, 2, None, 2, true)
-            ]
-        );
-        let stored: Vec<u32> = (0..300).collect();
-        assert_eq!(
-            visits(&[0; 300], &stored),
-            [
-                visit(0, 128, Some(0), 0, false),
-                visit(128, 128, Some(128), 0, false),
-                visit(256, 44, Some(256), 0, false)
-            ]
-        );
     }
 }
