@@ -13,12 +13,13 @@ __device__ __forceinline__ float two_to(float x) {
 
 // As `attend_prompt`, by warpgroups (Shah et al. 2024): a block takes 128 queries of a head, a warpgroup
 // 64 of them, and goes through the keys 64 at a time, three tiles of them on their way. While the
-// weights of one tile are computed, the values of the tile before are multiplied.
+// weights of one tile are computed, the values of the tile before are multiplied. The first tile is the one
+// with the first key that the block's first query sees.
 // Grid: (count / 128, heads); block 256; shared: 4 * 2 * 64 * D half16.
 template <int D>
 __device__ __forceinline__ void attend_group(half16* out, const half16* q, const half16* keys,
                                              const half16* values, int count, int first, int kv_heads,
-                                             float scale) {
+                                             float scale, float cap, int window) {
     constexpr int SLOTS = 4, TILE = 64 * D * 2, RUN = 64 * 128, PIECES = 64 * D / 8 / 256; // bytes; of a thread
     extern __shared__ __align__(1024) char tiles_of[]; // [SLOTS][keys, values][D / 64][64][128 bytes]
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
@@ -28,6 +29,7 @@ __device__ __forceinline__ void attend_group(half16* out, const half16* q, const
     const half16* own_keys = keys + head / (heads / kv_heads) * D;
     const half16* own_values = values + head / (heads / kv_heads) * D;
     unsigned place = (unsigned)__cvta_generic_to_shared(tiles_of);
+    int begin = first_seen(first + block * 128, window) / 64;
     int tiles = (first + min(block * 128 + 127, count - 1)) / 64 + 1;
     auto load = [&](int tile) {
         if (tile < tiles) {
@@ -46,13 +48,13 @@ __device__ __forceinline__ void attend_group(half16* out, const half16* q, const
     wait_for_it();
     let_next_start();
 #pragma unroll
-    for (int tile = 0; tile < SLOTS - 1; tile++) load(tile);
+    for (int tile = 0; tile < SLOTS - 1; tile++) load(begin + tile);
     unsigned of_q[D / 16][4], of_p[4][4];
     load_queries<D>(of_q, q + head * D, q0, count, heads);
     float score[32], sum[D / 2], top[2] = {-INFINITY, -INFINITY}, weights[2] = {0, 0}, shrink[2];
 #pragma unroll
     for (int i = 0; i < D / 2; i++) sum[i] = 0;
-    float by_two = scale * 1.44269504f;
+    float by_two = (CAP ? 1 : scale) * 1.44269504f;
 
     auto multiply_keys = [&](int tile) {
         unsigned from = place + tile % SLOTS * 2 * TILE;
@@ -72,10 +74,19 @@ __device__ __forceinline__ void attend_group(half16* out, const half16* q, const
     };
     // Scores become weights; what was summed before shrinks where a larger score comes.
     auto weigh = [&](int tile) {
+        if (CAP)
+#pragma unroll
+            for (int i = 0; i < 32; i++) score[i] = capped(score[i] * scale, cap);
         if (tile * 64 + 63 > first + q0)
 #pragma unroll
             for (int i = 0; i < 32; i++)
                 if (tile * 64 + i / 4 * 8 + 2 * t + (i & 1) > first + q0 + g + (i >> 1 & 1) * 8) score[i] = -INFINITY;
+        if (WINDOW && tile * 64 < first_seen(first + q0 + 15, window))
+#pragma unroll
+            for (int i = 0; i < 32; i++)
+                if (tile * 64 + i / 4 * 8 + 2 * t + (i & 1) <
+                    first_seen(first + q0 + g + (i >> 1 & 1) * 8, window))
+                    score[i] = -INFINITY;
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             float now = top[h], more = 0;
@@ -83,8 +94,10 @@ __device__ __forceinline__ void attend_group(half16* out, const half16* q, const
             for (int i = 2 * h; i < 32; i += 4) now = fmaxf(now, fmaxf(score[i], score[i + 1]));
             now = fmaxf(now, __shfl_xor_sync(~0u, now, 1));
             now = fmaxf(now, __shfl_xor_sync(~0u, now, 2));
+            if (WINDOW) now = fmaxf(now, -1e30f); // a row that sees nothing of its first tiles
             float less = now * by_two;
-            shrink[h] = two_to(top[h] * by_two - less);
+            // Where a row has seen nothing yet both are -1e30, whose product rounds to something far from `less`.
+            shrink[h] = WINDOW && top[h] == now ? 1 : two_to(top[h] * by_two - less);
             top[h] = now;
 #pragma unroll
             for (int i = 2 * h; i < 32; i += 4)
@@ -108,14 +121,14 @@ __device__ __forceinline__ void attend_group(half16* out, const half16* q, const
     show_copies();
     __syncthreads();
     begin_products();
-    multiply_keys(0);
+    multiply_keys(begin);
     products_are_done_but(0);
     stay<32>(score);
-    weigh(0);
+    weigh(begin);
     round_weights();
     // Of the last tile the first warpgroup sees nothing.
 #pragma unroll 1
-    for (int tile = 0; tile + 1 < tiles; tile++) {
+    for (int tile = begin; tile + 1 < tiles; tile++) {
         asm volatile("cp.async.wait_group %0;" ::"n"(SLOTS - 3) : "memory");
         show_copies();
         __syncthreads(); // the next tile is there, and nobody reads the one before

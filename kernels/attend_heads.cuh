@@ -19,13 +19,15 @@ __device__ __forceinline__ unsigned turned(unsigned pair) {
 template <int D>
 __device__ __forceinline__ void attend_heads(float* parts, const half16* q, const half16* keys,
                                              const half16* values, const int* held, int capacity,
-                                             int kv_heads, int of, int share, float scale) {
+                                             int kv_heads, int of, int share, float scale, float cap,
+                                             int window) {
     constexpr int CHUNKS = D / 32, HALVES = D / 64, PART = D + 2; // a lane's of a key, of a value, in 16 bytes
     extern __shared__ float merged[];                             // [warp][8 heads][PART]
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
     int row = blockIdx.z, eights = (of + 7) / 8, kv = blockIdx.y / eights, first = blockIdx.y % eights * 8;
     int count = min(8, of - first), seen = held[row], pitch = kv_heads * D;
     int begin = blockIdx.x * share, end = min(begin + share, seen);
+    if (WINDOW) begin = max(begin, first_seen(seen - 1, window));
     long long base = (long long)row * capacity * pitch + kv * D;
     long long head0 = (long long)(row * kv_heads + kv) * of + first;
     wait_for_it();
@@ -36,7 +38,7 @@ __device__ __forceinline__ void attend_heads(float* parts, const half16* q, cons
     for (int c = 0; c < CHUNKS; c++)
         query[c] = g < count ? ((const uint4*)(q + (head0 + g) * D))[4 * c + t] : make_uint4(0, 0, 0, 0);
     float sum[4 * HALVES][4] = {}, top[2] = {-INFINITY, -INFINITY}, weights[2] = {0, 0};
-    float by_two = scale * 1.44269504f;
+    float by_two = (CAP ? 1 : scale) * 1.44269504f;
     auto of_key = [&](const half16* from, int key) {
         return (const uint4*)(from + base + (long long)min(key, end - 1) * pitch);
     };
@@ -61,6 +63,9 @@ __device__ __forceinline__ void attend_heads(float* parts, const half16* q, cons
             multiply(score, low, query[c].x, query[c].y);
             multiply(score, high, query[c].z, query[c].w);
         }
+        if (CAP)
+#pragma unroll
+            for (int i = 0; i < 4; i++) score[i] = capped(score[i] * scale, cap);
         float shrink[2];
 #pragma unroll
         for (int h = 0; h < 2; h++) {

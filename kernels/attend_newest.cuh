@@ -1,20 +1,23 @@
 // Attention of new tokens, one a sequence, over what the cache holds.
 #pragma once
-#include "half.cuh"
+#include "scores.cuh"
 
 // The newest token of each sequence against a share of its cache: `share` keys from blockIdx.x * share
 // on. Eight lanes take a key, each VALUES times PIECES elements of it, and have KEYS of them on their
-// way; sums that run on rescale where a larger score comes. parts f32 [rows, heads, shares, d + 2]: the
+// way; sums that run on rescale where a larger score comes. Of a window's first share only what is seen is
+// read, of shares before it nothing is written. parts f32 [rows, heads, shares, d + 2]: the
 // largest score, the sum of weights, the weighted values. Grid: (shares, heads, rows); block 128;
 // shared: 16 (d + 2) floats.
 template <int VALUES, int PIECES, int KEYS>
 __device__ __forceinline__ void attend_share(float* parts, const half16* q, const half16* keys,
                                              const half16* values, const int* held, int capacity,
-                                             int kv_heads, int d, int share, float scale) {
+                                             int kv_heads, int d, int share, float scale, float cap,
+                                             int window) {
     using Run = Several<half16, VALUES>;
     extern __shared__ float merged[];
     int row = blockIdx.z, head = blockIdx.y, heads = gridDim.y, seen = held[row];
     int begin = blockIdx.x * share, end = min(begin + share, seen);
+    if (WINDOW) begin = max(begin, first_seen(seen - 1, window));
     int lane = threadIdx.x & 7, team = threadIdx.x >> 3;
     int pitch = kv_heads * d, kv = head / (heads / kv_heads);
     long long base = (long long)row * capacity * pitch + kv * d;
@@ -25,7 +28,7 @@ __device__ __forceinline__ void attend_share(float* parts, const half16* q, cons
 #pragma unroll
         for (int p = 0; p < PIECES; p++) {
             int at = (p * 8 + lane) * VALUES;
-            to[p] = VALUES == 8 || at < d ? several<VALUES>(from + at) : Run{};
+            to[p] = VALUES == 8 && PIECES < 8 || at < d ? several<VALUES>(from + at) : Run{};
         }
     };
     Run of_query[PIECES];
@@ -59,6 +62,7 @@ __device__ __forceinline__ void attend_share(float* parts, const half16* q, cons
         for (int k = 0; k < KEYS; k++) {
 #pragma unroll
             for (int step = 4; step; step >>= 1) score[k] += __shfl_xor_sync(mates, score[k], step);
+            if (CAP) score[k] = capped(score[k], cap);
             if (first + 16 * k >= end) score[k] = -INFINITY;
             now = fmaxf(now, score[k]);
         }
@@ -96,19 +100,21 @@ __device__ __forceinline__ void attend_share(float* parts, const half16* q, cons
 }
 
 // The shares of a row and a head put together, at the places that `places` names for the channels of
-// the next linear; null where they are natural. Sixteen shares are asked for at a time.
+// the next linear; null where they are natural. Sixteen shares are asked for at a time, from the first one
+// that is seen on.
 // Grid: (heads, rows); threads: d, up to a multiple of 32.
 extern "C" __global__ void merge_shares(half16* out, const float* parts, const int* held,
-                                        const int* places, int shares, int share, int d, int stride) {
+                                        const int* places, int shares, int share, int d, int stride,
+                                        int window) {
     constexpr int AT_ONCE = 16;
     int row = blockIdx.y, head = blockIdx.x, i = min((int)threadIdx.x, d - 1);
     int place = places ? places[head * d + i] : head * d + i;
-    int count = (held[row] + share - 1) / share;
+    int seen = held[row], count = (seen + share - 1) / share;
     wait_for_it();
     let_next_start();
     const float* part = parts + ((long long)row * gridDim.x + head) * shares * (d + 2);
     float largest = -INFINITY, weights = 0, sum = 0;
-    for (int first = 0; first < count; first += AT_ONCE) {
+    for (int first = first_seen(seen - 1, window) / share; first < count; first += AT_ONCE) {
         float top[AT_ONCE], weight[AT_ONCE], value[AT_ONCE], now = largest;
 #pragma unroll
         for (int s = 0; s < AT_ONCE; s++) {

@@ -1,6 +1,6 @@
 // Attention of a prompt, or of windows, by the tensor cores of every GPU from Ampere on.
 #pragma once
-#include "half.cuh"
+#include "scores.cuh"
 
 // A warp's sixteen rows of `query [count, heads * D]` from q0 on as mma and wgmma take a first factor; rows
 // beyond the last are the last.
@@ -28,12 +28,13 @@ __device__ __forceinline__ void load_turned(unsigned* y, const half16* from) {
 
 // A prompt against the cache of its sequence, or a window against itself, the scores never written
 // (Dao et al. 2022): q [count, heads * D] at positions from `first` on. A block takes 64 queries of a
-// head, 16 a warp, and goes through the keys 64 at a time, the next ones on their way.
+// head, 16 a warp, and goes through the keys 64 at a time, the next ones on their way, from the first one that
+// its first query sees on.
 // Grid: (count / 64, heads); block 128; shared: 4 * 64 * (D + 8) half16.
 template <int D>
 __device__ __forceinline__ void attend_prompt(half16* out, const half16* q, const half16* keys,
                                               const half16* values, int count, int first, int kv_heads,
-                                              float scale) {
+                                              float scale, float cap, int window) {
     constexpr int LINE = D + 8; // eight rows meet no bank twice
     extern __shared__ half16 staged[]; // [2][keys, values][64][LINE]
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
@@ -54,16 +55,17 @@ __device__ __forceinline__ void attend_prompt(half16* out, const half16* q, cons
     };
     wait_for_it();
     let_next_start();
+    int begin = first_seen(first + block * 64, window) / 64;
     int tiles = (first + min(block * 64 + 63, count - 1)) / 64 + 1;
-    load(0);
+    load(begin);
     unsigned a[D / 16][4];
     load_queries<D>(a, q + head * D, q0, count, heads);
     float sum[D / 8][4], top[2] = {-INFINITY, -INFINITY}, weights[2] = {0, 0};
 #pragma unroll
     for (int j = 0; j < D / 8; j++) sum[j][0] = sum[j][1] = sum[j][2] = sum[j][3] = 0;
-    float by_two = scale * 1.44269504f;
+    float by_two = (CAP ? 1 : scale) * 1.44269504f;
 
-    for (int tile = 0; tile < tiles; tile++) {
+    for (int tile = begin; tile < tiles; tile++) {
         if (tile + 1 < tiles) {
             load(tile + 1);
             asm volatile("cp.async.wait_group 1;" ::: "memory");
@@ -87,12 +89,24 @@ __device__ __forceinline__ void attend_prompt(half16* out, const half16* q, cons
                 multiply(score[2 * p], a[k], b[0], b[1]);
                 multiply(score[2 * p + 1], a[k], b[2], b[3]);
             }
+        if (CAP)
+#pragma unroll
+            for (int j = 0; j < 8; j++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) score[j][i] = capped(score[j][i] * scale, cap);
         if (tile * 64 + 63 > first + q0)
 #pragma unroll
             for (int j = 0; j < 8; j++)
 #pragma unroll
                 for (int i = 0; i < 4; i++)
                     if (tile * 64 + j * 8 + 2 * t + (i & 1) > first + q0 + g + (i >> 1) * 8) score[j][i] = -INFINITY;
+        if (WINDOW && tile * 64 < first_seen(first + q0 + 15, window))
+#pragma unroll
+            for (int j = 0; j < 8; j++)
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    if (tile * 64 + j * 8 + 2 * t + (i & 1) < first_seen(first + q0 + g + (i >> 1) * 8, window))
+                        score[j][i] = -INFINITY;
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             float now = top[h];
@@ -100,6 +114,7 @@ __device__ __forceinline__ void attend_prompt(half16* out, const half16* q, cons
             for (int j = 0; j < 8; j++) now = fmaxf(now, fmaxf(score[j][2 * h], score[j][2 * h + 1]));
             now = fmaxf(now, __shfl_xor_sync(~0u, now, 1));
             now = fmaxf(now, __shfl_xor_sync(~0u, now, 2));
+            if (WINDOW) now = fmaxf(now, -1e30f); // a row that sees nothing of its first tiles
             float shrink = exp2f((top[h] - now) * by_two), more = 0;
             top[h] = now;
 #pragma unroll

@@ -16,7 +16,7 @@ fn a_flag_without_effect_is_told() {
     let said = "generate MODEL --prompt w1 --max-new-tokens 1 --device cpu";
     let eval = "eval MODEL --dataset TEXT --seq-len 32 --max-windows 1 --device cpu";
     let plan = "matrix MODEL --preset llama-2 --skip-impossible --dry-run --device cpu";
-    let cases: [(&str, &str, &[&str]); 20] = [
+    let cases: [(&str, &str, &[&str]); 22] = [
         (rtn, "--dataset /nonexistent", &["--dataset"]),
         (rtn, "--samples 7 --seq-len 9", &["--samples", "--seq-len"]),
         (
@@ -25,6 +25,8 @@ fn a_flag_without_effect_is_told() {
             &["--seed", "--temperature"],
         ),
         (rtn, "--damp 0.7", &["--damp"]),
+        (rtn, "--window-bos", &["--window-bos"]),
+        (rtn, "--no-window-bos", &["--no-window-bos"]),
         (rtn, "--no-scale-search", &["--no-scale-search"]),
         (rtn, "--unsigned-scales", &["--unsigned-scales"]),
         (rtn, "--effort balanced", &["--effort"]),

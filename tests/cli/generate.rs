@@ -27,7 +27,7 @@ fn greedy(folder: &Path, prompt: &str, count: usize) -> String {
     let before = tokenizer.decode(&ids, true).unwrap();
     for _ in 0..count {
         let all = logits(decoder.as_mut(), &ids).unwrap();
-        let last = &all[all.len() - model.config.vocab_size..];
+        let last = &all[all.len() - model.spec.vocab_size..];
         let best = (0..last.len()).max_by(|&a, &b| last[a].total_cmp(&last[b]));
         ids.push(best.unwrap() as u32);
     }
@@ -88,6 +88,11 @@ fn the_likeliest_text_is_the_one_of_the_streaming_pass() {
         run(command.arg(&model).args(limit)).done().stdout,
         told.stdout
     );
+
+    // The cache changes nothing.
+    let mut command = gptq("generate");
+    command.arg(&model).args(["--prompt", PROMPT, "--no-cache"]);
+    assert_eq!(run(command.args(limit)).done().stdout, told.stdout);
 
     // Packed in eight bits it is another model, but still one that tells of Japan.
     let folder = tempfile::tempdir().unwrap();

@@ -14,3 +14,4 @@ mod report;
 mod streams;
 mod target;
 mod templates;
+mod window_bos;

@@ -4,6 +4,7 @@ mod architectures;
 mod branches;
 mod divergence;
 mod evaluation;
+mod families;
 mod generated;
 mod gpu;
 mod matrix;

@@ -15,7 +15,7 @@ use crate::support::{
 /// Enough text for each block to take a while, so that the kill comes in the middle.
 const WORK: [&str; 4] = ["--samples", "192", "--seq-len", "128"];
 
-struct Place {
+pub(super) struct Place {
     folder: tempfile::TempDir,
     model: PathBuf,
     text: PathBuf,
@@ -46,7 +46,7 @@ impl Place {
         Place::of(folder, model, text)
     }
 
-    fn of(folder: tempfile::TempDir, model: PathBuf, text: PathBuf) -> Self {
+    pub(super) fn of(folder: tempfile::TempDir, model: PathBuf, text: PathBuf) -> Self {
         let out = folder.path().join("out");
         let partial = folder.path().join(".out.partial");
         Place {
@@ -118,7 +118,8 @@ fn damage(shard: &Path, name: &str) {
     fs::write(shard, bytes).unwrap();
 }
 
-fn killed_and_resumed(place: &Place, blocks: usize, flags: &[&str]) {
+/// A run that is killed after `blocks` blocks leaves the files of one that is not.
+pub(super) fn killed_and_resumed(place: &Place, blocks: usize, flags: &[&str]) {
     let whole = place.folder.path().join("whole");
     run(&mut place.run_into(&whole, flags)).done();
     place.kill_after(blocks, flags);

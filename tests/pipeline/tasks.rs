@@ -354,7 +354,7 @@ fn answers_as_in(file: &Path, told: &str, model: &Path) {
     let checkpoint = Checkpoint::open(model).unwrap();
     let config = checkpoint.config_json().unwrap();
     let opened = gptq_inference::open(Arc::new(checkpoint), &config, None).unwrap();
-    let positions = opened.config.max_position_embeddings;
+    let positions = opened.spec.max_position_embeddings;
     let questions = Questions::read(file, Some(COUNT), &tokenizer, positions).unwrap();
     let passages: Vec<Passage> = (questions.choices())
         .map(|choice| Passage {

@@ -91,7 +91,7 @@ impl TinyModel {
         let mut tensors = self.tensors();
         change(&mut tensors);
         write_json(&folder.join("config.json"), &self.config());
-        write_json(&folder.join("tokenizer.json"), &tokenizer(self.vocab));
+        write_tokenizer(folder, self.vocab);
         if self.shards == 1 {
             let all: Vec<&Tensor> = tensors.iter().collect();
             write_tensors(&folder.join("model.safetensors"), &all, self.dtype);
@@ -225,13 +225,13 @@ fn encode(values: &[f32], dtype: Dtype) -> Vec<u8> {
     }
 }
 
-/// Word level: `w0 w1 ...` and, last, `<unk>`.
-fn tokenizer(vocab: usize) -> Value {
+/// Writes a `tokenizer.json`. Word level: `w0 w1 ...` and, last, `<unk>`.
+pub fn write_tokenizer(folder: &Path, vocab: usize) {
     let mut words: Map<String, Value> = (0..vocab - 1)
         .map(|id| (format!("w{id}"), json!(id)))
         .collect();
     words.insert("<unk>".to_string(), json!(vocab - 1));
-    json!({
+    let tokenizer = json!({
         "version": "1.0",
         "truncation": null,
         "padding": null,
@@ -241,7 +241,8 @@ fn tokenizer(vocab: usize) -> Value {
         "post_processor": null,
         "decoder": null,
         "model": {"type": "WordLevel", "vocab": words, "unk_token": "<unk>"},
-    })
+    });
+    write_json(&folder.join("tokenizer.json"), &tokenizer);
 }
 
 fn write_json(path: &Path, value: &Value) {

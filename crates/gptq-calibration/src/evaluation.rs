@@ -1,13 +1,13 @@
 //! Evaluation windows: what a perplexity is taken over, and the protocol in words.
 
 use crate::CalibrationError;
+use crate::begin::{put_in_front, text_len, without_own, words};
 use crate::digest::token_sha256;
 use crate::manifest::Rule;
 use crate::material::{Content, Material, Means, Purpose, join};
 use crate::rows::Rows;
 use crate::sample::{WindowSpec, check_ids, draw_documents, encode};
 use crate::source::Source;
-use crate::tokenizer::Tokenizer;
 
 /// Windows of the document rule, and its seed: fixed by the original, whatever `--seed` says.
 const DOCUMENT_WINDOWS: usize = 256;
@@ -30,15 +30,22 @@ pub struct EvaluationWindows {
     pub protocol: String,
     /// sha256 of the ids as little-endian u32, window after window.
     pub token_sha256: String,
+    /// The beginning-of-sequence token that was put in front of each window.
+    pub bos: Option<u32>,
 }
 
 impl EvaluationWindows {
-    /// Windows that were chosen by a rule in words.
-    pub(crate) fn new(ids: Vec<Vec<u32>>, rule: &str) -> Self {
+    /// Windows that were chosen by a rule in words, and get `bos` in front.
+    pub(crate) fn new(mut ids: Vec<Vec<u32>>, rule: &str, bos: Option<u32>) -> Self {
+        if let Some(bos) = bos {
+            put_in_front(&mut ids, bos);
+        }
+        let begin = bos.map_or(String::new(), words);
         EvaluationWindows {
-            protocol: format!("{rule}; {SCORING}"),
+            protocol: format!("{rule}{begin}; {SCORING}"),
             token_sha256: token_sha256(&ids),
             ids,
+            bos,
         }
     }
 
@@ -54,6 +61,9 @@ impl EvaluationWindows {
 /// dropped; `c4` gives the original's 256 random windows (seed 0) of its validation split; stored
 /// windows are taken as they are, whatever `seq_len` is.
 ///
+/// With a BOS in `means` the text is cut every `seq_len - 1` tokens and each window has BOS in front, so
+/// that no token of the text is left out; the token after BOS is predicted and counts like any.
+///
 /// Fails when the source is `self`, cannot be fetched or read, or holds less than one window.
 pub fn evaluation_windows(
     source: &Source,
@@ -65,30 +75,30 @@ pub fn evaluation_windows(
     let tokens = max_windows.unwrap_or(1).saturating_mul(seq_len);
     let purpose = Purpose::Evaluation;
     let material = Material::read(source, purpose, tokens, means.chat, means.files)?;
+    let material = material.behind_bos(means.bos);
+    let seq_len = text_len(seq_len, material.bos);
     let most = max_windows.unwrap_or(usize::MAX);
     let (ids, how) = match (&material.content, material.rule) {
         (Content::Windows(ids), _) => stored(ids, most, &material)?,
-        (Content::Rows(rows), Rule::Documents) => {
-            documents(rows, seq_len, most, &material, means.tokenizer)?
-        }
+        (Content::Rows(rows), Rule::Documents) => documents(rows, seq_len, most, &material, means)?,
         (Content::Rows(rows), Rule::Joined) => {
             let text = join(rows, &material.path)?;
-            let tokens = encode(&text, rows.is_rendered(), means.tokenizer)?;
+            let tokens = encode(&text, rows.is_rendered(), means.bos, means.tokenizer)?;
             let join = match rows.is_rendered() {
                 true => "rows one after the other as one string",
                 false => "rows joined with \"\\n\\n\" as one string",
             };
-            let special = special_tokens(rows.is_rendered(), means.tokenizer)?;
+            let special = special_tokens(rows.is_rendered(), means)?;
             cut(&tokens, &special, join, seq_len, most, &material)?
         }
         (Content::Whole(text), _) => {
-            let tokens = encode(text, false, means.tokenizer)?;
-            let special = special_tokens(false, means.tokenizer)?;
+            let tokens = encode(text, false, means.bos, means.tokenizer)?;
+            let special = special_tokens(false, means)?;
             cut(&tokens, &special, "as one string", seq_len, most, &material)?
         }
     };
     let rule = format!("{}, {}{how}", material.title, material.rows_words());
-    Ok(EvaluationWindows::new(ids, &rule))
+    Ok(EvaluationWindows::new(ids, &rule, material.bos))
 }
 
 fn check(seq_len: usize, max_windows: Option<usize>) -> Result<(), CalibrationError> {
@@ -162,7 +172,7 @@ fn documents(
     seq_len: usize,
     most: usize,
     material: &Material,
-    tokenizer: &Tokenizer,
+    means: &Means<'_>,
 ) -> Result<(Vec<Vec<u32>>, String), CalibrationError> {
     let spec = WindowSpec {
         samples: DOCUMENT_WINDOWS.min(most),
@@ -170,21 +180,24 @@ fn documents(
         seed: DOCUMENT_SEED,
     };
     spec.check()?;
-    let encode = |text: &str| encode(text, rows.is_rendered(), tokenizer);
+    let (bos, tokenizer) = (means.bos, means.tokenizer);
+    let encode = |text: &str| encode(text, rows.is_rendered(), bos, tokenizer);
     let ids = draw_documents(rows, &spec, &material.place(), encode)?.ids;
     let how = format!(
         "one window of {seq_len} tokens ({}) at random in each of {DOCUMENT_WINDOWS} documents, drawn at random with replacement among those longer than it, seed {DOCUMENT_SEED}, {}",
-        special_tokens(rows.is_rendered(), tokenizer)?,
+        special_tokens(rows.is_rendered(), means)?,
         count(ids.len(), DOCUMENT_WINDOWS)
     );
     Ok((ids, how))
 }
 
-fn special_tokens(is_rendered: bool, tokenizer: &Tokenizer) -> Result<String, CalibrationError> {
+/// Those that stand in the text, apart from a BOS that its windows get.
+fn special_tokens(is_rendered: bool, means: &Means<'_>) -> Result<String, CalibrationError> {
     if is_rendered {
         return Ok("special tokens as the chat template sets them".to_string());
     }
-    Ok(match tokenizer.special_ids()?.len() {
+    let special = without_own(means.tokenizer.special_ids()?, means.bos);
+    Ok(match special.len() {
         0 => "no special tokens".to_string(),
         1 => "1 special token added".to_string(),
         many => format!("{many} special tokens added"),

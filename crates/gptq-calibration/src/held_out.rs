@@ -23,7 +23,8 @@ pub(crate) fn check(count: usize, spec: &WindowSpec) -> Result<(), CalibrationEr
     WindowSpec { samples, ..*spec }.check()
 }
 
-/// Of one text of `tokens`: evenly spread over all windows that fit between those that were drawn.
+/// Of one text of `tokens`: evenly spread over all windows that fit between those that were drawn. `spec`
+/// is that of the text, without a BOS in front of its windows.
 pub(crate) fn joined(
     tokens: &[u32],
     drawn: &Drawn,
@@ -107,7 +108,7 @@ fn named(
     let (title, rows) = (&material.title, material.rows_words());
     let count = ids.len();
     let words = format!("{title}, {rows}{count} windows of {seq_len} tokens held out: {rule}");
-    (count > 0).then(|| EvaluationWindows::new(ids, &words))
+    (count > 0).then(|| EvaluationWindows::new(ids, &words, material.bos))
 }
 
 fn lack(found: usize, wanted: usize, seq_len: usize, material: &Material) -> CalibrationError {

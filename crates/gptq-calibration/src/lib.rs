@@ -14,6 +14,7 @@
 //! papers. One deviation: a document of exactly `seq_len` tokens, on which the original stops with
 //! a `ValueError`, is drawn again.
 
+mod begin;
 mod conversation;
 mod digest;
 mod distinct;
@@ -42,6 +43,7 @@ mod task;
 mod task_layout;
 mod tokenizer;
 
+pub use begin::window_bos;
 pub use conversation::{ChatTemplate, NoTemplate, Turn};
 pub use digest::{file_sha256, token_sha256};
 pub use error::CalibrationError;

@@ -54,6 +54,9 @@ pub struct Means<'a> {
     pub files: &'a dyn DatasetFiles,
     /// The model's chat template, or [`crate::NoTemplate`].
     pub chat: &'a dyn ChatTemplate,
+    /// The beginning-of-sequence token that every window begins with, where the model computes nonsense
+    /// without it; else windows begin anywhere in the text, as those of the papers.
+    pub bos: Option<u32>,
 }
 
 /// Which of a dataset's two files is meant.
@@ -80,6 +83,8 @@ pub(crate) struct Material {
     pub(crate) rule: Rule,
     /// The manifest's words for the rule, for a named dataset.
     pub(crate) words: Option<String>,
+    /// What every window begins with; nothing where windows are stored, which are taken as they are.
+    pub(crate) bos: Option<u32>,
     /// The commit of a dataset without a manifest, in words.
     commit: Option<String>,
 }
@@ -121,10 +126,17 @@ impl Material {
                 title: format!("`{}`", file_name(path)),
                 rule: Rule::Joined,
                 words: None,
+                bos: None,
                 commit: None,
             },
         };
         material.refuse_empty()
+    }
+
+    /// To be taken in windows that begin with `bos`, but for those that are stored.
+    pub(crate) fn behind_bos(mut self, bos: Option<u32>) -> Self {
+        self.bos = bos.filter(|_| !matches!(self.content, Content::Windows(_)));
+        self
     }
 
     fn of_hub(
@@ -146,6 +158,7 @@ impl Material {
             title: format!("`{}` {} split", manifest.name, hub.split),
             rule: manifest.rule,
             words: Some(hub.words.clone()),
+            bos: None,
             commit: None,
         })
     }
@@ -169,6 +182,7 @@ impl Material {
             title: format!("`{}` as local copy `{}`", manifest.name, file_name(path)),
             rule: manifest.rule,
             words: Some(hub_file(manifest, purpose).words.clone()),
+            bos: None,
             commit: None,
         })
     }
@@ -218,6 +232,7 @@ impl Material {
             title: format!("`{dataset}`"),
             rule: Rule::Joined,
             words: None,
+            bos: None,
             commit: Some(format!("commit {}", found.commit)),
         })
     }

@@ -6,6 +6,7 @@ use gptq_types::CalibrationRecord;
 use rayon::prelude::*;
 
 use crate::CalibrationError;
+use crate::begin::{put_in_front, text_spec, without_own, words};
 use crate::digest::token_sha256;
 use crate::distinct::{Place, contexts, positions, positions_of_windows};
 use crate::evaluation::EvaluationWindows;
@@ -104,6 +105,22 @@ impl Windows {
         Self { ids, record }
     }
 
+    /// With `bos` in front of each window, where there is one. What is counted of the text is as it was:
+    /// a token that all windows have in common says nothing of it.
+    pub fn behind_bos(mut self, bos: Option<u32>) -> Self {
+        let Some(bos) = bos else {
+            return self;
+        };
+        put_in_front(&mut self.ids, bos);
+        let record = &mut self.record;
+        record.rule += &words(bos);
+        record.seq_len += 1;
+        record.tokens += self.ids.len();
+        record.token_sha256 = token_sha256(&self.ids);
+        record.window_bos = Some(true);
+        self
+    }
+
     /// Refuses a token that a model of `model_vocab` embeddings does not know.
     pub fn check_vocabulary(&self, model_vocab: usize) -> Result<(), CalibrationError> {
         check_ids(&self.ids, model_vocab)
@@ -116,6 +133,9 @@ impl Windows {
 /// string (rows joined with a blank line) and windows start anywhere in it. Of stored windows the
 /// first `samples` are taken as they are, all where there are fewer: nothing is drawn then, and the
 /// record shows what there was.
+///
+/// With a BOS in `means`, drawn windows have it in front, and one token less of the text; those that are
+/// stored have not.
 ///
 /// Fails when the source is `self`, cannot be fetched or read, or is too short; a text needs
 /// `seq_len + 1` tokens, because the original's draw never reaches the last start.
@@ -145,10 +165,12 @@ pub fn windows_and_held_out(
 ) -> Result<(Windows, Option<EvaluationWindows>), CalibrationError> {
     spec.check()?;
     held_out::check(count, spec)?;
+    let text_spec = &text_spec(spec, means.bos)?;
     // Not those that are held out: of a dataset more text would be read, and other windows drawn.
     let tokens = spec.samples.saturating_mul(spec.seq_len);
     let purpose = Purpose::Calibration;
     let material = Material::read(source, purpose, tokens, means.chat, means.files)?;
+    let material = material.behind_bos(means.bos);
     let (drawn, rule, beside) = match (&material.content, material.rule) {
         (Content::Windows(ids), _) => {
             let beside = held_out::stored(ids, spec.samples, count, &material)?;
@@ -157,35 +179,38 @@ pub fn windows_and_held_out(
             return Ok((windows, beside));
         }
         (Content::Rows(rows), Rule::Documents) => {
-            let (is_rendered, tokenizer) = (rows.is_rendered(), means.tokenizer);
-            let encode = |text: &str| encode(text, is_rendered, tokenizer);
-            let mut search = Search::new(rows, spec);
+            let (is_rendered, bos, tokenizer) = (rows.is_rendered(), means.bos, means.tokenizer);
+            let encode = |text: &str| encode(text, is_rendered, bos, tokenizer);
+            let mut search = Search::new(rows, text_spec);
             let drawn = search.draw(spec.samples, &material.place(), &encode)?;
-            let beside = held_out::documents(search, &drawn, count, spec, &material, &encode)?;
+            let beside = held_out::documents(search, &drawn, count, text_spec, &material, &encode)?;
             (drawn, material.words.clone().unwrap_or_default(), beside)
         }
         (Content::Rows(rows), Rule::Joined) => {
             let text = join(rows, &material.path)?;
-            let tokens = encode(&text, rows.is_rendered(), means.tokenizer)?;
+            let tokens = encode(&text, rows.is_rendered(), means.bos, means.tokenizer)?;
             let words = match rows.is_rendered() {
                 true => RENDERED_WORDS,
                 false => JOINED_WORDS,
             };
-            let (drawn, rule) = draw_joined(&tokens, words, spec, &material)?;
-            let beside = held_out::joined(&tokens, &drawn, count, spec, &material)?;
+            let (drawn, rule) = draw_joined(&tokens, words, text_spec, &material)?;
+            let beside = held_out::joined(&tokens, &drawn, count, text_spec, &material)?;
             (drawn, rule, beside)
         }
         (Content::Whole(text), _) => {
-            let tokens = encode(text, false, means.tokenizer)?;
-            let (drawn, rule) = draw_joined(&tokens, WHOLE_WORDS, spec, &material)?;
-            let beside = held_out::joined(&tokens, &drawn, count, spec, &material)?;
+            let tokens = encode(text, false, means.bos, means.tokenizer)?;
+            let (drawn, rule) = draw_joined(&tokens, WHOLE_WORDS, text_spec, &material)?;
+            let beside = held_out::joined(&tokens, &drawn, count, text_spec, &material)?;
             (drawn, rule, beside)
         }
     };
-    let distinct = positions(&drawn.places, spec.seq_len);
-    let (given, rule) = (source.given(), material.rows_words() + &rule);
+    let distinct = positions(&drawn.places, text_spec.seq_len);
+    let (given, mut rule) = (source.given(), material.rows_words() + &rule);
+    if material.bos.is_some() {
+        rule += ", seq_len without BOS";
+    }
     let windows = Windows::counted(drawn.ids, distinct, given, &rule, spec.seed);
-    Ok((windows, beside))
+    Ok((windows.behind_bos(material.bos), beside))
 }
 
 /// Windows and where each one lay.
@@ -194,16 +219,19 @@ pub(crate) struct Drawn {
     pub(crate) places: Vec<Place>,
 }
 
-/// Special tokens are added once, but for texts of a chat template, which brings its own.
+/// Special tokens are added once, but for texts of a chat template, which brings its own. A `bos` that
+/// windows get is not at the start of the text too.
 pub(crate) fn encode(
     text: &str,
     is_rendered: bool,
+    bos: Option<u32>,
     tokenizer: &Tokenizer,
 ) -> Result<Vec<u32>, CalibrationError> {
-    match is_rendered {
+    let tokens = match is_rendered {
         true => tokenizer.encode_plain(text),
         false => tokenizer.encode(text),
-    }
+    };
+    Ok(without_own(tokens?, bos))
 }
 
 fn first_stored(ids: &[Vec<u32>], samples: usize) -> (Vec<Vec<u32>>, String) {

@@ -247,6 +247,11 @@ impl Source {
         &self.origin
     }
 
+    /// Whether it holds windows of ids, which are taken as they are.
+    pub fn is_stored(&self) -> bool {
+        matches!(self.origin, Origin::File(_, Format::Tokens))
+    }
+
     /// Whether the windows come from the model.
     pub fn is_generated(&self) -> bool {
         self.origin == Origin::Generated

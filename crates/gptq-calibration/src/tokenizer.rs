@@ -213,6 +213,20 @@ impl Marks {
     }
 }
 
+/// The `bos_token_id` of `generation_config.json` or `config.json` in `dir`, in the latter also that of
+/// the text model inside a multimodal one.
+pub(crate) fn configured_bos(dir: &Path) -> Result<Option<u32>, CalibrationError> {
+    for file in [GENERATION_CONFIG, MODEL_CONFIG] {
+        let config = read_json_if_there(&dir.join(file))?.unwrap_or(Value::Null);
+        let texts = [&config, &config["text_config"]];
+        let mut found = texts.iter().flat_map(|text| ids(&text["bos_token_id"]));
+        if let Some(bos) = found.next() {
+            return Ok(Some(bos));
+        }
+    }
+    Ok(None)
+}
+
 /// The tokens that a model folder names, such as `bos_token`, and their texts: those of
 /// `tokenizer_config.json`, and of `special_tokens_map.json` what that one lacks, as in older
 /// repositories.

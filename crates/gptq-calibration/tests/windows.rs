@@ -52,6 +52,7 @@ fn means<'a>(tokenizer: &'a Tokenizer, files: &'a dyn DatasetFiles) -> Means<'a>
         tokenizer,
         files,
         chat: &NoTemplate,
+        bos: None,
     }
 }
 
@@ -250,6 +251,15 @@ fn stored_windows_are_taken_as_they_are() {
             "`w.safetensors`, windows of 2 tokens as stored, the first 2 of 3 windows{SCORING}"
         )
     );
+    let on = Means {
+        bos: Some(0),
+        ..means(&tokenizer, &NoFiles)
+    };
+    assert_eq!(windows(&source, &spec(128, 2048), &on).unwrap(), made);
+    assert_eq!(
+        evaluation_windows(&source, 2048, Some(2), &on).unwrap(),
+        first
+    );
     assert!(first.check_vocabulary(5).is_ok());
     assert!(first.check_vocabulary(4).is_err());
     let means = means(&tokenizer, &NoFiles);
@@ -318,6 +328,117 @@ fn held_out_windows_share_nothing_with_those_of_calibration() {
         };
         assert!(found >= most && error.hint().is_some(), "{error}");
     }
+}
+
+/// Gemma read windows out of the middle of a text, and its calibration and perplexity were those of
+/// nonsense. With BOS a window keeps its length, and the text loses no token and has no second BOS.
+#[test]
+fn windows_begin_with_bos_where_they_are_asked_to() {
+    const BOS: u32 = 0;
+    let folder = tempfile::tempdir().unwrap();
+    let tokenizer = letters(folder.path());
+    let at = |name: &str| folder.path().join(name);
+    let letter = |index: usize| char::from(b'a' + (index * index / 7 + index / 26) as u8 % 26);
+    let written: String = (0..300).map(letter).collect();
+    std::fs::write(at("t.txt"), &written).unwrap();
+    let rows: Vec<&str> = (0..12)
+        .map(|row| &written[row * 20..row * 20 + 12])
+        .collect();
+    write_jsonl(&at("c4.jsonl"), &rows);
+    let off = means(&tokenizer, &NoFiles);
+    let on = Means {
+        bos: Some(BOS),
+        ..off
+    };
+    let json = std::fs::read(at("tokenizer.json")).unwrap();
+    let mut json: serde_json::Value = serde_json::from_slice(&json).unwrap();
+    json["post_processor"] = serde_json::Value::Null;
+    std::fs::create_dir(at("plain")).unwrap();
+    std::fs::write(at("plain/tokenizer.json"), json.to_string()).unwrap();
+    let plain = Tokenizer::open(&at("plain")).unwrap();
+    let text = tokenizer.encode_plain(&written).unwrap();
+    let is_of_text = |window: &Vec<u32>| {
+        let rest = &window[1..];
+        window[0] == BOS && text.windows(rest.len()).any(|part| part == rest)
+    };
+    for (name, file) in [("", "t.txt"), ("c4", "c4.jsonl")] {
+        let source = source(name, &at(file));
+        let (made, beside) = windows_and_held_out(&source, &spec(3, 10), 4, &on).unwrap();
+        let beside = beside.unwrap();
+        for window in made.ids.iter().chain(&beside.ids) {
+            assert!(window.len() == 10 && is_of_text(window), "{window:?}");
+        }
+        let record = &made.record;
+        assert_eq!((record.samples, record.seq_len, record.tokens), (3, 10, 30));
+        assert_eq!(record.token_sha256, token_sha256(&made.ids));
+        assert_eq!(record.window_bos, Some(true));
+        let words = ", seq_len without BOS; BOS (token 0) is put in front of each window";
+        assert!(record.rule.ends_with(words), "{}", record.rule);
+        assert_eq!(
+            (beside.bos, &beside.token_sha256),
+            (Some(BOS), &token_sha256(&beside.ids))
+        );
+        assert!(beside.protocol.contains("; BOS (token 0) is put in front"));
+
+        // The text of a window is what is drawn for windows of one token less, and so are its counts.
+        let means = means(&plain, &NoFiles);
+        let (drawn, held_out) = windows_and_held_out(&source, &spec(3, 9), 4, &means).unwrap();
+        let of_text = |ids: &[Vec<u32>]| -> Vec<Vec<u32>> {
+            ids.iter().map(|window| window[1..].to_vec()).collect()
+        };
+        assert_eq!(of_text(&made.ids), drawn.ids);
+        assert_eq!(of_text(&beside.ids), held_out.unwrap().ids);
+        let counted = |of: &Windows| {
+            let record = of.record.clone();
+            (
+                record.distinct_positions,
+                record.distinct_contexts,
+                record.overlap,
+            )
+        };
+        assert_eq!(counted(&made), counted(&drawn));
+        assert_eq!(drawn.record.window_bos, None);
+        assert!(!drawn.record.rule.contains("BOS"), "{}", drawn.record.rule);
+        let short = windows(&source, &spec(3, 1), &on).unwrap_err().to_string();
+        assert!(short.contains("begins with BOS"), "{short}");
+    }
+
+    let source = source("", &at("t.txt"));
+    let cut = evaluation_windows(&source, 11, None, &on).unwrap();
+    let joined: Vec<u32> = cut
+        .ids
+        .iter()
+        .flat_map(|window| window[1..].to_vec())
+        .collect();
+    assert_eq!(joined, text);
+    assert!(
+        cut.ids
+            .iter()
+            .all(|window| window.len() == 11 && window[0] == BOS)
+    );
+    assert_eq!(cut.token_sha256, token_sha256(&cut.ids));
+    assert_eq!(
+        cut.protocol,
+        format!(
+            "`t.txt`, as one string of 300 tokens (no special tokens), non-overlapping windows of 10, \
+             all 30 windows, remainder dropped; BOS (token 0) is put in front of each window{SCORING}"
+        )
+    );
+    let cut = evaluation_windows(&source, 11, None, &off).unwrap();
+    let whole = tokenizer.encode(&written).unwrap();
+    assert_eq!(cut.ids.concat(), whole[..297]);
+    assert_eq!(cut.bos, None);
+    assert!(cut.protocol.contains("301 tokens (1 special token added)"));
+    assert!(!cut.protocol.contains("BOS"));
+
+    let own = Windows::from_ids(vec![vec![5, 6], vec![7, 8]], "self", "sampled", 3);
+    assert_eq!(own.clone().behind_bos(None), own);
+    let begun = own.behind_bos(Some(BOS));
+    assert_eq!(begun.ids, [[0, 5, 6], [0, 7, 8]]);
+    assert_eq!(
+        (begun.record.tokens, begun.record.distinct_positions),
+        (6, Some(4))
+    );
 }
 
 #[test]

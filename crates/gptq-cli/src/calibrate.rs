@@ -5,7 +5,8 @@ use std::sync::Arc;
 use gptq_calibration::{
     EvaluationWindows, Means, Source, Tokenizer, WindowSpec, Windows, windows_and_held_out,
 };
-use gptq_model::{DecoderConfig, Device, FloatWeights, SampleSpec, sample_windows};
+use gptq_inference::{SampleSpec, sample_windows};
+use gptq_model::{Device, FloatWeights, ModelSpec};
 use gptq_types::CalibrationRequest;
 
 use crate::args::HubArgs;
@@ -13,17 +14,18 @@ use crate::datasets::{HubFiles, ModelTemplate, local_copy};
 use crate::failure::Failure;
 use crate::models::Model;
 use crate::progress::Steps;
+use crate::window_bos::{recorded, window_bos};
 
 /// Reads or draws the windows; `temperature` and `device` are for text of the model's own.
 pub fn calibrate(
     request: &CalibrationRequest,
     temperature: f32,
     model: &Model,
-    config: &DecoderConfig,
+    spec: &ModelSpec,
     device: Device,
     hub: &HubArgs,
 ) -> Result<Windows, Failure> {
-    let found = calibrate_and_hold_out(request, 0, temperature, model, config, device, hub);
+    let found = calibrate_and_hold_out(request, 0, temperature, model, spec, device, hub);
     found.map(|(windows, _)| windows)
 }
 
@@ -34,15 +36,15 @@ pub fn calibrate_and_hold_out(
     held_out: usize,
     temperature: f32,
     model: &Model,
-    config: &DecoderConfig,
+    spec: &ModelSpec,
     device: Device,
     hub: &HubArgs,
 ) -> Result<(Windows, Option<EvaluationWindows>), Failure> {
     let source = Source::parse(&request.dataset)?.with_column(request.column.clone())?;
-    if request.seq_len > config.max_position_embeddings {
+    if request.seq_len > spec.max_position_embeddings {
         eprintln!(
             "warning: windows of {} tokens exceed the model's {} positions",
-            request.seq_len, config.max_position_embeddings
+            request.seq_len, spec.max_position_embeddings
         );
     }
     if source.is_generated() && held_out > 0 {
@@ -53,24 +55,27 @@ pub fn calibrate_and_hold_out(
             "leave out --check-windows; --check-dataset TEXT compares on a text of its own",
         ));
     }
+    let bos = window_bos(request.window_bos, &source, model, spec)?;
     let (mut windows, beside) = if source.is_generated() {
-        let own = write_own(request, temperature, model, config, device)?;
+        let own = write_own(request, temperature, bos, model, spec, device)?;
         (own, None)
     } else {
         let tokenizer = Tokenizer::open(model.tokenizer_dir())?;
-        tokenizer.check_vocabulary(config.vocab_size)?;
+        tokenizer.check_vocabulary(spec.vocab_size)?;
         let means = Means {
             tokenizer: &tokenizer,
             files: &HubFiles::new(hub),
             chat: &ModelTemplate::of(model),
+            bos,
         };
         windows_and_held_out(&source, &window_spec(request), held_out, &means)?
     };
-    windows.check_vocabulary(config.vocab_size)?;
+    windows.check_vocabulary(spec.vocab_size)?;
     if let Some(beside) = &beside {
-        beside.check_vocabulary(config.vocab_size)?;
+        beside.check_vocabulary(spec.vocab_size)?;
     }
-    windows.record.widest_input = widest_input(config);
+    windows.record.widest_input = widest_input(spec);
+    windows.record.window_bos = recorded(request.window_bos, bos, spec);
     windows.record.column.clone_from(&request.column);
     windows.record.file = local_copy(&source);
     let is_warm = source.is_generated() && temperature != 1.0;
@@ -81,10 +86,9 @@ pub fn calibrate_and_hold_out(
     Ok((windows, beside))
 }
 
-/// All blocks have the shapes of the first.
-fn widest_input(config: &DecoderConfig) -> Option<usize> {
-    let linears = config.block_linears(0);
-    linears.iter().map(|(_, in_features, _)| *in_features).max()
+fn widest_input(spec: &ModelSpec) -> Option<usize> {
+    let linears = (0..spec.blocks.len()).flat_map(|index| spec.block_linears(index));
+    linears.map(|linear| linear.in_features).max()
 }
 
 fn window_spec(request: &CalibrationRequest) -> WindowSpec {
@@ -99,8 +103,9 @@ fn window_spec(request: &CalibrationRequest) -> WindowSpec {
 fn write_own(
     request: &CalibrationRequest,
     temperature: f32,
+    bos: Option<u32>,
     model: &Model,
-    config: &DecoderConfig,
+    spec: &ModelSpec,
     device: Device,
 ) -> Result<Windows, Failure> {
     window_spec(request).check()?;
@@ -117,19 +122,24 @@ fn write_own(
     }
     let all = request.samples * request.seq_len;
     let mut steps = Steps::new("sampling tokens", 0, all);
-    let ids = sample_windows(
+    let mut ids = sample_windows(
         Arc::new(FloatWeights::new(model.checkpoint.clone())),
-        config.clone(),
+        spec.clone(),
         device,
         SampleSpec {
             samples: request.samples,
             seq_len: request.seq_len,
             temperature,
             seed: request.seed,
+            bos,
         },
         &mut |done, _| steps.set(done),
     )?;
     steps.end();
     let rule = format!("sampled from the model at temperature {temperature}");
-    Ok(Windows::from_ids(ids, "self", &rule, request.seed))
+    for window in ids.iter_mut().filter(|_| bos.is_some()) {
+        window.remove(0); // what is counted is the text
+    }
+    let own = Windows::from_ids(ids, "self", &rule, request.seed);
+    Ok(own.behind_bos(bos))
 }

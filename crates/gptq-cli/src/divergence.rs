@@ -6,7 +6,7 @@ use std::sync::Arc;
 use gptq_calibration::{EvaluationWindows, Source};
 use gptq_hub::Checkpoint;
 use gptq_inference::{Journal, Request, evaluate, group_tokens, summarise};
-use gptq_model::Device;
+use gptq_model::{Device, ModelSpec};
 use gptq_pipeline::CompareError;
 use gptq_types::{Divergence, RunRecord};
 
@@ -16,6 +16,7 @@ use crate::failure::Failure;
 use crate::models::Model;
 use crate::progress::Steps;
 use crate::scoring::ScoringText;
+use crate::window_bos::recorded;
 
 /// Windows of a second text where nobody says how many.
 const WINDOWS: usize = 16;
@@ -27,18 +28,21 @@ struct Text {
     dataset: String,
     held_out: bool,
     windows: EvaluationWindows,
+    /// As records have it.
+    window_bos: Option<bool>,
 }
 
 impl Texts {
     /// The second text, where one was given.
-    pub fn read(args: &QuantizeArgs, model: &Model, vocab_size: usize) -> Result<Self, Failure> {
+    pub fn read(args: &QuantizeArgs, model: &Model, spec: &ModelSpec) -> Result<Self, Failure> {
         let mut texts = Vec::new();
         if let Some(dataset) = &args.check_dataset {
-            let windows = second(args, dataset, model)?;
-            windows.check_vocabulary(vocab_size)?;
+            let windows = second(args, dataset, model, spec)?;
+            windows.check_vocabulary(spec.vocab_size)?;
             texts.push(Text {
                 dataset: dataset.clone(),
                 held_out: false,
+                window_bos: recorded(args.window_bos.choice(), windows.bos, spec),
                 windows,
             });
         }
@@ -46,11 +50,17 @@ impl Texts {
     }
 
     /// Before all others the windows of the calibration text `dataset` that calibration does not see.
-    pub fn put_first(&mut self, dataset: &str, windows: EvaluationWindows) {
+    pub fn put_first(
+        &mut self,
+        dataset: &str,
+        windows: EvaluationWindows,
+        window_bos: Option<bool>,
+    ) {
         let text = Text {
             dataset: dataset.to_string(),
             held_out: true,
             windows,
+            window_bos,
         };
         self.0.insert(0, text);
     }
@@ -126,6 +136,7 @@ impl Texts {
                     windows: text.windows.ids.len(),
                     seq_len: lengths().max().unwrap_or(0),
                     tokens: lengths().sum(),
+                    window_bos: text.window_bos,
                     float_perplexity: float.perplexity(),
                     perplexity: own.perplexity(),
                     kl: compared.kl,
@@ -150,7 +161,12 @@ impl Texts {
 }
 
 /// The first windows of a text that calibration did not see.
-fn second(args: &QuantizeArgs, dataset: &str, model: &Model) -> Result<EvaluationWindows, Failure> {
+fn second(
+    args: &QuantizeArgs,
+    dataset: &str,
+    model: &Model,
+    spec: &ModelSpec,
+) -> Result<EvaluationWindows, Failure> {
     let (calibration, source) = (Source::parse(&args.dataset)?, Source::parse(dataset)?);
     if is_one_text(&calibration, &source) {
         return Err(Failure::with_hint(
@@ -166,6 +182,7 @@ fn second(args: &QuantizeArgs, dataset: &str, model: &Model) -> Result<Evaluatio
             0 => WINDOWS,
             windows => windows,
         }),
+        window_bos: args.window_bos.choice(),
     };
-    text.read(model, &args.hub)
+    text.read(model, spec, &args.hub)
 }

@@ -27,6 +27,7 @@ mod speed;
 mod unread_keys;
 mod voice;
 mod watch;
+mod window_bos;
 
 use std::process::ExitCode;
 

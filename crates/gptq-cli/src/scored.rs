@@ -49,8 +49,9 @@ impl Scored {
                     column: args.column.clone(),
                     seq_len: args.seq_len,
                     max_windows: args.max_windows,
+                    window_bos: args.window_bos.choice(),
                 };
-                let windows = text.read(model, &args.hub)?;
+                let windows = text.read(model, &opened.spec, &args.hub)?;
                 Ok(Text { name, windows })
             })
             .collect::<Result<Vec<_>, Failure>>()?;
@@ -69,7 +70,7 @@ impl Scored {
             let found = Passages::read(given, args.lambada_examples, &tokenizer, &files)?;
             scored.lambada = Some(found);
         }
-        let positions = opened.config.max_position_embeddings;
+        let positions = opened.spec.max_position_embeddings;
         for task in &args.task {
             let questions = Questions::read(&task.file, args.task_examples, &tokenizer, positions)?;
             let name = task.name.clone();
@@ -82,7 +83,7 @@ impl Scored {
     pub fn check(&self, args: &EvalArgs, opened: &[OpenedModel]) -> Result<(), Failure> {
         let vocabulary = |index: usize| {
             let name = args.models[index].as_str();
-            (name, opened[index].config.vocab_size)
+            (name, opened[index].spec.vocab_size)
         };
         for index in 1..opened.len() {
             check_same_vocabulary(vocabulary(0), vocabulary(index))?;
@@ -97,7 +98,7 @@ impl Scored {
         for task in &self.tasks {
             task.questions.check_vocabulary(vocab_size)?;
         }
-        self.warn_of_lengths(opened[0].config.max_position_embeddings);
+        self.warn_of_lengths(opened[0].spec.max_position_embeddings);
         Ok(())
     }
 

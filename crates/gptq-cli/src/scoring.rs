@@ -8,7 +8,7 @@ use gptq_inference::{
     OpenedModel, Reference, ScoreError, WindowScore, group_tokens, groups, score_reference,
     score_windows, summarise,
 };
-use gptq_model::Device;
+use gptq_model::{Device, ModelSpec};
 use gptq_types::EvalRecord;
 
 use crate::args::HubArgs;
@@ -16,6 +16,7 @@ use crate::datasets::{HubFiles, ModelTemplate};
 use crate::failure::Failure;
 use crate::models::Model;
 use crate::progress::Steps;
+use crate::window_bos::window_bos;
 
 /// Which text, and how much of it.
 #[derive(Clone, Debug)]
@@ -24,11 +25,18 @@ pub struct ScoringText {
     pub column: Option<String>,
     pub seq_len: usize,
     pub max_windows: Option<usize>,
+    /// As the model's family needs it where nothing is said.
+    pub window_bos: Option<bool>,
 }
 
 impl ScoringText {
     /// The windows, in the tokens of `model`.
-    pub fn read(&self, model: &Model, hub: &HubArgs) -> Result<EvaluationWindows, Failure> {
+    pub fn read(
+        &self,
+        model: &Model,
+        spec: &ModelSpec,
+        hub: &HubArgs,
+    ) -> Result<EvaluationWindows, Failure> {
         let source = Source::parse(&self.dataset)?.with_column(self.column.clone())?;
         if source.is_generated() {
             let text =
@@ -40,6 +48,7 @@ impl ScoringText {
             tokenizer: &tokenizer,
             files: &HubFiles::new(hub),
             chat: &ModelTemplate::of(model),
+            bos: window_bos(self.window_bos, &source, model, spec)?,
         };
         Ok(evaluation_windows(
             &source,
@@ -82,7 +91,7 @@ pub fn record(
         nll_stderr: evaluation.nll_stderr,
         perplexity: evaluation.perplexity(),
         weight_bytes: model.checkpoint.weight_bytes(),
-        unread_keys: opened.config.unread_keys.clone(),
+        unread_keys: opened.spec.unread_keys.clone(),
         ..EvalRecord::default()
     };
     match evaluation.comparison {
@@ -130,7 +139,7 @@ impl<'a> Scorer<'a> {
     /// Runs all windows through `model`, which tables know as `name`.
     pub fn score(&mut self, name: &str, model: &Model) -> Result<EvalRecord, Failure> {
         let opened = model.open()?;
-        let vocab_size = opened.config.vocab_size;
+        let vocab_size = opened.spec.vocab_size;
         self.text.check_vocabulary(vocab_size)?;
         if let Some(first) = &self.first {
             check_same_vocabulary((&first.name, first.vocab_size), (name, vocab_size))?;
@@ -162,7 +171,7 @@ impl<'a> Scorer<'a> {
         name: &str,
         opened: &OpenedModel,
     ) -> Result<(Vec<WindowScore>, Vec<Reference>), Failure> {
-        let passes = (opened.config.num_hidden_layers + 1) * self.groups.len();
+        let passes = (opened.spec.blocks.len() + 1) * self.groups.len();
         let mut steps = Steps::beside(&format!("{name}: scoring"), passes, self.plain);
         let mut done = 0;
         let (mut scores, mut hidden) = (Vec::new(), Vec::new());

@@ -12,9 +12,7 @@ use crate::models::Model;
 /// Reads a prompt and writes on, with all blocks resident.
 pub fn measure(model: &Model, device: Device, args: &SpeedArgs) -> Result<Speed, Failure> {
     let opened = model.open()?;
-    let context = (opened.config.sliding_window)
-        .unwrap_or(usize::MAX)
-        .min(opened.config.max_position_embeddings);
+    let context = opened.spec.max_position_embeddings;
     let new_tokens = args.speed_tokens.get().min((context / 4).max(1));
     let prompt_tokens = args.speed_prompt.get();
     let prompt_tokens = prompt_tokens.min(context.saturating_sub(new_tokens)).max(1);

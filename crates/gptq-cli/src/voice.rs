@@ -199,10 +199,9 @@ pub fn no_template(dir: &Path) -> Failure {
     )
 }
 
-/// Tokens that a model takes: what it was trained for, or less where it only looks back so far.
-pub fn context(config: &gptq_model::DecoderConfig) -> usize {
-    let window = config.sliding_window.unwrap_or(usize::MAX);
-    window.min(config.max_position_embeddings)
+/// Tokens that a model takes: what it was trained for.
+pub fn context(spec: &gptq_model::ModelSpec) -> usize {
+    spec.max_position_embeddings
 }
 
 fn read_text(path: &Path) -> Result<Option<String>, Failure> {

@@ -50,8 +50,9 @@ pub(crate) struct Stored {
 impl Checkpoint {
     /// Opens a folder and checks every header in it, the file lengths and the index.
     ///
-    /// Tensors under other names than `model.*` and `lm_head.*` are known by these, and FP8 weights
-    /// are read as the floats that they stand for; [`Checkpoint::notes`] says so.
+    /// Tensors under other names than `model.*` and `lm_head.*` are known by these, unless a
+    /// `text_config` in `config.json` says that there is more than a decoder: then all keep their
+    /// names. FP8 weights are read as the floats that they stand for; [`Checkpoint::notes`] says so.
     ///
     /// Fails when the folder or its weights are missing, when only pickles, a GGUF file or an
     /// adapter are there, when index and shards disagree, when a header is damaged or its file cut
@@ -87,7 +88,8 @@ impl Checkpoint {
             true => serde_json::from_str(&self.config_json()?).unwrap_or_default(),
             false => Value::Null,
         };
-        let renamed = canonical(std::mem::take(&mut self.tensors));
+        let multimodal = config.get("text_config").is_some_and(Value::is_object);
+        let renamed = canonical(std::mem::take(&mut self.tensors), multimodal);
         let renamed = renamed.map_err(|reason| HubError::Names {
             folder: self.dir.clone(),
             reason,

@@ -1,16 +1,21 @@
 //! The small files beside the weights that travel with a model, into the hub's cache and out of it.
 
-/// Tokenizer, templates, settings of generation.
-const NAMES: [&str; 10] = [
+/// Tokenizer, templates, settings of generation, and of what turns images and sound into input.
+const NAMES: [&str; 15] = [
     "added_tokens.json",
+    "audio_tokenizer_config.json",
     "chat_template.jinja",
     "chat_template.json",
     "generation_config.json",
     "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
     "special_tokens_map.json",
+    "tekken.json",
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
+    "video_preprocessor_config.json",
     "vocab.json",
 ];
 
@@ -19,7 +24,7 @@ const TERMS: [&str; 5] = ["LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY
 const TERM_ENDS: [&str; 3] = ["TXT", "MD", "PDF"];
 
 /// Whether a file of this name, directly in a model folder, travels with the model: its tokenizer,
-/// chat template and settings of generation, and its licence, notice and use policy.
+/// chat template, processors and settings of generation, and its licence, notice and use policy.
 ///
 /// ```
 /// assert!(gptq_hub::is_companion("USE_POLICY.md") && gptq_hub::is_companion("merges.txt"));
@@ -40,6 +45,26 @@ fn is_terms(name: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn processors_travel() {
+        // without them a quantized multimodal model once took no images
+        for name in [
+            "audio_tokenizer_config.json",
+            "chat_template.jinja",
+            "chat_template.json",
+            "preprocessor_config.json",
+            "processor_config.json",
+            "tekken.json",
+            "video_preprocessor_config.json",
+        ] {
+            assert!(is_companion(name), "{name}");
+        }
+        // beside config.json they would make another format of the same folder
+        for name in ["params.json", "consolidated.safetensors", "modeling_x.py"] {
+            assert!(!is_companion(name), "{name}");
+        }
+    }
 
     #[test]
     fn terms_travel_whatever_their_ending() {

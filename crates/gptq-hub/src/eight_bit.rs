@@ -79,10 +79,16 @@ pub(crate) fn widen(
     Ok(names.len())
 }
 
-/// The type that config.json declares; bf16 where it says none.
+/// The type that config.json declares, for the whole model or else for its decoder; bf16 where it
+/// says none.
 fn declared_type(config: &Value) -> Dtype {
-    let declared = config.get("torch_dtype").or(config.get("dtype"));
-    match declared.and_then(Value::as_str) {
+    let keys = ["torch_dtype", "dtype"];
+    let places = [Some(config), config.get("text_config")];
+    let mut declared = places.into_iter().flatten().flat_map(|place| {
+        let named = |key: &str| place.get(key).and_then(Value::as_str);
+        keys.iter().filter_map(move |key| named(key))
+    });
+    match declared.next() {
         Some("float16") => Dtype::F16,
         Some("float32") => Dtype::F32,
         _ => Dtype::BF16,

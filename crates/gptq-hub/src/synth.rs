@@ -1,7 +1,8 @@
 //! A model folder of random weights, for measurements of speed and memory: how long a step takes
 //! and what it holds depends on shapes, and these need no download.
 //!
-//! The weights are normal with the deviation that the family is initialised with, norms are one.
+//! The weights are normal with the deviation that the family is initialised with, norms are one; those
+//! of Gemma, which are added to one, are normal too.
 //! Quality cannot be measured on them: the model says nothing, its channels are alike, and GPTQ
 //! gains less over rounding than it does on trained weights.
 
@@ -14,14 +15,13 @@ use gptq_packer::{CheckpointLayout, StagedCheckpoint, write_safetensors};
 use gptq_types::{Dtype, TensorInfo};
 use rayon::prelude::*;
 
-use crate::HubError;
 use crate::folder::{add_json, make_folder};
+use crate::{HalfType, HubError};
 
 mod normal;
 mod shape;
 
-pub use normal::HalfType;
-pub use shape::ModelShape;
+pub use shape::{ModelShape, ShapeFamily};
 
 use normal::{Normal, Stream};
 
@@ -118,19 +118,20 @@ pub fn synth(
 /// A run of elements of one tensor.
 struct Part<'a> {
     name: &'a str,
-    is_norm: bool,
+    is_one: bool,
     start: usize,
     elements: usize,
 }
 
-fn parts(tensors: &[(String, TensorInfo)]) -> Vec<Part<'_>> {
+/// `ones` says whether norms are one.
+fn parts(tensors: &[(String, TensorInfo)], ones: bool) -> Vec<Part<'_>> {
     let mut parts = Vec::new();
     for (name, info) in tensors {
         let all = info.elements();
         for start in (0..all).step_by(PART_ELEMENTS) {
             parts.push(Part {
                 name,
-                is_norm: info.shape.len() == 1,
+                is_one: ones && info.shape.len() == 1,
                 start,
                 elements: PART_ELEMENTS.min(all - start),
             });
@@ -149,11 +150,11 @@ fn write_weights(
     let one = spec.dtype.bits(1.0);
     let total = stage.layout().tensor_bytes();
     let told = Mutex::new((0, progress));
-    parts(tensors)
+    parts(tensors, spec.shape.norms_are_factors())
         .into_par_iter()
         .try_for_each_init(Vec::new, |buffer, part| {
             buffer.resize(part.elements, one);
-            match part.is_norm {
+            match part.is_one {
                 true => buffer.fill(one),
                 false => {
                     let stream = Stream::new(spec.seed, part.name);

@@ -4,6 +4,9 @@
 //! `model.language_model.*`, a bare decoder has no `model.`, wrappers leave `_orig_mod.` (a compiled
 //! module), `module.` or `base_model.model.`. Where the embedding is found says what was put before
 //! all names.
+//!
+//! A multimodal checkpoint, one whose `config.json` has a `text_config`, is not brought back: its
+//! modules keep the paths under which its readers look for them, and only wrappers are taken away.
 
 use std::collections::BTreeMap;
 
@@ -18,6 +21,8 @@ const WRAPPERS: [&str; 3] = [
     "_checkpoint_wrapped_module.",
     "_fsdp_wrapped_module.",
 ];
+/// Left before all names by data-parallel training and by adapters that were merged.
+const LEADING: [&str; 2] = ["module.", "base_model.model."];
 /// Of a name out of a file, in an error.
 const SHOWN_CHARACTERS: usize = 96;
 
@@ -31,8 +36,16 @@ pub(crate) struct Renamed<T> {
 
 /// Takes what was put before the names away; `Err` says what was found instead of a decoder.
 ///
-/// Names without an embedding among them stay as they are: whoever misses a tensor names it.
-pub(crate) fn canonical<T>(tensors: BTreeMap<String, T>) -> Result<Renamed<T>, String> {
+/// `multimodal` says that the decoder is one part of a larger model: then names lose their wrappers
+/// and nothing else. Names without an embedding among them stay as they are: whoever misses a tensor
+/// names it.
+pub(crate) fn canonical<T>(
+    tensors: BTreeMap<String, T>,
+    multimodal: bool,
+) -> Result<Renamed<T>, String> {
+    if multimodal {
+        return without_wrappers(tensors);
+    }
     let embeddings: Vec<String> = tensors
         .keys()
         .map(|name| unwrapped(name))
@@ -62,8 +75,7 @@ pub(crate) fn canonical<T>(tensors: BTreeMap<String, T>) -> Result<Renamed<T>, S
             example = Some(name.clone());
         }
         if renamed.insert(new.clone(), tensor).is_some() {
-            let new = shown(&new, SHOWN_CHARACTERS);
-            return Err(format!("has two tensors that both mean `{new}`"));
+            return Err(both_mean(&new));
         }
     }
     let example = shown(&example.unwrap_or_default(), SHOWN_CHARACTERS);
@@ -73,6 +85,41 @@ pub(crate) fn canonical<T>(tensors: BTreeMap<String, T>) -> Result<Renamed<T>, S
             "tensors are named as `{example}` is; they are read, and written, as `{plain}`"
         )),
     })
+}
+
+fn without_wrappers<T>(tensors: BTreeMap<String, T>) -> Result<Renamed<T>, String> {
+    let mut leading = String::new();
+    let every = |start: &str| {
+        let mut names = tensors.keys().map(|name| unwrapped(name));
+        !tensors.is_empty() && names.all(|name| name.starts_with(start))
+    };
+    while let Some(more) = LEADING
+        .iter()
+        .find(|more| every(&format!("{leading}{more}")))
+    {
+        leading.push_str(more);
+    }
+    let mut renamed = BTreeMap::new();
+    let mut note = None;
+    for (name, tensor) in tensors {
+        let new = unwrapped(&name)[leading.len()..].to_string();
+        if new != name && note.is_none() {
+            let [old, kept] = [&name, &new].map(|name| shown(name, SHOWN_CHARACTERS));
+            note = Some(format!(
+                "tensors are named as `{old}` is; they are read, and written, as `{kept}`"
+            ));
+        }
+        if renamed.insert(new.clone(), tensor).is_some() {
+            return Err(both_mean(&new));
+        }
+    }
+    let tensors = renamed;
+    Ok(Renamed { tensors, note })
+}
+
+fn both_mean(name: &str) -> String {
+    let name = shown(name, SHOWN_CHARACTERS);
+    format!("has two tensors that both mean `{name}`")
 }
 
 fn renamed_one(name: &str, prefix: &str) -> Option<String> {
@@ -115,7 +162,7 @@ mod tests {
 
     fn each(change: impl Fn(&str) -> String) -> Result<Renamed<usize>, String> {
         let names: Vec<String> = PLAIN.iter().map(|name| change(name)).collect();
-        canonical(named(&names))
+        canonical(named(&names), false)
     }
 
     #[test]
@@ -148,7 +195,7 @@ mod tests {
     fn what_lies_beside_a_decoder_is_named() {
         let mut names: Vec<String> = PLAIN.map(|name| format!("language_model.{name}")).to_vec();
         names.push("vision_tower.patch_embed.weight".into());
-        let error = canonical(named(&names)).unwrap_err();
+        let error = canonical(named(&names), false).unwrap_err();
         assert!(error.contains("`language_model.model.*`"), "{error}");
         assert!(
             error.contains("`vision_tower.patch_embed.weight`"),
@@ -156,7 +203,7 @@ mod tests {
         );
 
         let two = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"];
-        let error = canonical(named(&two.map(String::from))).unwrap_err();
+        let error = canonical(named(&two.map(String::from)), false).unwrap_err();
         assert!(
             error.contains("`decoder.embed_tokens.weight` and"),
             "{error}"
@@ -167,12 +214,59 @@ mod tests {
             "a.norm._orig_mod.weight",
         ];
         assert!(
-            canonical(named(&twice.map(String::from)))
+            canonical(named(&twice.map(String::from)), false)
                 .unwrap_err()
                 .contains("both mean")
         );
         // nothing that looks like a decoder: whoever misses a tensor says so
         let other = ["transformer.wte.weight".to_string()];
-        assert_eq!(canonical(named(&other)).unwrap().note, None);
+        assert_eq!(canonical(named(&other), false).unwrap().note, None);
+    }
+    #[test]
+    fn modules_of_a_multimodal_model_keep_their_paths() {
+        // all but the last once ended in "part of no decoder", or lost the path that readers know
+        let ways: [&[&str]; 4] = [
+            &[
+                "lm_head.weight",
+                "model.language_model.embed_tokens.weight",
+                "model.language_model.layers.0.mlp.up_proj.weight",
+                "model.multi_modal_projector.linear.weight",
+                "model.vision_tower.blocks.0.attn.qkv.weight",
+                "mtp.layers.0.mlp.up_proj.weight",
+            ],
+            &[
+                "language_model.lm_head.weight",
+                "language_model.model.embed_tokens.weight",
+                "vision_tower.patch_embed.weight",
+            ],
+            &["embed_tokens.weight", "layers.0.mlp.up_proj.weight"],
+            &["model.embed_tokens.weight", "model.visual.merger.weight"],
+        ];
+        for way in ways {
+            let names: Vec<String> = way.iter().map(|name| name.to_string()).collect();
+            let renamed = canonical(named(&names), true).unwrap();
+            assert_eq!(renamed.note, None);
+            assert!(renamed.tensors.keys().eq(&names), "{renamed:?}");
+
+            let wrappers: [fn(&String) -> String; 3] = [
+                |name| format!("_orig_mod.{name}"),
+                |name| format!("module._orig_mod.{name}"),
+                |name| format!("base_model.model.module.{name}"),
+            ];
+            for wrap in wrappers {
+                let wrapped: Vec<String> = names.iter().map(wrap).collect();
+                let renamed = canonical(named(&wrapped), true).unwrap();
+                assert!(renamed.tensors.keys().eq(&names), "{renamed:?}");
+                let note = renamed.note.unwrap();
+                assert!(note.contains(&format!("as `{}`", names[0])), "{note}");
+            }
+        }
+        let twice = ["a._orig_mod.weight", "a.weight"].map(String::from);
+        let error = canonical(named(&twice), true).unwrap_err();
+        assert!(error.ends_with("both mean `a.weight`"), "{error}");
+        // what stands before some names only is part of them
+        let some = ["lm_head.weight", "module.a.weight"].map(String::from);
+        assert!(canonical(named(&some), true).unwrap().note.is_none());
+        assert!(canonical(named(&[]), true).unwrap().tensors.is_empty());
     }
 }

@@ -5,8 +5,11 @@ use std::fs;
 use std::path::Path;
 
 use gptq_hub::{Checkpoint, HubError};
-use gptq_packer::write_safetensors;
+use gptq_packer::{SafetensorsFile, write_safetensors};
 use gptq_types::{Dtype, TensorInfo, TensorSource};
+
+#[path = "../../../tests/support/data.rs"]
+mod data;
 
 /// Writes tensors of one i32 each, holding 0, 1, 2, ...
 fn write(dir: &Path, file: &str, names: &[&str]) {
@@ -278,6 +281,12 @@ fn eight_bit_floats_are_read_by_blocks() {
         .map(|bytes| f32::from_le_bytes(*bytes))
         .collect();
     assert_eq!(values, [1.0, 1.0, 2.0, -2.0]);
+    // a multimodal model may say it of its decoder alone
+    let nested = config.replacen("\"torch_dtype\"", "\"text_config\": {\"dtype\"", 1);
+    let nested = nested.replacen("\"float32\"", "\"float32\"}", 1);
+    fs::write(dir.path().join("config.json"), nested).unwrap();
+    let read = Checkpoint::open(dir.path()).unwrap();
+    assert_eq!(read.info(name).unwrap().dtype, Dtype::F32);
     let mut part = [0; 7];
     checkpoint.read_at(name, 6, &mut part).unwrap();
     assert_eq!(part, bytes[6..13]);
@@ -310,4 +319,50 @@ fn settings_left_beside_floats_are_said() {
         notes[0].contains("declares the quantization `bitsandbytes`"),
         "{notes:?}"
     );
+}
+
+#[test]
+fn a_text_config_keeps_all_names() {
+    let dir = tempfile::tempdir().unwrap();
+    let names = [
+        "language_model.lm_head.weight",
+        "language_model.model.embed_tokens.weight",
+        "vision_tower.layers.0.q_proj.weight",
+    ];
+    let wrapped = names.map(|name| format!("_orig_mod.{name}"));
+    write(
+        dir.path(),
+        "model.safetensors",
+        &wrapped.each_ref().map(|name| &name[..]),
+    );
+    let config = dir.path().join("config.json");
+    fs::write(&config, r#"{"text_config": {"model_type": "gemma3_text"}}"#).unwrap();
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    assert_eq!(checkpoint.names(), names);
+    assert_eq!(checkpoint.bytes(names[2]).unwrap(), [2, 0, 0, 0]);
+    assert_eq!(checkpoint.notes().len(), 1);
+    // without it the folder says that it is a decoder, and it is none
+    fs::write(&config, r#"{"text_config": null}"#).unwrap();
+    assert!(error_of(dir.path()).contains("part of no decoder"));
+}
+
+#[test]
+fn multimodal_folders_of_the_hub_open_with_their_names() {
+    for name in [
+        "gemma3_hub",
+        "mistral3_hub",
+        "qwen3_5_hub",
+        "qwen3_5_moe_hub",
+    ] {
+        let Some(folder) = data::shared(&format!("golden-arch/{name}")) else {
+            return;
+        };
+        let stored = SafetensorsFile::open(&folder.join("model.safetensors")).unwrap();
+        let checkpoint = Checkpoint::open(&folder).unwrap();
+        assert!(
+            checkpoint.names().iter().eq(stored.tensors().keys()),
+            "{name}"
+        );
+        assert!(checkpoint.notes().is_empty());
+    }
 }

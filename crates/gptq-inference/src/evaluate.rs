@@ -242,7 +242,7 @@ impl Run<'_> {
     fn count(&mut self, part: Part, groups: usize) {
         for group in 0..groups {
             for (model, opened) in self.request.models.iter().enumerate() {
-                let passes = opened.config.num_hidden_layers + 1;
+                let passes = opened.spec.blocks.len() + 1;
                 self.step.all += passes;
                 if !self.is_due(Place { part, group, model }) {
                     self.step.done += passes;

@@ -3,12 +3,14 @@
 //! Knows: packed linears as weights of the forward pass; perplexity, divergence from another
 //! checkpoint with its tail and its place in the window, paired confidence intervals, last words
 //! guessed by greedy tokens, choices weighed by their likelihood; the journal by which an evaluation goes on after a kill; logits of
-//! given tokens; runners that keep all weights as the file has them, text from them, and its speed.
+//! given tokens; runners that keep all weights as the file has them, text and windows sampled from them, and
+//! their speed.
 //!
 //! Does not know: how a checkpoint was made. Nothing of the solver or the pipeline is reachable
 //! from here, so a number from this crate is a number about the files.
 
 mod confidence;
+mod draw;
 mod evaluate;
 mod generate;
 mod journal;
@@ -20,6 +22,7 @@ mod packed;
 mod passage;
 mod perplexity;
 mod run;
+mod sample_windows;
 mod speed;
 mod stored;
 mod summary;
@@ -41,6 +44,7 @@ pub use perplexity::{
     Divergence, Reference, ScoreError, WindowScore, score_reference, score_windows,
 };
 pub use run::{RunError, Runner};
+pub use sample_windows::{SampleSpec, sample_windows};
 pub use speed::measure_speed;
 pub use stored::{StoredLinear, StoredMatrix, StoredWeight};
 pub use summary::{Comparison, Evaluation, accuracy, summarise};

@@ -5,7 +5,7 @@ use gptq_model::{Decoder, ModelError};
 /// Logits `[ids.len(), vocab_size]` row-major of one sequence.
 pub fn logits(decoder: &mut dyn Decoder, ids: &[u32]) -> Result<Vec<f32>, ModelError> {
     decoder.embed(&[ids.to_vec()])?;
-    for index in 0..decoder.config().num_hidden_layers {
+    for index in 0..decoder.spec().blocks.len() {
         decoder.load_block(index)?;
         decoder.forward_block()?;
     }
@@ -23,6 +23,8 @@ pub struct LogitComparison {
     pub values: (f32, f32),
     /// Share of positions with the same likeliest token.
     pub top1_agreement: f64,
+    /// Mean over positions of the KL divergence of `expected` from `got`, nats.
+    pub kl: f64,
 }
 
 /// Compares `got` with `expected`, both `[tokens, vocab]` row-major and equally long.
@@ -32,6 +34,7 @@ pub fn compare(got: &[f32], expected: &[f32], vocab: usize) -> LogitComparison {
         at: (0, 0),
         values: (got[0], expected[0]),
         top1_agreement: 0.0,
+        kl: 0.0,
     };
     for (index, (&g, &e)) in got.iter().zip(expected).enumerate() {
         let difference = (g - e).abs();
@@ -53,7 +56,25 @@ pub fn compare(got: &[f32], expected: &[f32], vocab: usize) -> LogitComparison {
         .filter(|(g, e)| argmax(g) == argmax(e))
         .count();
     worst.top1_agreement = agreeing as f64 / rows.max(1) as f64;
+    let pairs = got.chunks_exact(vocab).zip(expected.chunks_exact(vocab));
+    let kl: f64 = pairs.map(|(got, expected)| divergence(got, expected)).sum();
+    worst.kl = kl / rows.max(1) as f64;
     worst
+}
+
+/// `sum p ln(p / q)` of one row's softmaxes, `p` the expected one.
+fn divergence(got: &[f32], expected: &[f32]) -> f64 {
+    let log_sum = |row: &[f32]| {
+        let most = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let sum: f64 = row.iter().map(|&x| f64::from(x - most).exp()).sum();
+        f64::from(most) + sum.ln()
+    };
+    let (q, p) = (log_sum(got), log_sum(expected));
+    let cells = got.iter().zip(expected).map(|(&g, &e)| {
+        let log_p = f64::from(e) - p;
+        log_p.exp() * (log_p - (f64::from(g) - q))
+    });
+    cells.sum()
 }
 
 fn argmax(row: &[f32]) -> usize {
@@ -76,6 +97,11 @@ mod tests {
         assert_eq!((found.max_difference, found.at), (6.0, (1, 1)));
         assert_eq!(found.values, (9.0, 3.0));
         assert_eq!(found.top1_agreement, 0.5);
+        // The first rows are alike; of the second p = softmax(3.5, 3), q = softmax(3, 9).
+        let p = 1.0 / (1.0 + (-0.5f64).exp());
+        let q = 1.0 / (1.0 + 6.0f64.exp());
+        let kl = p * (p / q).ln() + (1.0 - p) * ((1.0 - p) / (1.0 - q)).ln();
+        assert!((found.kl - kl / 2.0).abs() < 1e-9, "{}", found.kl);
         let nan = compare(&[f32::NAN, 0.0], &[0.0, 0.0], 2);
         assert!(nan.max_difference.is_infinite());
     }

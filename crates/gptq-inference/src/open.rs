@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use gptq_model::{
-    ConfigError, Decoder, DecoderConfig, Device, FloatWeights, ModelError, Streams, WeightSource,
+    ConfigError, Decoder, Device, FloatWeights, ModelError, ModelSpec, Streams, WeightSource,
 };
 use gptq_packer::QuantizeConfig;
 use gptq_types::TensorSource;
@@ -54,7 +54,7 @@ pub struct OpenedModel {
     /// The same, where linears are packed and may be had as codes.
     pub packed: Option<Arc<PackedWeights>>,
     /// The architecture.
-    pub config: DecoderConfig,
+    pub spec: ModelSpec,
     /// How it is packed; absent for a float checkpoint.
     pub quantization: Option<QuantizeConfig>,
 }
@@ -67,16 +67,17 @@ pub fn open(
     quantize_config_json: Option<&str>,
 ) -> Result<OpenedModel, OpenError> {
     let place = source.place();
-    let config = DecoderConfig::parse(config_json).map_err(|source| OpenError::Config {
+    let names = source.names();
+    let spec = ModelSpec::read(config_json, &names).map_err(|source| OpenError::Config {
         place: place.clone(),
         source,
     })?;
-    let packed = source.names().iter().any(|name| name.ends_with(".qweight"));
+    let packed = names.iter().any(|name| name.ends_with(".qweight"));
     if !packed {
         let opened = OpenedModel {
             weights: Arc::new(FloatWeights::new(source)),
             packed: None,
-            config,
+            spec,
             quantization: None,
         };
         opened.check()?;
@@ -93,7 +94,7 @@ pub fn open(
     let opened = OpenedModel {
         weights: weights.clone(),
         packed: Some(weights),
-        config,
+        spec,
         quantization: Some(settings),
     };
     opened.check()?;
@@ -105,7 +106,7 @@ impl OpenedModel {
     pub fn decoder(&self, device: Device) -> Result<Box<dyn Decoder>, OpenError> {
         Ok(gptq_model::open(
             self.weights.clone(),
-            self.config.clone(),
+            self.spec.clone(),
             device,
             Streams::One,
         )?)

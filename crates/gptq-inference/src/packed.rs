@@ -31,7 +31,12 @@ impl PackedWeights {
     /// under `float16`.
     pub fn declared_by(mut self, config_json: &str) -> Self {
         let json: serde_json::Value = serde_json::from_str(config_json).unwrap_or_default();
-        let declared = ["dtype", "torch_dtype"].map(|key| json[key].as_str().unwrap_or_default());
+        // That of the whole file, else that of a multimodal checkpoint's text model.
+        let declared = [&json, &json["text_config"]]
+            .into_iter()
+            .flat_map(|json| ["dtype", "torch_dtype"].map(|key| json[key].as_str()))
+            .map(Option::unwrap_or_default)
+            .collect::<Vec<_>>();
         self.declared = declared.iter().find_map(|name| match *name {
             "float16" => Some(Dtype::F16),
             "bfloat16" => Some(Dtype::BF16),
@@ -114,8 +119,12 @@ impl WeightSource for PackedWeights {
         self.float.dtype(name)
     }
 
-    fn computing_type(&self) -> Option<Dtype> {
-        self.declared.or_else(|| self.float.computing_type())
+    fn declared_type(&self) -> Option<Dtype> {
+        self.declared
+    }
+
+    fn rows(&self, name: &str, rows: &[u32], columns: usize) -> Result<Vec<f32>, SourceError> {
+        self.float.rows(name, rows, columns)
     }
 
     fn linear_tensors(&self, layer: &LayerName, bias: bool) -> Vec<String> {

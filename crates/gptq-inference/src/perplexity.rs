@@ -107,7 +107,7 @@ pub(crate) fn run_blocks(
     progress: &mut dyn FnMut(),
 ) -> Result<(), ModelError> {
     decoder.embed(windows)?;
-    for index in 0..decoder.config().num_hidden_layers {
+    for index in 0..decoder.spec().blocks.len() {
         decoder.load_block(index)?;
         decoder.forward_block()?;
         progress();

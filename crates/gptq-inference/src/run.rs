@@ -3,11 +3,13 @@
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
+#[cfg(feature = "cuda")]
+mod device_pass;
 mod memory;
 #[cfg(feature = "cuda")]
 mod projection;
 
-use gptq_model::{DecoderConfig, Device, ModelError};
+use gptq_model::{Device, ModelError, ModelSpec};
 use gptq_types::SourceError;
 
 use crate::OpenedModel;
@@ -67,7 +69,7 @@ impl RunError {
 /// prompt was given to begins with its first step. After an error the cache is to be reset.
 pub trait Runner {
     /// The architecture.
-    fn config(&self) -> &DecoderConfig;
+    fn spec(&self) -> &ModelSpec;
 
     /// Forgets everything; makes room for `batch` sequences of `capacity` tokens each.
     fn reset(&mut self, batch: usize, capacity: usize) -> Result<(), RunError>;
@@ -103,16 +105,10 @@ pub(crate) struct Lengths {
 }
 
 impl Lengths {
-    pub fn new(config: &DecoderConfig, batch: usize, capacity: usize) -> Result<Self, RunError> {
-        match config.sliding_window {
-            Some(window) if capacity > window => Err(RunError::Model(ModelError::SlidingWindow {
-                tokens: capacity,
-                window,
-            })),
-            _ => Ok(Lengths {
-                capacity,
-                held: vec![0; batch],
-            }),
+    pub fn new(batch: usize, capacity: usize) -> Self {
+        Lengths {
+            capacity,
+            held: vec![0; batch],
         }
     }
 
@@ -123,7 +119,7 @@ impl Lengths {
     /// Counts a prompt in; returns its first position.
     pub fn append(
         &mut self,
-        config: &DecoderConfig,
+        spec: &ModelSpec,
         sequence: usize,
         tokens: &[u32],
     ) -> Result<usize, RunError> {
@@ -134,7 +130,7 @@ impl Lengths {
         if tokens.is_empty() {
             return Err(RunError::EmptyPrompt);
         }
-        known(config, tokens)?;
+        known(spec, tokens)?;
         let first = *held;
         if tokens.len() > self.capacity.saturating_sub(first) {
             return Err(RunError::Full {
@@ -149,7 +145,7 @@ impl Lengths {
     }
 
     /// Counts a token a sequence in; `held` then counts it.
-    pub fn append_each(&mut self, config: &DecoderConfig, tokens: &[u32]) -> Result<(), RunError> {
+    pub fn append_each(&mut self, spec: &ModelSpec, tokens: &[u32]) -> Result<(), RunError> {
         let batch = self.held.len();
         if tokens.len() != batch || batch == 0 {
             return Err(RunError::NotOneEach {
@@ -157,7 +153,7 @@ impl Lengths {
                 batch,
             });
         }
-        known(config, tokens)?;
+        known(spec, tokens)?;
         if let Some(sequence) = self.held.iter().position(|&held| held >= self.capacity) {
             return Err(RunError::Full {
                 sequence,
@@ -171,8 +167,8 @@ impl Lengths {
     }
 }
 
-fn known(config: &DecoderConfig, tokens: &[u32]) -> Result<(), RunError> {
-    let vocab_size = config.vocab_size;
+fn known(spec: &ModelSpec, tokens: &[u32]) -> Result<(), RunError> {
+    let vocab_size = spec.vocab_size;
     match tokens.iter().find(|&&id| id as usize >= vocab_size) {
         Some(&id) => Err(ModelError::TokenOutsideVocabulary { id, vocab_size }.into()),
         None => Ok(()),

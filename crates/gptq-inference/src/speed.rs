@@ -20,7 +20,7 @@ pub fn measure_speed(
     new_tokens: usize,
     batch: usize,
 ) -> Result<Speed, RunError> {
-    let vocab = runner.config().vocab_size;
+    let vocab = runner.spec().vocab_size;
     let (prompt_tokens, new_tokens, batch) =
         (prompt_tokens.max(1), new_tokens.max(1), batch.max(1));
     let capacity = prompt_tokens.saturating_add(new_tokens);

@@ -1,8 +1,7 @@
 //! Weights in the type of the file, for runners that keep all of them resident.
 
-use gptq_kernels::Rotation;
-use gptq_model::{LinearValues, ModelError};
-use gptq_types::{Dtype, LayerName, SolvedLayer, SourceError, Stage};
+use gptq_model::{LinearSpec, LinearValues, ModelError};
+use gptq_types::{Dtype, SolvedLayer, SourceError};
 
 use crate::OpenedModel;
 
@@ -33,18 +32,12 @@ pub struct StoredMatrix {
 impl OpenedModel {
     /// Presence and shape of every tensor that the architecture needs, from headers alone.
     pub fn check(&self) -> Result<(), ModelError> {
-        self.config.check_tensors(self.weights.as_ref())
+        self.spec.check_tensors(self.weights.as_ref())
     }
 
-    /// The linear `layer` of `stage`, `[in_features, out_features]`. One checkpoint may hold packed
-    /// and plain linears.
-    pub fn linear(
-        &self,
-        layer: &LayerName,
-        shape: [usize; 2],
-        stage: Stage,
-    ) -> Result<StoredLinear, SourceError> {
-        let bias = self.config.has_bias(stage);
+    /// A linear of the model. One checkpoint may hold packed and plain linears.
+    pub fn linear(&self, linear: &LinearSpec) -> Result<StoredLinear, SourceError> {
+        let (layer, shape, bias) = (&linear.name, linear.shape(), linear.bias);
         if let Some(packed) = &self.packed
             && let Some(solved) = packed.layer(layer, shape)?
         {
@@ -74,27 +67,20 @@ impl OpenedModel {
 
     /// The embedding, `[vocab_size, hidden_size]`.
     pub fn embedding(&self) -> Result<StoredMatrix, SourceError> {
-        self.matrix("model.embed_tokens.weight")
+        self.matrix(&self.spec.embedding.name)
     }
 
     /// The language-model head, `[vocab_size, hidden_size]`; absent where it is the embedding.
     pub fn own_head(&self) -> Result<Option<StoredMatrix>, SourceError> {
-        match self.config.tie_word_embeddings {
+        match self.spec.head.tied {
             true => Ok(None),
-            false => self.matrix("lm_head.weight").map(Some),
+            false => self.matrix(&self.spec.head.name).map(Some),
         }
     }
 
-    fn matrix(&self, name: &str) -> Result<StoredMatrix, SourceError> {
+    /// A plain matrix by its full name.
+    pub fn matrix(&self, name: &str) -> Result<StoredMatrix, SourceError> {
         let (dtype, bytes) = self.weights.plain_as_stored(name)?;
         Ok(StoredMatrix { dtype, bytes })
-    }
-
-    /// Cosines and sines for positions `0..capacity`.
-    ///
-    /// `dynamic` scaling depends on the length of the text; here that is the capacity, from the
-    /// first token on, so that all keys of a sequence are turned alike.
-    pub fn rotation(&self, capacity: usize) -> Rotation {
-        self.config.rotation(0..capacity, capacity)
     }
 }

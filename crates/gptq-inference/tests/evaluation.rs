@@ -6,8 +6,8 @@ use std::sync::Arc;
 use gptq_inference::{
     Passage, guess_last_words, score_reference, score_windows, summarise, weigh_choices,
 };
-use gptq_model::{Decoder, DecoderConfig, HeadInput, ModelError};
-use gptq_types::{ActivationSink, LayerName, Stage, Weight};
+use gptq_model::{Decoder, HeadInput, ModelError, ModelSpec, Tap};
+use gptq_types::{ActivationSink, LayerName, Weight};
 
 const VOCAB: usize = 11;
 
@@ -17,7 +17,7 @@ const TOLERANCE: f64 = 1e-5;
 /// A table of next-token logits: a token's hidden state is its one-hot row, and the head's
 /// transpose holds what follows it. Its one block changes nothing.
 struct Bigrams {
-    config: DecoderConfig,
+    spec: ModelSpec,
     head: Arc<Vec<f32>>, // [next, token]
     batches: Vec<Vec<Vec<u32>>>,
     broken: Option<u32>, // a token whose state is not a number
@@ -34,7 +34,7 @@ impl Bigrams {
         let of = |next: usize| (0..VOCAB).map(move |token| (token, next));
         let cells = (0..VOCAB).flat_map(of);
         Bigrams {
-            config: DecoderConfig::parse(&config).unwrap(),
+            spec: ModelSpec::parse(&config).unwrap(),
             head: Arc::new(cells.map(|(token, next)| logit(token, next)).collect()),
             batches: Vec::new(),
             broken: None,
@@ -61,8 +61,8 @@ fn after(token: usize) -> usize {
 impl Decoder for Bigrams {
     fn leave_room(&mut self, _: usize) {}
 
-    fn config(&self) -> &DecoderConfig {
-        &self.config
+    fn spec(&self) -> &ModelSpec {
+        &self.spec
     }
 
     /// Two windows of one length to a batch, as a decoder cuts them.
@@ -77,7 +77,7 @@ impl Decoder for Bigrams {
         Ok(())
     }
 
-    fn stage(&mut self, _: Stage, _: &mut dyn ActivationSink) -> Result<(), ModelError> {
+    fn capture(&mut self, _: Tap, _: &mut dyn ActivationSink) -> Result<(), ModelError> {
         Ok(())
     }
 

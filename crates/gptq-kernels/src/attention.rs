@@ -1,16 +1,19 @@
-//! Grouped-query attention: whole windows, and one new token against a cache.
+//! Grouped-query attention: its shape, whole windows of tokens, and the rows of any tile of queries.
+
+use std::ops::Range;
 
 use faer::{Accum, MatMut, MatRef, Par, linalg::matmul::matmul};
+use pulp::Simd;
 use rayon::prelude::*;
 
-use crate::vector::{axpy, dot, softmax, vectorised};
+use crate::vector::{Kernel, cap_each, run_widest, softmax};
 
 /// Query rows of one task: its scores (`QUERY_ROWS * tokens` floats) are the only scratch, so
 /// memory is linear in the window.
 const QUERY_ROWS: usize = 64;
 
-/// Head counts and widths of an attention layer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Heads of an attention layer, and how its scores become weights.
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AttentionShape {
     /// Query heads.
     pub heads: usize,
@@ -18,27 +21,48 @@ pub struct AttentionShape {
     pub kv_heads: usize,
     /// Width of a head.
     pub head_dim: usize,
+    /// Multiplies scores; `1 / sqrt(head_dim)` in most models.
+    pub scale: f32,
+    /// Scaled scores `s` become `cap * tanh(s / cap)` (Gemma 2).
+    pub soft_cap: Option<f32>,
+    /// Keys that a query sees, its own included: those at positions above `p - window`. At least 1.
+    pub window: Option<usize>,
 }
 
 impl AttentionShape {
-    fn query_width(&self) -> usize {
+    /// Scores divided by `sqrt(head_dim)`, without cap or window (Vaswani et al. 2017).
+    pub fn new(heads: usize, kv_heads: usize, head_dim: usize) -> Self {
+        AttentionShape {
+            heads,
+            kv_heads,
+            head_dim,
+            scale: 1.0 / (head_dim as f32).sqrt(),
+            soft_cap: None,
+            window: None,
+        }
+    }
+
+    /// The first position that the query at `position` sees.
+    pub fn first_seen(&self, position: usize) -> usize {
+        self.window
+            .map_or(0, |window| (position + 1).saturating_sub(window))
+    }
+
+    pub(crate) fn query_width(&self) -> usize {
         self.heads * self.head_dim
     }
 
-    fn kv_width(&self) -> usize {
+    pub(crate) fn kv_width(&self) -> usize {
         self.kv_heads * self.head_dim
     }
 
-    fn kv_head_of(&self, head: usize) -> usize {
+    pub(crate) fn kv_head_of(&self, head: usize) -> usize {
         head / (self.heads / self.kv_heads)
-    }
-
-    fn scale(&self) -> f32 {
-        1.0 / (self.head_dim as f32).sqrt()
     }
 }
 
-/// Causal attention inside each window: `softmax(Q K^T / sqrt(head_dim)) V` (Vaswani et al. 2017).
+/// Causal attention inside each window of tokens: `softmax(cap(scale * Q K^T)) V` over the keys that
+/// `shape` lets a query see (Vaswani et al. 2017).
 ///
 /// `q [windows * tokens, heads * head_dim]`, `k` and `v [windows * tokens, kv_heads * head_dim]`,
 /// rotated already; returns the shape of `q`.
@@ -49,12 +73,19 @@ pub fn causal_attention(
     tokens: usize,
     shape: AttentionShape,
 ) -> Vec<f32> {
-    let width = shape.query_width();
+    let (width, kv_width) = (shape.query_width(), shape.kv_width());
     let mut out = vec![0.0f32; q.len()];
     for (window, out) in out.chunks_exact_mut(tokens * width).enumerate() {
         let q = &q[window * tokens * width..][..tokens * width];
-        let kv = window * tokens * shape.kv_width()..(window + 1) * tokens * shape.kv_width();
+        let kv = window * tokens * kv_width..(window + 1) * tokens * kv_width;
         let (k, v) = (&k[kv.clone()], &v[kv]);
+        let of_head = |kv_head: usize, seen: Range<usize>| {
+            [k, v].map(|x| {
+                let x = &x[seen.start * kv_width..seen.end * kv_width];
+                MatRef::from_row_major_slice(x, seen.len(), kv_width)
+                    .subcols(kv_head * shape.head_dim, shape.head_dim)
+            })
+        };
         // The last rows look back furthest: handing them out first evens the load.
         out.par_chunks_mut(QUERY_ROWS * width)
             .enumerate()
@@ -62,49 +93,46 @@ pub fn causal_attention(
             .for_each(|(block, out)| {
                 let first = block * QUERY_ROWS;
                 let q = &q[first * width..][..out.len()];
-                attend_rows(out, q, k, v, first, shape);
+                attend_rows(out, q, first, shape, of_head);
             });
     }
     out
 }
 
-/// Rows `first..` of one window, all heads.
-fn attend_rows(
+/// Attention of `q [rows, heads * head_dim]`, the first at position `first`, into `out`; `of_head` gives
+/// keys and values of a key head at a range of positions, `[positions, head_dim]` each.
+pub(crate) fn attend_rows<'a>(
     out: &mut [f32],
     q: &[f32],
-    k: &[f32],
-    v: &[f32],
     first: usize,
     shape: AttentionShape,
+    of_head: impl Fn(usize, Range<usize>) -> [MatRef<'a, f32>; 2],
 ) {
-    let (width, kv_width, d) = (shape.query_width(), shape.kv_width(), shape.head_dim);
+    let (width, d) = (shape.query_width(), shape.head_dim);
     let rows = out.len() / width;
-    let seen = first + rows;
-    let mut scores = vec![0.0f32; rows * seen];
+    // What not even the first row sees is not multiplied.
+    let seen = shape.first_seen(first)..first + rows;
+    let mut scores = vec![0.0f32; rows * seen.len()];
     for head in 0..shape.heads {
-        let kv = shape.kv_head_of(head) * d;
-        let q = MatRef::from_row_major_slice(q, rows, width).subcols(head * d, d);
-        let k = MatRef::from_row_major_slice(&k[..seen * kv_width], seen, kv_width).subcols(kv, d);
-        let v = MatRef::from_row_major_slice(&v[..seen * kv_width], seen, kv_width).subcols(kv, d);
+        let [k, v] = of_head(shape.kv_head_of(head), seen.clone());
         matmul(
-            MatMut::from_row_major_slice_mut(&mut scores, rows, seen),
+            MatMut::from_row_major_slice_mut(&mut scores, rows, seen.len()),
             Accum::Replace,
-            q,
+            MatRef::from_row_major_slice(q, rows, width).subcols(head * d, d),
             k.transpose(),
-            shape.scale(),
+            shape.scale,
             Par::Seq,
         );
-        vectorised(|| {
-            for (row, scores) in scores.chunks_exact_mut(seen).enumerate() {
-                let (past, future) = scores.split_at_mut(first + row + 1);
-                softmax(past);
-                future.fill(0.0);
-            }
+        run_widest(CausalSoftmax {
+            scores: &mut scores,
+            first,
+            keys: seen.clone(),
+            shape,
         });
         matmul(
             MatMut::from_row_major_slice_mut(out, rows, width).subcols_mut(head * d, d),
             Accum::Replace,
-            MatRef::from_row_major_slice(&scores, rows, seen),
+            MatRef::from_row_major_slice(&scores, rows, seen.len()),
             v,
             1.0,
             Par::Seq,
@@ -112,166 +140,33 @@ fn attend_rows(
     }
 }
 
-/// Keys and values of several sequences that grow in step.
-#[derive(Clone, Debug)]
-pub struct CachedRows {
-    capacity: usize,
-    length: usize,
-    keys: Vec<f32>,   // [sequences, capacity, kv_heads * head_dim]
-    values: Vec<f32>, // [sequences, capacity, kv_heads * head_dim]
+/// Makes scaled scores weights, 0 for the keys that a query does not see.
+struct CausalSoftmax<'a> {
+    scores: &'a mut [f32], // [rows, keys]
+    first: usize,          // position of the first row
+    keys: Range<usize>,    // positions
+    shape: AttentionShape,
 }
 
-impl CachedRows {
-    /// Room for `capacity` tokens of each of `sequences`.
-    pub fn new(sequences: usize, capacity: usize, shape: AttentionShape) -> Self {
-        let len = sequences * capacity * shape.kv_width();
-        CachedRows {
-            capacity,
-            length: 0,
-            keys: vec![0.0; len],
-            values: vec![0.0; len],
+impl Kernel for CausalSoftmax<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        let rows = self.scores.chunks_exact_mut(self.keys.len());
+        for (position, scores) in (self.first..).zip(rows) {
+            let (past, future) = scores.split_at_mut(position + 1 - self.keys.start);
+            let unseen = self.shape.first_seen(position) - self.keys.start;
+            let (unseen, seen) = past.split_at_mut(unseen);
+            unseen.fill(0.0);
+            if let Some(cap) = self.shape.soft_cap {
+                cap_each(seen, cap);
+            }
+            softmax(seen);
+            future.fill(0.0);
         }
     }
-
-    /// Tokens held for each sequence.
-    pub fn len(&self) -> usize {
-        self.length
-    }
-
-    /// Whether no token has been appended.
-    pub fn is_empty(&self) -> bool {
-        self.length == 0
-    }
-}
-
-/// Appends one token a sequence to the cache and attends from it to all that the cache holds.
-///
-/// `q [sequences, heads * head_dim]`, `k` and `v [sequences, kv_heads * head_dim]`, rotated
-/// already; returns the shape of `q`.
-pub fn attend_cached(
-    cache: &mut CachedRows,
-    q: &[f32],
-    k: &[f32],
-    v: &[f32],
-    shape: AttentionShape,
-) -> Vec<f32> {
-    let (width, kv_width, d) = (shape.query_width(), shape.kv_width(), shape.head_dim);
-    let row_len = cache.capacity * kv_width;
-    for (sequence, (k, v)) in k
-        .chunks_exact(kv_width)
-        .zip(v.chunks_exact(kv_width))
-        .enumerate()
-    {
-        let at = sequence * row_len + cache.length * kv_width;
-        cache.keys[at..at + kv_width].copy_from_slice(k);
-        cache.values[at..at + kv_width].copy_from_slice(v);
-    }
-    cache.length += 1;
-    let seen = cache.length;
-    let mut out = vec![0.0f32; q.len()];
-    out.par_chunks_mut(d).enumerate().for_each(|(task, out)| {
-        let (sequence, head) = (task / shape.heads, task % shape.heads);
-        let kv = shape.kv_head_of(head) * d;
-        let row = |token: usize| {
-            let at = sequence * row_len + token * kv_width + kv;
-            at..at + d
-        };
-        let q = &q[sequence * width + head * d..][..d];
-        vectorised(|| {
-            let mut scores: Vec<f32> = (0..seen)
-                .map(|token| dot(q, &cache.keys[row(token)]) * shape.scale())
-                .collect();
-            softmax(&mut scores);
-            for (token, &weight) in scores.iter().enumerate() {
-                axpy(out, weight, &cache.values[row(token)]);
-            }
-        });
-    });
-    out
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const SHAPE: AttentionShape = AttentionShape {
-        heads: 4,
-        kv_heads: 2,
-        head_dim: 8,
-    };
-
-    fn wave(len: usize, step: f32) -> Vec<f32> {
-        (0..len).map(|i| (i as f32 * step).sin()).collect()
-    }
-
-    /// The definition in f64, one query at a time.
-    fn reference(q: &[f32], k: &[f32], v: &[f32], tokens: usize) -> Vec<f64> {
-        let d = SHAPE.head_dim;
-        let (w, kw) = (SHAPE.query_width(), SHAPE.kv_width());
-        let mut out = vec![0.0; q.len()];
-        for t in 0..tokens {
-            for h in 0..SHAPE.heads {
-                let g = h / 2 * d;
-                let scores: Vec<f64> = (0..=t)
-                    .map(|s| {
-                        let dot: f64 = (0..d)
-                            .map(|i| f64::from(q[t * w + h * d + i]) * f64::from(k[s * kw + g + i]))
-                            .sum();
-                        (dot / (d as f64).sqrt()).exp()
-                    })
-                    .collect();
-                let sum: f64 = scores.iter().sum();
-                for i in 0..d {
-                    out[t * w + h * d + i] = (0..=t)
-                        .map(|s| scores[s] / sum * f64::from(v[s * kw + g + i]))
-                        .sum();
-                }
-            }
-        }
-        out
-    }
-
-    #[test]
-    fn windows_and_cache_agree_with_the_definition() {
-        let tokens = 150; // more than two query blocks, the last one short
-        let q = wave(tokens * SHAPE.query_width(), 0.37);
-        let k = wave(tokens * SHAPE.kv_width(), 0.11);
-        let v = wave(tokens * SHAPE.kv_width(), 0.23);
-        let want = reference(&q, &k, &v, tokens);
-        let whole = causal_attention(&q, &k, &v, tokens, SHAPE);
-        let mut cache = CachedRows::new(1, tokens, SHAPE);
-        let (w, kw) = (SHAPE.query_width(), SHAPE.kv_width());
-        for t in 0..tokens {
-            let row = attend_cached(
-                &mut cache,
-                &q[t * w..][..w],
-                &k[t * kw..][..kw],
-                &v[t * kw..][..kw],
-                SHAPE,
-            );
-            for (i, got) in row.iter().enumerate() {
-                assert!((f64::from(*got) - want[t * w + i]).abs() < 1e-5);
-            }
-        }
-        for (got, want) in whole.iter().zip(&want) {
-            assert!((f64::from(*got) - want).abs() < 1e-5);
-        }
-    }
-
-    #[test]
-    fn windows_do_not_see_each_other() {
-        let tokens = 5;
-        let q = wave(2 * tokens * SHAPE.query_width(), 0.37);
-        let k = wave(2 * tokens * SHAPE.kv_width(), 0.11);
-        let v = wave(2 * tokens * SHAPE.kv_width(), 0.23);
-        let both = causal_attention(&q, &k, &v, tokens, SHAPE);
-        let second = causal_attention(
-            &q[tokens * SHAPE.query_width()..],
-            &k[tokens * SHAPE.kv_width()..],
-            &v[tokens * SHAPE.kv_width()..],
-            tokens,
-            SHAPE,
-        );
-        assert_eq!(&both[tokens * SHAPE.query_width()..], &second[..]);
-    }
-}
+pub(crate) mod tests;

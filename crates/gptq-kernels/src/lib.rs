@@ -15,17 +15,21 @@ mod elementwise;
 mod factor;
 mod matrix;
 mod product;
+mod rotation;
 mod vector;
 mod visits;
 
-pub use attention::{AttentionShape, CachedRows, attend_cached, causal_attention};
+pub use attention::{AttentionShape, causal_attention};
 pub use cache::KeyValueCache;
-pub use elementwise::{Rotation, rms_norm, swiglu};
+pub use elementwise::{
+    Activation, activate, add_scaled, gated, layer_norm, rms_norm, scale, soft_cap,
+};
 pub use factor::{FactorError, inverse_cholesky};
 pub use matrix::{FloatMatrix, Matrix, PackedMatrix, multiply_each};
 pub use product::{
     Cross, Gram, measure_sgemm, multiply, multiply_add, multiply_f64, multiply_left_transposed,
     multiply_transposed, transpose,
 };
+pub use rotation::{Pairing, Rotation};
 pub use vector::{axpy, dot, exp, exp_sum, softmax, vectorised};
 pub use visits::{VISIT_CHANNELS, Visit, visits};

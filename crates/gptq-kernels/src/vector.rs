@@ -81,6 +81,32 @@ pub fn exp(x: f32) -> f32 {
     if x < -87.0 { 0.0 } else { e * power }
 }
 
+/// `tanh(x)` to 4 ulp, without branches or calls.
+///
+/// Near 0, where `1 - e^(-2 |x|)` would cancel, an odd polynomial (Cephes `tanhf`).
+#[inline(always)]
+pub(crate) fn tanh(x: f32) -> f32 {
+    let square = x * x;
+    let p = -5.704_988_7e-3_f32;
+    let p = p * square + 2.063_908_8e-2;
+    let p = p * square - 5.373_971_5e-2;
+    let p = p * square + 1.333_144_2e-1;
+    let p = p * square - 3.333_328e-1;
+    let near = p * square * x + x;
+    let e = exp(-2.0 * x.abs());
+    let far = (1.0 - e) / (1.0 + e);
+    let tanh = if x.abs() < 0.625 { near } else { far };
+    tanh.copysign(x)
+}
+
+/// `cap * tanh(x / cap)`, element by element.
+#[inline(always)]
+pub(crate) fn cap_each(x: &mut [f32], cap: f32) {
+    for x in x {
+        *x = cap * tanh(*x / cap);
+    }
+}
+
 /// `y += a * x`, element by element.
 #[inline(always)]
 pub fn axpy(y: &mut [f32], a: f32, x: &[f32]) {
@@ -122,6 +148,17 @@ fn lane_max(x: &[f32]) -> f32 {
     lanes.iter().copied().fold(tail, f32::max)
 }
 
+#[inline(always)]
+pub(crate) fn sum(x: &[f32]) -> f32 {
+    lane_sum(x, |x| x)
+}
+
+/// Sum of squared distances from `mean`.
+#[inline(always)]
+pub(crate) fn square_distance_sum(x: &[f32], mean: f32) -> f32 {
+    lane_sum(x, |x| (x - mean) * (x - mean))
+}
+
 /// Sum of squares.
 #[inline(always)]
 pub(crate) fn square_sum(x: &[f32]) -> f32 {
@@ -152,7 +189,7 @@ pub fn softmax(row: &mut [f32]) {
     for x in row.iter_mut() {
         *x = exp(*x - max);
     }
-    let scale = 1.0 / lane_sum(row, |x| x);
+    let scale = 1.0 / sum(row);
     for x in row.iter_mut() {
         *x *= scale;
     }
@@ -179,6 +216,24 @@ mod tests {
         assert_eq!(exp(-1000.0), 0.0);
         assert_eq!(exp(f32::NEG_INFINITY), 0.0);
         assert_eq!(exp(0.0), 1.0);
+    }
+
+    #[test]
+    fn tanh_is_within_four_ulp_and_saturates() {
+        let ends = [1e-30, 1e-8, 0.624_999_9, 0.625, 9.0, 44.0, 1e5, f32::MAX];
+        let steps = (1..20_000).map(|i| i as f32 * 6.1e-4);
+        for x in ends.into_iter().chain(steps).flat_map(|x| [x, -x]) {
+            let want = f64::from(x).tanh();
+            let got = f64::from(vectorised(|| tanh(x)));
+            assert!(
+                (got - want).abs() <= want.abs() * 4.8e-7,
+                "tanh({x}) = {got}"
+            );
+        }
+        assert_eq!(tanh(f32::INFINITY), 1.0);
+        assert_eq!(tanh(f32::NEG_INFINITY), -1.0);
+        assert_eq!(tanh(-0.0).to_bits(), (-0.0f32).to_bits());
+        assert!(tanh(f32::NAN).is_nan());
     }
 
     #[test]

@@ -5,19 +5,23 @@
 //! the rate of the libraries made for them. So a backend says here how it does the operations that
 //! matter; tensors and their life stay Burn's.
 
+use std::ops::Range;
+
 use burn::backend::Flex;
 use burn::tensor::backend::Backend;
 use burn::tensor::{Tensor, TensorData, TensorPrimitive};
 use burn_flex::FlexTensor;
 use gptq_kernels::{
-    AttentionShape, CachedRows, Rotation, attend_cached, causal_attention, multiply, rms_norm,
-    swiglu,
+    Activation, AttentionShape, Rotation, activate, add_scaled, causal_attention, gated,
+    layer_norm, multiply, rms_norm, scale,
 };
 use gptq_types::{Activations, LayerName, SourceError, Weight};
+use rayon::prelude::*;
 
 use crate::ModelError;
 use crate::head::HostHead;
 use crate::score::HeadInput;
+use crate::spec::{BlockSpec, KeySource, ModelSpec, NormKind};
 use crate::weights::{LinearValues, LinearWeights, WeightSource};
 
 /// A backend that can run a decoder block. Rows of tensors are tokens.
@@ -25,10 +29,10 @@ use crate::weights::{LinearValues, LinearWeights, WeightSource};
 /// Operations do not fail one by one: work on a GPU is queued anyway, and what went wrong shows in
 /// [`DecoderBackend::check`].
 pub(crate) trait DecoderBackend: Backend + 'static {
-    /// Keys and values of earlier tokens.
-    type Cache;
-    /// A norm's weight or a bias, where operations want it.
+    /// A bias, where operations want it.
     type Vector;
+    /// A norm's weight and bias.
+    type Norm;
     /// A table of rotary cosines and sines.
     type Turn;
     /// The embedding.
@@ -44,6 +48,8 @@ pub(crate) trait DecoderBackend: Backend + 'static {
     const BATCH_TOKENS: usize;
     /// Whether the next block is read from its files while this one is worked on.
     const PREFETCH: bool;
+    /// Whether what several branches of a step leave for their outputs may wait; else that of the first.
+    const EVERY_INNER: bool;
 
     /// The first thing that went wrong since the last call.
     fn check() -> Result<(), ModelError>;
@@ -72,6 +78,14 @@ pub(crate) trait DecoderBackend: Backend + 'static {
     /// A vector.
     fn vector(values: Vec<f32>) -> Self::Vector;
 
+    /// A norm, its offset added.
+    fn norm_weights(
+        kind: NormKind,
+        weight: Vec<f32>,
+        bias: Option<Vec<f32>>,
+        eps: f64,
+    ) -> Self::Norm;
+
     /// A rotary table.
     fn turn(rotation: Rotation) -> Self::Turn;
 
@@ -82,8 +96,11 @@ pub(crate) trait DecoderBackend: Backend + 'static {
         width: usize,
     ) -> Result<Self::Table, SourceError>;
 
-    /// Rows of the embedding.
-    fn embed(table: &Self::Table, ids: &[u32]) -> Tensor<Self, 2>;
+    /// Rows of the embedding, times a factor.
+    fn embed(table: &Self::Table, ids: &[u32], factor: f32) -> Tensor<Self, 2>;
+
+    /// From host memory, rows of `columns`.
+    fn upload(values: Vec<f32>, columns: usize) -> Tensor<Self, 2>;
 
     /// To host memory, row-major.
     fn download(x: Tensor<Self, 2>) -> Vec<f32>;
@@ -116,11 +133,17 @@ pub(crate) trait DecoderBackend: Backend + 'static {
         bias: Option<&Self::Vector>,
     ) -> Tensor<Self, 2>;
 
-    /// `x + y`.
-    fn add(x: Tensor<Self, 2>, y: Tensor<Self, 2>) -> Tensor<Self, 2>;
+    /// A copy of some columns.
+    fn columns(x: &Tensor<Self, 2>, columns: Range<usize>) -> Tensor<Self, 2>;
 
-    /// Root-mean-square norm over runs of as many columns as the weight has: whole rows, or heads.
-    fn norm(x: &Tensor<Self, 2>, weight: &Self::Vector, eps: f64) -> Tensor<Self, 2>;
+    /// `x + factor * y`.
+    fn add(x: Tensor<Self, 2>, y: Tensor<Self, 2>, factor: f32) -> Tensor<Self, 2>;
+
+    /// `factor * x`.
+    fn scale(x: Tensor<Self, 2>, factor: f32) -> Tensor<Self, 2>;
+
+    /// A norm over runs of as many columns as its weight has: whole rows, or heads.
+    fn norm(x: &Tensor<Self, 2>, norm: &Self::Norm) -> Tensor<Self, 2>;
 
     /// Rotary embedding; row `r` stands at position `r % tokens` of the table.
     fn rotate(x: Tensor<Self, 2>, turn: &Self::Turn, tokens: usize) -> Tensor<Self, 2>;
@@ -134,20 +157,15 @@ pub(crate) trait DecoderBackend: Backend + 'static {
         shape: AttentionShape,
     ) -> Tensor<Self, 2>;
 
-    /// `silu(gate) * up`.
-    fn gate(gate: Tensor<Self, 2>, up: &Tensor<Self, 2>) -> Tensor<Self, 2>;
+    /// `activation(gate) * up`.
+    fn gate(gate: Tensor<Self, 2>, up: &Tensor<Self, 2>, activation: Activation)
+    -> Tensor<Self, 2>;
 
-    /// An empty cache for `capacity` tokens of each of `sequences`.
-    fn cache(sequences: usize, capacity: usize, shape: AttentionShape) -> Self::Cache;
+    /// `activation(x)`.
+    fn activate(x: Tensor<Self, 2>, activation: Activation) -> Tensor<Self, 2>;
 
-    /// Appends a token a sequence and attends from it.
-    fn attend_cached(
-        cache: &mut Self::Cache,
-        q: &Tensor<Self, 2>,
-        k: &Tensor<Self, 2>,
-        v: &Tensor<Self, 2>,
-        shape: AttentionShape,
-    ) -> Tensor<Self, 2>;
+    /// Whether no element is infinite or NaN.
+    fn is_finite(x: &Tensor<Self, 2>) -> bool;
 
     /// Reads the head where it scores.
     fn head(head: HostHead) -> Result<Self::Head, ModelError>;
@@ -163,12 +181,20 @@ pub(crate) struct Shelves<S> {
     pub hidden: S,
     /// Hidden states of the float stream.
     pub float: S,
+    /// Keys and values that later blocks read: a pair for each lender, of each batch, then of each batch
+    /// that the float stream follows.
+    pub lent: S,
+    /// Inputs looked up by token id, of each block of each batch.
+    pub by_token: S,
     /// Inputs of the linear whose output is due.
     pub inner: S,
+    /// Blocks that lend keys and values.
+    pub lenders: usize,
 }
 
 /// What the activations of a pass take, in rows and columns.
 #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+#[derive(Clone, Copy)]
 pub(crate) struct ShelfNeed {
     /// Batches.
     pub batches: usize,
@@ -176,16 +202,55 @@ pub(crate) struct ShelfNeed {
     pub rows: usize,
     /// Columns of the hidden states.
     pub hidden: usize,
-    /// Columns of the attention's output.
+    /// Columns of the widest attention's output.
     pub attention: usize,
     /// Columns of the widest inner activation.
     pub inner: usize,
+    /// Blocks that lend keys and values, and columns of the widest of these.
+    pub lent: (usize, usize),
+    /// Blocks, and columns of what each looks up by token id.
+    pub by_token: (usize, usize),
     /// Elements of the weights of one block.
     pub block_elements: usize,
     /// Batches that the float stream follows, where one runs beside the quantized one.
     pub float: Option<usize>,
     /// Matrices as large as the widest Hessian that somebody else keeps.
     pub more_hessians: usize,
+}
+
+impl ShelfNeed {
+    /// That of a model, for batches of at most `rows` and as many of them as `float` says in a float stream.
+    pub fn of(spec: &ModelSpec, batches: usize, rows: usize, float: Option<usize>) -> Self {
+        let attentions = || spec.blocks.iter().flat_map(BlockSpec::attention);
+        let lenders = || attentions().filter(|attention| attention.keys == KeySource::Donor);
+        let outputs = (spec.blocks.iter())
+            .flat_map(BlockSpec::branches)
+            .map(|branch| branch.output.in_features);
+        ShelfNeed {
+            batches,
+            rows,
+            hidden: spec.hidden_size,
+            attention: attentions()
+                .map(|attention| attention.shape.heads * attention.shape.head_dim)
+                .max()
+                .unwrap_or(0),
+            inner: outputs.max().unwrap_or(0),
+            lent: (
+                lenders().count(),
+                lenders()
+                    .map(|attention| attention.shape.kv_heads * attention.shape.head_dim)
+                    .max()
+                    .unwrap_or(0),
+            ),
+            by_token: match &spec.embedding.per_block {
+                Some(inputs) => (spec.blocks.len(), inputs.width),
+                None => (0, 0),
+            },
+            block_elements: spec.block_elements(),
+            float,
+            more_hessians: 0,
+        }
+    }
 }
 
 /// The float tensor behind a Burn tensor of the Flex backend.
@@ -218,9 +283,17 @@ fn change(x: Tensor<Flex, 2>, change: impl FnOnce(&mut [f32])) -> Tensor<Flex, 2
     Tensor::from_primitive(TensorPrimitive::Float(tensor))
 }
 
+/// A norm in host memory.
+pub(crate) struct HostNorm {
+    kind: NormKind,
+    weight: Vec<f32>,
+    bias: Option<Vec<f32>>,
+    eps: f32,
+}
+
 impl DecoderBackend for Flex {
-    type Cache = CachedRows;
     type Vector = Vec<f32>;
+    type Norm = HostNorm;
     type Turn = Rotation;
     type Table = (Vec<f32>, usize);
     type Shelf = ();
@@ -232,6 +305,7 @@ impl DecoderBackend for Flex {
     const BATCH_TOKENS: usize = 2048;
     /// A second block would be the largest thing in memory.
     const PREFETCH: bool = false;
+    const EVERY_INNER: bool = true;
 
     fn check() -> Result<(), ModelError> {
         Ok(())
@@ -270,6 +344,21 @@ impl DecoderBackend for Flex {
         values
     }
 
+    fn norm_weights(
+        kind: NormKind,
+        weight: Vec<f32>,
+        bias: Option<Vec<f32>>,
+        eps: f64,
+    ) -> HostNorm {
+        let eps = eps as f32;
+        HostNorm {
+            kind,
+            weight,
+            bias,
+            eps,
+        }
+    }
+
     fn turn(rotation: Rotation) -> Rotation {
         rotation
     }
@@ -282,12 +371,19 @@ impl DecoderBackend for Flex {
         Ok((source.plain(name)?, width))
     }
 
-    fn embed((table, width): &Self::Table, ids: &[u32]) -> Tensor<Self, 2> {
+    fn embed((table, width): &Self::Table, ids: &[u32], factor: f32) -> Tensor<Self, 2> {
         let mut rows = Vec::with_capacity(ids.len() * width);
         for &id in ids {
             rows.extend_from_slice(&table[id as usize * width..][..*width]);
         }
+        if factor != 1.0 {
+            scale(&mut rows, factor);
+        }
         wrap(rows, *width)
+    }
+
+    fn upload(values: Vec<f32>, columns: usize) -> Tensor<Self, 2> {
+        wrap(values, columns)
     }
 
     fn download(x: Tensor<Self, 2>) -> Vec<f32> {
@@ -300,11 +396,14 @@ impl DecoderBackend for Flex {
         look(Activations::Host(slice(&flex(x))));
     }
 
-    fn shelves(_: &ShelfNeed) -> Shelves<()> {
+    fn shelves(need: &ShelfNeed) -> Shelves<()> {
         Shelves {
             hidden: (),
             float: (),
+            lent: (),
+            by_token: (),
             inner: (),
+            lenders: need.lent.0,
         }
     }
 
@@ -342,13 +441,34 @@ impl DecoderBackend for Flex {
         }
     }
 
-    fn add(x: Tensor<Self, 2>, y: Tensor<Self, 2>) -> Tensor<Self, 2> {
-        x + y
+    fn columns(x: &Tensor<Self, 2>, columns: Range<usize>) -> Tensor<Self, 2> {
+        let (width, x) = (x.dims()[1], flex(x));
+        let rows = slice(&x).chunks_exact(width);
+        let kept = rows.flat_map(|row| &row[columns.clone()]).copied();
+        wrap(kept.collect(), columns.len())
     }
 
-    fn norm(x: &Tensor<Self, 2>, weight: &Vec<f32>, eps: f64) -> Tensor<Self, 2> {
-        let columns = x.dims()[1];
-        wrap(rms_norm(slice(&flex(x)), weight, eps as f32), columns)
+    fn add(x: Tensor<Self, 2>, y: Tensor<Self, 2>, factor: f32) -> Tensor<Self, 2> {
+        match factor == 1.0 {
+            true => x + y,
+            false => {
+                let y = flex(&y);
+                change(x, |x| add_scaled(x, slice(&y), factor))
+            }
+        }
+    }
+
+    fn scale(x: Tensor<Self, 2>, factor: f32) -> Tensor<Self, 2> {
+        change(x, |x| scale(x, factor))
+    }
+
+    fn norm(x: &Tensor<Self, 2>, norm: &HostNorm) -> Tensor<Self, 2> {
+        let (columns, x) = (x.dims()[1], flex(x));
+        let out = match norm.kind {
+            NormKind::Rms => rms_norm(slice(&x), &norm.weight, norm.eps),
+            NormKind::Layer => layer_norm(slice(&x), &norm.weight, norm.bias.as_deref(), norm.eps),
+        };
+        wrap(out, columns)
     }
 
     fn rotate(x: Tensor<Self, 2>, turn: &Rotation, tokens: usize) -> Tensor<Self, 2> {
@@ -368,25 +488,21 @@ impl DecoderBackend for Flex {
         wrap(out, width)
     }
 
-    fn gate(gate: Tensor<Self, 2>, up: &Tensor<Self, 2>) -> Tensor<Self, 2> {
-        let up = flex(up);
-        change(gate, |gate| swiglu(gate, slice(&up)))
-    }
-
-    fn cache(sequences: usize, capacity: usize, shape: AttentionShape) -> CachedRows {
-        CachedRows::new(sequences, capacity, shape)
-    }
-
-    fn attend_cached(
-        cache: &mut CachedRows,
-        q: &Tensor<Self, 2>,
-        k: &Tensor<Self, 2>,
-        v: &Tensor<Self, 2>,
-        shape: AttentionShape,
+    fn gate(
+        gate: Tensor<Self, 2>,
+        up: &Tensor<Self, 2>,
+        activation: Activation,
     ) -> Tensor<Self, 2> {
-        let (width, q, k, v) = (q.dims()[1], flex(q), flex(k), flex(v));
-        let out = attend_cached(cache, slice(&q), slice(&k), slice(&v), shape);
-        wrap(out, width)
+        let up = flex(up);
+        change(gate, |gate| gated(gate, slice(&up), activation))
+    }
+
+    fn activate(x: Tensor<Self, 2>, activation: Activation) -> Tensor<Self, 2> {
+        change(x, |x| activate(x, activation))
+    }
+
+    fn is_finite(x: &Tensor<Self, 2>) -> bool {
+        slice(&flex(x)).par_iter().all(|value| value.is_finite())
     }
 
     fn head(head: HostHead) -> Result<HostHead, ModelError> {

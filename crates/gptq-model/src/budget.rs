@@ -1,4 +1,4 @@
-//! What of a run fits on the GPU, in bytes.
+//! How much of a run's activations fits on the GPU, in bytes.
 
 use gptq_kernels::cuda::CudaError;
 
@@ -6,7 +6,7 @@ use crate::backend::{ShelfNeed, Shelves};
 
 /// Memory that the driver, cuBLAS and cuSOLVER take for themselves, measured with nothing
 /// allocated: 0.6 GB on an H200, and some room.
-pub(crate) const LIBRARIES: usize = 850 << 20;
+const LIBRARIES: usize = 850 << 20;
 
 /// What a shelf has on the GPU.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -29,6 +29,53 @@ struct Wish {
 
 /// How much of each shelf fits on the GPU beside everything else that a run needs there.
 pub(crate) fn places_on_device(need: &ShelfNeed, memory: usize) -> Result<Shelves<Fit>, CudaError> {
+    let fixed = fixed_bytes(need);
+    let Some(left) = memory.checked_sub(fixed) else {
+        return Err(CudaError::Invalid(format!(
+            "--gpu-memory of {:.1} GB is too little: a block, its solver and the libraries take \
+             {:.1} GB beside the activations",
+            memory as f64 / 1e9,
+            fixed as f64 / 1e9
+        )));
+    };
+    let row = |columns: usize| need.rows * columns * 2;
+    let wish = |columns: usize, places: usize, slots: usize| Wish {
+        bytes: row(columns),
+        places,
+        slots,
+        slot_bytes: row(columns),
+    };
+    let followed = need.float.unwrap_or(0);
+    let (lenders, lent) = need.lent;
+    let (blocks, by_token) = need.by_token;
+    // The hidden states first: they are read five times a block and written twice, each time between
+    // two reads; then what several blocks read, or each block once; inner ones are read twice, and all
+    // written before any is read.
+    let [hidden, float, lent, by_token, inner] = divide(
+        [
+            wish(need.hidden, need.batches, 2),
+            wish(need.hidden, followed, 2),
+            wish(lent, 2 * lenders * (need.batches + followed), 1),
+            wish(by_token, blocks * need.batches, 1),
+            Wish {
+                slot_bytes: row(need.attention),
+                ..wish(need.inner, need.batches, 1)
+            },
+        ],
+        left,
+    );
+    Ok(Shelves {
+        hidden,
+        float,
+        lent,
+        by_token,
+        inner,
+        lenders,
+    })
+}
+
+/// Bytes that a run needs whatever waits elsewhere.
+fn fixed_bytes(need: &ShelfNeed) -> usize {
     let row = |columns: usize| need.rows * columns * 2;
     let widest = need.inner.max(need.hidden);
     // Weights of a block; a batch's temporaries, of which three are as wide as the feed-forward;
@@ -46,48 +93,16 @@ pub(crate) fn places_on_device(need: &ShelfNeed, memory: usize) -> Result<Shelve
         ),
         None => (0, temporaries, solving),
     };
-    let fixed = LIBRARIES
+    LIBRARIES
         + need.block_elements * 2
         + (1 + need.more_hessians) * widest * widest * 4
         + beside
-        + temporaries.max(solving);
-    let Some(left) = memory.checked_sub(fixed) else {
-        return Err(CudaError::Invalid(format!(
-            "--gpu-memory of {:.1} GB is too little: a block, its solver and the libraries take \
-             {:.1} GB beside the activations",
-            memory as f64 / 1e9,
-            fixed as f64 / 1e9
-        )));
-    };
-    let wish = |columns: usize, places: usize, slots: usize| Wish {
-        bytes: row(columns),
-        places,
-        slots,
-        slot_bytes: row(columns),
-    };
-    // The hidden states first: they are read five times a block and written twice, each time between
-    // two reads; inner ones are read twice, and all written before any is read.
-    let [hidden, float, inner] = divide(
-        [
-            wish(need.hidden, need.batches, 2),
-            wish(need.hidden, need.float.unwrap_or(0), 2),
-            Wish {
-                slot_bytes: row(need.attention),
-                ..wish(need.inner, need.batches, 1)
-            },
-        ],
-        left,
-    );
-    Ok(Shelves {
-        hidden,
-        float,
-        inner,
-    })
+        + temporaries.max(solving)
 }
 
 /// Divides `left` bytes among wishes, the first of them first. Those that are not granted as a whole
 /// get their slots, which are worth more than as many places; with too little for these there are none.
-fn divide(wishes: [Wish; 3], left: usize) -> [Fit; 3] {
+fn divide<const N: usize>(wishes: [Wish; N], left: usize) -> [Fit; N] {
     let whole = |wish: &Wish| wish.places * wish.bytes;
     let slots = |wish: &Wish| match wish.places {
         0 => 0,
@@ -99,7 +114,7 @@ fn divide(wishes: [Wish; 3], left: usize) -> [Fit; 3] {
     };
     let granted = (0..=wishes.len()).rev().find(enough);
     let mut left = left;
-    let mut fits = [Fit::default(); 3];
+    let mut fits = [Fit::default(); N];
     for (index, (fit, wish)) in fits.iter_mut().zip(&wishes).enumerate() {
         if granted.is_some_and(|granted| index >= granted && wish.places > 0) {
             fit.slots = wish.slots;
@@ -124,6 +139,8 @@ mod tests {
         hidden: 4096,
         attention: 4096,
         inner: 11008,
+        lent: (0, 0),
+        by_token: (0, 0),
         block_elements: 202_375_168,
         float: None,
         more_hessians: 0,

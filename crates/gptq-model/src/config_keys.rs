@@ -38,7 +38,7 @@ const READ: [&str; 24] = [
 ];
 
 /// What says nothing about the logits: how a model is stored, trained, sampled from and named.
-const HARMLESS: [&str; 73] = [
+const HARMLESS: [&str; 76] = [
     "_attn_implementation",
     "_attn_implementation_autoset",
     "_commit_hash",
@@ -60,7 +60,9 @@ const HARMLESS: [&str; 73] = [
     "dtype",
     "early_stopping",
     "embd_pdrop",
+    "embedding_dropout",
     "encoder_no_repeat_ngram_size",
+    "eod_token_id",
     "eos_token_id",
     "exponential_decay_length_penalty",
     "finetuning_task",
@@ -91,6 +93,7 @@ const HARMLESS: [&str; 73] = [
     "remove_invalid_values",
     "repetition_penalty",
     "resid_pdrop",
+    "residual_dropout",
     "return_dict",
     "return_dict_in_generate",
     "sep_token_id",
@@ -199,6 +202,10 @@ const CHANGES: &[(&str, Only)] = &[
     ("use_bidirectional_attention", Only::Flag(false)),
     ("use_attention_sinks", Only::Flag(false)),
     ("num_kv_shared_layers", Only::Number(0.0)),
+    ("attention_k_eq_v", Only::Flag(false)),
+    ("per_layer_config", Only::Empty),
+    ("global_head_dim", Only::Absent),
+    ("num_global_key_value_heads", Only::Absent),
     ("cla_share_factor", Only::Number(1.0)),
     ("use_cla", Only::Flag(false)),
     // Caps and factors.
@@ -251,6 +258,7 @@ const CHANGES: &[(&str, Only)] = &[
         Only::Text(&["rms", "rms_norm", "rmsnorm"]),
     ),
     ("use_parallel_residual", Only::Flag(false)),
+    ("use_parallel_block", Only::Flag(false)),
     ("parallel_attn", Only::Flag(false)),
     ("parallel_attention", Only::Flag(false)),
     // Biases and activations.
@@ -267,7 +275,11 @@ const CHANGES: &[(&str, Only)] = &[
     ("activation_function", SILU),
     ("activation", SILU),
     ("activation_sparsity_pattern", Only::Absent),
+    ("use_gated_activation", Only::Flag(true)),
+    ("hidden_size_per_layer_input", Only::Number(0.0)),
+    ("use_double_wide_mlp", Only::Flag(false)),
     // Experts, latent attention, state spaces: other tensors too.
+    ("enable_moe_block", Only::Flag(false)),
     ("num_experts", Only::Number(0.0)),
     ("num_local_experts", Only::Number(0.0)),
     ("n_routed_experts", Only::Number(0.0)),
@@ -300,17 +312,43 @@ const CHANGES: &[(&str, Only)] = &[
 /// refused.
 const NAMED: &[(&str, Only)] = &[("pretraining_tp", Only::Number(1.0))];
 
+/// Keys that a family honours: of those that change a model, the ones that it reads itself, or has one
+/// value for that is not Llama's.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Honoured {
+    /// Keys that it reads.
+    pub reads: &'static [&'static str],
+    /// Keys with the only value that it has for them.
+    pub means: &'static [(&'static str, bool)],
+}
+
+impl Honoured {
+    /// None.
+    pub const NOTHING: Honoured = Honoured {
+        reads: &[],
+        means: &[],
+    };
+
+    /// Keys that it reads.
+    pub const fn reads(reads: &'static [&'static str]) -> Self {
+        Honoured { reads, means: &[] }
+    }
+
+    /// Keys with another value than Llama's.
+    pub const fn means(means: &'static [(&'static str, bool)]) -> Self {
+        Honoured { reads: &[], means }
+    }
+}
+
 /// Refuses keys that make another model than the one computed here; returns those that nobody here
 /// knows, in the order of the alphabet.
-///
-/// `own` are keys of [`CHANGES`] that a family means otherwise, with its own value.
-pub(crate) fn check(
-    fields: &Fields<'_>,
-    own: &[(&'static str, bool)],
-) -> Result<Vec<String>, ConfigError> {
+pub(crate) fn check(fields: &Fields<'_>, honoured: &Honoured) -> Result<Vec<String>, ConfigError> {
     for &(key, only) in CHANGES {
-        let own = own.iter().find(|(of_family, _)| *of_family == key);
-        let only = own.map_or(only, |&(_, flag)| Only::Flag(flag));
+        if honoured.reads.contains(&key) {
+            continue;
+        }
+        let means = honoured.means.iter().find(|(named, _)| *named == key);
+        let only = means.map_or(only, |&(_, flag)| Only::Flag(flag));
         if let Some(value) = fields.get(key)
             && !only.allows(value)
         {
@@ -320,6 +358,7 @@ pub(crate) fn check(
     let known = |key: &str| {
         READ.contains(&key)
             || HARMLESS.contains(&key)
+            || honoured.reads.contains(&key)
             || CHANGES.iter().any(|(known, _)| *known == key)
     };
     let mut unread: Vec<String> = (fields.0.as_object().into_iter().flatten())
@@ -352,7 +391,8 @@ pub(crate) fn check_rope(fields: &Fields<'_>, read: &[&str]) -> Result<Vec<Strin
         ("alpha", Only::Absent),
     ];
     for &(key, only) in ROPE_CHANGES {
-        if let Some(value) = fields.get(key)
+        if !read.contains(&key)
+            && let Some(value) = fields.get(key)
             && !only.allows(value)
         {
             return Err(ConfigError::unsupported(key, value, only.expected()));
@@ -371,7 +411,10 @@ mod tests {
     use super::*;
 
     fn checked(json: &str) -> Result<Vec<String>, ConfigError> {
-        check(&Fields(&serde_json::from_str(json).unwrap()), &[])
+        check(
+            &Fields(&serde_json::from_str(json).unwrap()),
+            &Honoured::NOTHING,
+        )
     }
 
     #[test]

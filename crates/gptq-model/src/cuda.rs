@@ -7,6 +7,7 @@
 //! belongs to a [`Shelf`].
 
 use std::cell::RefCell;
+use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -15,16 +16,17 @@ use burn::backend::cuda::CudaDevice;
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
 use burn_cubecl::FloatElement;
-use gptq_kernels::cuda::{Buffer, CudaError, DeviceCache, Gpu, Shelf, Turn};
-use gptq_kernels::{AttentionShape, Rotation, transpose};
+use gptq_kernels::cuda::{Buffer, CudaError, DeviceNorm, Gpu, Output, RowOrder, Shelf, Turn};
+use gptq_kernels::{Activation, AttentionShape, Rotation, transpose};
 use gptq_types::{Activations, DeviceMatrix, Dtype, LayerName, SourceError, Weight};
 
 use crate::ModelError;
 use crate::backend::{DecoderBackend, ShelfNeed, Shelves};
-use crate::budget::{Fit, LIBRARIES, places_on_device};
+use crate::budget::{Fit, places_on_device};
 use crate::device_rows::ScoringHead;
 use crate::head::HostHead;
 use crate::score::HeadInput;
+use crate::spec::NormKind;
 use crate::weights::{LinearValues, LinearWeights, WeightSource, to_f32};
 
 /// For models in f16 and f32.
@@ -104,23 +106,9 @@ pub(crate) struct Placed {
     columns: usize,
 }
 
-/// Refuses to sample where all blocks together do not fit.
-pub(crate) fn check_resident(blocks: usize, block_elements: usize) -> Result<(), ModelError> {
-    let memory = SELECTED.with_borrow(|selected| selected.as_ref().map_or(0, |s| s.memory));
-    let needed = LIBRARIES + blocks * block_elements * 2;
-    match needed <= memory {
-        true => Ok(()),
-        false => Err(ModelError::Cuda(CudaError::Invalid(format!(
-            "sampling keeps all {blocks} blocks on the GPU, {:.1} GB, and --gpu-memory is {:.1} GB",
-            needed as f64 / 1e9,
-            memory as f64 / 1e9
-        )))),
-    }
-}
-
 impl<E: Half> DecoderBackend for Cuda<E> {
-    type Cache = Option<DeviceCache>;
     type Vector = Option<Buffer>;
+    type Norm = Option<DeviceNorm>;
     type Turn = Option<Turn>;
     type Table = Tensor<Self, 2>;
     type Shelf = Option<Rc<Shelf>>;
@@ -130,6 +118,7 @@ impl<E: Half> DecoderBackend for Cuda<E> {
     /// Large products for the Hessian: each batch reads and writes all of the sum.
     const BATCH_TOKENS: usize = 8192;
     const PREFETCH: bool = true;
+    const EVERY_INNER: bool = false;
 
     fn check() -> Result<(), ModelError> {
         let trouble = SELECTED.with_borrow_mut(|selected| selected.as_mut()?.trouble.take());
@@ -189,6 +178,15 @@ impl<E: Half> DecoderBackend for Cuda<E> {
         note(Buffer::from_host(&gpu(), &values))
     }
 
+    fn norm_weights(
+        kind: NormKind,
+        weight: Vec<f32>,
+        bias: Option<Vec<f32>>,
+        eps: f64,
+    ) -> Self::Norm {
+        note(device_norm(kind, &weight, bias.as_deref(), eps))
+    }
+
     fn turn(rotation: Rotation) -> Self::Turn {
         note(Turn::new(&gpu(), &rotation))
     }
@@ -207,10 +205,16 @@ impl<E: Half> DecoderBackend for Cuda<E> {
         ))
     }
 
-    fn embed(table: &Self::Table, ids: &[u32]) -> Tensor<Self, 2> {
+    fn embed(table: &Self::Table, ids: &[u32], factor: f32) -> Tensor<Self, 2> {
         let table = view(table);
         let out = blank(ids.len(), table.columns);
-        note(gpu().embed(view(&out).address, table, ids));
+        note(gpu().embed(view(&out).address, table, ids, factor));
+        out
+    }
+
+    fn upload(values: Vec<f32>, columns: usize) -> Tensor<Self, 2> {
+        let out = blank(values.len() / columns, columns);
+        note(gpu().upload(view(&out), &values));
         out
     }
 
@@ -227,7 +231,10 @@ impl<E: Half> DecoderBackend for Cuda<E> {
         let none = Shelves {
             hidden: None,
             float: None,
+            lent: None,
+            by_token: None,
             inner: None,
+            lenders: need.lent.0,
         };
         let Some(fit) = note(places_on_device(need, memory)) else {
             return none;
@@ -240,10 +247,20 @@ impl<E: Half> DecoderBackend for Cuda<E> {
         let hidden = [need.hidden; 2];
         // A gated product that does not fit is computed again sooner than it would cross the bus twice.
         let inner = [need.inner, need.attention];
+        let followed = need.float.unwrap_or(0);
+        let some = |places: usize, columns: usize, fit: Fit| match places {
+            0 => None,
+            _ => shelf(places, [columns; 2], fit),
+        };
+        let (lenders, lent) = need.lent;
+        let (blocks, by_token) = need.by_token;
         Shelves {
             hidden: shelf(need.batches, hidden, fit.hidden),
-            float: (need.float).and_then(|followed| shelf(followed, hidden, fit.float)),
+            float: some(followed, need.hidden, fit.float),
+            lent: some(2 * lenders * (need.batches + followed), lent, fit.lent),
+            by_token: some(blocks * need.batches, by_token, fit.by_token),
             inner: shelf(need.batches, inner, fit.inner),
+            lenders,
         }
     }
 
@@ -298,17 +315,32 @@ impl<E: Half> DecoderBackend for Cuda<E> {
         out
     }
 
-    fn add(x: Tensor<Self, 2>, y: Tensor<Self, 2>) -> Tensor<Self, 2> {
-        note(gpu().add(view(&x), view(&y)));
+    fn columns(x: &Tensor<Self, 2>, columns: Range<usize>) -> Tensor<Self, 2> {
+        let x = view(x);
+        let out = blank(x.rows, columns.len());
+        let to = view(&out).address;
+        note(gpu().copy_columns(to, x, columns.start, columns.len()));
+        out
+    }
+
+    fn add(x: Tensor<Self, 2>, y: Tensor<Self, 2>, factor: f32) -> Tensor<Self, 2> {
+        match factor == 1.0 {
+            true => note(gpu().add(view(&x), view(&y))),
+            false => note(gpu().add_scaled(view(&x), view(&y), factor)),
+        };
         x
     }
 
-    fn norm(x: &Tensor<Self, 2>, weight: &Self::Vector, eps: f64) -> Tensor<Self, 2> {
+    fn scale(x: Tensor<Self, 2>, factor: f32) -> Tensor<Self, 2> {
+        note(gpu().scale(view(&x), factor));
+        x
+    }
+
+    fn norm(x: &Tensor<Self, 2>, norm: &Self::Norm) -> Tensor<Self, 2> {
         let x = view(x);
         let out = blank(x.rows, x.columns);
-        if let Some(weight) = weight {
-            let to = view(&out).address;
-            note(gpu().rms_norm(to, x, weight, eps as f32));
+        if let Some(norm) = norm {
+            note(gpu().norm(view(&out).address, x, norm));
         }
         out
     }
@@ -334,33 +366,32 @@ impl<E: Half> DecoderBackend for Cuda<E> {
         out
     }
 
-    fn gate(gate: Tensor<Self, 2>, up: &Tensor<Self, 2>) -> Tensor<Self, 2> {
-        note(gpu().swiglu(view(&gate), view(up)));
+    fn gate(
+        gate: Tensor<Self, 2>,
+        up: &Tensor<Self, 2>,
+        activation: Activation,
+    ) -> Tensor<Self, 2> {
+        note(gpu().gate(view(&gate), view(up), activation));
         gate
     }
 
-    fn cache(sequences: usize, capacity: usize, shape: AttentionShape) -> Self::Cache {
-        note(DeviceCache::new(&gpu(), sequences, capacity, shape))
+    fn activate(x: Tensor<Self, 2>, activation: Activation) -> Tensor<Self, 2> {
+        let at = view(&x);
+        let (order, size) = (RowOrder::natural(at.columns), [at.rows, at.columns]);
+        let from = Output {
+            address: at.address,
+            pitch: at.columns,
+        };
+        note(gpu().activate_rows(at.address, order, from, size, at.dtype, activation));
+        x
     }
 
-    fn attend_cached(
-        cache: &mut Self::Cache,
-        q: &Tensor<Self, 2>,
-        k: &Tensor<Self, 2>,
-        v: &Tensor<Self, 2>,
-        shape: AttentionShape,
-    ) -> Tensor<Self, 2> {
-        let [q, k, v] = [q, k, v].map(view);
-        let out = blank(q.rows, q.columns);
-        let to = view(&out).address;
-        if let Some(cache) = cache {
-            note(cache.attend(to, q, k, v, shape));
-        }
-        out
+    fn is_finite(x: &Tensor<Self, 2>) -> bool {
+        note(gpu().first_not_finite(view(x))).is_none_or(|found| found.is_none())
     }
 
     fn head(head: HostHead) -> Result<ScoringHead, ModelError> {
-        let (dtype, bytes) = head.source.plain_as_stored(head.name)?;
+        let (dtype, bytes) = head.source.plain_as_stored(&head.name)?;
         let weight = match dtype == E::DTYPE {
             true => Buffer::from_host(&gpu(), &bytes)?,
             false => {
@@ -373,6 +404,19 @@ impl<E: Half> DecoderBackend for Cuda<E> {
 
     fn head_input(head: &ScoringHead, hidden: Tensor<Self, 2>) -> Result<HeadInput, ModelError> {
         Ok(HeadInput::of_device(head.rows(view(&hidden))?))
+    }
+}
+
+/// A norm on the GPU.
+pub(crate) fn device_norm(
+    kind: NormKind,
+    weight: &[f32],
+    bias: Option<&[f32]>,
+    eps: f64,
+) -> Result<DeviceNorm, CudaError> {
+    match kind {
+        NormKind::Rms => DeviceNorm::rms(&gpu(), weight, eps as f32),
+        NormKind::Layer => DeviceNorm::layer(&gpu(), weight, bias, eps as f32),
     }
 }
 

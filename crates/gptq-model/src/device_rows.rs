@@ -6,6 +6,7 @@ use gptq_kernels::cuda::{Buffer, CudaError, DeviceHead, Gpu, RowScore, States};
 use gptq_types::{DeviceMatrix, Dtype};
 
 use crate::ModelError;
+use crate::cuda::device_norm;
 use crate::head::HostHead;
 use crate::score::{HeadRows, TokenScore};
 use crate::weights::to_f32;
@@ -31,7 +32,9 @@ impl ScoringHead {
         dtype: Dtype,
         host: HostHead,
     ) -> Result<Self, ModelError> {
-        let device = DeviceHead::new(gpu, weight, dtype, &host.norm, host.eps as f32)?;
+        let norm = &host.norm;
+        let norm = device_norm(norm.kind, &norm.weight, norm.bias.as_deref(), norm.eps)?;
+        let device = DeviceHead::new(gpu, weight, dtype, norm, host.soft_cap)?;
         Ok(ScoringHead {
             #[allow(clippy::arc_with_non_send_sync)]
             device: Arc::new(device),

@@ -5,91 +5,63 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use burn::tensor::Tensor;
-use gptq_kernels::Rotation;
-use gptq_types::{ActivationSink, LayerName, SourceError, Stage, Weight};
+use gptq_types::{ActivationSink, LayerName, SourceError, Weight};
 
 use crate::backend::{DecoderBackend, ShelfNeed, Shelves};
-use crate::block::{Block, HostBlock, Linear};
+use crate::batch::{Batch, BlockState, Track};
+use crate::by_token::RowsByToken;
 use crate::float_stream::FloatStream;
+use crate::forward::Block;
 use crate::head::HostHead;
+use crate::read_block::HostBlock;
 use crate::score::HeadInput;
+use crate::spec::{ModelSpec, Tap};
+use crate::stream::{Linear, OnBackend, Tables};
 use crate::weights::WeightSource;
-use crate::{Decoder, DecoderConfig, ModelError, Streams};
-
-/// Windows of one length that go through a block together.
-struct Batch<B: DecoderBackend> {
-    windows: Vec<Vec<u32>>,
-    hidden: Option<B::Kept>, // [tokens, hidden_size]; out only while it is changed
-    inner: Option<B::Kept>,  // input of the linear whose output is due: attention or gated
-}
-
-impl<B: DecoderBackend> Batch<B> {
-    fn tokens(&self) -> usize {
-        self.windows[0].len()
-    }
-
-    fn rows(&self) -> usize {
-        self.windows.len() * self.tokens()
-    }
-
-    fn hidden(&self) -> Tensor<B, 2> {
-        B::peek(self.hidden.as_ref().expect("hidden states are kept"))
-    }
-}
-
-/// Sees the input of a stage and, where there is a float stream, its partner there.
-type Look<'a, B> = dyn FnMut(&Tensor<B, 2>, Option<&Tensor<B, 2>>) + 'a;
+use crate::{Decoder, ModelError, Streams};
 
 /// See [`Decoder`].
 pub(crate) struct Engine<B: DecoderBackend> {
     source: Arc<dyn WeightSource>,
-    config: DecoderConfig,
+    spec: Arc<ModelSpec>,
     head: Option<B::Head>, // read when first asked for
-    block: Option<Block<B>>,
+    block: Option<BlockState<B>>,
     next: Option<(usize, JoinHandle<Result<HostBlock, SourceError>>)>,
     batches: Vec<Batch<B>>,
     shelves: Option<Shelves<B::Shelf>>,
     float: Option<FloatStream<B>>,
     more_hessians: usize, // that somebody else will keep on the device
-    turns: BTreeMap<usize, B::Turn>, // by window length
+    tables: BTreeMap<usize, Tables<B>>, // by window length
 }
 
 impl<B: DecoderBackend> Engine<B> {
-    pub fn new(
-        source: Arc<dyn WeightSource>,
-        config: DecoderConfig,
-        streams: Streams,
-    ) -> Result<Self, ModelError> {
-        Ok(Engine {
+    pub fn new(source: Arc<dyn WeightSource>, spec: ModelSpec, streams: Streams) -> Self {
+        Engine {
             float: match streams {
                 Streams::One => None,
                 Streams::BesideFloat => Some(FloatStream::default()),
             },
             source,
-            config,
+            spec: Arc::new(spec),
             head: None,
             block: None,
             next: None,
             batches: Vec::new(),
             shelves: None,
             more_hessians: 0,
-            turns: BTreeMap::new(),
-        })
+            tables: BTreeMap::new(),
+        }
     }
 
     /// Not kept, since a pass needs it once and it may be larger than a block.
-    pub fn table(&self) -> Result<B::Table, ModelError> {
-        let name = "model.embed_tokens.weight";
-        Ok(B::table(
-            self.source.as_ref(),
-            name,
-            self.config.hidden_size,
-        )?)
+    fn table(&self) -> Result<B::Table, ModelError> {
+        let (name, width) = (&self.spec.embedding.name, self.spec.hidden_size);
+        Ok(B::table(self.source.as_ref(), name, width)?)
     }
 
     fn head(&mut self) -> Result<&B::Head, ModelError> {
         if self.head.is_none() {
-            let head = HostHead::new(self.source.clone(), &self.config)?;
+            let head = HostHead::new(self.source.clone(), &self.spec)?;
             self.head = Some(B::head(head)?);
             B::check()?;
         }
@@ -97,60 +69,44 @@ impl<B: DecoderBackend> Engine<B> {
     }
 
     /// `[ids, hidden_size]`.
-    pub fn embed_ids(&self, table: &B::Table, ids: &[u32]) -> Result<Tensor<B, 2>, ModelError> {
-        let vocab_size = self.config.vocab_size;
+    fn embed_ids(&self, table: &B::Table, ids: &[u32]) -> Result<Tensor<B, 2>, ModelError> {
+        let vocab_size = self.spec.vocab_size;
         match ids.iter().find(|&&id| id as usize >= vocab_size) {
             Some(&id) => Err(ModelError::TokenOutsideVocabulary { id, vocab_size }),
-            None => Ok(B::embed(table, ids)),
+            None => Ok(B::embed(table, ids, self.spec.embedding.factor)),
         }
-    }
-
-    pub fn rotation(&self, positions: std::ops::Range<usize>, tokens: usize) -> Rotation {
-        self.config.rotation(positions, tokens)
-    }
-
-    pub fn load(&self, index: usize) -> Result<Block<B>, ModelError> {
-        let host = HostBlock::read::<B>(self.source.as_ref(), &self.config, index)?;
-        Ok(Block::load(host, &self.config))
     }
 
     /// Block `index` from the thread that read it ahead, if one did.
-    fn take_next(&mut self, index: usize) -> Result<Block<B>, ModelError> {
-        match self.next.take() {
+    fn take_next(&mut self, index: usize) -> Result<Block<OnBackend<B>>, ModelError> {
+        let spec = &self.spec.blocks[index];
+        let mut host = match self.next.take() {
             Some((ahead, reader)) if ahead == index => {
-                let host = reader.join().expect("the reader does not panic")?;
-                Ok(Block::load(host, &self.config))
+                reader.join().expect("the reader does not panic")?
             }
-            _ => self.load(index),
-        }
+            _ => HostBlock::read::<B>(self.source.as_ref(), spec)?,
+        };
+        Block::load(spec, index, &mut host)
     }
 
     fn read_ahead(&mut self, index: usize) {
-        if !B::PREFETCH || index >= self.config.num_hidden_layers {
+        if !B::PREFETCH || index >= self.spec.blocks.len() {
             return;
         }
-        let (source, config) = (self.source.clone(), self.config.clone());
-        let read = move || HostBlock::read::<B>(source.as_ref(), &config, index);
+        let (source, spec) = (self.source.clone(), self.spec.clone());
+        let read = move || HostBlock::read::<B>(source.as_ref(), &spec.blocks[index]);
         self.next = Some((index, std::thread::spawn(read)));
     }
 
-    pub fn check_window(&self, tokens: usize) -> Result<(), ModelError> {
-        match self.config.sliding_window {
-            Some(window) if tokens > window => Err(ModelError::SlidingWindow { tokens, window }),
-            _ => Ok(()),
-        }
-    }
-
-    pub fn head_of(&mut self, hidden: Tensor<B, 2>) -> Result<HeadInput, ModelError> {
-        let input = B::head_input(self.head()?, hidden)?;
-        B::check()?;
-        Ok(input)
-    }
-
     fn linear(&self, layer: &LayerName) -> Result<&Linear<B>, ModelError> {
-        let found = self.block.as_ref();
-        found
-            .and_then(|block| block.linears().find(|linear| linear.name == *layer))
+        let block = self.block.as_ref();
+        block
+            .and_then(|state| {
+                state
+                    .block
+                    .linears()
+                    .find(|linear| linear.spec.name == *layer)
+            })
             .ok_or_else(|| ModelError::NotResident(layer.clone()))
     }
 
@@ -170,86 +126,45 @@ impl<B: DecoderBackend> Engine<B> {
             Some(this)
         });
         let followed = starts.filter(|&start| FloatStream::<B>::follows(start));
+        let rows = batches.iter().map(rows).max().unwrap_or(0);
+        let float = self.float.as_ref().map(|_| followed.count());
         ShelfNeed {
-            batches: batches.len(),
-            rows: batches.iter().map(rows).max().unwrap_or(0),
-            hidden: self.config.hidden_size,
-            attention: self.attention_width(),
-            inner: self.attention_width().max(self.config.intermediate_size),
-            block_elements: self.config.block_bytes() / 4,
-            float: self.float.as_ref().map(|_| followed.count()),
             more_hessians: self.more_hessians,
+            ..ShelfNeed::of(&self.spec, batches.len(), rows, float)
         }
     }
 
-    /// Columns of the input of `o_proj`.
-    fn attention_width(&self) -> usize {
-        self.config.num_attention_heads * self.config.head_dim
-    }
-
-    /// Adds the output of the linear that `inner` waits for to the hidden states; these. A gated product for
-    /// which there was no room is computed again, from the same values to the same bits.
-    fn add_output(
-        batch: &mut Batch<B>,
-        block: &Block<B>,
-        linear: &Linear<B>,
-        shelf: &B::Shelf,
-        place: usize,
-    ) -> Tensor<B, 2> {
-        let inner = match batch.inner.take() {
-            Some(kept) => B::recall(kept),
-            None => block.gated(&block.mlp_input(&batch.hidden())),
-        };
-        let output = linear.forward(&inner);
-        drop(inner);
-        let hidden = B::recall(batch.hidden.take().expect("hidden states are kept"));
-        let hidden = B::add(hidden, output);
-        batch.hidden = Some(B::keep(shelf, place, &hidden));
-        hidden
-    }
-
-    fn pass(&mut self, stage: Stage, look: &mut Look<'_, B>) -> Result<(), ModelError> {
-        let block = self.block.as_ref().expect("a block is resident");
+    /// Brings every batch to `tap` of the resident block and shows what is there.
+    fn pass(&mut self, tap: Tap, look: &mut Look<'_, B>) -> Result<(), ModelError> {
+        let state = self.block.as_ref().expect("a block is resident");
         let shelves = self.shelves.as_ref().expect("windows were embedded");
-        // All inner activations of the stage before were taken back.
-        let rows = self.batches.iter().map(Batch::rows).max().unwrap_or(0);
-        match stage {
-            Stage::AttentionOut => B::clear(&shelves.inner, rows, self.attention_width()),
-            Stage::MlpOut => B::clear(&shelves.inner, rows, self.config.intermediate_size),
-            Stage::AttentionIn | Stage::MlpIn => {}
+        if tap.branch == Some(0) {
+            // All inner activations of the step before were taken back.
+            let rows = self.batches.iter().map(Batch::rows).max().unwrap_or(0);
+            B::clear(&shelves.inner, rows, state.inner_columns(tap.step));
         }
+        let count = self.batches.len();
         for (place, batch) in self.batches.iter_mut().enumerate() {
-            let tokens = batch.tokens();
-            let input = match stage {
-                Stage::AttentionIn => block.attention_input(&batch.hidden()),
-                Stage::AttentionOut => {
-                    let x = block.attention_input(&batch.hidden());
-                    block.attend(&x, &self.turns[&tokens], tokens)
-                }
-                Stage::MlpIn => {
-                    let shelf = &shelves.hidden;
-                    let linear = &block.attention_out;
-                    let hidden = Self::add_output(batch, block, linear, shelf, place);
-                    block.mlp_input(&hidden)
-                }
-                Stage::MlpOut => block.gated(&block.mlp_input(&batch.hidden())),
+            let (tables, tokens) = (&self.tables[&batch.tokens()], batch.tokens());
+            let track = Track::quantized(shelves, tables, tokens, place, &batch.by_token);
+            let input = state.reach(tap, &mut batch.state, &track)?;
+            let beside = |place| track.beside(shelves, place, count);
+            let float = match &mut self.float {
+                None => None,
+                Some(stream) => stream.reach(tap, place, beside)?,
             };
-            let turn = &self.turns[&tokens];
-            let float = (self.float.as_mut())
-                .and_then(|stream| stream.advance(stage, place, &shelves.float, turn, tokens));
             look(&input, float.as_ref());
-            let awaits = matches!(stage, Stage::AttentionOut | Stage::MlpOut);
-            if awaits && B::has_room(&shelves.inner, place) {
-                batch.inner = Some(B::keep(&shelves.inner, place, &input));
-            }
         }
         B::check()
     }
 }
 
+/// Sees the input of a capture group and, where there is a float stream, its partner there.
+type Look<'a, B> = dyn FnMut(&Tensor<B, 2>, Option<&Tensor<B, 2>>) + 'a;
+
 impl<B: DecoderBackend> Decoder for Engine<B> {
-    fn config(&self) -> &DecoderConfig {
-        &self.config
+    fn spec(&self) -> &ModelSpec {
+        &self.spec
     }
 
     fn leave_room(&mut self, hessians: usize) {
@@ -261,29 +176,38 @@ impl<B: DecoderBackend> Decoder for Engine<B> {
         self.float = self.float.take().map(|_| FloatStream::default());
         self.shelves = None;
         let cut = Self::cut(windows);
-        for batch in &cut {
-            self.check_window(batch[0].len())?;
-        }
         let shelves = B::shelves(&self.need(&cut));
         B::check()?;
         let table = self.table()?;
+        let inputs = self.spec.embedding.per_block.as_ref();
+        let sizes = (self.spec.blocks.len(), self.spec.hidden_size);
+        let by_token = inputs
+            .map(|inputs| RowsByToken::<B>::read(self.source.as_ref(), inputs, sizes, windows))
+            .transpose()?;
+        let blocks = self.spec.blocks.len();
         let mut start = 0;
         for (place, windows) in cut.into_iter().enumerate() {
-            let hidden = self.embed_ids(&table, &windows.concat())?;
+            let ids = windows.concat();
+            let hidden = self.embed_ids(&table, &ids)?;
             if let Some(stream) = &mut self.float {
                 stream.embed(start, &shelves.float, &hidden);
             }
-            start += windows.len() * windows[0].len();
-            self.batches.push(Batch {
-                hidden: Some(B::keep(&shelves.hidden, place, &hidden)),
-                windows: windows.to_vec(),
-                inner: None,
-            });
-            let tokens = windows[0].len();
-            if !self.turns.contains_key(&tokens) {
-                let turn = B::turn(self.rotation(0..tokens, tokens));
-                self.turns.insert(tokens, turn);
+            start += ids.len();
+            let mut batch = Batch::new(windows, B::keep(&shelves.hidden, place, &hidden));
+            if let Some((rows, inputs)) = by_token.as_ref().zip(inputs) {
+                let all = rows.of(&ids, &hidden);
+                for index in 0..blocks {
+                    let first = index * inputs.width;
+                    let of_block = B::columns(&all, first..first + inputs.width);
+                    let place = place * blocks + index;
+                    let kept = B::keep(&shelves.by_token, place, &of_block);
+                    batch.by_token.push(kept);
+                }
             }
+            self.batches.push(batch);
+            let tokens = windows[0].len();
+            (self.tables.entry(tokens))
+                .or_insert_with(|| Tables::new(&self.spec, 0..tokens, tokens));
         }
         self.shelves = Some(shelves);
         B::check()
@@ -293,15 +217,16 @@ impl<B: DecoderBackend> Decoder for Engine<B> {
         self.block = None; // frees the old block before the new one is read
         let block = self.take_next(index)?;
         if let Some(stream) = &mut self.float {
-            stream.block = Some(block.copied(stream.block.take()));
+            let place = stream.block.take().map(|state| state.block);
+            stream.block = Some(BlockState::new(index, &self.spec, block.copied(place)));
         }
-        self.block = Some(block);
+        self.block = Some(BlockState::new(index, &self.spec, block));
         self.read_ahead(index + 1);
         B::check()
     }
 
-    fn stage(&mut self, stage: Stage, sink: &mut dyn ActivationSink) -> Result<(), ModelError> {
-        self.pass(stage, &mut |input, float| {
+    fn capture(&mut self, tap: Tap, sink: &mut dyn ActivationSink) -> Result<(), ModelError> {
+        self.pass(tap, &mut |input, float| {
             let [rows, columns] = input.dims();
             B::show(input, &mut |x| match float {
                 None => sink.observe(x, rows, columns),
@@ -315,10 +240,16 @@ impl<B: DecoderBackend> Decoder for Engine<B> {
     }
 
     fn finish_block(&mut self) -> Result<(), ModelError> {
-        let block = self.block.as_ref().expect("a block is resident");
-        let shelf = &self.shelves.as_ref().expect("windows were embedded").hidden;
+        let state = self.block.as_ref().expect("a block is resident");
+        let shelves = self.shelves.as_ref().expect("windows were embedded");
+        let count = self.batches.len();
         for (place, batch) in self.batches.iter_mut().enumerate() {
-            Self::add_output(batch, block, &block.mlp_out, shelf, place);
+            let (tables, tokens) = (&self.tables[&batch.tokens()], batch.tokens());
+            let track = Track::quantized(shelves, tables, tokens, place, &batch.by_token);
+            state.finish(&mut batch.state, &track)?;
+            if let Some(stream) = &mut self.float {
+                stream.finish(place, |place| track.beside(shelves, place, count))?;
+            }
         }
         B::tidy();
         B::check()
@@ -326,20 +257,13 @@ impl<B: DecoderBackend> Decoder for Engine<B> {
 
     fn forward_block(&mut self) -> Result<(), ModelError> {
         // No weight is replaced on the way: a batch passes at once, and nothing inside it waits.
-        let block = self.block.as_ref().expect("a block is resident");
-        let shelves = self.shelves.as_ref().expect("windows were embedded");
-        for (place, batch) in self.batches.iter_mut().enumerate() {
-            let tokens = batch.tokens();
-            let turn = &self.turns[&tokens];
-            let hidden = B::recall(batch.hidden.take().expect("hidden states are kept"));
-            let hidden = block.forward(hidden, turn, tokens);
-            batch.hidden = Some(B::keep(&shelves.hidden, place, &hidden));
-            drop(hidden);
-            if let Some(stream) = &mut self.float {
-                stream.forward(place, &shelves.float, turn, tokens);
+        self.finish_block()?;
+        let index = self.block.as_ref().map_or(0, |state| state.index);
+        for batch in &self.batches {
+            if !B::is_finite(&batch.state.hidden()) {
+                return Err(ModelError::NotFinite { block: index });
             }
         }
-        B::tidy();
         B::check()
     }
 
@@ -350,7 +274,10 @@ impl<B: DecoderBackend> Decoder for Engine<B> {
     fn replace_weight(&mut self, layer: &LayerName, weight: Weight) -> Result<(), ModelError> {
         let block = self.block.as_mut();
         let linear = block
-            .and_then(|block| block.linears_mut().find(|linear| linear.name == *layer))
+            .and_then(|state| {
+                let mut linears = state.block.linears_mut();
+                linears.find(|linear| linear.spec.name == *layer)
+            })
             .ok_or_else(|| ModelError::NotResident(layer.clone()))?;
         linear.replace(weight);
         B::check()
@@ -361,7 +288,10 @@ impl<B: DecoderBackend> Decoder for Engine<B> {
     }
 
     fn head_input(&mut self, batch: usize) -> Result<HeadInput, ModelError> {
-        self.head_of(self.batches[batch].hidden())
+        let hidden = self.batches[batch].state.hidden();
+        let input = B::head_input(self.head()?, hidden)?;
+        B::check()?;
+        Ok(input)
     }
 
     fn batch_windows(&self, batch: usize) -> &[Vec<u32>] {

@@ -2,24 +2,26 @@
 //! linear before been rounded.
 //!
 //! Its weights are never replaced, so an output is added as soon as its input was seen, and nothing but
-//! hidden states waits between two stages. It follows six of eight stretches of the tokens: the other two
+//! hidden states waits between two taps. It follows six of eight stretches of the tokens: the other two
 //! would cost as much as any other and tell little more.
 
 use burn::tensor::Tensor;
-use gptq_types::{Stage, stretch_of};
+use gptq_types::stretch_of;
 
+use crate::ModelError;
 use crate::backend::DecoderBackend;
-use crate::block::Block;
+use crate::batch::{BlockState, RowState, Track};
+use crate::spec::Tap;
 
 /// A batch that is followed.
 struct Followed<B: DecoderBackend> {
-    place: usize,            // on the stream's own shelf, which has none for other batches
-    hidden: Option<B::Kept>, // [tokens, hidden_size]; out only while it is changed
+    place: usize, // on the stream's own shelf, which has none for other batches
+    state: RowState<B>,
 }
 
 /// Hidden states of the float model, batch by batch, and its resident block.
 pub(crate) struct FloatStream<B: DecoderBackend> {
-    pub block: Option<Block<B>>,
+    pub block: Option<BlockState<B>>,
     batches: Vec<Option<Followed<B>>>,
 }
 
@@ -43,51 +45,35 @@ impl<B: DecoderBackend> FloatStream<B> {
         let place = self.batches.iter().flatten().count();
         self.batches.push(Self::follows(start).then(|| Followed {
             place,
-            hidden: Some(B::keep(shelf, place, hidden)),
+            state: RowState::new(B::keep(shelf, place, hidden)),
         }));
     }
 
-    /// The input of the linears of `stage` for a batch that is followed. Stages are visited in the order
-    /// of [`Stage::ALL`]; the first may be left out.
-    pub fn advance(
+    /// What is at `tap` for a batch that is followed. `track` is that of the batch, but for its place.
+    pub fn reach<'a>(
         &mut self,
-        stage: Stage,
+        tap: Tap,
         batch: usize,
-        shelf: &B::Shelf,
-        turn: &B::Turn,
-        tokens: usize,
-    ) -> Option<Tensor<B, 2>> {
-        let followed = self.batches[batch].as_mut()?;
-        let block = self.block.as_ref().expect("a block is resident");
-        let hidden = B::peek(followed.hidden.as_ref().expect("hidden states are kept"));
-        let (input, output) = match stage {
-            Stage::AttentionIn => return Some(block.attention_input(&hidden)),
-            Stage::MlpIn => return Some(block.mlp_input(&hidden)),
-            Stage::AttentionOut => {
-                let input = block.attend(&block.attention_input(&hidden), turn, tokens);
-                let output = block.attention_out.forward(&input);
-                (input, output)
-            }
-            Stage::MlpOut => {
-                let input = block.gated(&block.mlp_input(&hidden));
-                let output = block.mlp_out.forward(&input);
-                (input, output)
-            }
+        track: impl FnOnce(usize) -> Track<'a, B>,
+    ) -> Result<Option<Tensor<B, 2>>, ModelError> {
+        let Some(followed) = self.batches[batch].as_mut() else {
+            return Ok(None);
         };
-        followed.hidden = None;
-        let hidden = B::add(hidden, output);
-        followed.hidden = Some(B::keep(shelf, followed.place, &hidden));
-        Some(input)
+        let block = self.block.as_ref().expect("a block is resident");
+        let track = track(followed.place);
+        block.reach(tap, &mut followed.state, &track).map(Some)
     }
 
-    /// All stages of a batch with nobody looking.
-    pub fn forward(&mut self, batch: usize, shelf: &B::Shelf, turn: &B::Turn, tokens: usize) {
+    /// Brings a batch behind the block.
+    pub fn finish<'a>(
+        &mut self,
+        batch: usize,
+        track: impl FnOnce(usize) -> Track<'a, B>,
+    ) -> Result<(), ModelError> {
         let Some(followed) = self.batches[batch].as_mut() else {
-            return;
+            return Ok(());
         };
         let block = self.block.as_ref().expect("a block is resident");
-        let hidden = B::recall(followed.hidden.take().expect("hidden states are kept"));
-        let hidden = block.forward(hidden, turn, tokens);
-        followed.hidden = Some(B::keep(shelf, followed.place, &hidden));
+        block.finish(&mut followed.state, &track(followed.place))
     }
 }

@@ -1,17 +1,19 @@
 //! Decoder architectures on Burn, one block at a time.
 //!
-//! Knows: the `config.json` of Llama, Mistral, Qwen2 and Qwen3 ([`DecoderConfig`], one file a
-//! family under `arch`), rotary scalings, the forward pass of a block cut at the inputs of its
-//! linears ([`Decoder::stage`]), scores of the language-model head, and sampling from the model.
+//! Knows: a decoder as data ([`ModelSpec`]), read from `config.json` (one file a family under `arch`);
+//! rotary scalings; a block's forward pass, written once over the operations of a device ([`forward`]);
+//! passes of windows that can be stopped at the inputs of linears ([`Decoder::capture`]); scores of the
+//! language-model head.
 //!
 //! Does not know: what the inputs are collected for, packed files, calibration data. Burn stays
 //! inside: callers see `f32` slices, names and a run-time [`Device`].
 
 mod arch;
 mod backend;
-mod block;
+mod batch;
 #[cfg(feature = "cuda")]
 mod budget;
+mod by_token;
 mod config;
 mod config_keys;
 #[cfg(feature = "cuda")]
@@ -20,20 +22,24 @@ mod cuda;
 mod device_rows;
 mod engine;
 mod float_stream;
+pub mod forward;
 mod head;
+mod read_block;
 mod rope;
-mod sample;
 mod score;
+pub mod spec;
+mod stream;
 mod weights;
 
 use std::sync::Arc;
 
-use gptq_types::{ActivationSink, LayerName, SourceError, Stage, Weight};
+use gptq_types::{ActivationSink, LayerName, SourceError, Weight};
 
-pub use config::{ConfigError, DecoderConfig};
+pub use config::ConfigError;
+pub use read_block::norm_values;
 pub use rope::RopeScaling;
-pub use sample::{Draw, SampleSpec, sample_windows};
 pub use score::{HeadInput, TokenScore};
+pub use spec::{CaptureGroup, LinearSpec, ModelSpec, Tap};
 pub use weights::{FloatWeights, LinearValues, LinearWeights, WeightSource, hash_checked};
 
 /// Where the forward pass runs.
@@ -57,7 +63,7 @@ pub enum Device {
 pub enum Streams {
     /// That of the weights as they are replaced.
     One,
-    /// The same, and beside it that of the weights as they were: sinks see both inputs of a stage,
+    /// The same, and beside it that of the weights as they were: sinks see both inputs of a capture group,
     /// [`ActivationSink::observe_pair`]. It takes the time of a pass, a copy of the block and of the hidden
     /// states.
     BesideFloat,
@@ -84,9 +90,9 @@ pub enum ModelError {
     )]
     TokenOutsideVocabulary { id: u32, vocab_size: usize },
     #[error(
-        "windows of {tokens} tokens are longer than the sliding window of {window}, which is not supported"
+        "block {block} computes hidden states that are not finite: the model overflows the type it runs in"
     )]
-    SlidingWindow { tokens: usize, window: usize },
+    NotFinite { block: usize },
     #[error("layer `{0}` is not in the resident block")]
     NotResident(LayerName),
     #[cfg(feature = "cuda")]
@@ -108,6 +114,9 @@ impl ModelError {
         match self {
             #[cfg(feature = "cuda")]
             ModelError::Cuda(error) => error.hint(),
+            ModelError::NotFinite { .. } => {
+                Some("a model trained in bf16 may need it: f16 ends at 65504")
+            }
             ModelError::AnotherHead { .. } => {
                 Some("set tie_word_embeddings to false if the head is the one that was trained")
             }
@@ -120,11 +129,11 @@ impl ModelError {
 ///
 /// The order of calls: [`embed`](Decoder::embed); for each block
 /// [`load_block`](Decoder::load_block), then either [`forward_block`](Decoder::forward_block) or
-/// the four [`stage`](Decoder::stage)s with weights replaced in between and
+/// [`capture`](Decoder::capture) at the tap of each capture group, with weights replaced in between, and
 /// [`finish_block`](Decoder::finish_block); at the end [`head_input`](Decoder::head_input).
 pub trait Decoder {
     /// The architecture.
-    fn config(&self) -> &DecoderConfig;
+    fn spec(&self) -> &ModelSpec;
 
     /// Leaves room on the device for so many matrices more, each as large as the widest Hessian.
     fn leave_room(&mut self, hessians: usize);
@@ -135,20 +144,20 @@ pub trait Decoder {
     /// Makes block `index` the resident one; the one before is dropped.
     fn load_block(&mut self, index: usize) -> Result<(), ModelError>;
 
-    /// Computes the input of the linears of `stage` for every token and shows it to `sink`.
-    /// Stages are visited in the order of [`Stage::ALL`], each once.
-    fn stage(&mut self, stage: Stage, sink: &mut dyn ActivationSink) -> Result<(), ModelError>;
+    /// Computes the rows at `tap` for every token and shows them to `sink`. Taps are visited in their order,
+    /// each once.
+    fn capture(&mut self, tap: Tap, sink: &mut dyn ActivationSink) -> Result<(), ModelError>;
 
-    /// Adds the output of the last linear to the hidden states.
+    /// Computes what is left of the block behind the last tap.
     fn finish_block(&mut self) -> Result<(), ModelError>;
 
-    /// All four stages and the finish, with nobody looking.
+    /// The whole block, with nobody looking.
     fn forward_block(&mut self) -> Result<(), ModelError>;
 
     /// The weight of a resident linear. One on the device may be written over in place.
     fn weight(&self, layer: &LayerName) -> Result<Weight, ModelError>;
 
-    /// Replaces it, so that later stages see the new outputs.
+    /// Replaces it, so that later taps see the new outputs.
     fn replace_weight(&mut self, layer: &LayerName, weight: Weight) -> Result<(), ModelError>;
 
     /// Batches that the windows were cut into.
@@ -174,25 +183,25 @@ pub fn prepare(device: Device) -> Result<(), ModelError> {
 /// Opens a decoder over `source`; every tensor is checked for presence and shape at once.
 pub fn open(
     source: Arc<dyn WeightSource>,
-    config: DecoderConfig,
+    spec: ModelSpec,
     device: Device,
     streams: Streams,
 ) -> Result<Box<dyn Decoder>, ModelError> {
-    config.check_tensors(source.as_ref())?;
+    spec.check_tensors(source.as_ref())?;
     match device {
         Device::Cpu => Ok(Box::new(engine::Engine::<burn::backend::Flex>::new(
-            source, config, streams,
-        )?)),
+            source, spec, streams,
+        ))),
         #[cfg(feature = "cuda")]
         Device::Cuda { ordinal, memory } => {
             cuda::select(ordinal, memory)?;
-            match source.computing_type() {
+            match source.computing_type(&spec) {
                 Some(gptq_types::Dtype::BF16) => Ok(Box::new(engine::Engine::<cuda::Bf16>::new(
-                    source, config, streams,
-                )?)),
+                    source, spec, streams,
+                ))),
                 _ => Ok(Box::new(engine::Engine::<cuda::F16>::new(
-                    source, config, streams,
-                )?)),
+                    source, spec, streams,
+                ))),
             }
         }
     }

@@ -2,10 +2,11 @@
 
 use std::f64::consts::PI;
 
-use gptq_kernels::Rotation;
+use gptq_kernels::Pairing;
 
 use crate::config::{ConfigError, Fields};
 use crate::config_keys;
+use crate::spec::{QueryFactor, RotarySpec};
 
 /// How the rotary frequencies differ from `theta^(-2i/d)`.
 #[derive(Clone, Debug, PartialEq)]
@@ -32,6 +33,15 @@ pub enum RopeScaling {
         attention_factor: f64,
         original: usize,
     },
+    /// A factor for each frequency, others beyond the trained length (Ding et al. 2024, arXiv:2402.13753).
+    LongRope {
+        short: Vec<f64>,
+        long: Vec<f64>,
+        attention_factor: f64,
+        original: usize,
+    },
+    /// The first `turning` frequencies of a whole head, the others 0 (Gemma 4); divided by `factor`.
+    Proportional { turning: usize, factor: f64 },
 }
 
 /// The rotary settings of a file.
@@ -39,43 +49,175 @@ pub enum RopeScaling {
 pub(crate) struct Rope {
     pub theta: f64,
     pub scaling: RopeScaling,
+    /// The part of a head that turns.
+    pub partial: f64,
+    /// `llama_4_scaling_beta`, and the positions that go with it.
+    pub query_factor: Option<QueryFactor>,
     /// Keys of the block that its kind does not read.
     pub unread_keys: Vec<String>,
+}
+
+/// What a family reads beyond base and scaling, for others an error, and its defaults.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Reads {
+    /// The base where the file has none.
+    pub theta: f64,
+    /// `partial_rotary_factor`, in the file or its block of rotary settings, and its default.
+    pub partial: Option<f64>,
+    /// `llama_4_scaling_beta`.
+    pub query_factor: bool,
+    /// `longrope`; `su` and `yarn` are its old names.
+    pub longrope: bool,
+    /// `original_max_position_embeddings` where the file has none.
+    pub original: Option<usize>,
+    /// `proportional`, of heads of this width.
+    pub proportional: Option<usize>,
+    /// `alpha` of `dynamic`, for heads of this width.
+    pub alpha: Option<usize>,
+}
+
+impl Reads {
+    /// Base and scaling alone.
+    pub const LLAMA: Reads = Reads {
+        theta: 10_000.0,
+        partial: None,
+        query_factor: false,
+        longrope: false,
+        original: None,
+        proportional: None,
+        alpha: None,
+    };
 }
 
 /// `rope_theta` and the scaling from either spelling: `rope_theta` + `rope_scaling`, or the
 /// `rope_parameters` of transformers 5. Where a file has both, or the base twice, they must agree:
 /// readers differ in which they take.
-pub(crate) fn read(fields: &Fields<'_>, max_positions: usize) -> Result<Rope, ConfigError> {
-    const DEFAULT_THETA: f64 = 10_000.0;
+pub(crate) fn read(
+    fields: &Fields<'_>,
+    max_positions: usize,
+    reads: &Reads,
+) -> Result<Rope, ConfigError> {
     let outer = base(fields)?;
-    let mut rope = Rope {
-        theta: outer.unwrap_or(DEFAULT_THETA),
-        scaling: RopeScaling::None,
-        unread_keys: Vec::new(),
-    };
+    let mut rope = Rope::plain(outer.unwrap_or(reads.theta));
+    if let Some(default) = reads.partial {
+        rope.partial = partial(fields)?.unwrap_or(default);
+    }
+    let around = original(fields)?.or(reads.original);
     let mut read_before = None;
     for place in ["rope_parameters", "rope_scaling"] {
         let Some(block) = fields.object(place)? else {
             continue;
         };
-        if let Some(inner) = base(&block)? {
-            if let Some(outer) = outer.filter(|outer| *outer != inner) {
-                let values = [outer.to_string(), inner.to_string()];
-                return Err(conflict("rope_theta", values, ["the file", place]));
-            }
-            rope.theta = inner;
+        refuse_blocks_of_layers(&block, place)?;
+        take_base(&mut rope, &block, outer, place)?;
+        let before = rope.scaling.clone();
+        read_block(&mut rope, &block, (around, max_positions), reads)?;
+        if let Some(earlier) = read_before.filter(|_| before != rope.scaling) {
+            let values = [format!("{before:?}"), format!("{:?}", rope.scaling)];
+            return Err(conflict("rope_type", values, [earlier, place]));
         }
-        let (scaling, unread_keys) = read_scaling(&block, place, max_positions)?;
-        if let Some(before) = read_before.filter(|_| scaling != rope.scaling) {
-            let values = [format!("{:?}", rope.scaling), format!("{scaling:?}")];
-            return Err(conflict("rope_type", values, [before, place]));
-        }
-        rope.scaling = scaling;
-        rope.unread_keys.extend(unread_keys);
         read_before = Some(place);
     }
     Ok(rope)
+}
+
+/// Rotary settings by kind of layer.
+pub(crate) struct Kinds {
+    pub sliding: Rope,
+    pub full: Rope,
+}
+
+/// The rotary settings of a family whose `rope_parameters` hold them by kind of layer
+/// (`sliding_attention`, `full_attention`). In the older spelling `rope_theta` and `rope_scaling` are of
+/// full attention, and `local_key` is the base of sliding attention.
+pub(crate) fn read_kinds(
+    fields: &Fields<'_>,
+    max_positions: usize,
+    [sliding, full]: [&Reads; 2],
+    local_key: Option<&'static str>,
+) -> Result<Kinds, ConfigError> {
+    const PLACE: &str = "rope_parameters";
+    let kinds = fields.object(PLACE)?;
+    let read_kind = |kind, outer: Option<f64>, reads: &Reads| -> Result<_, ConfigError> {
+        let mut rope = Rope::plain(outer.unwrap_or(reads.theta));
+        let block = kinds.map_or(Ok(None), |kinds| kinds.object(kind))?;
+        if let Some(block) = &block {
+            take_base(&mut rope, block, outer, PLACE)?;
+            read_block(&mut rope, block, (None, max_positions), reads)?;
+        }
+        Ok((rope, block.is_some()))
+    };
+    let local = local_key.map_or(Ok(None), |key| base_of(fields, key))?;
+    let (sliding, has_sliding) = read_kind("sliding_attention", local, sliding)?;
+    let (mut rope, has_full) = read_kind("full_attention", base(fields)?, full)?;
+    if let Some(kinds) = kinds
+        && !has_sliding
+        && !has_full
+        && kinds.0.as_object().is_some_and(|map| !map.is_empty())
+    {
+        let expected = "settings for full_attention and sliding_attention";
+        return Err(ConfigError::unsupported(PLACE, kinds.0, expected));
+    }
+    if let Some(block) = fields.object("rope_scaling")? {
+        refuse_blocks_of_layers(&block, "rope_scaling")?;
+        let before = rope.scaling.clone();
+        read_block(&mut rope, &block, (None, max_positions), full)?;
+        if has_full && before != rope.scaling {
+            let values = [format!("{before:?}"), format!("{:?}", rope.scaling)];
+            return Err(conflict("rope_type", values, [PLACE, "rope_scaling"]));
+        }
+    }
+    Ok(Kinds {
+        sliding,
+        full: rope,
+    })
+}
+
+impl Rope {
+    /// Base `theta` and nothing else.
+    pub fn plain(theta: f64) -> Self {
+        Rope {
+            theta,
+            scaling: RopeScaling::None,
+            partial: 1.0,
+            query_factor: None,
+            unread_keys: Vec::new(),
+        }
+    }
+
+    /// The table for heads of a width.
+    pub fn table(&self, head_dim: usize, pairing: Pairing) -> RotarySpec {
+        let rotary_dim = match self.scaling {
+            RopeScaling::Proportional { .. } => head_dim,
+            _ => (head_dim as f64 * self.partial) as usize / 2 * 2,
+        };
+        RotarySpec {
+            head_dim,
+            rotary_dim,
+            pairing,
+            theta: self.theta,
+            scaling: self.scaling.clone(),
+            query_factor: self.query_factor,
+        }
+    }
+}
+
+fn partial(fields: &Fields<'_>) -> Result<Option<f64>, ConfigError> {
+    const KEY: &str = "partial_rotary_factor";
+    match fields.optional_number(KEY)? {
+        Some(part) if !(part > 0.0 && part <= 1.0) => {
+            Err(ConfigError::value(KEY, part, "a number above 0, at most 1"))
+        }
+        part => Ok(part),
+    }
+}
+
+fn original(fields: &Fields<'_>) -> Result<Option<usize>, ConfigError> {
+    const KEY: &str = "original_max_position_embeddings";
+    match fields.optional_size(KEY)? {
+        Some(0) => Err(ConfigError::value(KEY, 0, "at least 1")),
+        original => Ok(original),
+    }
 }
 
 fn conflict(
@@ -88,60 +230,111 @@ fn conflict(
 }
 
 fn base(fields: &Fields<'_>) -> Result<Option<f64>, ConfigError> {
+    base_of(fields, "rope_theta")
+}
+
+fn base_of(fields: &Fields<'_>, key: &'static str) -> Result<Option<f64>, ConfigError> {
     // A base of 1 turns all channels alike; yarn divides by its logarithm.
-    match fields.optional_number("rope_theta")? {
-        Some(theta) if theta <= 1.0 => {
-            Err(ConfigError::value("rope_theta", theta, "a number above 1"))
-        }
+    match fields.optional_number(key)? {
+        Some(theta) if theta <= 1.0 => Err(ConfigError::value(key, theta, "a number above 1")),
         theta => Ok(theta),
     }
 }
 
-/// The scaling, and the keys that it does not read.
-fn read_scaling(
+/// The base of a block, which agrees with the one `outer` of the file.
+fn take_base(
+    rope: &mut Rope,
     block: &Fields<'_>,
+    outer: Option<f64>,
     place: &'static str,
-    max_positions: usize,
-) -> Result<(RopeScaling, Vec<String>), ConfigError> {
-    refuse_blocks_of_layers(block, place)?;
+) -> Result<(), ConfigError> {
+    if let Some(inner) = base(block)? {
+        if let Some(outer) = outer.filter(|outer| *outer != inner) {
+            let values = [outer.to_string(), inner.to_string()];
+            return Err(conflict("rope_theta", values, ["the file", place]));
+        }
+        rope.theta = inner;
+    }
+    Ok(())
+}
+
+/// Reads one block of settings. `around` is `original_max_position_embeddings` of the file, if it has one,
+/// and the positions of the model.
+fn read_block(
+    rope: &mut Rope,
+    block: &Fields<'_>,
+    (around, max_positions): (Option<usize>, usize),
+    reads: &Reads,
+) -> Result<(), ConfigError> {
     let kind = match block.text("rope_type")? {
         Some(kind) => Some(kind),
         None => block.text("type")?,
     };
-    let original = match block.optional_size("original_max_position_embeddings")? {
-        Some(0) => {
-            let key = "original_max_position_embeddings";
-            return Err(ConfigError::value(key, 0, "at least 1"));
-        }
-        Some(original) => original,
-        None => max_positions.max(1),
-    };
+    let own = original(block)?;
+    if let (Some(own), Some(around)) = (own, around)
+        && own != around
+    {
+        // transformers takes the file's, other readers the block's.
+        let values = [around.to_string(), own.to_string()];
+        let places = ["the file", "its rotary settings"];
+        return Err(conflict("original_max_position_embeddings", values, places));
+    }
+    let original = own.or(around).unwrap_or(max_positions.max(1));
     let factor = || above_zero(block, "factor")?.ok_or(ConfigError::Missing("factor"));
-    let scaling = match kind {
+    if reads.partial.is_some() {
+        rope.partial = partial(block)?.unwrap_or(rope.partial);
+    }
+    rope.scaling = match kind {
         // A factor of an unknown kind must not be dropped.
         None if block.optional_number("factor")?.is_some() => {
             return Err(ConfigError::Missing("rope_type"));
         }
         None | Some("default") => RopeScaling::None,
+        Some("longrope" | "su" | "yarn") if reads.longrope => {
+            read_longrope(block, original, max_positions)?
+        }
         Some("linear") => RopeScaling::Linear { factor: factor()? },
+        Some("dynamic") if has_alpha(block, reads)? => {
+            rope.theta *= growth_by_alpha(block, reads)?;
+            RopeScaling::None
+        }
         Some("dynamic") => RopeScaling::Dynamic {
             factor: factor()?,
             original,
         },
         Some("llama3") => read_llama3(block, factor()?, original)?,
         Some("yarn") => read_yarn(block, factor()?, original)?,
+        Some("proportional") if reads.proportional.is_some() => {
+            let head_dim = reads.proportional.unwrap_or(0);
+            let part = partial(block)?.unwrap_or(1.0);
+            RopeScaling::Proportional {
+                turning: ((part * head_dim as f64) as usize / 2).min(head_dim / 2),
+                factor: above_zero(block, "factor")?.unwrap_or(1.0),
+            }
+        }
         Some(other) => {
             let expected = "linear, dynamic, llama3 or yarn";
             return Err(ConfigError::unsupported("rope_scaling", other, expected));
         }
     };
-    let mut read = vec![
+    if reads.query_factor {
+        let beta = block.optional_number("llama_4_scaling_beta")?;
+        rope.query_factor = beta.map(|beta| QueryFactor { beta, original });
+    }
+    let unread = config_keys::check_rope(block, &keys_of(&rope.scaling, reads))?;
+    rope.unread_keys.extend(unread);
+    Ok(())
+}
+
+/// The keys that a kind of scaling reads.
+fn keys_of(scaling: &RopeScaling, reads: &Reads) -> Vec<&'static str> {
+    let mut keys = vec![
         "rope_type",
         "type",
         "rope_theta",
         "original_max_position_embeddings",
     ];
-    read.extend(match scaling {
+    keys.extend(match scaling {
         RopeScaling::None => &[][..],
         RopeScaling::Linear { .. } | RopeScaling::Dynamic { .. } => &["factor"],
         RopeScaling::Llama3 { .. } => &["factor", "low_freq_factor", "high_freq_factor"],
@@ -153,8 +346,73 @@ fn read_scaling(
             "mscale",
             "mscale_all_dim",
         ],
+        RopeScaling::LongRope { .. } => {
+            &["factor", "long_factor", "short_factor", "attention_factor"]
+        }
+        RopeScaling::Proportional { .. } => &["factor", "partial_rotary_factor"],
     });
-    Ok((scaling, config_keys::check_rope(block, &read)?))
+    if reads.partial.is_some() {
+        keys.push("partial_rotary_factor");
+    }
+    if reads.query_factor {
+        keys.extend(["llama_4_scaling_beta", "max_position_embeddings"]);
+    }
+    if reads.alpha.is_some() {
+        // Beside `alpha` the others stand in every file and say nothing.
+        keys.extend([
+            "alpha",
+            "factor",
+            "beta_fast",
+            "beta_slow",
+            "mscale",
+            "mscale_all_dim",
+        ]);
+    }
+    keys
+}
+
+fn read_longrope(
+    block: &Fields<'_>,
+    original: usize,
+    max_positions: usize,
+) -> Result<RopeScaling, ConfigError> {
+    let list = |key: &'static str| -> Result<Vec<f64>, ConfigError> {
+        let value = block.get(key).ok_or(ConfigError::Missing(key))?;
+        let numbers = value.as_array().map(|list| {
+            let number = |value: &serde_json::Value| value.as_f64().filter(|x| *x >= 1e-6);
+            list.iter().map(number).collect::<Option<Vec<f64>>>()
+        });
+        (numbers.flatten())
+            .ok_or_else(|| ConfigError::value(key, value, "a list of numbers above 0"))
+    };
+    let factor = match above_zero(block, "factor")? {
+        Some(factor) => factor,
+        None => max_positions as f64 / original as f64,
+    };
+    let attention_factor = match above_zero(block, "attention_factor")? {
+        Some(given) => given,
+        None if factor <= 1.0 => 1.0,
+        None => (1.0 + factor.ln() / (original.max(2) as f64).ln()).sqrt(),
+    };
+    Ok(RopeScaling::LongRope {
+        short: list("short_factor")?,
+        long: list("long_factor")?,
+        attention_factor,
+        original,
+    })
+}
+
+/// `alpha` of 0 is as good as none.
+fn has_alpha(block: &Fields<'_>, reads: &Reads) -> Result<bool, ConfigError> {
+    let alpha = block.optional_number("alpha")?;
+    Ok(reads.alpha.is_some() && alpha.is_some_and(|alpha| alpha != 0.0))
+}
+
+/// What Hunyuan multiplies the base by: `alpha^(d / (d - 2))`, whatever the length of the text.
+fn growth_by_alpha(block: &Fields<'_>, reads: &Reads) -> Result<f64, ConfigError> {
+    let alpha = above_zero(block, "alpha")?.unwrap_or(1.0);
+    let width = reads.alpha.unwrap_or(0).max(4) as f64;
+    Ok(alpha.powf(width / (width - 2.0)))
 }
 
 /// Settings by kind of layer are blocks inside the block; the one in force is not said by them.
@@ -171,7 +429,10 @@ fn refuse_blocks_of_layers(block: &Fields<'_>, place: &'static str) -> Result<()
 }
 
 /// So far from 0 and from the largest number that no frequency is lost.
-fn above_zero(block: &Fields<'_>, key: &'static str) -> Result<Option<f64>, ConfigError> {
+pub(crate) fn above_zero(
+    block: &Fields<'_>,
+    key: &'static str,
+) -> Result<Option<f64>, ConfigError> {
     match block.optional_number(key)? {
         Some(number) if !(1e-6..=1e9).contains(&number) => {
             Err(ConfigError::value(key, number, "a number from 1e-6 to 1e9"))
@@ -235,29 +496,28 @@ fn yarn_attention_factor(block: &Fields<'_>, factor: f64) -> Result<f64, ConfigE
 }
 
 impl RopeScaling {
-    /// Tables for `positions` of windows `tokens` long.
-    pub(crate) fn rotation(
+    /// A frequency for each pair of components that turn, and the factor of cosines and sines, for texts
+    /// that are `tokens` long.
+    pub(crate) fn frequencies(
         &self,
-        head_dim: usize,
+        rotary_dim: usize,
         theta: f64,
-        positions: std::ops::Range<usize>,
         tokens: usize,
-    ) -> Rotation {
-        let frequencies: Vec<f32> = self
-            .inverse_frequencies(head_dim, theta, tokens)
-            .into_iter()
-            .map(|f| f as f32)
-            .collect();
+    ) -> (Vec<f32>, f32) {
+        let frequencies = self.inverse_frequencies(rotary_dim, theta, tokens);
         let scale = match self {
             RopeScaling::Yarn {
+                attention_factor, ..
+            }
+            | RopeScaling::LongRope {
                 attention_factor, ..
             } => *attention_factor as f32,
             _ => 1.0,
         };
-        Rotation::new(&frequencies, positions, scale)
+        (frequencies.into_iter().map(|f| f as f32).collect(), scale)
     }
 
-    /// `[head_dim / 2]`.
+    /// `[rotary_dim / 2]`.
     fn inverse_frequencies(&self, head_dim: usize, theta: f64, tokens: usize) -> Vec<f64> {
         let d = head_dim as f64;
         let plain = |theta: f64| -> Vec<f64> {
@@ -266,6 +526,27 @@ impl RopeScaling {
                 .collect()
         };
         match *self {
+            RopeScaling::LongRope {
+                ref short,
+                ref long,
+                original,
+                ..
+            } => {
+                let factors = if tokens > original { long } else { short };
+                let pairs = plain(theta).into_iter().zip(factors);
+                pairs
+                    .map(|(frequency, factor)| frequency / factor)
+                    .collect()
+            }
+            RopeScaling::Proportional { turning, factor } => (plain(theta).into_iter().enumerate())
+                .map(|(at, frequency)| {
+                    if at < turning {
+                        frequency / factor
+                    } else {
+                        0.0
+                    }
+                })
+                .collect(),
             RopeScaling::None => plain(theta),
             RopeScaling::Linear { factor } => {
                 plain(theta).into_iter().map(|f| f / factor).collect()
@@ -319,7 +600,7 @@ mod tests {
 
     fn scaling(json: &str) -> (f64, RopeScaling) {
         let json: serde_json::Value = serde_json::from_str(json).unwrap();
-        let rope = read(&Fields(&json), 4096).unwrap();
+        let rope = read(&Fields(&json), 4096, &Reads::LLAMA).unwrap();
         (rope.theta, rope.scaling)
     }
 
@@ -367,7 +648,9 @@ mod tests {
             ),
         ] {
             let json: serde_json::Value = serde_json::from_str(json).unwrap();
-            let error = read(&Fields(&json), 4096).unwrap_err().to_string();
+            let error = read(&Fields(&json), 4096, &Reads::LLAMA)
+                .unwrap_err()
+                .to_string();
             assert!(error.contains(named), "{error}");
         }
     }
@@ -429,7 +712,9 @@ mod tests {
     fn an_unknown_scaling_is_refused_by_name() {
         let json: serde_json::Value =
             serde_json::from_str(r#"{"rope_scaling": {"rope_type": "longrope"}}"#).unwrap();
-        let error = read(&Fields(&json), 4096).unwrap_err().to_string();
+        let error = read(&Fields(&json), 4096, &Reads::LLAMA)
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("longrope"), "{error}");
     }
 }

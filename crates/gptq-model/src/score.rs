@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use gptq_kernels::{exp, exp_sum, multiply_transposed, vectorised};
+use gptq_kernels::{exp, exp_sum, multiply_transposed, soft_cap, vectorised};
 use rayon::prelude::*;
 
 use crate::ModelError;
@@ -28,6 +28,7 @@ pub(crate) struct HeadRows {
     pub normed: Vec<f32>,    // [tokens, width]
     pub head: Arc<Vec<f32>>, // [vocab, width]
     pub width: usize,
+    pub soft_cap: Option<f32>,
 }
 
 /// What the model says about one next token.
@@ -49,6 +50,7 @@ impl HeadInput {
             normed,
             head,
             width,
+            soft_cap: None,
         })
     }
 
@@ -142,6 +144,9 @@ impl HeadRows {
         let (rows, vocab) = (self.tokens(), self.vocab());
         let mut out = vec![0.0; rows * vocab];
         multiply_transposed(&mut out, &self.normed, &self.head, rows, self.width, vocab);
+        if let Some(cap) = self.soft_cap {
+            soft_cap(&mut out, cap);
+        }
         out
     }
 
@@ -202,6 +207,9 @@ impl HeadRows {
         out.resize(m * count, 0.0);
         let head = &self.head[first * self.width..(first + count) * self.width];
         multiply_transposed(out, rows, head, m, self.width, count);
+        if let Some(cap) = self.soft_cap {
+            soft_cap(out, cap);
+        }
     }
 }
 
@@ -305,6 +313,7 @@ mod tests {
             normed: wave(5 * width, seed),
             head,
             width,
+            soft_cap: None,
         }
     }
 

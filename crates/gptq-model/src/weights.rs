@@ -10,6 +10,8 @@ use gptq_types::{
 use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 
+use crate::spec::ModelSpec;
+
 /// A linear: `x [tokens, K] * weight [K, N] + bias [N]`.
 pub struct LinearWeights {
     /// The weight.
@@ -31,6 +33,12 @@ pub enum LinearValues {
     },
     /// Codes, to be dequantised where they are used.
     Packed(SolvedLayer),
+}
+
+impl From<(Dtype, Vec<u8>)> for LinearValues {
+    fn from((dtype, bytes): (Dtype, Vec<u8>)) -> Self {
+        LinearValues::Stored { dtype, bytes }
+    }
 }
 
 impl LinearValues {
@@ -88,13 +96,25 @@ pub trait WeightSource: Send + Sync {
     /// A tensor that is never quantised, in its stored type: F16, BF16 or F32, finite.
     fn plain_as_stored(&self, name: &str) -> Result<(Dtype, Vec<u8>), SourceError>;
 
+    /// Some rows of a plain tensor of rows of `columns`, in f32.
+    fn rows(&self, name: &str, rows: &[u32], columns: usize) -> Result<Vec<f32>, SourceError> {
+        let all = self.plain(name)?;
+        let row = |&row: &u32| &all[row as usize * columns..][..columns];
+        Ok(rows.iter().flat_map(row).copied().collect())
+    }
+
     /// The type of a plain tensor.
     fn dtype(&self, name: &str) -> Option<Dtype>;
 
-    /// The type that a GPU computes in, BF16 or else F16: that of the embedding, unless the
-    /// checkpoint declares another one, in which its readers will run it.
-    fn computing_type(&self) -> Option<Dtype> {
-        self.dtype("model.embed_tokens.weight")
+    /// The type that the checkpoint declares and its readers run it in, where it says so.
+    fn declared_type(&self) -> Option<Dtype> {
+        None
+    }
+
+    /// The type that a GPU computes in, BF16 or else F16: what the checkpoint declares, else that of the
+    /// embedding.
+    fn computing_type(&self, spec: &ModelSpec) -> Option<Dtype> {
+        (self.declared_type()).or_else(|| self.dtype(&spec.embedding.name))
     }
 
     /// The stored names that make up a linear.
@@ -168,6 +188,29 @@ impl WeightSource for FloatWeights {
 
     fn plain_as_stored(&self, name: &str) -> Result<(Dtype, Vec<u8>), SourceError> {
         read_checked(self.0.as_ref(), name)
+    }
+
+    fn rows(&self, name: &str, rows: &[u32], columns: usize) -> Result<Vec<f32>, SourceError> {
+        let info = float_info(self.0.as_ref(), name)?;
+        let bytes = columns * info.dtype.size();
+        let mut all = vec![0u8; rows.len() * bytes];
+        let read = |(row, out): (&u32, &mut [u8])| {
+            let start = *row as usize * bytes;
+            self.0.read_at(name, start, out)?;
+            match first_not_finite(info.dtype, out) {
+                Some(at) => Err(not_finite(
+                    self.0.as_ref(),
+                    name,
+                    info.dtype,
+                    out,
+                    start,
+                    at,
+                )),
+                None => Ok(()),
+            }
+        };
+        (rows.par_iter().zip(all.par_chunks_mut(bytes))).try_for_each(read)?;
+        Ok(to_f32(info.dtype, &all).expect("its type was checked"))
     }
 
     fn dtype(&self, name: &str) -> Option<Dtype> {

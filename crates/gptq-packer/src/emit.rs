@@ -12,6 +12,31 @@ use crate::config::ConfigError;
 
 const MODEL_CONFIG: &str = "config.json";
 const SETTINGS_KEY: &str = "quantization_config";
+/// The decoder's part of a multimodal model's config.
+const TEXT_CONFIG: &str = "text_config";
+/// Names of the element type: before and since transformers 5.
+const TYPE_KEYS: [&str; 2] = ["torch_dtype", "dtype"];
+
+/// In what type a reader is told to compute.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DeclaredType {
+    /// `float16`, which keeps scales as they are stored.
+    #[default]
+    F16,
+    /// `bfloat16`, for models whose activations are too large for f16. Most readers round scales to
+    /// it; docs/FORMAT.md says which.
+    Bf16,
+}
+
+impl DeclaredType {
+    /// As config.json spells it.
+    pub fn name(self) -> &'static str {
+        match self {
+            DeclaredType::F16 => "float16",
+            DeclaredType::Bf16 => "bfloat16",
+        }
+    }
+}
 
 /// The settings that both files carry.
 ///
@@ -23,7 +48,13 @@ const SETTINGS_KEY: &str = "quantization_config";
 /// `meta.act_group_aware`, and how scales were chosen by `meta.scale_search`
 /// and, where there is something to tell, `meta.full_range`, `meta.input_mismatch` and
 /// `meta.descent_passes`; [`ColumnOrder::Folded`] and [`ColumnOrder::Auto`] by `meta.order`.
-fn settings(spec: &QuantSpec, tool: &str, extra_meta: &Map<String, Value>) -> Map<String, Value> {
+/// Modules that stay float beside packed ones are told by `dynamic`, if there are any.
+fn settings(
+    spec: &QuantSpec,
+    tool: &str,
+    extra_meta: &Map<String, Value>,
+    exclusions: &[String],
+) -> Map<String, Value> {
     let solver = match spec.method {
         Method::Gptq => "gptq",
         Method::Rtn => "rtn",
@@ -50,9 +81,15 @@ fn settings(spec: &QuantSpec, tool: &str, extra_meta: &Map<String, Value>) -> Ma
         "quant_method": "gptq",
         "checkpoint_format": spec.format,
         "pack_dtype": "int32",
-        "meta": meta,
     });
     let mut settings = into_object(settings);
+    if !exclusions.is_empty() {
+        let skipped = exclusions
+            .iter()
+            .map(|pattern| (pattern.clone(), json!({})));
+        settings.insert("dynamic".into(), skipped.collect());
+    }
+    settings.insert("meta".into(), meta);
     if let Some(Value::Object(meta)) = settings.get_mut("meta") {
         if spec.full_range {
             meta.insert("full_range".into(), Value::from(true));
@@ -97,29 +134,33 @@ fn into_object(value: Value) -> Map<String, Value> {
 /// The text of `quantize_config.json`: the settings, and the two keys by which AutoGPTQ 0.2 to 0.4
 /// finds `model.safetensors`.
 ///
-/// `tool` is name and version, `gptq-rs:0.1.0`; `extra_meta` is added to `meta` and prevails there.
+/// `tool` is name and version, `gptq-rs:0.1.0`; `extra_meta` is added to `meta` and prevails there;
+/// `exclusions` are those of [`crate::exclusions`].
 /// `desc_act` is true only for [`QuantSpec::permutes_g_idx`]: else `g_idx` is trivial, and readers that see `desc_act` would be slower or refuse for nothing.
 pub fn quantize_config_json(
     spec: &QuantSpec,
     tool: &str,
     model_name: &str,
     extra_meta: &Map<String, Value>,
+    exclusions: &[String],
 ) -> String {
-    let mut settings = settings(spec, tool, extra_meta);
+    let mut settings = settings(spec, tool, extra_meta, exclusions);
     settings.insert("model_name_or_path".into(), Value::from(model_name));
     settings.insert("model_file_base_name".into(), Value::from("model"));
     format!("{:#}\n", Value::Object(settings))
 }
 
 /// A model's `config.json` with `quantization_config` put in (or replaced) and its element type set
-/// to `float16`; every other member is copied character by character.
+/// to `declared`; every other member is copied character by character.
 ///
-/// It says in what type a reader computes, not what is stored: plain tensors keep the type of the
-/// source. Scales are f16, so bf16 would round them, and vLLM's older GPTQ kernel refuses all but
-/// `float16`.
+/// The type says in what a reader computes, not what is stored: plain tensors keep the type of the
+/// source, scales are f16. `bfloat16` makes readers round scales, so it is for models that overflow
+/// f16; vLLM's older GPTQ kernel refused all but `float16`.
 ///
 /// The element type stands under `torch_dtype` or, since transformers 5, `dtype`; both are set if
-/// both are there, and `torch_dtype` is added if neither is.
+/// both are there, and `torch_dtype` is added if neither is. In the `text_config` of a multimodal
+/// model those that are there are set too. `exclusions` are those of [`crate::exclusions`]; they are
+/// the same in both files, or readers disagree.
 ///
 /// # Errors
 /// Text that is not a JSON object, or that lists a key twice.
@@ -128,27 +169,50 @@ pub fn config_json_with_quantization(
     spec: &QuantSpec,
     tool: &str,
     extra_meta: &Map<String, Value>,
+    exclusions: &[String],
+    declared: DeclaredType,
 ) -> Result<String, ConfigError> {
-    let Members(mut members) =
-        serde_json::from_str(config_json).map_err(|source| ConfigError::Json {
-            file: MODEL_CONFIG,
-            source,
-        })?;
-    refuse_repeated(&members)?;
-    let float16 = "\"float16\"".to_string();
-    let mut typed = false;
-    for (key, value) in &mut members {
-        if key == "torch_dtype" || key == "dtype" {
-            value.clone_from(&float16);
-            typed = true;
-        }
+    let mut members: Vec<(String, String)> = (members(config_json)?.into_iter())
+        .map(|(key, value)| (key, value.to_string()))
+        .collect();
+    let typed = members.iter_mut().filter(|(key, _)| is_type(key));
+    let typed = typed.map(|(_, value)| *value = quoted(declared)).count();
+    if typed == 0 {
+        members.push((TYPE_KEYS[0].to_string(), quoted(declared)));
     }
-    if !typed {
-        members.push(("torch_dtype".to_string(), float16));
+    if let Some((_, value)) = members.iter_mut().find(|(key, _)| key == TEXT_CONFIG)
+        && value.starts_with('{')
+    {
+        *value = with_type(value, declared)?;
     }
-    let settings = Value::Object(settings(spec, tool, extra_meta));
+    let settings = Value::Object(settings(spec, tool, extra_meta, exclusions));
     put(&mut members, SETTINGS_KEY, indented(&settings));
     Ok(render(&members))
+}
+
+fn is_type(key: &str) -> bool {
+    TYPE_KEYS.contains(&key)
+}
+
+fn quoted(declared: DeclaredType) -> String {
+    format!("\"{}\"", declared.name())
+}
+
+/// The text of an object with another element type where it states one, and the same otherwise.
+fn with_type(object: &str, declared: DeclaredType) -> Result<String, ConfigError> {
+    let mut text = String::with_capacity(object.len() + 8);
+    let mut copied = 0;
+    for (key, value) in members(object)? {
+        if is_type(&key) {
+            // a borrowed value lies inside the text
+            let start = value.as_ptr() as usize - object.as_ptr() as usize;
+            text.push_str(&object[copied..start]);
+            text.push_str(&quoted(declared));
+            copied = start + value.len();
+        }
+    }
+    text.push_str(&object[copied..]);
+    Ok(text)
 }
 
 fn put(members: &mut Vec<(String, String)>, key: &str, value: String) {
@@ -171,10 +235,19 @@ fn render(members: &[(String, String)]) -> String {
     format!("{{\n{}\n}}\n", lines.join(",\n"))
 }
 
-fn refuse_repeated(members: &[(String, String)]) -> Result<(), ConfigError> {
+/// The members of an object in order, values as they are written: numbers such as `1e-05` would
+/// change their look on the way through a parsed value. Fails on a key that is there twice.
+fn members(object: &str) -> Result<Vec<(String, &str)>, ConfigError> {
+    let json = |source| ConfigError::Json {
+        file: MODEL_CONFIG,
+        source,
+    };
+    let Members(members) = serde_json::from_str(object).map_err(json)?;
     let mut seen = std::collections::HashSet::new();
     match members.iter().find(|(key, _)| !seen.insert(key)) {
-        None => Ok(()),
+        None => Ok((members.into_iter())
+            .map(|(key, value)| (key, value.get()))
+            .collect()),
         Some((key, _)) => Err(ConfigError::Repeated {
             file: MODEL_CONFIG,
             key: key.clone(),
@@ -182,11 +255,9 @@ fn refuse_repeated(members: &[(String, String)]) -> Result<(), ConfigError> {
     }
 }
 
-/// The members of an object in order, values as they are written: numbers such as `1e-05` would
-/// change their look on the way through a parsed value.
-struct Members(Vec<(String, String)>);
+struct Members<'a>(Vec<(String, &'a RawValue)>);
 
-impl<'de> Deserialize<'de> for Members {
+impl<'de> Deserialize<'de> for Members<'de> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         deserializer.deserialize_map(MembersVisitor)
     }
@@ -195,16 +266,16 @@ impl<'de> Deserialize<'de> for Members {
 struct MembersVisitor;
 
 impl<'de> Visitor<'de> for MembersVisitor {
-    type Value = Members;
+    type Value = Members<'de>;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("an object")
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Members, A::Error> {
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Members<'de>, A::Error> {
         let mut members = Vec::new();
-        while let Some((key, value)) = map.next_entry::<String, Box<RawValue>>()? {
-            members.push((key, value.get().to_string()));
+        while let Some(member) = map.next_entry()? {
+            members.push(member);
         }
         Ok(Members(members))
     }
@@ -221,6 +292,11 @@ mod tests {
         Map::new()
     }
 
+    fn with_settings(config: &str, spec: &QuantSpec) -> Result<String, ConfigError> {
+        let declared = DeclaredType::F16;
+        config_json_with_quantization(config, spec, "t:1", &no_meta(), &[], declared)
+    }
+
     /// GPTQModel 7.7.0 answered "only supported if produced by gptqmodel version >= 0.9.0".
     #[test]
     fn asymmetric_v1_files_bear_the_mark_that_readers_ask_for() {
@@ -229,7 +305,7 @@ mod tests {
             ..QuantSpec::published()
         };
         let marked = |spec: &QuantSpec| {
-            quantize_config_json(spec, "t:1", "m", &no_meta()).contains("gptqmodel:0.9.0")
+            quantize_config_json(spec, "t:1", "m", &no_meta(), &[]).contains("gptqmodel:0.9.0")
         };
         assert!(marked(&spec));
         spec.format = CheckpointFormat::GptqV2;
@@ -239,7 +315,8 @@ mod tests {
     #[test]
     fn the_published_settings_are_this_text() {
         let extra = into_object(json!({"uri": "u"}));
-        let text = quantize_config_json(&QuantSpec::published(), "gptq-rs:0.1.0", "a/b", &extra);
+        let text =
+            quantize_config_json(&QuantSpec::published(), "gptq-rs:0.1.0", "a/b", &extra, &[]);
         let expected = r#"{
   "bits": 4,
   "group_size": 128,
@@ -299,8 +376,8 @@ mod tests {
     }
 
     fn read_back(spec: &QuantSpec) {
-        let own = quantize_config_json(spec, "t:1", "m", &no_meta());
-        let model = config_json_with_quantization("{}", spec, "t:1", &no_meta()).unwrap();
+        let own = quantize_config_json(spec, "t:1", "m", &no_meta(), &[]);
+        let model = with_settings("{}", spec).unwrap();
         let config = QuantizeConfig::from_files(Some(&own), Some(&model))
             .unwrap()
             .unwrap();
@@ -322,7 +399,7 @@ mod tests {
     fn the_rest_of_a_model_config_is_left_as_it_was() {
         let original = "{\n  \"rms_norm_eps\": 1e-05,\n  \"big\": 123456789012345678901234567890,\n  \"eos\": [\n    1,\n    2\n  ],\n  \"torch_dtype\": \"bfloat16\",\n  \"z\\u00e9\": \"\\u00e9\"\n}\n";
         let spec = QuantSpec::published();
-        let text = config_json_with_quantization(original, &spec, "t:1", &no_meta()).unwrap();
+        let text = with_settings(original, &spec).unwrap();
         let before = original
             .replace("bfloat16", "float16")
             .replace("\"z\\u00e9\"", "\"zé\"");
@@ -331,7 +408,7 @@ mod tests {
             "{kept},\n  \"quantization_config\": {{\n    \"bits\": 4,"
         )));
         assert!(text.ends_with("    }\n  }\n}\n"));
-        let again = config_json_with_quantization(&text, &spec, "t:1", &no_meta()).unwrap();
+        let again = with_settings(&text, &spec).unwrap();
         assert_eq!(again, text);
     }
 
@@ -339,7 +416,7 @@ mod tests {
     fn the_element_type_is_set_wherever_it_stands() {
         let spec = QuantSpec::published();
         let emit = |text| -> Value {
-            let text = config_json_with_quantization(text, &spec, "t:1", &no_meta()).unwrap();
+            let text = with_settings(text, &spec).unwrap();
             serde_json::from_str(&text).unwrap()
         };
         assert_eq!(emit(r#"{"dtype":"bfloat16"}"#)["dtype"], "float16");
@@ -347,10 +424,73 @@ mod tests {
         assert_eq!(emit("{}")["torch_dtype"], "float16");
     }
 
+    /// Gemma 3 computes nothing but infinities in f16, and its copy in text_config once said f16 on.
+    #[test]
+    fn both_parts_of_a_multimodal_config_declare_the_same() {
+        let original = r#"{
+  "dtype": "float16",
+  "text_config": {"eps": 1e-06, "dtype" :  "float16", "torch_dtype":null,
+    "nested": {"dtype": "float32"}},
+  "vision_config": {"dtype": "float32"}
+}"#;
+        let spec = QuantSpec::published();
+        let text = config_json_with_quantization(
+            original,
+            &spec,
+            "t:1",
+            &no_meta(),
+            &[],
+            DeclaredType::Bf16,
+        );
+        let text = text.unwrap();
+        let kept = r#"{
+  "dtype": "bfloat16",
+  "text_config": {"eps": 1e-06, "dtype" :  "bfloat16", "torch_dtype":"bfloat16",
+    "nested": {"dtype": "float32"}},
+  "vision_config": {"dtype": "float32"},
+  "quantization_config": {"#;
+        assert!(text.starts_with(kept), "{text}");
+        let parsed: Value = serde_json::from_str(&text).unwrap();
+        assert_eq!(parsed.get("torch_dtype"), None);
+
+        // a part that says nothing follows the whole
+        for silent in [r#"{"text_config":{"a":[1]}}"#, r#"{"text_config":null}"#] {
+            let text = with_settings(silent, &spec).unwrap();
+            assert!(text.contains(r#"  "torch_dtype": "float16","#), "{text}");
+            assert_eq!(text.matches("float16").count(), 1);
+        }
+        assert!(matches!(
+            with_settings(r#"{"text_config":{"a":1,"a":2}}"#, &spec),
+            Err(ConfigError::Repeated { key, .. }) if key == "a"
+        ));
+    }
+
+    #[test]
+    fn what_stays_float_is_told_in_both_files_and_read_back() {
+        let spec = QuantSpec::published();
+        let skipped = [r"-:.*\.router\.proj$", r"-:^(model\.)?visual\."].map(String::from);
+        let own = quantize_config_json(&spec, "t:1", "m", &no_meta(), &skipped);
+        let declared = DeclaredType::F16;
+        let model =
+            config_json_with_quantization("{}", &spec, "t:1", &no_meta(), &skipped, declared);
+        let model = model.unwrap();
+        let told = r#"  "pack_dtype": "int32",
+  "dynamic": {
+    "-:.*\\.router\\.proj$": {},
+    "-:^(model\\.)?visual\\.": {}
+  },
+  "meta": {"#;
+        assert!(own.contains(told), "{own}");
+        assert!(model.contains(&told.replace('\n', "\n  ")), "{model}");
+        let config = QuantizeConfig::from_files(Some(&own), Some(&model));
+        let rules = config.unwrap().unwrap().dynamic.unwrap();
+        assert!(rules.keys().eq(skipped.iter()));
+    }
+
     #[test]
     fn text_that_is_no_config_is_refused() {
         let spec = QuantSpec::published();
-        let emit = |text| config_json_with_quantization(text, &spec, "t:1", &no_meta());
+        let emit = |text| with_settings(text, &spec);
         assert!(matches!(emit("[]"), Err(ConfigError::Json { .. })));
         assert!(matches!(
             emit(r#"{"a":1,"a":2}"#),

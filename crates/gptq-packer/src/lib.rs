@@ -3,7 +3,7 @@
 //! Knows: bit order and word layout of `qweight` and `qzeros` ([`pack()`], [`unpack()`]), the zero
 //! conventions v1 and v2, safetensors headers and shards ([`SafetensorsFile`],
 //! [`CheckpointLayout`]), the configs that other tools write and expect ([`QuantizeConfig`],
-//! [`quantize_config_json`]), how a checkpoint comes into being without ever being half there
+//! [`quantize_config_json`]) and how they name what stays float ([`exclusions()`]), how a checkpoint comes into being without ever being half there
 //! ([`StagedCheckpoint`]), and how to prove that a file holds what the solver chose
 //! ([`verify_layer`]), and which runtimes load it ([`readings`]). `docs/FORMAT.md` draws the format
 //! once.
@@ -20,6 +20,7 @@ mod config;
 mod config_keys;
 mod durable;
 mod emit;
+mod exclusions;
 mod folder_check;
 mod header;
 mod layout;
@@ -39,7 +40,8 @@ pub use checkpoint::{
     ReadError, ZeroConvention, check_layer, packed_layers, read_layer, zero_convention,
 };
 pub use config::{ConfigError, QuantizeConfig};
-pub use emit::{config_json_with_quantization, quantize_config_json};
+pub use emit::{DeclaredType, config_json_with_quantization, quantize_config_json};
+pub use exclusions::{exclusion_patterns, exclusions};
 pub use folder_check::{FolderCheckError, FolderVerdict, check_files, hash_file};
 pub use header::{HeaderError, MAX_HEADER_BYTES};
 pub use layout::{

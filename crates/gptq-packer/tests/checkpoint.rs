@@ -28,7 +28,7 @@ fn spec(bits: Bits) -> QuantSpec {
 }
 
 fn config(spec: &QuantSpec) -> QuantizeConfig {
-    let text = quantize_config_json(spec, "t:1", "m", &serde_json::Map::new());
+    let text = quantize_config_json(spec, "t:1", "m", &serde_json::Map::new(), &[]);
     QuantizeConfig::from_quantize_config(&text).unwrap()
 }
 

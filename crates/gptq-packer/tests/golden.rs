@@ -7,8 +7,9 @@ use data::{fixture, shared};
 use std::path::Path;
 
 use gptq_packer::{
-    QuantizeConfig, SafetensorsFile, ZeroConvention, config_json_with_quantization, pack,
-    packed_layers, packed_tensors, read_layer, verify_layer, write_safetensors, zero_convention,
+    DeclaredType, QuantizeConfig, SafetensorsFile, ZeroConvention, config_json_with_quantization,
+    exclusions, pack, packed_layers, packed_tensors, read_layer, verify_layer, write_safetensors,
+    zero_convention,
 };
 use gptq_types::{
     Bits, CheckpointFormat, GroupSize, LayerName, QuantSpec, SolvedLayer, TensorSource,
@@ -285,7 +286,9 @@ fn round_trip(own: &str) {
 /// Only the settings and the element type of a model's config change.
 fn rewrite(original: &str) {
     let spec = QuantSpec::published();
-    let text = config_json_with_quantization(original, &spec, "t:1", &Map::new()).unwrap();
+    let declared = DeclaredType::F16;
+    let text = config_json_with_quantization(original, &spec, "t:1", &Map::new(), &[], declared);
+    let text = text.unwrap();
     let mut before: Map<String, Value> = serde_json::from_str(original).unwrap();
     let mut after: Map<String, Value> = serde_json::from_str(&text).unwrap();
     for key in ["quantization_config", "torch_dtype"] {
@@ -295,4 +298,69 @@ fn rewrite(original: &str) {
     assert_eq!(before, after);
     let config = QuantizeConfig::from_model_config(&text).unwrap().unwrap();
     assert_eq!(config.group_size, GroupSize::Channels(128));
+}
+
+/// The rules that GPTQModel's users write by hand for these families, and no rule where none is needed.
+#[test]
+fn what_stays_float_of_each_family_is_few_rules() {
+    let ends = [
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+        "linear_attn.in_proj_qkv",
+        "linear_attn.in_proj_z",
+        "linear_attn.out_proj",
+    ];
+    let gated = [
+        r"-:.*\.linear_attn\.in_proj_a$",
+        r"-:.*\.linear_attn\.in_proj_b$",
+        r"-:.*\.linear_attn\.in_proj_ba$",
+        r"-:.*\.mlp\.gate$",
+        r"-:.*\.mlp\.shared_expert_gate$",
+        r"-:^(model\.)?mtp\.",
+        r"-:^(model\.)?visual\.",
+    ];
+    for (folder, expected) in [
+        ("gemma3_text", &[][..]),
+        (
+            "gemma3_hub",
+            &[
+                r"-:^(model\.)?multi_modal_projector\.",
+                r"-:^(model\.)?vision_tower\.",
+            ],
+        ),
+        (
+            "gemma4_e_text",
+            &[
+                r"-:.*\.per_layer_input_gate$",
+                r"-:.*\.per_layer_model_projection$",
+                r"-:.*\.per_layer_projection$",
+            ],
+        ),
+        ("gemma4_moe_text", &[r"-:.*\.router\.proj$"]),
+        ("qwen3_5_moe_hub", &gated),
+    ] {
+        let path = format!("golden-arch/{folder}/model.safetensors");
+        let Some(path) = shared(&path) else { return };
+        let file = SafetensorsFile::open(&path).unwrap();
+        let mut quantized: Vec<String> = (file.names().iter())
+            .filter_map(|name| name.strip_suffix(".weight"))
+            .filter(|name| !name.starts_with("mtp.") && !name.contains("vis"))
+            .filter(|name| ends.iter().any(|end| name.ends_with(end)))
+            .map(str::to_string)
+            .collect();
+        // stacked in the source
+        for name in file.names() {
+            if let Some(block) = name.strip_suffix(".experts.gate_up_proj")
+                && !name.starts_with("mtp.")
+            {
+                quantized.push(format!("{block}.experts.0.gate_proj"));
+            }
+        }
+        assert_eq!(exclusions(&file, &quantized), expected, "{folder}");
+    }
 }

@@ -6,55 +6,77 @@
 //! groups formed in act-order have a trivial `g_idx`.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
-use gptq_model::DecoderConfig;
+use gptq_model::spec::{KeySource, Mixer};
+use gptq_model::{CaptureGroup, LinearSpec, ModelSpec, Tap};
 use gptq_quantizer::Order;
-use gptq_types::{ColumnOrder, GroupSize, LayerName, LayerRecord, QuantSpec, SolvedLayer, Stage};
+use gptq_types::{ColumnOrder, GroupSize, LayerName, LayerRecord, QuantSpec, SolvedLayer};
 
 use crate::PipelineError;
 
-/// How the channels of a stage's input may be permuted.
+/// How the channels of a capture group's input may be permuted.
 pub struct Fold {
     /// Channels that may be sorted among themselves.
     run: usize,
     /// Runs, one after the other, that take the same permutation.
     sharing: usize,
-    /// The linears whose outputs they are.
-    pub before: Vec<LayerName>,
+    /// Whose outputs they are.
+    pub before: Vec<Before>,
+}
+
+/// A linear some of whose outputs are channels that may be permuted.
+pub struct Before {
+    /// Its name.
+    pub layer: LayerName,
+    outputs: usize,
+    /// Of its outputs, those that are channels: one range for each time they are all there (both halves of
+    /// a fused gate and up).
+    columns: Vec<Range<usize>>,
 }
 
 impl Fold {
-    /// Of a stage of block `index`; nothing where folding changes no group: with one group a row, and in
-    /// heads that are no longer than a group.
-    pub fn of(
-        config: &DecoderConfig,
-        index: usize,
-        stage: Stage,
-        group_size: GroupSize,
-    ) -> Option<Self> {
+    /// Of the rows at `tap` of block `index`; nothing where folding changes no group (with one group a row,
+    /// and in heads that are no longer than a group), and where other linears or blocks read the outputs too.
+    pub fn of(model: &ModelSpec, index: usize, tap: Tap, group_size: GroupSize) -> Option<Self> {
         let GroupSize::Channels(size) = group_size else {
             return None;
         };
-        let named = |stage: Stage, wanted: &[&str]| -> Vec<LayerName> {
-            let linears = config.linears(index, stage).into_iter();
-            let names = linears.map(|(layer, _, _)| layer);
-            names
-                .filter(|layer| wanted.iter().any(|name| layer.0.ends_with(name)))
-                .collect()
+        let branch = &model.blocks[index].steps[tap.step].branches[tap.branch?];
+        let (run, sharing, operands) = match &branch.mixer {
+            Mixer::Gated(_) | Mixer::Plain(_) => {
+                (branch.output.in_features, 1, &branch.operands[..])
+            }
+            Mixer::Attention(attention) => {
+                let shape = &attention.shape;
+                let values = branch.operands.get(2..)?;
+                let alone = !branch.operands[..2].contains(values.first()?);
+                let own = attention.keys == KeySource::Own && alone && shape.head_dim > size;
+                if !own || attention.norms.value.is_some() {
+                    return None;
+                }
+                (shape.head_dim, shape.heads / shape.kv_heads, values)
+            }
+            Mixer::PerBlockInput(_) => return None,
         };
-        match stage {
-            Stage::MlpOut => Some(Fold {
-                run: config.intermediate_size,
-                sharing: 1,
-                before: named(Stage::MlpIn, &["gate_proj", "up_proj"]),
-            }),
-            Stage::AttentionOut if config.head_dim > size => Some(Fold {
-                run: config.head_dim,
-                sharing: config.num_attention_heads / config.num_key_value_heads,
-                before: named(Stage::AttentionIn, &["v_proj"]),
-            }),
-            _ => None,
+        let mut before: Vec<Before> = Vec::new();
+        for piece in operands {
+            let linear = &branch.input[piece.linear];
+            match before.iter_mut().find(|before| before.layer == linear.name) {
+                Some(before) => before.columns.push(piece.columns.clone()),
+                None => before.push(Before {
+                    layer: linear.name.clone(),
+                    outputs: linear.out_features,
+                    columns: vec![piece.columns.clone()],
+                }),
+            }
         }
+        let quantized = branch.input.iter().all(|linear| linear.quantized);
+        quantized.then_some(Fold {
+            run,
+            sharing,
+            before,
+        })
     }
 
     /// Act-order within what may be permuted.
@@ -84,19 +106,41 @@ impl Fold {
         Some(outputs)
     }
 
-    /// Linears of which somebody permutes the outputs, if orders may be folded at all.
-    pub fn all_before(
-        config: &DecoderConfig,
+    /// Those of a block, by tap.
+    pub fn all(
+        model: &ModelSpec,
         index: usize,
         group_size: GroupSize,
-    ) -> Vec<LayerName> {
-        let stages = [Stage::AttentionOut, Stage::MlpOut];
-        let folds = stages.map(|stage| Fold::of(config, index, stage, group_size));
-        folds
-            .into_iter()
-            .flatten()
-            .flat_map(|fold| fold.before)
+    ) -> Vec<(CaptureGroup, Fold)> {
+        let groups = model.blocks[index].groups().into_iter();
+        groups
+            .filter_map(|group| {
+                let fold = Fold::of(model, index, group.tap, group_size)?;
+                Some((group, fold))
+            })
             .collect()
+    }
+
+    /// Linears of which somebody permutes the outputs, if orders may be folded at all.
+    pub fn all_before(model: &ModelSpec, index: usize, group_size: GroupSize) -> Vec<LayerName> {
+        let folds = Fold::all(model, index, group_size).into_iter();
+        folds
+            .flat_map(|(_, fold)| fold.before)
+            .map(|before| before.layer)
+            .collect()
+    }
+}
+
+impl Before {
+    /// How all its outputs are permuted where channels are by `channels`.
+    pub fn outputs(&self, channels: &[u32]) -> Vec<u32> {
+        let mut outputs: Vec<u32> = (0..self.outputs as u32).collect();
+        for columns in &self.columns {
+            for (place, channel) in columns.clone().zip(channels) {
+                outputs[place] = columns.start as u32 + channel;
+            }
+        }
+        outputs
     }
 }
 
@@ -115,7 +159,7 @@ impl Folded {
     /// # Errors
     /// The linear whose record does not say how its channels are stored, or says what cannot be.
     pub fn of(
-        config: &DecoderConfig,
+        model: &ModelSpec,
         index: usize,
         spec: &QuantSpec,
         layers: &[LayerRecord],
@@ -124,14 +168,14 @@ impl Folded {
         if !spec.order.may_fold() {
             return Ok(folded);
         }
-        for stage in [Stage::AttentionOut, Stage::MlpOut] {
-            let Some(fold) = Fold::of(config, index, stage, spec.group_size) else {
-                continue;
-            };
-            for (layer, inputs, _) in config.linears(index, stage) {
-                let record = layers.iter().find(|record| record.layer == layer);
+        for (group, fold) in Fold::all(model, index, spec.group_size) {
+            for LinearSpec {
+                name, in_features, ..
+            } in group.linears
+            {
+                let record = layers.iter().find(|record| record.layer == name);
                 let Some(record) = record else {
-                    return Err(PipelineError::UnknownOrder(layer));
+                    return Err(PipelineError::UnknownOrder(name));
                 };
                 // A choice says whether there is something to permute.
                 if spec.order == ColumnOrder::Auto
@@ -141,15 +185,16 @@ impl Folded {
                     continue;
                 }
                 let channels = record.folded.as_ref();
-                let channels = channels.filter(|channels| channels.len() == inputs);
+                let channels = channels.filter(|channels| channels.len() == in_features);
                 let found = channels.and_then(|channels| Some((channels, fold.outputs(channels)?)));
                 let Some((channels, outputs)) = found else {
-                    return Err(PipelineError::UnknownOrder(layer));
+                    return Err(PipelineError::UnknownOrder(name));
                 };
                 for before in &fold.before {
-                    folded.outputs.insert(before.clone(), outputs.clone());
+                    let outputs = before.outputs(&outputs);
+                    folded.outputs.insert(before.layer.clone(), outputs);
                 }
-                folded.inputs.insert(layer, channels.clone());
+                folded.inputs.insert(name, channels.clone());
             }
         }
         Ok(folded)

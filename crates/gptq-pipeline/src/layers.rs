@@ -3,11 +3,9 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use gptq_model::{Decoder, DecoderConfig, Device, Streams};
-use gptq_quantizer::{Arriving, Facts, HostStage, Order, QuantizeError, StageHessian, StageSum};
-use gptq_types::{
-    ColumnOrder, LayerName, LayerRecord, Phase, PhaseTimes, QuantSpec, Stage, Warning,
-};
+use gptq_model::{CaptureGroup, Decoder, Device, LinearSpec, ModelSpec, Streams};
+use gptq_quantizer::{Arriving, Facts, GroupHessian, GroupSum, HostGroup, Order, QuantizeError};
+use gptq_types::{ColumnOrder, LayerName, LayerRecord, Phase, PhaseTimes, QuantSpec, Warning};
 
 use crate::fold::Fold;
 use crate::matrix::estimate::{FOLLOWED, SQUARED};
@@ -17,20 +15,20 @@ use crate::{Job, PipelineError, Progress};
 /// What becomes of a weight after it was rounded.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum After {
-    /// The rounded one takes its place: later stages see it.
+    /// The rounded one takes its place: later groups see it.
     Replace,
     /// It stays: other settings need it too.
     Keep,
 }
 
-/// Quantises the linears of a block under one setting, stage by stage.
+/// Quantizes the linears of a block under one setting, group by group.
 pub struct LayerWork<'a> {
     spec: &'a QuantSpec,
-    config: &'a DecoderConfig,
+    model: &'a ModelSpec,
     index: usize,
     writer: &'a dyn Output,
     all_tokens: usize,
-    /// Rounded linears whose outputs a later stage may permute.
+    /// Rounded linears whose outputs a later group may permute.
     waiting: Vec<(LayerName, Arriving)>,
     pub layers: Vec<LayerRecord>,
     pub warnings: Vec<Warning>,
@@ -38,15 +36,10 @@ pub struct LayerWork<'a> {
 
 impl<'a> LayerWork<'a> {
     /// Nothing of block `index` done yet.
-    pub fn new(
-        job: &'a Job,
-        config: &'a DecoderConfig,
-        index: usize,
-        writer: &'a dyn Output,
-    ) -> Self {
+    pub fn new(job: &'a Job, model: &'a ModelSpec, index: usize, writer: &'a dyn Output) -> Self {
         LayerWork {
             spec: &job.spec,
-            config,
+            model,
             index,
             writer,
             all_tokens: tokens(job),
@@ -56,20 +49,20 @@ impl<'a> LayerWork<'a> {
         }
     }
 
-    /// Solves the linears of a stage whose inputs were observed.
+    /// Solves the linears of a group whose inputs were observed.
     pub fn solve(
         &mut self,
         decoder: &mut dyn Decoder,
-        stage: Stage,
-        hessian: &mut dyn StageHessian,
+        group: &CaptureGroup,
+        hessian: &mut dyn GroupHessian,
         after: After,
         times: &mut PhaseTimes,
         progress: &mut dyn FnMut(Progress<'_>),
     ) -> Result<(), PipelineError> {
-        let linears = &self.config.linears(self.index, stage);
-        let (first, in_features, _) = &linears[0];
+        let linears = &group.linears;
+        let (first, in_features) = (&linears[0].name, group.in_features());
         let fold = match self.spec.order.may_fold() {
-            true => Fold::of(self.config, self.index, stage, self.spec.group_size),
+            true => Fold::of(self.model, self.index, group.tap, self.spec.group_size),
             false => None,
         };
         let (name, order) = self.order(decoder, linears, hessian, fold.as_ref(), times)?;
@@ -82,9 +75,15 @@ impl<'a> LayerWork<'a> {
         let solver = hessian.factor_in(order, self.spec, times);
         let solver = solver.map_err(named(first))?;
         let facts = solver.facts();
-        self.warn_about(facts, first, *in_features);
+        self.warn_about(facts, first, in_features);
 
-        for (layer, in_features, out_features) in linears {
+        for linear in linears {
+            let LinearSpec {
+                name: layer,
+                in_features,
+                out_features,
+                ..
+            } = linear;
             let mut weight = decoder.weight(layer)?;
             if after == After::Keep {
                 weight = hessian.copied(weight).map_err(named(layer))?;
@@ -121,12 +120,12 @@ impl<'a> LayerWork<'a> {
         }
     }
 
-    /// The order of a stage under the name of what was chosen.
+    /// The order of a group under the name of what was chosen.
     fn order(
         &mut self,
         decoder: &dyn Decoder,
-        linears: &[(LayerName, usize, usize)],
-        hessian: &mut dyn StageHessian,
+        linears: &[LinearSpec],
+        hessian: &mut dyn GroupHessian,
         fold: Option<&Fold>,
         times: &mut PhaseTimes,
     ) -> Result<(ColumnOrder, Order), PipelineError> {
@@ -165,15 +164,15 @@ impl<'a> LayerWork<'a> {
     fn choose(
         &mut self,
         decoder: &dyn Decoder,
-        linears: &[(LayerName, usize, usize)],
-        hessian: &mut dyn StageHessian,
+        linears: &[LinearSpec],
+        hessian: &mut dyn GroupHessian,
         candidates: &[(ColumnOrder, Order)],
         times: &mut PhaseTimes,
     ) -> Result<usize, PipelineError> {
-        let (first, _, _) = &linears[0];
+        let first = &linears[0].name;
         let orders: Vec<Order> = candidates.iter().map(|(_, order)| order.clone()).collect();
         let weights = (linears.iter())
-            .map(|(layer, _, outputs)| Ok((decoder.weight(layer)?, *outputs)))
+            .map(|linear| Ok((decoder.weight(&linear.name)?, linear.out_features)))
             .collect::<Result<Vec<_>, PipelineError>>()?;
         let chosen = hessian.choose(&orders, &weights, self.spec, times);
         let chosen = chosen.map_err(named(first))?;
@@ -200,7 +199,7 @@ impl<'a> LayerWork<'a> {
             }),
         };
         let waits = self.spec.order.may_fold()
-            && Fold::all_before(self.config, self.index, self.spec.group_size).contains(layer);
+            && Fold::all_before(self.model, self.index, self.spec.group_size).contains(layer);
         match waits {
             true => self.waiting.push((layer.clone(), solved)),
             false => self.writer.store(layer.clone(), solved)?,
@@ -208,12 +207,19 @@ impl<'a> LayerWork<'a> {
         Ok(())
     }
 
-    /// Hands over the linears before a stage, now that it is known how its inputs are permuted.
+    /// Hands over the linears before a group, now that it is known how its inputs are permuted.
     fn store_waiting(&mut self, fold: &Fold, folded: Option<&[u32]>) -> Result<(), PipelineError> {
         let outputs = folded.map(|channels| fold.outputs(channels).expect("the fold's own order"));
-        let outputs: Option<Arc<[u32]>> = outputs.map(Into::into);
-        for (layer, solved) in self.waiting.drain(..) {
-            let outputs = outputs.clone();
+        let of = |layer: &LayerName| -> Option<Vec<u32>> {
+            let before = fold.before.iter().find(|before| before.layer == *layer)?;
+            Some(before.outputs(outputs.as_ref()?))
+        };
+        type Waiting = Vec<(LayerName, Arriving)>;
+        let (ready, waiting): (Waiting, Waiting) = (self.waiting.drain(..))
+            .partition(|(layer, _)| fold.before.iter().any(|before| before.layer == *layer));
+        self.waiting = waiting;
+        for (layer, solved) in ready {
+            let outputs = of(&layer);
             let permuted = move || {
                 let mut solved = solved()?;
                 if let Some(outputs) = outputs {
@@ -223,9 +229,9 @@ impl<'a> LayerWork<'a> {
             };
             self.writer.store(layer, Box::new(permuted))?;
         }
-        for layer in &fold.before {
-            let outputs = outputs.as_ref().map(|outputs| outputs.to_vec());
-            self.writer.copy_permuted(layer.tensor("bias"), outputs)?;
+        for before in &fold.before {
+            let name = before.layer.tensor("bias");
+            self.writer.copy_permuted(name, of(&before.layer))?;
         }
         Ok(())
     }
@@ -272,27 +278,26 @@ fn tokens(job: &Job) -> usize {
     job.windows.iter().map(Vec::len).sum()
 }
 
-/// Shows the inputs of a stage to a Hessian. The linears that share it, by name and shape.
+/// Shows the inputs of a group to a Hessian.
 pub fn observe(
     decoder: &mut dyn Decoder,
     job: &Job,
-    linears: &[(LayerName, usize, usize)],
-    stage: Stage,
+    group: &CaptureGroup,
     times: &mut PhaseTimes,
-) -> Result<Box<dyn StageHessian>, PipelineError> {
-    let (layer, in_features, _) = &linears[0];
+) -> Result<Box<dyn GroupHessian>, PipelineError> {
+    let in_features = group.in_features();
     let named = |source| PipelineError::Quantize {
-        layer: layer.clone(),
+        layer: group.linears[0].name.clone(),
         source,
     };
-    let mut sum = stage_sum(job, *in_features).map_err(named)?;
+    let mut sum = stage_sum(job, in_features).map_err(named)?;
     let start = Instant::now();
-    decoder.stage(stage, sum.as_mut())?;
+    decoder.capture(group.tap, sum.as_mut())?;
     let inside = sum.elapsed().map_err(named)?;
     times.add(Phase::Forward, start.elapsed().saturating_sub(inside));
     times.add(Phase::Hessian, inside);
     // A symmetric product needs half the operations of a full one.
-    let flop = tokens(job) as f64 * *in_features as f64 * (*in_features as f64 + 1.0);
+    let flop = tokens(job) as f64 * in_features as f64 * (in_features as f64 + 1.0);
     // Beside a float stream a full product and another symmetric one, each of some of the tokens.
     let products = match job.streams() {
         Streams::One => 1.0,
@@ -302,15 +307,15 @@ pub fn observe(
     sum.finish(times).map_err(named)
 }
 
-/// The sum of a stage on the device of the job; of pairs where the job has a float stream.
-fn stage_sum(job: &Job, in_features: usize) -> Result<Box<dyn StageSum>, QuantizeError> {
+/// The sum of a group on the device of the job; of pairs where the job has a float stream.
+fn stage_sum(job: &Job, in_features: usize) -> Result<Box<dyn GroupSum>, QuantizeError> {
     let beside_float = job.streams() == Streams::BesideFloat;
     let holding_out = job.holds_out();
     match job.device {
         Device::Cpu => {
             let sum = match beside_float {
-                false => HostStage::new(in_features),
-                true => HostStage::beside_float(in_features),
+                false => HostGroup::new(in_features),
+                true => HostGroup::beside_float(in_features),
             };
             Ok(Box::new(match holding_out {
                 false => sum,

@@ -7,11 +7,11 @@
 
 use std::sync::Arc;
 
-use gptq_model::{DecoderConfig, Device, FloatWeights, Streams};
+use gptq_model::{Device, FloatWeights, ModelSpec, Streams};
 use gptq_packer::{QuantizeConfig, read_layer};
 use gptq_quantizer::{Hessian, HessianSum, output_error};
 use gptq_types::{
-    LayerName, LayerRecord, LossMeasure, QuantSpec, SolvedLayer, Stage, TensorSource, Weight,
+    LayerName, LayerRecord, LossMeasure, QuantSpec, SolvedLayer, TensorSource, Weight,
 };
 
 use crate::PipelineError;
@@ -56,11 +56,11 @@ pub fn measure_files(
     files: &FilesToMeasure<'_>,
     each: &mut dyn FnMut(MeasuredLayer<'_>),
 ) -> Result<(), PipelineError> {
-    let config =
-        DecoderConfig::parse(files.config_json).map_err(|source| PipelineError::Config {
-            place: files.source.place(),
-            source,
-        })?;
+    let model = ModelSpec::read(files.config_json, &files.source.names());
+    let model = model.map_err(|source| PipelineError::Config {
+        place: files.source.place(),
+        source,
+    })?;
     if files.windows.is_empty() {
         return Err(PipelineError::NoWindows);
     }
@@ -69,25 +69,24 @@ pub fn measure_files(
         LossMeasure::FloatOutputs => Streams::BesideFloat,
     };
     let weights = Arc::new(FloatWeights::new(files.source.clone()));
-    let mut decoder = gptq_model::open(weights, config.clone(), Device::Cpu, streams)?;
+    let mut decoder = gptq_model::open(weights, model.clone(), Device::Cpu, streams)?;
     decoder.embed(files.windows)?;
-    for index in 0..config.num_hidden_layers {
+    for index in 0..model.blocks.len() {
         decoder.load_block(index)?;
-        let folded = Folded::of(&config, index, files.spec, files.layers)?;
-        for stage in Stage::ALL {
-            let linears = config.linears(index, stage);
+        let folded = Folded::of(&model, index, files.spec, files.layers)?;
+        for group in model.blocks[index].groups() {
             let mut sum = match streams {
-                Streams::One => HessianSum::new(linears[0].1),
-                Streams::BesideFloat => HessianSum::beside_float(linears[0].1),
+                Streams::One => HessianSum::new(group.in_features()),
+                Streams::BesideFloat => HessianSum::beside_float(group.in_features()),
             };
-            decoder.stage(stage, &mut sum)?;
+            decoder.capture(group.tap, &mut sum)?;
             let hessian = sum.finish().map_err(|source| PipelineError::Quantize {
-                layer: linears[0].0.clone(),
+                layer: group.linears[0].name.clone(),
                 source,
             })?;
-            for (layer, in_features, out_features) in &linears {
-                let shape = [*in_features, *out_features];
-                let solved = read_layer(files.packed, layer, shape, files.settings)?;
+            for linear in &group.linears {
+                let layer = &linear.name;
+                let solved = read_layer(files.packed, layer, linear.shape(), files.settings)?;
                 let unfolded = folded.unfolded(layer, solved.clone());
                 let error = error_of(&hessian, decoder.weight(layer)?, &unfolded);
                 each(MeasuredLayer {

@@ -2,9 +2,9 @@
 
 use std::collections::BTreeSet;
 
-use gptq_model::DecoderConfig;
+use gptq_model::{LinearSpec, ModelSpec};
 use gptq_packer::{CheckpointLayout, packed_tensors};
-use gptq_types::{LayerName, QuantSpec, Stage, TensorInfo, TensorSource};
+use gptq_types::{QuantSpec, TensorInfo, TensorSource};
 
 use crate::PipelineError;
 use crate::fold::Fold;
@@ -22,7 +22,7 @@ impl OutputPlan {
     /// Plans the output for a checked source.
     pub fn new(
         source: &dyn TensorSource,
-        config: &DecoderConfig,
+        model: &ModelSpec,
         spec: &QuantSpec,
         max_shard_bytes: u64,
     ) -> Result<Self, PipelineError> {
@@ -30,23 +30,19 @@ impl OutputPlan {
         let mut replaced = BTreeSet::new();
         let mut in_blocks = Vec::new();
         let mut permuted = BTreeSet::new();
-        for index in 0..config.num_hidden_layers {
+        for index in 0..model.blocks.len() {
             if spec.order.may_fold() {
-                let before = Fold::all_before(config, index, spec.group_size);
+                let before = Fold::all_before(model, index, spec.group_size);
                 permuted.extend(before.iter().map(|layer| layer.tensor("bias")));
             }
-            for stage in Stage::ALL {
-                for (layer, k, n) in config.linears(index, stage) {
-                    replaced.insert(layer.tensor("weight"));
-                    in_blocks.extend(packed(&layer, k, n, spec));
-                }
+            for linear in model.block_linears(index) {
+                replaced.insert(linear.name.tensor("weight"));
+                in_blocks.extend(packed(&linear, spec));
             }
         }
         let mut copied = Vec::new();
         for name in source.names() {
-            let derived = name.ends_with("rotary_emb.inv_freq")
-                || (config.tie_word_embeddings && name == "lm_head.weight");
-            if !derived && !replaced.contains(&name) {
+            if !model.is_derived(&name) && !replaced.contains(&name) {
                 tensors.push((name.clone(), source.require(&name)?));
                 if !permuted.contains(&name) {
                     copied.push(name);
@@ -62,6 +58,7 @@ impl OutputPlan {
 }
 
 /// The packed tensors of a layer without its bias, which is copied like every plain tensor.
-fn packed(layer: &LayerName, k: usize, n: usize, spec: &QuantSpec) -> Vec<(String, TensorInfo)> {
-    packed_tensors(layer, k, n, spec, false)
+fn packed(linear: &LinearSpec, spec: &QuantSpec) -> Vec<(String, TensorInfo)> {
+    let [in_features, out_features] = linear.shape();
+    packed_tensors(&linear.name, in_features, out_features, spec, false)
 }

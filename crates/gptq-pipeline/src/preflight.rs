@@ -1,33 +1,39 @@
 //! What can be known before the first hour is spent.
 
-use gptq_model::DecoderConfig;
-use gptq_packer::{GPTQMODEL_GROUPS, QuantizeConfig};
+use std::collections::BTreeSet;
+
+use gptq_model::ModelSpec;
+use gptq_packer::{DeclaredType, GPTQMODEL_GROUPS, QuantizeConfig};
 use gptq_types::{
     Bits, CheckpointFormat, ColumnOrder, Dtype, GroupSize, QuantSpec, TensorSource, Warning,
 };
 
 use crate::PipelineError;
+use crate::small_files::declared_type;
 
 /// Refuses groups that no reader can use and names, as warnings, the readers that will refuse the
 /// shapes of this model.
-pub fn check_shapes(
-    config: &DecoderConfig,
-    spec: &QuantSpec,
-) -> Result<Vec<Warning>, PipelineError> {
+pub fn check_shapes(model: &ModelSpec, spec: &QuantSpec) -> Result<Vec<Warning>, PipelineError> {
     let mut warnings = refused_settings(spec);
     let torch = match GPTQMODEL_GROUPS.contains(&i64::from(spec.group_size)) {
         true => ", GPTQModel's torch kernel reads it",
         false => "",
     };
-    if !config.unread_keys.is_empty() {
-        let keys = config.unread_keys.join(", ");
+    if !model.unread_keys.is_empty() {
+        let keys = model.unread_keys.join(", ");
         warnings.push(Warning {
             module: String::new(),
             text: format!("config.json has keys that are not read, whatever they mean: {keys}"),
         });
     }
-    // All blocks have the shapes of the first.
-    for (layer, in_features, out_features) in config.block_linears(0) {
+    let mut seen = BTreeSet::new();
+    for linear in (0..model.blocks.len()).flat_map(|index| model.block_linears(index)) {
+        let [in_features, out_features] = linear.shape();
+        let layer = linear.name;
+        // Once for each kind of linear: blocks mostly have the shapes of the first.
+        if !seen.insert((kind_of(&layer.0).to_string(), in_features, out_features)) {
+            continue;
+        }
         if let GroupSize::Channels(group_size) = spec.group_size {
             if group_size > in_features {
                 return Err(PipelineError::GroupTooLarge {
@@ -69,6 +75,12 @@ pub fn check_shapes(
     Ok(warnings)
 }
 
+/// The end of a linear's path, without what is its block's: `self_attn.q_proj`.
+fn kind_of(path: &str) -> &str {
+    let parts = path.rmatch_indices('.').nth(1);
+    parts.map_or(path, |(at, _)| &path[at + 1..])
+}
+
 /// What readers refuse whatever the shapes are, by their source.
 fn refused_settings(spec: &QuantSpec) -> Vec<Warning> {
     let group = i64::from(spec.group_size);
@@ -107,7 +119,10 @@ fn refused_settings(spec: &QuantSpec) -> Vec<Warning> {
 
 /// What to know of a bf16 model, whose checkpoint is declared float16;
 /// [`gptq_packer::config_json_with_quantization`] says why.
-pub fn check_declared_type(source: &dyn TensorSource) -> Option<Warning> {
+pub fn check_declared_type(source: &dyn TensorSource, model: &ModelSpec) -> Option<Warning> {
+    if declared_type(source, model) == DeclaredType::Bf16 {
+        return None;
+    }
     let of = |name: &String| source.info(name).map(|info| info.dtype);
     let is_bf16 = source
         .names()

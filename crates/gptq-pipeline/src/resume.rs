@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use gptq_model::DecoderConfig;
+use gptq_model::ModelSpec;
 use gptq_packer::{ClaimedPlace, PACKED_SUFFIXES, StagedCheckpoint, check_files, partial_path};
 use gptq_types::{ContentHash, ContentHasher, QuantSpec, RunRecord, TensorSource};
 use rayon::iter::{IntoParallelIterator, ParallelIterator};
@@ -36,7 +36,7 @@ pub struct Begun {
 pub fn begin(
     job: &Job,
     place: ClaimedPlace,
-    config: &DecoderConfig,
+    model: &ModelSpec,
     plan: &OutputPlan,
     settings: &Map<String, Value>,
     beside_shards: u64,
@@ -45,7 +45,7 @@ pub fn begin(
     if job.resume && partial.is_dir() {
         let settings = of_weights(settings, &job.check)?;
         if let Some((journal, done)) = Journal::reopen(&partial, &settings)? {
-            check_entries(&partial, &done, config, &job.spec)?;
+            check_entries(&partial, &done, model, &job.spec)?;
             let staged = place.reopen(&plan.layout)?;
             check_tensors(&staged, &done)?;
             return Ok(Begun {
@@ -157,7 +157,7 @@ pub fn is_interrupted(out_dir: &Path) -> bool {
 fn check_entries(
     partial: &Path,
     done: &[BlockEntry],
-    config: &DecoderConfig,
+    model: &ModelSpec,
     spec: &QuantSpec,
 ) -> Result<(), PipelineError> {
     let damaged = |line: usize, reason: String| PipelineError::DamagedLine {
@@ -165,19 +165,21 @@ fn check_entries(
         line,
         reason,
     };
-    let blocks = config.num_hidden_layers;
+    let blocks = model.blocks.len();
     if done.len() > blocks {
         let reason = format!("block {blocks} of a model with {blocks}");
         return Err(damaged(blocks + 2, reason));
     }
     for entry in done {
-        let linears = config.block_linears(entry.block);
+        let linears = model.block_linears(entry.block);
         let listed =
             (entry.layers.iter()).map(|row| (&row.layer, row.in_features, row.out_features));
-        let same = listed.eq(linears.iter().map(|(layer, k, n)| (layer, *k, *n)));
-        let same = same && Folded::of(config, entry.block, spec, &entry.layers).is_ok();
+        let same = listed.eq(linears
+            .iter()
+            .map(|linear| (&linear.name, linear.in_features, linear.out_features)));
+        let same = same && Folded::of(model, entry.block, spec, &entry.layers).is_ok();
         let mut names: Vec<String> = (linears.iter())
-            .flat_map(|(layer, _, _)| PACKED_SUFFIXES.map(|suffix| layer.tensor(suffix)))
+            .flat_map(|linear| PACKED_SUFFIXES.map(|suffix| linear.name.tensor(suffix)))
             .collect();
         names.sort();
         if !same || !entry.tensors.keys().eq(names.iter()) {

@@ -6,11 +6,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use gptq_model::{Decoder, DecoderConfig, Device, FloatWeights, Streams, WeightSource};
+use gptq_model::{Decoder, Device, FloatWeights, ModelSpec, Streams, WeightSource};
 use gptq_packer::{ClaimedPlace, QuantizeConfig, StageError, StagedCheckpoint, read_layer};
 use gptq_quantizer::round_to_nearest;
 use gptq_types::{
-    LayerRecord, Method, Phase, PhaseTimes, RUN_RECORD_SCHEMA, RunRecord, Stage, Warning, Weight,
+    LayerRecord, Method, Phase, PhaseTimes, RUN_RECORD_SCHEMA, RunRecord, Warning, Weight,
 };
 use serde_json::{Map, Value};
 
@@ -52,17 +52,17 @@ pub fn quantize_and_compare(
 ) -> Result<RunRecord, PipelineError> {
     let started = Instant::now();
     job.spec.validate()?;
-    let config = read_config(job)?;
-    let mut warnings = check_shapes(&config, &job.spec)?;
+    let model = read_model(job)?;
+    let mut warnings = check_shapes(&model, &job.spec)?;
     warnings.extend(job.source.notes().into_iter().map(|text| Warning {
         module: String::new(),
         text,
     }));
-    warnings.extend(check_declared_type(job.source.as_ref()));
+    warnings.extend(check_declared_type(job.source.as_ref(), &model));
     if job.spec.method == Method::Gptq && job.windows.is_empty() {
         return Err(PipelineError::NoWindows);
     }
-    let files = SmallFiles::prepare(job)?;
+    let files = SmallFiles::prepare(job, &model)?;
     let place = match ClaimedPlace::claim(&job.out_dir) {
         Err(error @ StageError::Occupied(_)) => {
             let record = finished(job, &files, false)?.ok_or(error)?;
@@ -78,20 +78,20 @@ pub fn quantize_and_compare(
         progress(Progress::NothingToResume);
     }
     let weights: Arc<dyn WeightSource> = Arc::new(FloatWeights::new(job.source.clone()));
-    let mut decoder = gptq_model::open(weights.clone(), config.clone(), job.device, job.streams())?;
+    let mut decoder = gptq_model::open(weights.clone(), model.clone(), job.device, job.streams())?;
     decoder.leave_room(job.hessians_held_out());
     wait_on_the_processor(job)?;
-    let plan = OutputPlan::new(job.source.as_ref(), &config, &job.spec, job.max_shard_bytes)?;
+    let plan = OutputPlan::new(job.source.as_ref(), &model, &job.spec, job.max_shard_bytes)?;
     let settings = settings(job, false);
-    let beside = beside_shards(&config, &files);
+    let beside = beside_shards(&model, &files);
     let Begun {
         staged,
         journal,
         done,
-    } = begin(job, place, &config, &plan, &settings, beside)?;
+    } = begin(job, place, &model, &plan, &settings, beside)?;
     let mut run = Run {
         job,
-        config: &config,
+        model: &model,
         weights: weights.as_ref(),
         decoder,
         staged: &staged,
@@ -127,14 +127,14 @@ pub fn quantize_and_compare(
         });
     match outcome {
         Ok(record) => {
-            publish(staged, config.num_hidden_layers)?;
+            publish(staged, model.blocks.len())?;
             progress(Progress::Published);
             Ok(record)
         }
         Err(error) => {
             // Weights that are not sound are the cause of whatever went wrong with them.
             let cause = job.check.wait().map_or_else(PipelineError::from, |_| error);
-            Err(kept_or_discarded(staged, config.num_hidden_layers, cause))
+            Err(kept_or_discarded(staged, model.blocks.len(), cause))
         }
     }
 }
@@ -178,8 +178,8 @@ fn kept(folder: PathBuf, finished: usize, blocks: usize, error: PipelineError) -
 
 /// Room for all but the weight files. A linear takes less than 1 kB in the journal and in the
 /// record.
-pub(crate) fn beside_shards(config: &DecoderConfig, files: &SmallFiles) -> u64 {
-    let linears = config.num_hidden_layers * config.block_linears(0).len();
+pub(crate) fn beside_shards(model: &ModelSpec, files: &SmallFiles) -> u64 {
+    let linears = model.quantized_linears();
     files.bytes() + linears as u64 * 2048 + (1 << 16)
 }
 
@@ -244,20 +244,20 @@ fn gpu_memory_peak(device: Device) -> Option<u64> {
     }
 }
 
-pub(crate) fn read_config(job: &Job) -> Result<DecoderConfig, PipelineError> {
-    let config =
-        DecoderConfig::parse(&job.config_json).map_err(|source| PipelineError::Config {
-            place: job.source.place(),
-            source,
-        })?;
+pub(crate) fn read_model(job: &Job) -> Result<ModelSpec, PipelineError> {
+    let model = ModelSpec::read(&job.config_json, &job.source.names());
+    let model = model.map_err(|source| PipelineError::Config {
+        place: job.source.place(),
+        source,
+    })?;
     check_unquantised(job.source.as_ref(), &job.config_json)?;
-    Ok(config)
+    Ok(model)
 }
 
 /// The parts of a run that its blocks need.
 struct Run<'a> {
     job: &'a Job,
-    config: &'a DecoderConfig,
+    model: &'a ModelSpec,
     weights: &'a dyn WeightSource,
     decoder: Box<dyn Decoder>,
     staged: &'a StagedCheckpoint,
@@ -275,7 +275,7 @@ impl Run<'_> {
         done: Vec<BlockEntry>,
         progress: &mut dyn FnMut(Progress<'_>),
     ) -> Result<(), PipelineError> {
-        let blocks = self.config.num_hidden_layers;
+        let blocks = self.model.blocks.len();
         // The hidden states are needed as long as a block is left.
         let forward = self.job.spec.method == Method::Gptq && done.len() < blocks;
         progress(Progress::Begin {
@@ -292,7 +292,7 @@ impl Run<'_> {
             &mut times,
             |writer, times| {
                 writer.copy(&plan.copied)?;
-                copy_permuted_biases(writer, self.config, job, &done)?;
+                copy_permuted_biases(writer, self.model, job, &done)?;
                 if forward {
                     times.time(Phase::Load, || self.decoder.embed(&job.windows))?;
                 }
@@ -325,8 +325,8 @@ impl Run<'_> {
         self.warnings.extend(entry.warnings);
     }
 
-    /// One forward pass through a block: each stage is solved as its inputs arrive, and the next
-    /// stage sees the quantised outputs.
+    /// One forward pass through a block: each capture group is solved as its inputs arrive, and the next
+    /// one sees the quantized outputs.
     fn solve_block(
         &mut self,
         index: usize,
@@ -335,15 +335,14 @@ impl Run<'_> {
         progress: &mut dyn FnMut(Progress<'_>),
     ) -> Result<BlockEntry, PipelineError> {
         times.time(Phase::Load, || self.decoder.load_block(index))?;
-        count_forward(self.config, self.job, times);
-        let mut work = LayerWork::new(self.job, self.config, index, writer);
-        for stage in Stage::ALL {
-            let linears = self.config.linears(index, stage);
-            let mut hessian = observe(self.decoder.as_mut(), self.job, &linears, stage, times)?;
+        count_forward(self.model, index, self.job, times);
+        let mut work = LayerWork::new(self.job, self.model, index, writer);
+        for group in self.model.blocks[index].groups() {
+            let mut hessian = observe(self.decoder.as_mut(), self.job, &group, times)?;
             let decoder = self.decoder.as_mut();
             work.solve(
                 decoder,
-                stage,
+                &group,
                 hessian.as_mut(),
                 After::Replace,
                 times,
@@ -371,8 +370,9 @@ impl Run<'_> {
         let weights = self.weights;
         let spec = &self.job.spec;
         let mut layers = Vec::new();
-        for (layer, in_features, out_features) in self.config.block_linears(index) {
-            let shape = [in_features, out_features];
+        for linear in self.model.block_linears(index) {
+            let shape @ [in_features, out_features] = linear.shape();
+            let layer = linear.name;
             let stored = times.time(Phase::Load, || weights.linear(&layer, shape, false))?;
             let start = Instant::now();
             let weight = stored.weight.input_major(in_features, out_features);
@@ -420,21 +420,21 @@ impl Run<'_> {
         if !forward {
             return Ok(());
         }
-        let config = written_config(self.job)?;
-        let folded = Folded::of(self.config, index, &self.job.spec, &entry.layers)?;
+        let config = written_config(self.job, self.model)?;
+        let folded = Folded::of(self.model, index, &self.job.spec, &entry.layers)?;
         times.time(Phase::Load, || self.decoder.load_block(index))?;
-        for (layer, inputs, outputs) in self.config.block_linears(index) {
-            let shape = [inputs, outputs];
-            let solved = read_layer(self.staged, &layer, shape, &config).map_err(|source| {
+        for linear in self.model.block_linears(index) {
+            let (layer, shape) = (&linear.name, linear.shape());
+            let solved = read_layer(self.staged, layer, shape, &config).map_err(|source| {
                 PipelineError::Reread {
                     layer: layer.clone(),
                     source,
                 }
             })?;
-            let weight = Weight::Host(folded.unfolded(&layer, solved).dequantise());
-            self.decoder.replace_weight(&layer, weight)?;
+            let weight = Weight::Host(folded.unfolded(layer, solved).dequantise());
+            self.decoder.replace_weight(layer, weight)?;
         }
-        count_forward(self.config, self.job, times);
+        count_forward(self.model, index, self.job, times);
         times.time(Phase::Forward, || self.decoder.forward_block())?;
         Ok(())
     }
@@ -444,7 +444,7 @@ impl Run<'_> {
 /// for what cannot be made again so cheaply.
 pub(crate) fn copy_permuted_biases(
     writer: &dyn Output,
-    config: &DecoderConfig,
+    model: &ModelSpec,
     job: &Job,
     done: &[BlockEntry],
 ) -> Result<(), PipelineError> {
@@ -453,8 +453,8 @@ pub(crate) fn copy_permuted_biases(
     }
     let group_size = job.spec.group_size;
     for (index, entry) in done.iter().enumerate() {
-        let folded = Folded::of(config, index, &job.spec, &entry.layers)?;
-        for layer in Fold::all_before(config, index, group_size) {
+        let folded = Folded::of(model, index, &job.spec, &entry.layers)?;
+        for layer in Fold::all_before(model, index, group_size) {
             let outputs = folded.outputs_of(&layer).map(<[u32]>::to_vec);
             writer.copy_permuted(layer.tensor("bias"), outputs)?;
         }
@@ -463,9 +463,9 @@ pub(crate) fn copy_permuted_biases(
 }
 
 /// The operations of one block for all windows.
-pub(crate) fn count_forward(config: &DecoderConfig, job: &Job, times: &mut PhaseTimes) {
+pub(crate) fn count_forward(model: &ModelSpec, index: usize, job: &Job, times: &mut PhaseTimes) {
     for same_length in job.windows.chunk_by(|a, b| a.len() == b.len()) {
-        let flop = config.block_flop(same_length.len(), same_length[0].len());
+        let flop = model.block_flop(index, same_length.len(), same_length[0].len());
         let passes = match job.streams() {
             Streams::One => 1.0,
             Streams::BesideFloat => 1.0 + FOLLOWED,
@@ -474,8 +474,8 @@ pub(crate) fn count_forward(config: &DecoderConfig, job: &Job, times: &mut Phase
     }
 }
 
-fn written_config(job: &Job) -> Result<QuantizeConfig, PipelineError> {
-    QuantizeConfig::from_quantize_config(&settings_text(job)).map_err(|source| {
+fn written_config(job: &Job, model: &ModelSpec) -> Result<QuantizeConfig, PipelineError> {
+    QuantizeConfig::from_quantize_config(&settings_text(job, model)).map_err(|source| {
         PipelineError::QuantizationConfig {
             place: "the output".to_string(),
             source,

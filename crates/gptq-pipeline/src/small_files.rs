@@ -5,10 +5,14 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
-use gptq_packer::{StagedCheckpoint, config_json_with_quantization, quantize_config_json};
-use gptq_types::{FileRecord, outside_name};
+use gptq_model::ModelSpec;
+use gptq_packer::{
+    DeclaredType, StagedCheckpoint, config_json_with_quantization, exclusions, quantize_config_json,
+};
+use gptq_types::{Dtype, FileRecord, TensorSource, outside_name};
 use serde_json::Map;
 
+use crate::run::read_model;
 use crate::{Job, PipelineError};
 
 /// A tokenizer of 256 thousand entries has 35 MB.
@@ -19,18 +23,20 @@ pub struct SmallFiles(Vec<(String, Vec<u8>)>);
 
 impl SmallFiles {
     /// Both configs, and what the job brings along.
-    pub fn prepare(job: &Job) -> Result<Self, PipelineError> {
-        let config =
-            config_json_with_quantization(&job.config_json, &job.spec, &job.tool, &Map::new())
-                .map_err(|source| PipelineError::QuantizationConfig {
-                    place: job.source.place(),
-                    source,
-                })?;
+    pub fn prepare(job: &Job, model: &ModelSpec) -> Result<Self, PipelineError> {
+        let (meta, left_out) = (Map::new(), left_out(job, model));
+        let declared = declared_type(job.source.as_ref(), model);
+        let (text, spec, tool) = (&job.config_json, &job.spec, &job.tool);
+        let config = config_json_with_quantization(text, spec, tool, &meta, &left_out, declared);
+        let config = config.map_err(|source| PipelineError::QuantizationConfig {
+            place: job.source.place(),
+            source,
+        })?;
         let mut files = vec![
             ("config.json".to_string(), config.into_bytes()),
             (
                 "quantize_config.json".to_string(),
-                settings_text(job).into_bytes(),
+                settings_text(job, model).into_bytes(),
             ),
         ];
         for path in &job.companions {
@@ -60,12 +66,35 @@ impl SmallFiles {
 
 /// Refuses configs that cannot be written and companion files that cannot be read, before any work.
 pub fn check_beside(job: &Job) -> Result<(), PipelineError> {
-    SmallFiles::prepare(job).map(drop)
+    SmallFiles::prepare(job, &read_model(job)?).map(drop)
+}
+
+/// Patterns of the modules that stay in float.
+fn left_out(job: &Job, model: &ModelSpec) -> Vec<String> {
+    let linears = (0..model.blocks.len()).flat_map(|index| model.block_linears(index));
+    let quantized: Vec<String> = linears.map(|linear| linear.name.0).collect();
+    exclusions(job.source.as_ref(), &quantized)
+}
+
+/// The type that `config.json` declares, in which readers compute.
+pub fn declared_type(source: &dyn TensorSource, model: &ModelSpec) -> DeclaredType {
+    let embedding = source.info(&model.embedding.name).map(|info| info.dtype);
+    match model.overflows_f16 && embedding == Some(Dtype::BF16) {
+        true => DeclaredType::Bf16,
+        false => DeclaredType::F16,
+    }
 }
 
 /// The text of `quantize_config.json`.
-pub fn settings_text(job: &Job) -> String {
-    quantize_config_json(&job.spec, &job.tool, &job.model_name, &Map::new())
+pub fn settings_text(job: &Job, model: &ModelSpec) -> String {
+    let left_out = left_out(job, model);
+    quantize_config_json(
+        &job.spec,
+        &job.tool,
+        &job.model_name,
+        &Map::new(),
+        &left_out,
+    )
 }
 
 fn read(path: &Path) -> Result<(String, Vec<u8>), PipelineError> {

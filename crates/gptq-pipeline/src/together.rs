@@ -1,4 +1,4 @@
-//! Several settings in one pass: one forward pass of the float model and one Hessian a stage serve
+//! Several settings in one pass: one forward pass of the float model and one Hessian a capture group serve
 //! them all.
 //!
 //! No setting sees what another one did, nor what it did itself in earlier layers: errors of
@@ -8,9 +8,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
-use gptq_model::{Decoder, DecoderConfig, FloatWeights, Streams, WeightSource};
+use gptq_model::{Decoder, FloatWeights, ModelSpec, Streams, WeightSource};
 use gptq_packer::{ClaimedPlace, StagedCheckpoint};
-use gptq_types::{Method, Phase, PhaseTimes, RunRecord, Stage, Warning};
+use gptq_types::{Method, Phase, PhaseTimes, RunRecord, Warning};
 use serde_json::{Map, Value};
 
 use crate::journal::{BlockEntry, Journal};
@@ -19,7 +19,7 @@ use crate::preflight::{check_declared_type, check_shapes, check_unquantised};
 use crate::resume::{begin, settings};
 use crate::run::{
     add_files, add_record, beside_shards, copy_permuted_biases, count_forward, kept_or_discarded,
-    publish, read_config, record, wait_on_the_processor,
+    publish, read_model, record, wait_on_the_processor,
 };
 use crate::small_files::SmallFiles;
 use crate::weights::CheckedWeights;
@@ -64,27 +64,27 @@ pub fn quantize_together(
         !jobs.iter().any(Job::holds_out),
         "no job that holds tokens out"
     );
-    let config = read_config(first)?;
+    let model = read_model(first)?;
     check_unquantised(first.source.as_ref(), &first.config_json)?;
     if first.windows.is_empty() {
         return Err(PipelineError::NoWindows);
     }
     let weights: Arc<dyn WeightSource> = Arc::new(FloatWeights::new(first.source.clone()));
-    let mut decoder = gptq_model::open(weights, config.clone(), first.device, Streams::One)?;
+    let mut decoder = gptq_model::open(weights, model.clone(), first.device, Streams::One)?;
     let mut times = PhaseTimes::default();
     wait_on_the_processor(first)?;
     let (mut targets, mut journals) = (Vec::new(), Vec::new());
-    let blocks = config.num_hidden_layers;
+    let blocks = model.blocks.len();
     let outcome = (jobs.iter())
         .try_for_each(|job| {
-            let (target, journal) = Target::new(job, &config)?;
+            let (target, journal) = Target::new(job, &model)?;
             targets.push(target);
             journals.push(journal);
             Ok(())
         })
         .and_then(|()| {
             run(
-                &config,
+                &model,
                 decoder.as_mut(),
                 &mut targets,
                 journals,
@@ -121,16 +121,16 @@ pub fn quantize_together(
 }
 
 impl<'a> Target<'a> {
-    fn new(job: &'a Job, config: &DecoderConfig) -> Result<(Self, Option<Journal>), PipelineError> {
+    fn new(job: &'a Job, model: &ModelSpec) -> Result<(Self, Option<Journal>), PipelineError> {
         job.spec.validate()?;
-        let mut warnings = check_shapes(config, &job.spec)?;
-        warnings.extend(check_declared_type(job.source.as_ref()));
-        let files = SmallFiles::prepare(job)?;
-        let plan = OutputPlan::new(job.source.as_ref(), config, &job.spec, job.max_shard_bytes)?;
+        let mut warnings = check_shapes(model, &job.spec)?;
+        warnings.extend(check_declared_type(job.source.as_ref(), model));
+        let files = SmallFiles::prepare(job, model)?;
+        let plan = OutputPlan::new(job.source.as_ref(), model, &job.spec, job.max_shard_bytes)?;
         let place = ClaimedPlace::claim(&job.out_dir)?;
         let settings = settings(job, true);
-        let beside = beside_shards(config, &files);
-        let begun = begin(job, place, config, &plan, &settings, beside)?;
+        let beside = beside_shards(model, &files);
+        let begun = begin(job, place, model, &plan, &settings, beside)?;
         let target = Target {
             staged: begun.staged,
             done: begun.done,
@@ -170,7 +170,7 @@ impl<'a> Target<'a> {
 
 /// All blocks, for all targets.
 fn run(
-    config: &DecoderConfig,
+    model: &ModelSpec,
     decoder: &mut dyn Decoder,
     targets: &mut [Target<'_>],
     journals: Vec<Option<Journal>>,
@@ -181,10 +181,10 @@ fn run(
     {
         let targets: &[Target<'_>] = targets;
         let mut work = |writers: &[&dyn Output], times: &mut PhaseTimes| {
-            blocks(config, decoder, targets, writers, &mut new, times, progress)
+            blocks(model, decoder, targets, writers, &mut new, times, progress)
         };
         let journals = &mut journals.into_iter();
-        with_writers(config, targets, journals, &[], times, &mut work)?;
+        with_writers(model, targets, journals, &[], times, &mut work)?;
     }
     for (target, new) in targets.iter_mut().zip(new) {
         target.done.extend(new);
@@ -196,7 +196,7 @@ type Work<'a> = dyn FnMut(&[&dyn Output], &mut PhaseTimes) -> Result<(), Pipelin
 
 /// Opens a writer for each of `targets`, each inside the one before, and then works.
 fn with_writers(
-    config: &DecoderConfig,
+    model: &ModelSpec,
     targets: &[Target<'_>],
     journals: &mut dyn Iterator<Item = Option<Journal>>,
     open: &[&dyn Output],
@@ -215,15 +215,15 @@ fn with_writers(
         times,
         |writer, times| {
             writer.copy(&target.copied)?;
-            copy_permuted_biases(writer, config, target.job, &target.done)?;
+            copy_permuted_biases(writer, model, target.job, &target.done)?;
             let open: Vec<&dyn Output> = open.iter().copied().chain([writer as _]).collect();
-            with_writers(config, rest, journals, &open, times, work)
+            with_writers(model, rest, journals, &open, times, work)
         },
     )
 }
 
 fn blocks(
-    config: &DecoderConfig,
+    model: &ModelSpec,
     decoder: &mut dyn Decoder,
     targets: &[Target<'_>],
     writers: &[&dyn Output],
@@ -232,7 +232,7 @@ fn blocks(
     progress: &mut dyn FnMut(Progress<'_>),
 ) -> Result<(), PipelineError> {
     let first = targets[0].job;
-    let blocks = config.num_hidden_layers;
+    let blocks = model.blocks.len();
     let least = targets.iter().map(|target| target.done.len()).min();
     let resumed = least.unwrap_or(0);
     progress(Progress::Begin { blocks, resumed });
@@ -242,7 +242,7 @@ fn blocks(
     times.time(Phase::Load, || decoder.embed(&first.windows))?;
     for index in 0..blocks {
         times.time(Phase::Load, || decoder.load_block(index))?;
-        count_forward(config, first, times);
+        count_forward(model, index, first, times);
         if index < resumed {
             // No setting changes what the next block sees.
             times.time(Phase::Forward, || decoder.forward_block())?;
@@ -251,15 +251,14 @@ fn blocks(
                 .enumerate()
                 .filter(|(_, (target, _))| target.done.len() <= index)
                 .map(|(at, (target, writer))| {
-                    (at, LayerWork::new(target.job, config, index, *writer))
+                    (at, LayerWork::new(target.job, model, index, *writer))
                 })
                 .collect();
-            for stage in Stage::ALL {
-                let linears = config.linears(index, stage);
-                let mut hessian = observe(decoder, first, &linears, stage, times)?;
+            for group in model.blocks[index].groups() {
+                let mut hessian = observe(decoder, first, &group, times)?;
                 for (_, work) in &mut works {
                     let hessian = hessian.as_mut();
-                    work.solve(decoder, stage, hessian, After::Keep, times, progress)?;
+                    work.solve(decoder, &group, hessian, After::Keep, times, progress)?;
                 }
             }
             times.time(Phase::Forward, || decoder.finish_block())?;

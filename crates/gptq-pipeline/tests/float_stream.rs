@@ -6,17 +6,17 @@ mod data;
 
 use std::sync::Arc;
 
-use gptq_model::{Decoder, DecoderConfig, Device, FloatWeights, Streams};
+use gptq_model::{CaptureGroup, Decoder, Device, FloatWeights, ModelSpec, Streams};
 use gptq_packer::SafetensorsFile;
-use gptq_types::{ActivationSink, Activations, Stage, Weight};
+use gptq_types::{ActivationSink, Activations, Weight};
 
 fn decoder(streams: Streams) -> Box<dyn Decoder> {
     let model = data::fixture("verne");
     let config = std::fs::read_to_string(model.join("config.json")).unwrap();
-    let config = DecoderConfig::parse(&config).unwrap();
+    let spec = ModelSpec::parse(&config).unwrap();
     let source = Arc::new(SafetensorsFile::open(&model.join("model.safetensors")).unwrap());
     let weights = Arc::new(FloatWeights::new(source));
-    let mut decoder = gptq_model::open(weights, config, Device::Cpu, streams).unwrap();
+    let mut decoder = gptq_model::open(weights, spec, Device::Cpu, streams).unwrap();
     let window = |first: u32| (first..first + 48).collect::<Vec<u32>>();
     decoder.embed(&[window(3), window(20)]).unwrap();
     decoder
@@ -47,22 +47,25 @@ impl ActivationSink for Rows {
     }
 }
 
-fn rows(decoder: &mut dyn Decoder, stage: Stage) -> Rows {
+fn rows(decoder: &mut dyn Decoder, group: &CaptureGroup) -> Rows {
     let mut rows = Rows::default();
-    decoder.stage(stage, &mut rows).unwrap();
+    decoder.capture(group.tap, &mut rows).unwrap();
     rows
 }
 
-/// Doubles every linear of a stage of block `index`.
-fn change(decoder: &mut dyn Decoder, index: usize, stage: Stage) {
-    for (layer, _, _) in decoder.config().linears(index, stage) {
-        let Weight::Host(mut values) = decoder.weight(&layer).unwrap() else {
+fn groups(decoder: &dyn Decoder, index: usize) -> Vec<CaptureGroup> {
+    decoder.spec().blocks[index].groups()
+}
+
+/// Doubles every linear of a group.
+fn change(decoder: &mut dyn Decoder, group: &CaptureGroup) {
+    for linear in &group.linears {
+        let layer = &linear.name;
+        let Weight::Host(mut values) = decoder.weight(layer).unwrap() else {
             unreachable!("the decoder is on the processor");
         };
         values.iter_mut().for_each(|value| *value *= 2.0);
-        decoder
-            .replace_weight(&layer, Weight::Host(values))
-            .unwrap();
+        decoder.replace_weight(layer, Weight::Host(values)).unwrap();
     }
 }
 
@@ -75,22 +78,22 @@ fn it_is_that_of_weights_that_were_never_replaced() {
         for decoder in [&mut both, &mut float, &mut replaced] {
             decoder.load_block(index).unwrap();
         }
-        for stage in Stage::ALL {
-            let seen = rows(both.as_mut(), stage);
+        for (at, group) in groups(both.as_ref(), index).iter().enumerate() {
+            let seen = rows(both.as_mut(), group);
             assert_eq!(
                 seen.float,
-                rows(float.as_mut(), stage).own,
-                "{index} {stage:?}"
+                rows(float.as_mut(), group).own,
+                "{index} {group:?}"
             );
             assert_eq!(
                 seen.own,
-                rows(replaced.as_mut(), stage).own,
-                "{index} {stage:?}"
+                rows(replaced.as_mut(), group).own,
+                "{index} {group:?}"
             );
-            let first = index == 0 && stage == Stage::AttentionIn;
-            assert_eq!(seen.own == seen.float, first, "{index} {stage:?}");
-            change(both.as_mut(), index, stage);
-            change(replaced.as_mut(), index, stage);
+            let first = index == 0 && at == 0;
+            assert_eq!(seen.own == seen.float, first, "{index} {group:?}");
+            change(both.as_mut(), group);
+            change(replaced.as_mut(), group);
         }
         for decoder in [&mut both, &mut float, &mut replaced] {
             decoder.finish_block().unwrap();
@@ -103,15 +106,16 @@ fn it_is_that_of_weights_that_were_never_replaced() {
 fn nobody_has_to_look() {
     let (mut both, mut float) = (decoder(Streams::BesideFloat), decoder(Streams::One));
     both.load_block(0).unwrap();
-    for stage in Stage::ALL {
-        change(both.as_mut(), 0, stage);
+    for group in groups(both.as_ref(), 0) {
+        change(both.as_mut(), &group);
     }
     both.forward_block().unwrap();
     float.load_block(0).unwrap();
     float.forward_block().unwrap();
     both.load_block(1).unwrap();
     float.load_block(1).unwrap();
-    let seen = rows(both.as_mut(), Stage::AttentionIn);
-    assert_eq!(seen.float, rows(float.as_mut(), Stage::AttentionIn).own);
+    let first = &groups(both.as_ref(), 1)[0];
+    let seen = rows(both.as_mut(), first);
+    assert_eq!(seen.float, rows(float.as_mut(), first).own);
     assert_ne!(seen.own, seen.float);
 }

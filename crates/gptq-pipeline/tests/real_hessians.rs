@@ -10,12 +10,12 @@ use std::sync::Arc;
 
 use data::fixture;
 use gptq_calibration::Tokenizer;
-use gptq_model::{DecoderConfig, Device, FloatWeights, Streams};
+use gptq_model::{Device, FloatWeights, LinearSpec, ModelSpec, Streams};
 use gptq_packer::SafetensorsFile;
 use gptq_quantizer::{
     Factor, Hessian, HessianSum, output_error, reference, round_to_nearest, solve,
 };
-use gptq_types::{Bits, ColumnOrder, GroupSize, LayerName, QuantSpec, Stage, Weight};
+use gptq_types::{Bits, ColumnOrder, GroupSize, LayerName, QuantSpec, Weight};
 
 /// Where two codes or two grids are equally good the reference follows the solver.
 const RELATIVE_ERROR_TOLERANCE: f64 = 1e-3;
@@ -50,18 +50,22 @@ fn cases(model: &Path, text: &Path) -> Vec<Case> {
         .map(<[u32]>::to_vec)
         .collect();
     let config = std::fs::read_to_string(model.join("config.json")).unwrap();
-    let config = DecoderConfig::parse(&config).unwrap();
+    let spec = ModelSpec::parse(&config).unwrap();
     let source = Arc::new(SafetensorsFile::open(&model.join("model.safetensors")).unwrap());
     let weights = Arc::new(FloatWeights::new(source));
-    let mut decoder = gptq_model::open(weights, config.clone(), Device::Cpu, Streams::One).unwrap();
+    let mut decoder = gptq_model::open(weights, spec.clone(), Device::Cpu, Streams::One).unwrap();
     decoder.embed(&windows).unwrap();
     let mut cases = Vec::new();
     for index in 0..2 {
         decoder.load_block(index).unwrap();
-        for stage in Stage::ALL {
-            let (layer, in_features, out_features) = config.linears(index, stage)[0].clone();
-            let mut sum = HessianSum::new(in_features);
-            decoder.stage(stage, &mut sum).unwrap();
+        for group in spec.blocks[index].groups() {
+            let LinearSpec {
+                name: layer,
+                out_features,
+                ..
+            } = group.linears[0].clone();
+            let mut sum = HessianSum::new(group.in_features());
+            decoder.capture(group.tap, &mut sum).unwrap();
             cases.push(Case {
                 weight: match decoder.weight(&layer).unwrap() {
                     Weight::Host(values) => values,

@@ -1,4 +1,4 @@
-//! A stage on the GPU: the same steps as on the processor, on matrices that never leave it but as
+//! A capture group on the GPU: the same steps as on the processor, on matrices that never leave it but as
 //! codes.
 
 mod sum;
@@ -18,10 +18,10 @@ use half::f16;
 pub use sum::DeviceSum;
 
 use crate::factor::{Damping, importance};
-use crate::search::SearchRule;
-use crate::stage::{
-    Facts, Rounded, StageHessian, StageSolver, count, factor_flop, least, outputs_of_a_trial,
+use crate::group::{
+    Facts, GroupHessian, GroupSolver, Rounded, count, factor_flop, least, outputs_of_a_trial,
 };
+use crate::search::SearchRule;
 use crate::{Order, QuantizeError};
 
 /// `H` on the GPU, and its diagonal here.
@@ -44,7 +44,7 @@ struct Damped {
     facts: Facts,
 }
 
-impl StageHessian for DeviceReady {
+impl GroupHessian for DeviceReady {
     fn diagonal(&self) -> Vec<f32> {
         self.diagonal.clone()
     }
@@ -73,8 +73,8 @@ impl StageHessian for DeviceReady {
         order: Order,
         spec: &QuantSpec,
         times: &mut PhaseTimes,
-    ) -> Result<Box<dyn StageSolver + '_>, QuantizeError> {
-        Ok(Box::new(self.stage(order, spec, times)?))
+    ) -> Result<Box<dyn GroupSolver + '_>, QuantizeError> {
+        Ok(Box::new(self.group(order, spec, times)?))
     }
 
     fn copied(&self, weight: Weight) -> Result<Weight, QuantizeError> {
@@ -90,12 +90,12 @@ fn there(weight: &Weight) -> DeviceMatrix {
 }
 
 impl DeviceReady {
-    fn stage(
+    fn group(
         &self,
         order: Order,
         spec: &QuantSpec,
         times: &mut PhaseTimes,
-    ) -> Result<DeviceStage<'_>, QuantizeError> {
+    ) -> Result<DeviceGroup<'_>, QuantizeError> {
         let start = Instant::now();
         let channels: Vec<u32> = order.channels.iter().rev().map(|&c| c as u32).collect();
         let groups: Vec<u32> = order.groups.iter().rev().copied().collect();
@@ -109,7 +109,7 @@ impl DeviceReady {
         )?;
         let damped = self.damped(channels, spec.damp_percent, times)?;
         times.add(Phase::Factor, start.elapsed());
-        Ok(DeviceStage {
+        Ok(DeviceGroup {
             hessian: &self.hessian,
             damped,
             plan,
@@ -126,7 +126,7 @@ impl DeviceReady {
         spec: &QuantSpec,
         times: &mut PhaseTimes,
     ) -> Result<f64, QuantizeError> {
-        let stage = self.stage(order.clone(), spec, times)?;
+        let group = self.group(order.clone(), spec, times)?;
         let start = Instant::now();
         let mut error = 0.0;
         for (weight, outputs) in linears {
@@ -137,10 +137,10 @@ impl DeviceReady {
             let size = spec.group_size.resolve(part.columns);
             let rule = rule(spec);
             let (_, carried) = self.hessian.rounding_cost(part, size, rule)?;
-            let swept = stage.swept(part, rule, carried.as_ref(), spec)?;
+            let swept = group.swept(part, rule, carried.as_ref(), spec)?;
             let (_, carried) = held_out.rounding_cost(part, size, rule)?;
             let copy = self.gpu.copied(part)?;
-            error += held_out.put_back(copy, &swept, &stage.plan, carried.as_ref())?;
+            error += held_out.put_back(copy, &swept, &group.plan, carried.as_ref())?;
         }
         times.add(Phase::Sweep, start.elapsed());
         Ok(error)
@@ -189,7 +189,7 @@ impl DeviceReady {
 }
 
 /// The factor of `H` and the order of the sweep, on the GPU.
-struct DeviceStage<'a> {
+struct DeviceGroup<'a> {
     hessian: &'a DeviceHessian,
     damped: Rc<Damped>,
     plan: SweepPlan,
@@ -238,7 +238,7 @@ fn rule(spec: &QuantSpec) -> Rule {
     }
 }
 
-impl DeviceStage<'_> {
+impl DeviceGroup<'_> {
     /// Aims, sweeps and descends as the spec says.
     fn swept(
         &self,
@@ -263,7 +263,7 @@ impl DeviceStage<'_> {
     }
 }
 
-impl StageSolver for DeviceStage<'_> {
+impl GroupSolver for DeviceGroup<'_> {
     fn facts(&self) -> Facts {
         self.damped.facts
     }

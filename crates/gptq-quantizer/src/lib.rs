@@ -23,6 +23,7 @@ mod descent;
 mod device;
 mod factor;
 mod grid;
+mod group;
 mod hessian;
 mod measure;
 mod mismatch;
@@ -31,20 +32,19 @@ pub mod reference;
 mod round;
 mod search;
 mod solve;
-mod stage;
 
 pub use descent::descend;
 #[cfg(feature = "cuda")]
 pub use device::DeviceSum;
 pub use factor::Factor;
 pub use grid::Grid;
+pub use group::{Arriving, Facts, GroupHessian, GroupSolver, GroupSum, HostGroup, Rounded};
 pub use hessian::{Hessian, HessianSum};
 pub use measure::{Outputs, output_error, signal};
 pub use mismatch::{Carried, Mismatch};
 pub use order::Order;
 pub use round::round_to_nearest;
 pub use solve::{Solved, solve};
-pub use stage::{Arriving, Facts, HostStage, Rounded, StageHessian, StageSolver, StageSum};
 
 /// A layer that cannot be solved.
 #[derive(Debug, thiserror::Error)]

@@ -3,7 +3,7 @@
 #[path = "../../../tests/support/random.rs"]
 mod random;
 
-use gptq_quantizer::{Factor, HessianSum, HostStage, Order, StageSum, output_error, solve};
+use gptq_quantizer::{Factor, GroupSum, HessianSum, HostGroup, Order, output_error, solve};
 use gptq_types::{
     ActivationSink, Activations, Bits, ColumnOrder, GroupSize, PhaseTimes, QuantSpec, Weight,
 };
@@ -69,7 +69,7 @@ fn the_order_of_least_error_on_held_out_batches_is_taken() {
     for first in 0..orders.len() {
         let mut rotated = orders.clone();
         rotated.rotate_left(first);
-        let mut stage = Box::new(HostStage::new(K).holding_out());
+        let mut stage = Box::new(HostGroup::new(K).holding_out());
         for batch in &batches {
             stage.observe(Activations::Host(batch), ROWS, K);
         }

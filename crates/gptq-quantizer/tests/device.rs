@@ -9,7 +9,7 @@ mod data;
 use std::sync::Arc;
 
 use gptq_kernels::cuda::{Buffer, Gpu};
-use gptq_quantizer::{DeviceSum, HostStage, QuantizeError, StageSum};
+use gptq_quantizer::{DeviceSum, GroupSum, HostGroup, QuantizeError};
 use gptq_types::{
     ActivationSink, Activations, Bits, CheckpointFormat, ColumnOrder, DeviceMatrix, Dtype,
     GroupSize, LayerLoss, PhaseTimes, QuantSpec, SolvedLayer, Weight,
@@ -151,10 +151,10 @@ fn on_host(p: &Problem, spec: &QuantSpec) -> Solved {
     let mut times = PhaseTimes::default();
     let x: Vec<f32> = p.x.iter().map(|x| x.to_f32()).collect();
     let weight = input_major(p);
-    let mut sum = Box::new(HostStage::beside_float(p.k));
+    let mut sum = Box::new(HostGroup::beside_float(p.k));
     match spec.input_mismatch == 0.0 {
         true => {
-            sum = Box::new(HostStage::new(p.k));
+            sum = Box::new(HostGroup::new(p.k));
             sum.observe(Activations::Host(&x), p.tokens, p.k);
         }
         false => {
@@ -278,8 +278,8 @@ fn an_order_is_chosen_as_on_the_processor() {
         let mut times = PhaseTimes::default();
         let mut there = DeviceSum::new(&gpu, p.k, beside_float, true).unwrap();
         let mut here = match beside_float {
-            true => HostStage::beside_float(p.k).holding_out(),
-            false => HostStage::new(p.k).holding_out(),
+            true => HostGroup::beside_float(p.k).holding_out(),
+            false => HostGroup::new(p.k).holding_out(),
         };
         for batch in batches.clone() {
             let part = |x: &[f16]| x[batch * rows * p.k..(batch + 1) * rows * p.k].to_vec();

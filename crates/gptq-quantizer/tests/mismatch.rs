@@ -1,7 +1,7 @@
 //! Inputs that linears before have changed: the target of the sweep and the measure of its error, against
 //! plain loops in f64 over the rows themselves.
 
-use gptq_quantizer::{Factor, HessianSum, HostStage, Outputs, StageSum, round_to_nearest, solve};
+use gptq_quantizer::{Factor, GroupSum, HessianSum, HostGroup, Outputs, round_to_nearest, solve};
 use gptq_types::{
     ActivationSink, Activations, Bits, ColumnOrder, GroupSize, LossMeasure, PhaseTimes, QuantSpec,
     Weight,
@@ -112,7 +112,7 @@ fn all_of_the_way_is_the_weight_of_least_squares() {
                 damp_percent: 1e-4,
                 ..spec(Bits::Eight, order, input_mismatch)
             };
-            let mut stage = Box::new(HostStage::beside_float(K));
+            let mut stage = Box::new(HostGroup::beside_float(K));
             let (x, float) = (Activations::Host(&p.x), Activations::Host(&p.float));
             stage.observe_pair(x, float, TOKENS, K);
             let mut times = PhaseTimes::default();
@@ -188,7 +188,7 @@ fn half_of_the_way_lowers_the_error_at_every_width_and_in_every_order() {
 fn held_out_tokens_are_squared_like_all_others() {
     let p = problem();
     let spec = spec(Bits::Four, ColumnOrder::Natural, 0.5);
-    let loss = |stage: HostStage| {
+    let loss = |stage: HostGroup| {
         let mut stage = Box::new(stage);
         for batch in 0..48 {
             // Later batches differ more: which of them are squared shows.
@@ -214,8 +214,8 @@ fn held_out_tokens_are_squared_like_all_others() {
         solver.round(weight(), N, &spec, &mut times).unwrap().loss
     };
     let (all, some) = (
-        loss(HostStage::beside_float(K)),
-        loss(HostStage::beside_float(K).holding_out()),
+        loss(HostGroup::beside_float(K)),
+        loss(HostGroup::beside_float(K).holding_out()),
     );
     assert!(
         (some.error / all.error - 1.0).abs() < 1e-4,

@@ -267,11 +267,15 @@ fn made(branch: &Branch) -> String {
     let run = &branch.run;
     let mut text = match &run.calibration {
         Some(c) => format!(
-            "{} windows of {} tokens of {} (seed {}), on {}",
+            "{} windows of {} tokens of {} (seed {}){}, on {}",
             c.samples,
             c.seq_len,
             dataset_name(&c.dataset),
             c.seed,
+            match c.window_bos {
+                Some(true) => ", each beginning with BOS",
+                _ => "",
+            },
             run.device
         ),
         None => "rounded to nearest, without calibration".to_string(),

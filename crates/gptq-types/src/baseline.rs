@@ -65,6 +65,10 @@ pub struct EvaluationRequest {
     /// Windows from the start; all where absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_windows: Option<usize>,
+    /// Whether each window begins with the beginning-of-sequence token; where it is absent, as the model's
+    /// family needs it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub window_bos: Option<bool>,
 }
 
 /// What a recipe gave.
@@ -190,6 +194,11 @@ mod tests {
         assert_eq!(baseline.recipe.spec, QuantSpec::published());
         assert_eq!(baseline.figures, None);
         assert_eq!(baseline.check(), Ok(()));
+        assert_eq!(baseline.recipe.calibration.window_bos, None);
+        assert!(!serde_json::to_string(&baseline).unwrap().contains("bos"));
+        let begun = BY_HAND.replace("2048}\n", "2048, \"window_bos\": true}\n");
+        let begun: Baseline = serde_json::from_str(&begun).unwrap();
+        assert_eq!(begun.recipe.evaluation.window_bos, Some(true));
         let misspelt = BY_HAND.replace(
             "\"seq_len\": 2048}\n",
             "\"seq_len\": 2048, \"window\": 3}\n",

@@ -1,4 +1,4 @@
-//! Names of quantised linears and the sink that sees their inputs.
+//! Names of quantized linears and the sink that sees their inputs.
 
 use std::fmt;
 
@@ -22,30 +22,6 @@ impl fmt::Display for LayerName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
     }
-}
-
-/// The four groups of linears in a decoder block that share one input, in true-sequential order.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Stage {
-    /// `q_proj`, `k_proj`, `v_proj`: the normed hidden state.
-    AttentionIn,
-    /// `o_proj`: the attention output.
-    AttentionOut,
-    /// `gate_proj`, `up_proj`: the second normed hidden state.
-    MlpIn,
-    /// `down_proj`: the gated product.
-    MlpOut,
-}
-
-impl Stage {
-    /// In the order of the data.
-    pub const ALL: [Stage; 4] = [
-        Stage::AttentionIn,
-        Stage::AttentionOut,
-        Stage::MlpIn,
-        Stage::MlpOut,
-    ];
 }
 
 /// A matrix in the memory of a GPU, lent for the length of a call.
@@ -91,7 +67,7 @@ pub fn stretch_of(start: usize) -> usize {
     start / STRETCH % 8
 }
 
-/// Sees the inputs of the linears of one stage, one batch of tokens after the other.
+/// Sees the inputs of the linears of one capture group, one batch of tokens after the other.
 pub trait ActivationSink {
     /// `x` has `tokens` rows of `in_features`; padding is never among the tokens.
     fn observe(&mut self, x: Activations<'_>, tokens: usize, in_features: usize);

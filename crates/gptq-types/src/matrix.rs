@@ -20,6 +20,10 @@ pub struct CalibrationRequest {
     pub seq_len: usize,
     /// Seed of the draw.
     pub seed: u64,
+    /// Whether each window begins with the beginning-of-sequence token; where it is absent, as the model's
+    /// family needs it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub window_bos: Option<bool>,
 }
 
 /// One branch that is asked for.

@@ -34,7 +34,7 @@ pub struct CalibrationRecord {
     /// Tokens that differ in themselves or in the 7 before them, over the first 2^22 tokens.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub distinct_contexts: Option<usize>,
-    /// Share of `tokens` that some window drew before, 0 to 1.
+    /// Share of `tokens` that some window drew before, 0 to 1; a BOS in front of each is not counted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub overlap: Option<f64>,
     /// The largest `in_features` of the model: with fewer distinct tokens no Hessian of such a
@@ -50,6 +50,10 @@ pub struct CalibrationRecord {
     /// What logits were divided by while the model wrote its own text, where that was not 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub temperature: Option<f32>,
+    /// Each window begins with the beginning-of-sequence token. `false` where that was refused for a
+    /// family that needs it, so that the run can be repeated; else absent where it does not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub window_bos: Option<bool>,
 }
 
 impl CalibrationRecord {
@@ -142,6 +146,9 @@ pub struct Divergence {
     pub seq_len: usize,
     /// Tokens in all windows.
     pub tokens: usize,
+    /// As that of [`CalibrationRecord`]: rounding to nearest has no other record of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub window_bos: Option<bool>,
     /// Perplexity of the float model.
     pub float_perplexity: f64,
     /// Perplexity of the checkpoint, read from its files.

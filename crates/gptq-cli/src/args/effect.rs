@@ -99,7 +99,11 @@ fn quantize(args: &QuantizeArgs) -> Vec<Rule> {
             &["dataset", "samples", "tokens", "seed"],
             data,
         ),
-        (rounds && !args.checks(), &["seq_len"], data),
+        (
+            rounds && !args.checks(),
+            &["seq_len", "window_bos", "no_window_bos"],
+            data,
+        ),
         (rounds, &["temperature"], data),
         (
             rounds,

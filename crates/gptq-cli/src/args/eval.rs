@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use clap::Args;
 
-use super::{DeviceArgs, HubArgs, StrictArgs, TokenizerArgs};
+use super::{DeviceArgs, HubArgs, StrictArgs, TokenizerArgs, WindowBosArgs};
 
 #[derive(Args)]
 pub struct EvalArgs {
@@ -26,6 +26,8 @@ pub struct EvalArgs {
     /// Score only this many windows from the start
     #[arg(long)]
     pub max_windows: Option<usize>,
+    #[command(flatten)]
+    pub window_bos: WindowBosArgs,
     /// Also guess the last words of passages: `lambada`, or a FILE with a passage in each row
     #[arg(long, value_name = "FILE")]
     pub lambada: Option<String>,

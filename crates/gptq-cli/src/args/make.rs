@@ -32,7 +32,7 @@ impl HalfArg {
 
 #[derive(Args)]
 pub struct SynthArgs {
-    /// `llama-2-7b`, `llama-2-7b-32k`, `llama-3-8b` or `tiny`
+    /// `llama-2-7b`, `llama-2-7b-32k`, `llama-2-70b`, `llama-3-8b`, `gemma-3-27b` or `tiny`
     #[arg(long)]
     pub shape: ModelShape,
     /// The folder to write; must not exist or be empty

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 
 use super::size::parse_size;
-use super::{DeviceArg, HubArgs, StrictArgs, TokenizerArgs};
+use super::{DeviceArg, HubArgs, StrictArgs, TokenizerArgs, WindowBosArgs};
 
 #[derive(Clone, Copy, ValueEnum)]
 pub enum PresetArg {
@@ -61,6 +61,8 @@ pub struct MatrixArgs {
     /// Seed of the draw of windows [default: the plan's, or 0]
     #[arg(long)]
     pub seed: Option<u64>,
+    #[command(flatten)]
+    pub window_bos: WindowBosArgs,
     #[command(flatten)]
     pub tokenizer: TokenizerArgs,
     /// Text for perplexity and KL, as `eval` takes it, or `none`

@@ -10,6 +10,7 @@ mod matrix;
 mod quantize;
 mod size;
 mod text;
+mod windows;
 
 use clap::{Parser, Subcommand};
 
@@ -23,6 +24,7 @@ pub use matrix::{CardArgs, MatrixArgs, PresetArg};
 pub use quantize::QuantizeArgs;
 pub use size::shard_bytes;
 pub use text::{ChatArgs, GenerateArgs, TextArgs};
+pub use windows::WindowBosArgs;
 
 /// Quantize language models with GPTQ, and say what the result is worth.
 #[derive(Parser)]

@@ -8,7 +8,7 @@ use gptq_types::{
     Bits, CalibrationRequest, CheckpointFormat, ColumnOrder, Effort, GroupSize, Method, QuantSpec,
 };
 
-use super::{DeviceArgs, HubArgs, StrictArgs, TokenizerArgs};
+use super::{DeviceArgs, HubArgs, StrictArgs, TokenizerArgs, WindowBosArgs};
 use crate::failure::Failure;
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -161,6 +161,8 @@ pub struct QuantizeArgs {
     #[arg(long, default_value_t = 1.0)]
     pub temperature: f32,
     #[command(flatten)]
+    pub window_bos: WindowBosArgs,
+    #[command(flatten)]
     pub tokenizer: TokenizerArgs,
     /// Zero-point convention of the file
     #[arg(long, value_enum, default_value = "gptq")]
@@ -215,6 +217,7 @@ impl QuantizeArgs {
             },
             seq_len: self.seq_len,
             seed: self.seed,
+            window_bos: self.window_bos.choice(),
         }
     }
 

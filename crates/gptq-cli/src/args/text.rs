@@ -51,6 +51,9 @@ pub struct GenerateArgs {
     pub tokenizer: TokenizerArgs,
     #[command(flatten)]
     pub text: TextArgs,
+    /// Read the whole text anew for each token, slowly: what the key-value cache is checked against
+    #[arg(long)]
+    pub no_cache: bool,
     #[command(flatten)]
     pub device: WholeDeviceArgs,
     #[command(flatten)]

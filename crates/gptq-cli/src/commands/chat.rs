@@ -30,7 +30,7 @@ pub fn run(args: &ChatArgs) -> Result<Verdict, Failure> {
             Wording::Chat(template)
         }
     };
-    let trained = context(&opened.config);
+    let trained = context(&opened.spec);
     let context = args.context.unwrap_or(CONTEXT.min(trained));
     if context == 0 || context > trained {
         return Err(Failure::new(format!(

@@ -28,7 +28,7 @@ pub fn run(args: &EvalArgs) -> Result<Verdict, Failure> {
         .map(Model::open)
         .collect::<Result<Vec<_>, _>>()?;
     for (name, opened) in args.models.iter().zip(&opened) {
-        unread_keys::heed(&args.strict, name, &opened.config)?;
+        unread_keys::heed(&args.strict, name, &opened.spec)?;
     }
     let scored = Scored::read(args, &models[0], &opened[0])?;
     scored.check(args, &opened)?;

@@ -18,13 +18,13 @@ pub fn run(args: &GenerateArgs) -> Result<Verdict, Failure> {
     let model = find(&args.model, &args.hub)?.with_tokenizer(args.tokenizer.folder.as_deref());
     let voice = Voice::open(&model, &args.text)?;
     let opened = model.open()?;
-    unread_keys::heed(&args.strict, &args.model, &opened.config)?;
+    unread_keys::heed(&args.strict, &args.model, &opened.spec)?;
     let prompt = match &args.prompt {
         Some(prompt) => prompt.clone(),
         None => voice.idle(read_stdin)?,
     };
     let ids = tokens(args, &model, &voice, &prompt)?;
-    let context = context(&opened.config);
+    let context = context(&opened.spec);
     if ids.len() >= context {
         return Err(Failure::new(format!(
             "the prompt has {} tokens, the model takes {context}",
@@ -35,6 +35,9 @@ pub fn run(args: &GenerateArgs) -> Result<Verdict, Failure> {
     let mut runner = opened.runner(device)?;
     let capacity = context.min(ids.len().saturating_add(args.text.max_new_tokens));
     let mut session = Session::new(runner.as_mut(), capacity, voice.sampling)?;
+    if args.no_cache {
+        session = session.without_cache();
+    }
     let reply = voice.reply(&mut session, &ids, !args.json)?;
     eprintln!("{}", summary(&reply));
     if args.json {

@@ -30,8 +30,11 @@ pub fn run(args: &ImportArgs) -> Result<Verdict, Failure> {
     );
     for (kind, narrowing) in report.narrowed.iter().filter(|(_, n)| n.changed > 0) {
         eprintln!(
-            "warning: {} of {} {kind} values change when rounded to f16; {} of them become 0",
-            narrowing.changed, narrowing.values, narrowing.zeroed
+            "warning: {} of {} {kind} values change when rounded to {}; {} of them become 0",
+            narrowing.changed,
+            narrowing.values,
+            report.dtype.name(),
+            narrowing.zeroed
         );
     }
     for note in &report.notes {

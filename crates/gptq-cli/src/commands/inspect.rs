@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use gptq_inference::{OpenError, OpenedModel};
-use gptq_model::DecoderConfig;
+use gptq_model::ModelSpec;
 use gptq_packer::{QuantizeConfig, ZeroConvention, packed_layers, read_layer, zero_convention};
 use gptq_types::outside_name::shown;
 use gptq_types::{LayerName, TensorSource};
@@ -79,19 +79,18 @@ pub fn run(args: &InspectArgs) -> Result<Verdict, Failure> {
 fn whole(model: &Model, opened: &OpenedModel) -> Result<Inspection, Failure> {
     let source = model.checkpoint.as_ref();
     let quantization = (opened.quantization.as_ref())
-        .map(|settings| inspect(source, &opened.config, settings))
+        .map(|settings| inspect(source, &opened.spec, settings))
         .transpose()?;
-    let config = &opened.config;
-    let block: usize = config.block_linears(0).iter().map(|(_, k, n)| k * n).sum();
-    let tables = if config.tie_word_embeddings { 1 } else { 2 };
+    let spec = &opened.spec;
+    let tables = if spec.head.tied { 1 } else { 2 };
+    let by_token = spec.embedding.per_block.as_ref();
+    let by_token = by_token.map_or(0, |inputs| inputs.vocab * inputs.width * spec.blocks.len());
     Ok(Inspection {
-        architecture: config.architecture.clone(),
-        parameters: Some(
-            block * config.num_hidden_layers + tables * config.vocab_size * config.hidden_size,
-        ),
+        architecture: spec.architecture.clone(),
+        parameters: Some(spec.elements() + by_token + tables * spec.vocab_size * spec.hidden_size),
         weight_bytes: model.checkpoint.weight_bytes(),
         quantization,
-        unread_keys: config.unread_keys.clone(),
+        unread_keys: spec.unread_keys.clone(),
         refused: None,
     })
 }
@@ -111,14 +110,14 @@ fn refused(model: &Model, error: &OpenError) -> Result<Inspection, Failure> {
 
 fn inspect(
     source: &dyn TensorSource,
-    model: &DecoderConfig,
+    model: &ModelSpec,
     config: &QuantizeConfig,
 ) -> Result<Quantization, Failure> {
     let packed: BTreeSet<LayerName> = packed_layers(source).into_iter().collect();
-    let known: Vec<(LayerName, [usize; 2])> = (0..model.num_hidden_layers)
+    let known: Vec<(LayerName, [usize; 2])> = (0..model.blocks.len())
         .flat_map(|index| model.block_linears(index))
-        .filter(|(name, ..)| packed.contains(name))
-        .map(|(name, k, n)| (name, [k, n]))
+        .filter(|linear| packed.contains(&linear.name))
+        .map(|linear| (linear.name.clone(), linear.shape()))
         .collect();
     let mut layers = Vec::new();
     for (name, shape) in &known {

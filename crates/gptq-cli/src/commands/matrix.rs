@@ -5,12 +5,14 @@ use std::path::Path;
 use std::thread;
 
 use gptq_calibration::{EvaluationWindows, Windows};
-use gptq_model::{DecoderConfig, Device};
+use gptq_model::{Device, ModelSpec};
 use gptq_pipeline::{
     Preset, check_permutations, check_unquantised, check_weights, plan_matrix, read_plan,
 };
 use gptq_repository::{Repository, check_branch_names, check_signature};
-use gptq_types::{CalibrationRequest, ColumnOrder, Effort, Method, Permutation, PlannedBranch};
+use gptq_types::{
+    CalibrationRequest, ColumnOrder, Effort, Method, Permutation, PlannedBranch, TensorSource,
+};
 
 use crate::Verdict;
 use crate::args::{MatrixArgs, PresetArg, shard_bytes};
@@ -38,7 +40,7 @@ pub fn run(args: &MatrixArgs) -> Result<Verdict, Failure> {
     let model = find(&args.model, &args.hub)?
         .with_tokenizer(args.tokenizer.folder.as_deref())
         .with_rebuilt_tokenizer()?;
-    let config = DecoderConfig::parse(&model.config_json)
+    let config = ModelSpec::read(&model.config_json, &model.checkpoint.names())
         .map_err(|error| Failure::new(format!("{}: {error}", model.dir().display())))?;
     unread_keys::heed(&args.strict, &args.model, &config)?;
     check_unquantised(model.checkpoint.as_ref(), &model.config_json)?;
@@ -150,7 +152,7 @@ fn prepare(
     args: &MatrixArgs,
     missing: &[&PlannedBranch],
     model: &Model,
-    config: &DecoderConfig,
+    config: &ModelSpec,
     device: Device,
 ) -> Result<Prepared, Failure> {
     let text = evaluation(args).map(|text| ScoringText {
@@ -158,8 +160,10 @@ fn prepare(
         column: None,
         seq_len: text.seq_len,
         max_windows: text.max_windows,
+        window_bos: text.window_bos,
     });
-    let mut text = text.map(|text| text.read(model, &args.hub)).transpose()?;
+    let text = text.map(|text| text.read(model, config, &args.hub));
+    let mut text = text.transpose()?;
     if let Some(text) = &mut text {
         text.protocol = text
             .protocol
@@ -197,6 +201,7 @@ fn permutations(args: &MatrixArgs) -> Result<Vec<Permutation>, Failure> {
         samples,
         seq_len,
         seed,
+        window_bos,
     } in permutations
         .iter_mut()
         .map(|permutation| &mut permutation.calibration)
@@ -211,6 +216,7 @@ fn permutations(args: &MatrixArgs) -> Result<Vec<Permutation>, Failure> {
         *samples = args.samples.unwrap_or(*samples);
         *seq_len = args.seq_len.unwrap_or(*seq_len);
         *seed = args.seed.unwrap_or(*seed);
+        *window_bos = args.window_bos.choice().or(*window_bos);
     }
     check_permutations(&permutations)?;
     check_branch_names(permutations.iter().map(|p| p.branch.as_str()))?;
@@ -304,6 +310,7 @@ fn evaluation(args: &MatrixArgs) -> Option<Evaluation> {
         dataset: args.evaluate.clone(),
         seq_len: args.eval_seq_len,
         max_windows: args.eval_windows,
+        window_bos: args.window_bos.choice(),
     })
 }
 
@@ -326,7 +333,7 @@ fn windows(
     args: &MatrixArgs,
     missing: &[&PlannedBranch],
     model: &Model,
-    config: &DecoderConfig,
+    config: &ModelSpec,
     device: Device,
 ) -> Result<HashMap<String, Windows>, Failure> {
     let mut found = HashMap::new();

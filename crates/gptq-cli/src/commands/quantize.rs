@@ -2,14 +2,14 @@
 
 use std::path::Path;
 
-use gptq_model::{DecoderConfig, Device};
+use gptq_model::{Device, ModelSpec};
 use gptq_packer::{ClaimedPlace, StageError};
 use gptq_pipeline::{
     Compare, Job, PipelineError, WeightCheck, check_beside, check_shapes, check_unquantised,
     may_be_finished,
 };
 use gptq_report::quoted;
-use gptq_types::{Method, RunRecord};
+use gptq_types::{Method, RunRecord, TensorSource};
 
 use crate::Verdict;
 use crate::args::{QuantizeArgs, shard_bytes};
@@ -30,7 +30,7 @@ pub fn run(args: &QuantizeArgs) -> Result<Verdict, Failure> {
     let model = find(&args.model, &args.hub)?
         .with_tokenizer(args.tokenizer.folder.as_deref())
         .with_rebuilt_tokenizer()?;
-    let config = DecoderConfig::parse(&model.config_json)
+    let config = ModelSpec::read(&model.config_json, &model.checkpoint.names())
         .map_err(|error| Failure::new(format!("{}: {error}", model.dir().display())))?;
     unread_keys::refuse(&args.strict, &args.model, &config)?;
     check_unquantised(model.checkpoint.as_ref(), &model.config_json)?;
@@ -60,7 +60,7 @@ pub fn run(args: &QuantizeArgs) -> Result<Verdict, Failure> {
         tool: TOOL.to_string(),
     };
     check_beside(&job)?;
-    let mut texts = Texts::read(args, &model, config.vocab_size)?;
+    let mut texts = Texts::read(args, &model, &config)?;
     // Rounding to nearest is compared on the windows that GPTQ would have held out.
     if solves || args.check_windows > 0 {
         let (mut windows, beside) = calibrate_and_hold_out(
@@ -73,7 +73,7 @@ pub fn run(args: &QuantizeArgs) -> Result<Verdict, Failure> {
             &args.hub,
         )?;
         if let Some(beside) = beside {
-            texts.put_first(&args.dataset, beside);
+            texts.put_first(&args.dataset, beside, windows.record.window_bos);
         }
         if solves {
             windows.record.dataset = public_name(&windows.record.dataset);

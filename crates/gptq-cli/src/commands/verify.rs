@@ -31,8 +31,8 @@ pub fn run(args: &VerifyArgs) -> Result<Verdict, Failure> {
         return Err(Failure::new(text));
     }
     let opened = find(&args.model, &args.hub)?.open()?;
-    unread_keys::heed(&args.strict, &args.model, &opened.config)?;
-    let vocab = opened.config.vocab_size;
+    unread_keys::heed(&args.strict, &args.model, &opened.spec)?;
+    let vocab = opened.spec.vocab_size;
     let mut decoder = opened.decoder(device::pick(args.device, WORKSPACE)?)?;
     if let Some(path) = &args.write {
         let got = logits(decoder.as_mut(), &args.ids)?;
@@ -54,13 +54,14 @@ pub fn run(args: &VerifyArgs) -> Result<Verdict, Failure> {
     }
     let found = compare(&got, &expected, vocab);
     print(&format!(
-        "largest difference {:.3e} (got {}, expected {}) at token {}, entry {}; same top token {:.2} %\n",
+        "largest difference {:.3e} (got {}, expected {}) at token {}, entry {}; same top token {:.2} %; KL {:.3e}\n",
         found.max_difference,
         found.values.0,
         found.values.1,
         found.at.0,
         found.at.1,
-        100.0 * found.top1_agreement
+        100.0 * found.top1_agreement,
+        found.kl
     ))?;
     match found.max_difference <= args.tolerance {
         true => Ok(Verdict::Yes),

@@ -26,6 +26,9 @@ pub struct Evaluation {
     pub dataset: String,
     pub seq_len: usize,
     pub max_windows: Option<usize>,
+    /// Absent where nothing was asked for, and in older repositories.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub window_bos: Option<bool>,
 }
 
 /// The matrix as it was first asked for.

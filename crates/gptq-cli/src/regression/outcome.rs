@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use gptq_calibration::{EvaluationWindows, Windows};
 use gptq_hub::Checkpoint;
-use gptq_model::{DecoderConfig, Device};
+use gptq_model::{Device, ModelSpec};
 use gptq_packer::{QuantizeConfig, VerifyError, packed_layers};
 use gptq_pipeline::{
     CheckedWeights, FilesToMeasure, Job, PipelineError, WeightCheck, check_weights, measure_files,
@@ -56,7 +56,7 @@ impl<'a> Bench<'a> {
     /// Opens the model and reads both texts.
     pub fn open(recipe: &'a Recipe, place: &Place, hub: &HubArgs) -> Result<Self, Failure> {
         let model = find(&place.model(&recipe.model), hub)?;
-        let config = DecoderConfig::parse(&model.config_json)
+        let config = ModelSpec::read(&model.config_json, &model.checkpoint.names())
             .map_err(|error| Failure::new(format!("{}: {error}", model.dir().display())))?;
         let mut request = recipe.calibration.clone();
         request.dataset = place.dataset(&request.dataset)?;
@@ -66,8 +66,9 @@ impl<'a> Bench<'a> {
             column: None,
             seq_len: recipe.evaluation.seq_len,
             max_windows: recipe.evaluation.max_windows,
+            window_bos: recipe.evaluation.window_bos,
         };
-        let text = text.read(&model, hub)?;
+        let text = text.read(&model, &config, hub)?;
         if text.ids.len() < LEAST_WINDOWS {
             return Err(Failure::with_hint(
                 format!("the recipe's evaluation has {} window", text.ids.len()),

@@ -1,14 +1,17 @@
-//! Architectures of GGUF files, and `config.json` rebuilt from their keys.
+//! Sizes of the models in GGUF files, and `config.json` rebuilt from their keys.
 //!
 //! Keys below the architecture's name change what a model computes. Those that are not known here
 //! are refused by name, because a model that ignores one of them would be silently wrong.
 
+use gptq_types::outside_name::shown;
 use serde_json::{Value as Json, json};
 
 use crate::HubError;
 use crate::gguf::Value;
+use crate::gguf::architecture::Architecture;
 use crate::gguf::read::GgufFile;
-use crate::gguf::rope::{llama3_scaling, scaling_from_keys};
+use crate::gguf::rope::{RopeTensors, llama3_scaling, longrope_scaling, scaling_from_keys};
+use crate::gguf::windows::Windows;
 
 /// What llama.cpp takes when the key is absent.
 const DEFAULT_ROPE_THETA: f64 = 10_000.0;
@@ -41,34 +44,6 @@ const KNOWN_KEYS: [&str; 22] = [
     "attention.causal",
 ];
 
-/// Decoders that can be imported.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Architecture {
-    /// Llama and Mistral.
-    Llama,
-    Qwen2,
-    Qwen3,
-}
-
-impl Architecture {
-    /// The prefix of its keys.
-    pub(crate) fn name(self) -> &'static str {
-        match self {
-            Architecture::Llama => "llama",
-            Architecture::Qwen2 => "qwen2",
-            Architecture::Qwen3 => "qwen3",
-        }
-    }
-
-    fn class(self) -> &'static str {
-        match self {
-            Architecture::Llama => "LlamaForCausalLM",
-            Architecture::Qwen2 => "Qwen2ForCausalLM",
-            Architecture::Qwen3 => "Qwen3ForCausalLM",
-        }
-    }
-}
-
 /// Sizes of a decoder.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Dimensions {
@@ -79,6 +54,8 @@ pub(crate) struct Dimensions {
     pub heads: usize,
     pub kv_heads: usize,
     pub head_dim: usize,
+    /// The part of each head that rotary embeddings turn.
+    pub rotary: usize,
     pub vocab: usize,
     pub context: usize,
     pub rms_epsilon: f64,
@@ -109,7 +86,7 @@ impl Dimensions {
     pub(crate) fn read(file: &GgufFile) -> Result<Self, HubError> {
         refuse_other_layouts(file)?;
         let architecture = architecture(file)?;
-        refuse_unknown_keys(file, architecture.name())?;
+        refuse_unknown_keys(file, architecture)?;
         let key = |name: &str| format!("{}.{name}", architecture.name());
         let size = |name: &str| required_size(file, &key(name), MAX_DIMENSION);
         let hidden = size("embedding_length")?;
@@ -127,6 +104,7 @@ impl Dimensions {
         let epsilon_key = key("attention.layer_norm_rms_epsilon");
         let epsilon = file.optional_f64(&epsilon_key)?;
         let theta = file.optional_f64(&key("rope.freq_base"))?;
+        let head_dim = head_dim(file, &key, hidden, heads)?;
         Ok(Dimensions {
             architecture,
             layers: required_size(file, &key("block_count"), MAX_LAYERS)?,
@@ -134,7 +112,8 @@ impl Dimensions {
             feed_forward: size("feed_forward_length")?,
             heads,
             kv_heads,
-            head_dim: head_dim(file, &key, hidden, heads)?,
+            head_dim,
+            rotary: rotary(file, &key("rope.dimension_count"), architecture, head_dim)?,
             vocab: vocabulary(file, &key("vocab_size"), hidden)?,
             context: size("context_length")?,
             rms_epsilon: file.require(&epsilon_key, epsilon)?,
@@ -146,18 +125,11 @@ impl Dimensions {
 fn architecture(file: &GgufFile) -> Result<Architecture, HubError> {
     let key = "general.architecture";
     let name = file.require(key, file.optional_str(key)?)?;
-    [
-        Architecture::Llama,
-        Architecture::Qwen2,
-        Architecture::Qwen3,
-    ]
-    .into_iter()
-    .find(|architecture| architecture.name() == name)
-    .ok_or_else(|| {
-        file.metadata_error(
-            key,
-            format!("`{name}` is not one of `llama`, `qwen2`, `qwen3`"),
-        )
+    let mut all = Architecture::ALL.into_iter();
+    all.find(|known| known.name() == name).ok_or_else(|| {
+        let known = Architecture::ALL.map(|known| format!("`{}`", known.name()));
+        let name = shown(name, 40);
+        file.metadata_error(key, format!("`{name}` is not one of {}", known.join(", ")))
     })
 }
 
@@ -174,8 +146,9 @@ fn refuse_other_layouts(file: &GgufFile) -> Result<(), HubError> {
     }
 }
 
-fn refuse_unknown_keys(file: &GgufFile, arch: &str) -> Result<(), HubError> {
-    let prefix = format!("{arch}.");
+fn refuse_unknown_keys(file: &GgufFile, architecture: Architecture) -> Result<(), HubError> {
+    let prefix = format!("{}.", architecture.name());
+    let known = |name: &str| KNOWN_KEYS.contains(&name) || architecture.own_keys().contains(&name);
     for (key, value) in file.metadata() {
         let Some(name) = key.strip_prefix(&prefix) else {
             continue;
@@ -185,7 +158,7 @@ fn refuse_unknown_keys(file: &GgufFile, arch: &str) -> Result<(), HubError> {
                 "is not 0: mixtures of experts are not supported"
             }
             "attention.causal" if *value != Value::Bool(true) => "is not true",
-            name if !KNOWN_KEYS.contains(&name) => "is not supported",
+            name if !known(name) => "is not supported",
             _ => continue,
         };
         return Err(file.metadata_error(key, reason));
@@ -221,14 +194,37 @@ fn head_dim(
     if !head_dim.is_multiple_of(2) {
         return Err(file.metadata_error(&length_key, format!("{head_dim} is odd")));
     }
-    for name in ["attention.value_length", "rope.dimension_count"] {
-        let value = file.optional_u64(&key(name))?;
-        if value.is_some_and(|value| value != head_dim as u64) {
-            let reason = format!("differs from the head size {head_dim}");
-            return Err(file.metadata_error(&key(name), reason));
-        }
+    let value_key = key("attention.value_length");
+    let value = file.optional_u64(&value_key)?;
+    match value.is_some_and(|value| value != head_dim as u64) {
+        true => Err(file.metadata_error(&value_key, differs(head_dim))),
+        false => Ok(head_dim),
     }
-    Ok(head_dim)
+}
+
+fn differs(head_dim: usize) -> String {
+    format!("differs from the head size {head_dim}")
+}
+
+/// How many of the `head_dim` numbers of a head are turned.
+fn rotary(
+    file: &GgufFile,
+    key: &str,
+    architecture: Architecture,
+    head_dim: usize,
+) -> Result<usize, HubError> {
+    let rotary = match file.metadata().contains_key(key) {
+        true => required_size(file, key, MAX_DIMENSION)?,
+        false => head_dim,
+    };
+    match architecture.turns_a_part() {
+        false if rotary != head_dim => Err(file.metadata_error(key, differs(head_dim))),
+        true if rotary > head_dim || !rotary.is_multiple_of(2) => {
+            let reason = format!("{rotary} is no even part of the head size {head_dim}");
+            Err(file.metadata_error(key, reason))
+        }
+        _ => Ok(rotary),
+    }
 }
 
 /// The rows of the embedding; the key, where present, must say the same.
@@ -252,17 +248,18 @@ fn vocabulary(file: &GgufFile, key: &str, hidden: usize) -> Result<usize, HubErr
     }
 }
 
-/// `config.json`. `divisors` are the values of `rope_freqs.weight`, if the file has it.
+/// `config.json`. `rope` is what the file holds of rotary embeddings among its tensors.
 pub(crate) fn config_json(
     file: &GgufFile,
     dims: &Dimensions,
     presence: Presence,
-    divisors: Option<&[f32]>,
+    rope: &RopeTensors,
     ids: SpecialIds,
 ) -> Result<Json, HubError> {
+    let architecture = dims.architecture;
     let mut config = json!({
-        "architectures": [dims.architecture.class()],
-        "model_type": dims.architecture.name(),
+        "architectures": [architecture.class()],
+        "model_type": architecture.model_type(),
         "hidden_size": dims.hidden,
         "intermediate_size": dims.feed_forward,
         "num_hidden_layers": dims.layers,
@@ -273,49 +270,127 @@ pub(crate) fn config_json(
         "max_position_embeddings": dims.context,
         "rms_norm_eps": dims.rms_epsilon,
         "rope_theta": dims.rope_theta,
-        "rope_scaling": rope_scaling(file, dims, divisors)?,
+        "rope_scaling": rope_scaling(file, dims, rope)?,
         "hidden_act": "silu",
         "tie_word_embeddings": presence.tied,
         "use_cache": true,
-        "torch_dtype": "float16",
+        "torch_dtype": architecture.half().name(),
         "bos_token_id": ids.bos,
         "eos_token_id": ids.eos,
     });
     if let Some(pad) = ids.pad {
         config["pad_token_id"] = json!(pad);
     }
-    match dims.architecture {
-        Architecture::Llama => {
-            config["attention_bias"] = json!(presence.attention_bias);
-            config["mlp_bias"] = json!(presence.feed_forward_bias);
+    let own = match architecture {
+        Architecture::Llama => json!({
+            "attention_bias": presence.attention_bias,
+            "mlp_bias": presence.feed_forward_bias,
+        }),
+        Architecture::Qwen2 => json!({"use_sliding_window": false}),
+        Architecture::Qwen3 => json!({
+            "attention_bias": presence.attention_bias,
+            "use_sliding_window": false,
+        }),
+        Architecture::Gemma3 => gemma3(file, dims, presence)?,
+        Architecture::Phi3 => phi3(file, dims)?,
+        Architecture::Glm4 => json!({
+            "attention_bias": presence.attention_bias,
+            "partial_rotary_factor": dims.rotary as f64 / dims.head_dim as f64,
+        }),
+    };
+    if let (Json::Object(config), Json::Object(own)) = (&mut config, own) {
+        if architecture == Architecture::Gemma3 {
+            config.shift_remove("hidden_act");
         }
-        Architecture::Qwen2 => config["use_sliding_window"] = json!(false),
-        Architecture::Qwen3 => {
-            config["attention_bias"] = json!(presence.attention_bias);
-            config["use_sliding_window"] = json!(false);
-        }
+        config.extend(own);
     }
     Ok(config)
+}
+
+/// Blocks of the model whose scores are scaled by the width of a head that its hidden size implies,
+/// 168, and not by that of its heads, 128: the file tells it by nothing else.
+const GEMMA3_27B_LAYERS: usize = 62;
+
+fn gemma3(file: &GgufFile, dims: &Dimensions, presence: Presence) -> Result<Json, HubError> {
+    let arch = dims.architecture.name();
+    let windows = Windows::read(file, arch, dims.layers)?;
+    let cap = file.optional_f64(&format!("{arch}.final_logit_softcapping"))?;
+    let scalar = match dims.layers {
+        GEMMA3_27B_LAYERS => dims.hidden / dims.heads,
+        _ => dims.head_dim,
+    };
+    let mut own = json!({
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": scalar,
+        "attention_bias": presence.attention_bias,
+        "attn_logit_softcapping": null,
+        "final_logit_softcapping": cap.filter(|&cap| cap != 0.0),
+        "rope_local_base_freq": windows.rope_theta,
+        "sliding_window": windows.width,
+        "layer_types": windows.layer_types(),
+    });
+    if let Some(period) = windows.period {
+        own["sliding_window_pattern"] = json!(period);
+    }
+    Ok(own)
+}
+
+fn phi3(file: &GgufFile, dims: &Dimensions) -> Result<Json, HubError> {
+    let arch = dims.architecture.name();
+    let window = file.optional_u64(&format!("{arch}.attention.sliding_window"))?;
+    let original = file.optional_u64(&original_context_key(arch))?;
+    Ok(json!({
+        "attention_bias": false,
+        "partial_rotary_factor": dims.rotary as f64 / dims.head_dim as f64,
+        "original_max_position_embeddings": original.unwrap_or(dims.context as u64),
+        "sliding_window": window.filter(|&window| window > 0),
+        "attention_dropout": 0.0,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+    }))
+}
+
+fn original_context_key(arch: &str) -> String {
+    format!("{arch}.rope.scaling.original_context_length")
 }
 
 fn rope_scaling(
     file: &GgufFile,
     dims: &Dimensions,
-    divisors: Option<&[f32]>,
+    tensors: &RopeTensors,
 ) -> Result<Json, HubError> {
-    let from_keys = scaling_from_keys(file, dims.architecture.name())?;
-    let name = "rope_freqs.weight";
-    match divisors {
-        None => Ok(from_keys),
-        Some(_) if !from_keys.is_null() => {
-            Err(file.tensor_error(name, "comes with `rope.scaling` keys that say otherwise"))
+    let arch = dims.architecture.name();
+    let method = file.optional_str(&format!("{arch}.rope.scaling.type"))?;
+    let from_keys = match tensors {
+        // some converters name what the lists say
+        RopeTensors::Factors { .. } if method == Some("longrope") => Json::Null,
+        _ => scaling_from_keys(file, arch)?,
+    };
+    let Some(name) = tensors.name() else {
+        return Ok(from_keys);
+    };
+    if !from_keys.is_null() {
+        let reason = "comes with `rope.scaling` keys that say otherwise";
+        return Err(file.tensor_error(name, reason));
+    }
+    match tensors {
+        RopeTensors::None => Ok(from_keys),
+        RopeTensors::Divisors(divisors) => {
+            let reason = "holds frequency divisors that are not those of Llama 3";
+            llama3_scaling(divisors, dims.rope_theta).ok_or_else(|| file.tensor_error(name, reason))
         }
-        Some(divisors) => llama3_scaling(divisors, dims.rope_theta).ok_or_else(|| {
-            file.tensor_error(
-                name,
-                "holds frequency divisors that are not those of Llama 3",
-            )
-        }),
+        RopeTensors::Factors { long, short } => {
+            let key = original_context_key(arch);
+            let original = file.require(&key, file.optional_u64(&key)?)?;
+            let attention = file.optional_f64(&format!("{arch}.rope.scaling.attn_factor"))?;
+            Ok(longrope_scaling(
+                long,
+                short,
+                dims.context as u64,
+                original,
+                attention,
+            ))
+        }
     }
 }
 

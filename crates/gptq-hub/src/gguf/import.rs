@@ -1,5 +1,5 @@
-//! A GGUF file turned into a model folder: f16 safetensors, `config.json`,
-//! `generation_config.json`, `tokenizer.json`, `tokenizer_config.json`.
+//! A GGUF file turned into a model folder: safetensors of f16 (of bf16 for Gemma 3, which overflows
+//! f16), `config.json`, `generation_config.json`, `tokenizer.json`, `tokenizer_config.json`.
 //!
 //! Tensors go through one at a time. Nothing is published unless everything was written, and
 //! nothing is left behind after an error.
@@ -8,29 +8,30 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use gptq_packer::{CheckpointLayout, StagedCheckpoint};
-use gptq_types::{Dtype, TensorInfo};
+use gptq_types::TensorInfo;
 
-use crate::HubError;
 use crate::folder::{add_json, make_folder};
 use crate::gguf::config::{Dimensions, config_json, generation_json};
-use crate::gguf::dequant::dequantise;
-use crate::gguf::names::{Move, ROPE_DIVISORS, plan_moves};
-use crate::gguf::narrow::{Narrowing, to_f16_bytes};
+use crate::gguf::names::{Move, plan_moves};
+use crate::gguf::narrow::{Narrowing, to_half_bytes};
 use crate::gguf::read::GgufFile;
-use crate::gguf::rope::unrope;
+use crate::gguf::rope::{RopeTensors, unrope};
 use crate::gguf::tokenizer;
+use crate::{HalfType, HubError};
 
 /// What the hub and its libraries write by default.
 const MAX_SHARD_BYTES: u64 = 5_000_000_000;
-const F16_BYTES: usize = 2;
+const HALF_BYTES: usize = 2;
 
 /// What an import did.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ImportReport {
     /// The published folder.
     pub folder: PathBuf,
-    /// `llama`, `qwen2` or `qwen3`.
+    /// `llama`, `qwen2`, `qwen3`, `gemma3`, `phi3` or `glm4`.
     pub architecture: String,
+    /// The type that all tensors have now.
+    pub dtype: HalfType,
     /// Tensors written.
     pub tensors: usize,
     /// Elements in them.
@@ -39,7 +40,7 @@ pub struct ImportReport {
     pub weight_bytes: u64,
     /// Tensors per storage type of the source, such as `Q4_K`.
     pub source_types: BTreeMap<String, usize>,
-    /// What rounding to f16 lost, by storage type of the source.
+    /// What rounding to it lost, by storage type of the source.
     pub narrowed: BTreeMap<String, Narrowing>,
     /// What had to be assumed or left out.
     pub notes: Vec<String>,
@@ -47,13 +48,13 @@ pub struct ImportReport {
 
 /// Turns the GGUF file `src` into the model folder `out`, which must be empty or not exist.
 ///
-/// `progress` is called with a tensor's name, the bytes of f16 written so far and in all.
+/// `progress` is called with a tensor's name, the bytes of weights written so far and in all.
 ///
 /// Fails on architectures, tokenizers, keys, tensors and storage types that are not known, each by
-/// name; on values that f16 cannot hold; and when `out` cannot be written.
+/// name; on values that the half cannot hold; and when `out` cannot be written.
 ///
-/// Not exact: values are decoded in f32 and rounded to f16; [`ImportReport::narrowed`] counts what
-/// changes by that.
+/// Not exact: values are decoded in f32 and rounded to f16 or, for Gemma 3, bf16;
+/// [`ImportReport::narrowed`] counts what changes by that.
 pub fn import_gguf(
     src: &Path,
     out: &Path,
@@ -63,9 +64,10 @@ pub fn import_gguf(
     let dims = Dimensions::read(&file)?;
     let (moves, presence) = plan_moves(&file, &dims)?;
     let tokens = tokenizer::rebuild(&file, dims.vocab, dims.context)?;
-    let divisors = rope_divisors(&file, dims.head_dim / 2)?;
-    let config = config_json(&file, &dims, presence, divisors.as_deref(), tokens.ids)?;
-    let layout = CheckpointLayout::plan(described(&moves), MAX_SHARD_BYTES)?;
+    let rope = RopeTensors::read(&file, dims.architecture, dims.rotary / 2)?;
+    let config = config_json(&file, &dims, presence, &rope, tokens.ids)?;
+    let half = dims.architecture.half();
+    let layout = CheckpointLayout::plan(described(&moves, half), MAX_SHARD_BYTES)?;
     let texts = [
         ("config.json", config),
         ("generation_config.json", generation_json(tokens.ids)),
@@ -81,6 +83,7 @@ pub fn import_gguf(
                 stage,
                 file: &file,
                 head_dim: dims.head_dim,
+                half,
             };
             narrowed = filling.tensors(&moves, progress)?;
             let mut texts = texts.iter();
@@ -97,6 +100,7 @@ pub fn import_gguf(
     Ok(ImportReport {
         folder,
         architecture: dims.architecture.name().to_string(),
+        dtype: half,
         tensors: moves.len(),
         parameters: moves.iter().map(|m| m.source.elements() as u64).sum(),
         weight_bytes: layout.file_bytes(),
@@ -106,12 +110,12 @@ pub fn import_gguf(
     })
 }
 
-fn described(moves: &[Move]) -> Vec<(String, TensorInfo)> {
+fn described(moves: &[Move], half: HalfType) -> Vec<(String, TensorInfo)> {
     moves
         .iter()
         .map(|step| {
             let info = TensorInfo {
-                dtype: Dtype::F16,
+                dtype: half.dtype(),
                 shape: step.source.shape.clone(),
             };
             (step.target.clone(), info)
@@ -119,25 +123,12 @@ fn described(moves: &[Move]) -> Vec<(String, TensorInfo)> {
         .collect()
 }
 
-/// The values of `rope_freqs.weight`, `[head_dim / 2]`, if the file has it.
-fn rope_divisors(file: &GgufFile, count: usize) -> Result<Option<Vec<f32>>, HubError> {
-    let Some(tensor) = file.tensors().iter().find(|t| t.name == ROPE_DIVISORS) else {
-        return Ok(None);
-    };
-    if tensor.shape != [count] {
-        let reason = format!("has shape {:?}, expected [{count}]", tensor.shape);
-        return Err(file.tensor_error(&tensor.name, reason));
-    }
-    let mut values = vec![0.0; count];
-    dequantise(tensor.block_type, &file.read(tensor)?, &mut values);
-    Ok(Some(values))
-}
-
 /// Where tensors come from and go to.
 struct Filling<'a> {
     stage: &'a StagedCheckpoint,
     file: &'a GgufFile,
     head_dim: usize,
+    half: HalfType,
 }
 
 impl Filling<'_> {
@@ -160,13 +151,15 @@ impl Filling<'_> {
         Ok(narrowed)
     }
 
-    /// The tensor as f16 in the order of its new name.
+    /// The tensor as halves in the order of its new name.
     fn converted(&self, step: &Move) -> Result<(Vec<u8>, Narrowing), HubError> {
         let source = step.source;
         let stored = self.file.read(source)?;
-        let (bytes, narrowing) = to_f16_bytes(source.block_type, &stored).map_err(|unfit| {
+        let rounded = to_half_bytes(source.block_type, &stored, self.half, step.shift);
+        let (bytes, narrowing) = rounded.map_err(|unfit| {
+            let half = self.half.name();
             let reason = format!(
-                "holds {} at element {}, which f16 cannot hold",
+                "holds {} at element {}, which {half} cannot hold",
                 unfit.value, unfit.element
             );
             self.file.tensor_error(&source.name, reason)
@@ -175,7 +168,7 @@ impl Filling<'_> {
             return Ok((bytes, narrowing));
         }
         let row_elements: usize = source.shape[1..].iter().product();
-        let bytes = unrope(&bytes, self.head_dim, row_elements * F16_BYTES);
+        let bytes = unrope(&bytes, self.head_dim, row_elements * HALF_BYTES);
         Ok((bytes, narrowing))
     }
 }

@@ -1,16 +1,16 @@
-//! Values of a GGUF file rounded to f16, and what that loses.
+//! Values of a GGUF file rounded to f16 or bf16, and what that loses.
 
-use half::f16;
 use rayon::prelude::*;
 
+use crate::HalfType;
 use crate::gguf::dequant::{BlockType, dequantise};
 
-/// What rounding to f16 did to the values of a kind.
+/// What rounding to a half did to the values of a kind.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Narrowing {
     /// Values in all.
     pub values: u64,
-    /// Of these, those that are not the same in f16.
+    /// Of these, those that are not the same in the half.
     pub changed: u64,
     /// Of these, those that became 0.
     pub zeroed: u64,
@@ -24,7 +24,7 @@ impl std::ops::AddAssign for Narrowing {
     }
 }
 
-/// A value that f16 cannot hold: its position and itself.
+/// A value that the half cannot hold: its position and itself.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Unfit {
     /// Position in the tensor, row-major.
@@ -33,10 +33,16 @@ pub struct Unfit {
     pub value: f32,
 }
 
-/// Decodes whole blocks and rounds to the nearest f16, as little-endian bytes.
+/// Decodes whole blocks, adds `shift` and rounds to the nearest number of `half`, as little-endian
+/// bytes.
 ///
-/// Fails on the first value that is not finite in f16.
-pub fn to_f16_bytes(kind: BlockType, blocks: &[u8]) -> Result<(Vec<u8>, Narrowing), Unfit> {
+/// Fails on the first value that is not finite there.
+pub fn to_half_bytes(
+    kind: BlockType,
+    blocks: &[u8],
+    half: HalfType,
+    shift: f32,
+) -> Result<(Vec<u8>, Narrowing), Unfit> {
     /// Elements decoded at a time: a multiple of every block, small enough for the L1 cache.
     const CHUNK: usize = 4096;
     let count = blocks.len() / kind.block_bytes();
@@ -51,7 +57,10 @@ pub fn to_f16_bytes(kind: BlockType, blocks: &[u8]) -> Result<(Vec<u8>, Narrowin
             let mut values = [0.0f32; CHUNK];
             let values = &mut values[..out.len() / 2];
             dequantise(kind, blocks, values);
-            round_to_f16(values, out).map_err(|unfit| Unfit {
+            if shift != 0.0 {
+                values.iter_mut().for_each(|value| *value += shift);
+            }
+            rounded(values, half, out).map_err(|unfit| Unfit {
                 element: chunk * CHUNK + unfit.element,
                 ..unfit
             })
@@ -64,21 +73,20 @@ pub fn to_f16_bytes(kind: BlockType, blocks: &[u8]) -> Result<(Vec<u8>, Narrowin
     Ok((bytes, narrowing))
 }
 
-/// Fails on the first value that f16 cannot hold.
-fn round_to_f16(values: &[f32], out: &mut [u8]) -> Result<Narrowing, Unfit> {
+/// Fails on the first value that the half cannot hold.
+fn rounded(values: &[f32], half: HalfType, out: &mut [u8]) -> Result<Narrowing, Unfit> {
     let mut narrowing = Narrowing {
         values: values.len() as u64,
         ..Narrowing::default()
     };
     for (element, (out, &value)) in out.chunks_exact_mut(2).zip(values).enumerate() {
-        let rounded = f16::from_f32(value);
-        if !rounded.is_finite() {
+        let (bits, kept) = half.round(value);
+        if !kept.is_finite() {
             return Err(Unfit { element, value });
         }
-        let same = rounded.to_f32() == value;
-        narrowing.changed += u64::from(!same);
-        narrowing.zeroed += u64::from(!same && rounded.to_f32() == 0.0);
-        out.copy_from_slice(&rounded.to_le_bytes());
+        narrowing.changed += u64::from(kept != value);
+        narrowing.zeroed += u64::from(kept != value && kept == 0.0);
+        out.copy_from_slice(&bits.to_le_bytes());
     }
     Ok(narrowing)
 }
@@ -95,12 +103,37 @@ mod tests {
             .iter()
             .flat_map(|value| value.to_le_bytes())
             .collect();
-        let (_, narrowing) = to_f16_bytes(BlockType::F32, &bytes).unwrap();
+        let narrowed = |half| to_half_bytes(BlockType::F32, &bytes, half, 0.0).unwrap().1;
         let expected = Narrowing {
             values: 7,
             changed: 4,
             zeroed: 2,
         };
-        assert_eq!(narrowing, expected);
+        assert_eq!(narrowed(HalfType::F16), expected);
+        // its exponent is that of f32: nothing is too small
+        let expected = Narrowing {
+            zeroed: 0,
+            ..expected
+        };
+        assert_eq!(narrowed(HalfType::Bf16), expected);
+    }
+
+    #[test]
+    fn a_shift_comes_before_rounding() {
+        let stored: Vec<u8> = [1.0f32, 1.0 + 3.0 / 4096.0, 70_001.0]
+            .iter()
+            .flat_map(|value| value.to_le_bytes())
+            .collect();
+        let (bytes, narrowing) =
+            to_half_bytes(BlockType::F32, &stored, HalfType::Bf16, -1.0).unwrap();
+        let halves = bytes.as_chunks::<2>().0.iter();
+        let values: Vec<f32> = halves
+            .map(|half| half::bf16::from_le_bytes(*half).to_f32())
+            .collect();
+        // rounded first, the second would be 0
+        assert_eq!(values, [0.0, 3.0 / 4096.0, 70_144.0]);
+        assert_eq!(narrowing.changed, 1);
+        let unfit = to_half_bytes(BlockType::F32, &stored, HalfType::F16, 0.0);
+        assert_eq!(unfit.unwrap_err().element, 2);
     }
 }

@@ -14,6 +14,16 @@ const CUT_QWEN2: &str = concat!(
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 );
 
+/// That of GPT-4o: words end where a small letter is followed by a capital, and keep their
+/// contractions.
+const CUT_O200K: &str = concat!(
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?|",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}|",
+    r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+);
+
 /// Mistral's Tekken: words end where a small letter is followed by a capital, single digits.
 const CUT_TEKKEN: &str = concat!(
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|",
@@ -73,7 +83,8 @@ pub(crate) struct Family {
 
 /// The names that [`family`] knows, for an error.
 pub(crate) const FAMILIES: &str = "`smollm`, `gpt-2`, `default`, `llama-bpe`, `smaug-bpe`, \
-    `falcon3`, `qwen2`, `deepseek-r1-qwen`, `tekken`, `deepseek-llm`, `deepseek-coder`";
+    `falcon3`, `dbrx`, `glm4`, `chatglm-bpe`, `gpt-4o`, `qwen2`, `deepseek-r1-qwen`, `tekken`, \
+    `deepseek-llm`, `deepseek-coder`";
 
 /// The family that `tokenizer.ggml.pre` names; `add_prefix_space` puts a space before the text.
 pub(crate) fn family(pre: &str, add_prefix_space: bool) -> Option<Family> {
@@ -89,8 +100,11 @@ pub(crate) fn family(pre: &str, add_prefix_space: bool) -> Option<Family> {
         "llama-bpe" | "llama3" | "llama-v3" | "falcon3" | "pixtral" => {
             begun(cut(&[CUT_LLAMA3], add_prefix_space))
         }
-        // Llama 3's vocabulary from before it took whole words first
-        "smaug-bpe" => cut(&[CUT_LLAMA3], add_prefix_space),
+        // Llama 3's vocabulary from before it took whole words first; GPT-4's, which Phi-4 has; that
+        // of GLM-4, whose template begins the text
+        "smaug-bpe" | "dbrx" | "glm4" | "chatglm-bpe" => cut(&[CUT_LLAMA3], add_prefix_space),
+        // Phi-4-mini's
+        "gpt-4o" => cut(&[CUT_O200K], add_prefix_space),
         "tekken" => begun(cut(&[CUT_TEKKEN], add_prefix_space)),
         "deepseek-llm" => cut(&CUT_DEEPSEEK_LLM, add_prefix_space),
         "deepseek-coder" => cut(&CUT_DEEPSEEK_CODER, add_prefix_space),

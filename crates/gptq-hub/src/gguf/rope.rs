@@ -3,7 +3,83 @@
 use serde_json::{Value as Json, json};
 
 use crate::HubError;
+use crate::gguf::architecture::Architecture;
+use crate::gguf::dequant::dequantise;
 use crate::gguf::read::GgufFile;
+
+/// The frequency divisors of Llama 3.
+const DIVISORS: &str = "rope_freqs.weight";
+/// The two lists of longrope, for texts beyond the original context and for shorter ones.
+const LONG_FACTORS: &str = "rope_factors_long.weight";
+const SHORT_FACTORS: &str = "rope_factors_short.weight";
+
+/// What a file says of rotary embeddings among its tensors; it goes into `config.json`, not among
+/// the weights.
+#[derive(Debug, PartialEq)]
+pub(crate) enum RopeTensors {
+    None,
+    /// Of each frequency.
+    Divisors(Vec<f32>),
+    /// Of each frequency, for long texts and for short ones.
+    Factors {
+        long: Vec<f32>,
+        short: Vec<f32>,
+    },
+}
+
+impl RopeTensors {
+    /// Their names in a file of this architecture.
+    pub(crate) fn names(architecture: Architecture) -> &'static [&'static str] {
+        match architecture {
+            Architecture::Phi3 => &[LONG_FACTORS, SHORT_FACTORS],
+            _ => &[DIVISORS],
+        }
+    }
+
+    /// Reads them, `[count]` each.
+    pub(crate) fn read(
+        file: &GgufFile,
+        architecture: Architecture,
+        count: usize,
+    ) -> Result<Self, HubError> {
+        let list = |name: &str| list(file, name, count);
+        if architecture != Architecture::Phi3 {
+            let divisors = list(DIVISORS)?;
+            return Ok(divisors.map_or(RopeTensors::None, RopeTensors::Divisors));
+        }
+        match (list(LONG_FACTORS)?, list(SHORT_FACTORS)?) {
+            (None, None) => Ok(RopeTensors::None),
+            (Some(long), Some(short)) => Ok(RopeTensors::Factors { long, short }),
+            (None, _) => Err(file.tensor_error(LONG_FACTORS, "is missing")),
+            (_, None) => Err(file.tensor_error(SHORT_FACTORS, "is missing")),
+        }
+    }
+
+    /// The name of one that is there.
+    pub(crate) fn name(&self) -> Option<&'static str> {
+        match self {
+            RopeTensors::None => None,
+            RopeTensors::Divisors(_) => Some(DIVISORS),
+            RopeTensors::Factors { .. } => Some(LONG_FACTORS),
+        }
+    }
+}
+
+fn list(file: &GgufFile, name: &str, count: usize) -> Result<Option<Vec<f32>>, HubError> {
+    let Some(tensor) = file.tensors().iter().find(|tensor| tensor.name == name) else {
+        return Ok(None);
+    };
+    if tensor.shape != [count] {
+        let reason = format!("has shape {:?}, expected [{count}]", tensor.shape);
+        return Err(file.tensor_error(name, reason));
+    }
+    let mut values = vec![0.0; count];
+    dequantise(tensor.block_type, &file.read(tensor)?, &mut values);
+    match values.iter().find(|value| !value.is_finite()) {
+        Some(value) => Err(file.tensor_error(name, format!("holds {value}"))),
+        None => Ok(Some(values)),
+    }
+}
 
 /// Puts the rows of a llama `attn_q` or `attn_k` back into the order of the Hugging Face layout.
 ///
@@ -71,6 +147,40 @@ fn yarn(
         }
     }
     Ok(scaling)
+}
+
+/// The attention factor is a square root that the converter computed in f64 and stored as f32.
+const ATTENTION_TOLERANCE: f64 = 1e-6;
+
+/// `rope_scaling` of type `longrope`. `attention` is what scores are multiplied by, twice; it is
+/// left out where it is what `context` and the original context imply, as on the hub.
+pub(crate) fn longrope_scaling(
+    long: &[f32],
+    short: &[f32],
+    context: u64,
+    original: u64,
+    attention: Option<f64>,
+) -> Json {
+    // the shortest decimal of an f32: 1.1 stays 1.1
+    let decimals = |factors: &[f32]| -> Vec<f64> {
+        let decimal = |factor: &f32| factor.to_string().parse().unwrap_or(f64::from(*factor));
+        factors.iter().map(decimal).collect()
+    };
+    let mut scaling = json!({
+        "type": "longrope",
+        "long_factor": decimals(long),
+        "short_factor": decimals(short),
+    });
+    let ratio = context as f64 / original as f64;
+    let implied = match ratio > 1.0 {
+        true => (1.0 + ratio.ln() / (original as f64).ln()).sqrt(),
+        false => 1.0,
+    };
+    if let Some(factor) = attention.filter(|factor| (factor - implied).abs() > ATTENTION_TOLERANCE)
+    {
+        scaling["attention_factor"] = json!(factor);
+    }
+    scaling
 }
 
 /// The parameters that every published Llama 3.1 and 3.2 model shares.

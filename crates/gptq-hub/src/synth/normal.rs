@@ -6,32 +6,13 @@
 //! Word `k` of a tensor is a function of seed, name and `k` alone (SplitMix64 by its counter), so
 //! parts are made in any order by any number of threads.
 
-use half::{bf16, f16};
+use crate::HalfType;
 
 /// Weights that one random word gives.
 const PER_WORD: usize = 4;
 
 /// Step of SplitMix64: 2^64 over the golden ratio.
 const STEP: u64 = 0x9E37_79B9_7F4A_7C15;
-
-/// The element type of the weights.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum HalfType {
-    /// IEEE half precision.
-    F16,
-    /// The upper half of an f32.
-    Bf16,
-}
-
-impl HalfType {
-    /// The bits of `value`, rounded.
-    pub(super) fn bits(self, value: f64) -> u16 {
-        match self {
-            HalfType::F16 => f16::from_f64(value).to_bits(),
-            HalfType::Bf16 => bf16::from_f64(value).to_bits(),
-        }
-    }
-}
 
 /// Normal numbers around 0.
 pub(super) struct Normal {

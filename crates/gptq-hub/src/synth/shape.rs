@@ -1,15 +1,14 @@
-//! Shapes of Llama models, with the files that go with the weights.
+//! Shapes of Llama and Gemma 3 models, with the files that go with the weights.
 
 use std::num::NonZeroU16;
 use std::str::FromStr;
 
-use gptq_types::{Dtype, TensorInfo};
+use gptq_types::TensorInfo;
 use serde_json::{Map, Value as Json, json};
 
-use super::HalfType;
-use crate::HubError;
+use crate::{HalfType, HubError};
 
-/// Standard deviation of the weights: the `initializer_range` of the family.
+/// Standard deviation of the weights: the `initializer_range` of both families.
 pub(super) const DEVIATION: f64 = 0.02;
 
 /// The first ids, in order, as in Llama's own vocabulary; `t0`, `t1`, ... follow.
@@ -17,11 +16,28 @@ const SPECIAL: [&str; 3] = ["<unk>", "<s>", "</s>"];
 const BOS: usize = 1;
 const EOS: usize = 2;
 
-/// The dimensions of a Llama model with untied embeddings and no biases.
+/// What a model is beyond its dimensions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ShapeFamily {
+    /// Untied embeddings and no biases; norms multiply by their weights.
+    Llama,
+    /// Tied embeddings, norms of queries and keys and behind each part of a block; norms multiply
+    /// by 1 and their weights, which lie around 0. Five blocks of six see a window.
+    Gemma3 {
+        /// Tokens in it.
+        window: usize,
+        /// Scores are divided by the root of this.
+        score_width: usize,
+    },
+}
+
+/// The dimensions of a model.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelShape {
     /// What [`ModelShape::from_str`] knows it by.
     pub name: &'static str,
+    /// What the dimensions are those of.
+    pub family: ShapeFamily,
     /// Width of the hidden states.
     pub hidden: usize,
     /// Width inside the feed-forward part.
@@ -32,6 +48,8 @@ pub struct ModelShape {
     pub heads: usize,
     /// Key and value heads.
     pub kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
     /// Tokens.
     pub vocab: usize,
     /// Longest context in tokens.
@@ -51,23 +69,38 @@ const fn layers(count: u16) -> NonZeroU16 {
 
 const LLAMA_2_7B: ModelShape = ModelShape {
     name: "llama-2-7b",
+    family: ShapeFamily::Llama,
     hidden: 4096,
     intermediate: 11008,
     layers: layers(32),
     heads: 32,
     kv_heads: 32,
+    head_dim: 128,
     vocab: 32000,
     positions: 4096,
     rope_theta: 10000.0,
     rope_factor: None,
 };
 
-const KNOWN: [ModelShape; 4] = [
+/// Of Gemma 3's windows, in blocks; the last of each has none.
+const GEMMA_PERIOD: usize = 6;
+const GEMMA_LOCAL_ROPE_THETA: f64 = 10000.0;
+
+const KNOWN: [ModelShape; 6] = [
     LLAMA_2_7B,
     ModelShape {
         name: "llama-2-7b-32k",
         positions: 32768,
         rope_factor: Some(8.0),
+        ..LLAMA_2_7B
+    },
+    ModelShape {
+        name: "llama-2-70b",
+        hidden: 8192,
+        intermediate: 28672,
+        layers: layers(80),
+        heads: 64,
+        kv_heads: 8,
         ..LLAMA_2_7B
     },
     ModelShape {
@@ -80,12 +113,31 @@ const KNOWN: [ModelShape; 4] = [
         ..LLAMA_2_7B
     },
     ModelShape {
+        name: "gemma-3-27b",
+        family: ShapeFamily::Gemma3 {
+            window: 1024,
+            score_width: 168,
+        },
+        hidden: 5376,
+        intermediate: 21504,
+        layers: layers(62),
+        heads: 32,
+        kv_heads: 16,
+        head_dim: 128,
+        vocab: 262_208,
+        positions: 131_072,
+        rope_theta: 1_000_000.0,
+        rope_factor: Some(8.0),
+    },
+    ModelShape {
         name: "tiny",
+        family: ShapeFamily::Llama,
         hidden: 128,
         intermediate: 344,
         layers: layers(2),
         heads: 4,
         kv_heads: 2,
+        head_dim: 32,
         vocab: 512,
         positions: 512,
         rope_theta: 10000.0,
@@ -108,36 +160,47 @@ impl FromStr for ModelShape {
 impl ModelShape {
     /// Every tensor by its name in the file: embedding, blocks, norm, head.
     pub(super) fn tensors(&self, dtype: HalfType) -> Vec<(String, TensorInfo)> {
-        let dtype = match dtype {
-            HalfType::F16 => Dtype::F16,
-            HalfType::Bf16 => Dtype::BF16,
-        };
-        let (hidden, wide) = (self.hidden, self.intermediate);
-        let kv = hidden / self.heads * self.kv_heads;
+        let dtype = dtype.dtype();
+        let (hidden, wide, head) = (self.hidden, self.intermediate, self.head_dim);
+        let (q, kv) = (self.heads * head, self.kv_heads * head);
         let mut tensors = Vec::new();
         let mut add = |name: String, shape: &[usize]| {
             let shape = shape.to_vec();
             tensors.push((format!("{name}.weight"), TensorInfo { dtype, shape }));
         };
+        let gemma = self.family != ShapeFamily::Llama;
         add("model.embed_tokens".to_string(), &[self.vocab, hidden]);
         for index in 0..self.layers.get() {
-            for (name, shape) in [
-                ("input_layernorm", &[hidden][..]),
-                ("self_attn.q_proj", &[hidden, hidden]),
-                ("self_attn.k_proj", &[kv, hidden]),
-                ("self_attn.v_proj", &[kv, hidden]),
-                ("self_attn.o_proj", &[hidden, hidden]),
-                ("post_attention_layernorm", &[hidden]),
-                ("mlp.gate_proj", &[wide, hidden]),
-                ("mlp.up_proj", &[wide, hidden]),
-                ("mlp.down_proj", &[hidden, wide]),
+            for (name, shape, here) in [
+                ("input_layernorm", &[hidden][..], true),
+                ("self_attn.q_proj", &[q, hidden], true),
+                ("self_attn.k_proj", &[kv, hidden], true),
+                ("self_attn.v_proj", &[kv, hidden], true),
+                ("self_attn.o_proj", &[hidden, q], true),
+                ("self_attn.q_norm", &[head], gemma),
+                ("self_attn.k_norm", &[head], gemma),
+                ("post_attention_layernorm", &[hidden], true),
+                ("pre_feedforward_layernorm", &[hidden], gemma),
+                ("mlp.gate_proj", &[wide, hidden], true),
+                ("mlp.up_proj", &[wide, hidden], true),
+                ("mlp.down_proj", &[hidden, wide], true),
+                ("post_feedforward_layernorm", &[hidden], gemma),
             ] {
-                add(format!("model.layers.{index}.{name}"), shape);
+                if here {
+                    add(format!("model.layers.{index}.{name}"), shape);
+                }
             }
         }
         add("model.norm".to_string(), &[hidden]);
-        add("lm_head".to_string(), &[self.vocab, hidden]);
+        if !gemma {
+            add("lm_head".to_string(), &[self.vocab, hidden]);
+        }
         tensors
+    }
+
+    /// Whether the weights of norms are factors, and not what is added to a factor of 1.
+    pub(super) fn norms_are_factors(&self) -> bool {
+        self.family == ShapeFamily::Llama
     }
 
     /// The small files by name.
@@ -154,16 +217,7 @@ impl ModelShape {
     }
 
     fn config(&self, dtype: HalfType) -> Json {
-        let dtype = match dtype {
-            HalfType::F16 => "float16",
-            HalfType::Bf16 => "bfloat16",
-        };
-        let scaling = self
-            .rope_factor
-            .map(|factor| json!({"type": "linear", "factor": factor}));
-        json!({
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+        let mut config = json!({
             "hidden_size": self.hidden,
             "intermediate_size": self.intermediate,
             "num_hidden_layers": self.layers,
@@ -171,19 +225,58 @@ impl ModelShape {
             "num_key_value_heads": self.kv_heads,
             "vocab_size": self.vocab,
             "max_position_embeddings": self.positions,
-            "rms_norm_eps": 1e-5,
             "rope_theta": self.rope_theta,
-            "rope_scaling": scaling,
-            "hidden_act": "silu",
             "attention_bias": false,
-            "mlp_bias": false,
             "initializer_range": DEVIATION,
-            "tie_word_embeddings": false,
             "use_cache": true,
-            "torch_dtype": dtype,
+            "torch_dtype": dtype.name(),
             "bos_token_id": BOS,
             "eos_token_id": EOS,
-        })
+        });
+        let factor = self.rope_factor;
+        let own = match self.family {
+            ShapeFamily::Llama => json!({
+                "architectures": ["LlamaForCausalLM"],
+                "model_type": "llama",
+                "rms_norm_eps": 1e-5,
+                "rope_scaling": factor.map(|factor| json!({"type": "linear", "factor": factor})),
+                "hidden_act": "silu",
+                "mlp_bias": false,
+                "tie_word_embeddings": false,
+            }),
+            ShapeFamily::Gemma3 {
+                window,
+                score_width,
+            } => json!({
+                "architectures": ["Gemma3ForCausalLM"],
+                "model_type": "gemma3_text",
+                "head_dim": self.head_dim,
+                "rms_norm_eps": 1e-6,
+                "rope_scaling":
+                    factor.map(|factor| json!({"rope_type": "linear", "factor": factor})),
+                "rope_local_base_freq": GEMMA_LOCAL_ROPE_THETA,
+                "sliding_window": window,
+                "sliding_window_pattern": GEMMA_PERIOD,
+                "layer_types": self.windowed_blocks(),
+                "query_pre_attn_scalar": score_width,
+                "attn_logit_softcapping": null,
+                "final_logit_softcapping": null,
+                "hidden_activation": "gelu_pytorch_tanh",
+                "tie_word_embeddings": true,
+            }),
+        };
+        if let (Json::Object(config), Json::Object(own)) = (&mut config, own) {
+            config.extend(own);
+        }
+        config
+    }
+
+    fn windowed_blocks(&self) -> Vec<&'static str> {
+        let kind = |block: usize| match (block + 1).is_multiple_of(GEMMA_PERIOD) {
+            true => "full_attention",
+            false => "sliding_attention",
+        };
+        (0..usize::from(self.layers.get())).map(kind).collect()
     }
 
     fn tokenizer(&self) -> Json {

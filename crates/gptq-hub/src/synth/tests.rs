@@ -98,6 +98,62 @@ fn weights_have_the_deviation_of_the_family_and_norms_are_one() {
     }
 }
 
+/// The shape of Gemma 3 27B, narrower and with as many blocks as show a whole period of windows.
+fn small_gemma() -> SynthSpec {
+    let shape = ModelShape {
+        hidden: 128,
+        intermediate: 256,
+        heads: 4,
+        kv_heads: 2,
+        vocab: 512,
+        ..("gemma-3-27b".parse().unwrap())
+    };
+    SynthSpec {
+        shape,
+        layers: NonZeroU16::new(7),
+        ..tiny(HalfType::Bf16)
+    }
+}
+
+#[test]
+fn gemma_has_norms_around_zero_and_no_head() {
+    let (_folder, model) = made(&small_gemma());
+    let shape = |name: &str| model.info(&format!("{name}.weight")).unwrap().shape;
+    assert_eq!(model.names().len(), 2 + 7 * 13);
+    assert_eq!(model.info("lm_head.weight"), None);
+    // heads are wider together than the hidden states
+    assert_eq!(shape("model.layers.6.self_attn.q_proj"), [512, 128]);
+    assert_eq!(shape("model.layers.6.self_attn.k_proj"), [256, 128]);
+    assert_eq!(shape("model.layers.6.self_attn.o_proj"), [128, 512]);
+    assert_eq!(shape("model.layers.0.self_attn.q_norm"), [128]);
+    for name in [
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ] {
+        let name = format!("model.layers.0.{name}.weight");
+        let values = values(&model, &name, HalfType::Bf16);
+        // 128 values: 30 % is over four standard errors
+        let found = deviation(&values);
+        assert!(
+            (found / shape::DEVIATION - 1.0).abs() < 0.3,
+            "{name}: {found}"
+        );
+    }
+    let config: serde_json::Value = serde_json::from_str(&model.config_json().unwrap()).unwrap();
+    assert_eq!(config["model_type"], "gemma3_text");
+    assert_eq!(config["head_dim"], 128);
+    assert_eq!(config["query_pre_attn_scalar"], 168);
+    assert_eq!(config["torch_dtype"], "bfloat16");
+    assert_eq!(config["rope_scaling"]["factor"], 8.0);
+    let kinds = config["layer_types"].as_array().unwrap();
+    let full: Vec<usize> = (0..kinds.len())
+        .filter(|&block| kinds[block] == "full_attention")
+        .collect();
+    assert_eq!((kinds.len(), full), (7, vec![5]));
+}
+
 #[test]
 fn threads_change_no_byte() {
     let mut spec = tiny(HalfType::F16);
@@ -174,7 +230,8 @@ fn a_shape_is_known_by_name() {
     let error = "llama-3".parse::<ModelShape>().unwrap_err();
     assert_eq!(
         error.to_string(),
-        "shape `llama-3` is not one of `llama-2-7b`, `llama-2-7b-32k`, `llama-3-8b`, `tiny`"
+        "shape `llama-3` is not one of `llama-2-7b`, `llama-2-7b-32k`, `llama-2-70b`, `llama-3-8b`, \
+         `gemma-3-27b`, `tiny`"
     );
     let shape: ModelShape = "llama-2-7b-32k".parse().unwrap();
     let texts = shape.texts(HalfType::Bf16);
@@ -187,8 +244,12 @@ fn a_shape_is_known_by_name() {
         let tensors = shape.tensors(HalfType::F16);
         tensors.iter().map(|(_, info)| info.elements()).sum()
     };
-    // as Llama 2 7B and Llama 3 8B have them
+    // as these models have them, without what Gemma sees images with
     assert_eq!(elements(&shape), 6_738_415_616);
+    let shape: ModelShape = "llama-2-70b".parse().unwrap();
+    assert_eq!(elements(&shape), 68_976_648_192);
+    let shape: ModelShape = "gemma-3-27b".parse().unwrap();
+    assert_eq!(elements(&shape), 27_009_346_304);
     let shape: ModelShape = "llama-3-8b".parse().unwrap();
     assert_eq!(elements(&shape), 8_030_261_248);
     assert_eq!(shape.texts(HalfType::Bf16)[0].1["rope_theta"], 500_000.0);

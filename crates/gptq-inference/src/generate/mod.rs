@@ -91,7 +91,8 @@ pub struct Session<'a> {
     runner: &'a mut dyn Runner,
     sampler: Sampler,
     capacity: usize,
-    held: Vec<u32>, // what the cache holds
+    cached: bool,
+    held: Vec<u32>, // what was read
 }
 
 impl<'a> Session<'a> {
@@ -102,13 +103,21 @@ impl<'a> Session<'a> {
         sampling: Sampling,
     ) -> Result<Self, RunError> {
         runner.reset(1, capacity)?;
-        let vocab = runner.config().vocab_size;
+        let vocab = runner.spec().vocab_size;
         Ok(Session {
             runner,
             sampler: Sampler::new(sampling, vocab),
             capacity,
+            cached: true,
             held: Vec::new(),
         })
+    }
+
+    /// Reads the whole text anew for each token, at the same capacity: what the cache is held
+    /// against.
+    pub fn without_cache(mut self) -> Self {
+        self.cached = false;
+        self
     }
 
     /// Forgets all tokens; the random stream goes on.
@@ -121,7 +130,7 @@ impl<'a> Session<'a> {
     /// What of `text` is not held yet. The cache is emptied where it holds something else.
     fn unread<'t>(&mut self, text: &'t [u32]) -> Result<&'t [u32], RunError> {
         match text.strip_prefix(self.held.as_slice()) {
-            Some(rest) if !rest.is_empty() => Ok(rest),
+            Some(rest) if self.cached && !rest.is_empty() => Ok(rest),
             _ => {
                 self.restart()?;
                 Ok(text)
@@ -191,13 +200,24 @@ impl<'a> Session<'a> {
                 out.end(reply)?;
                 return Ok(Finish::Capacity);
             }
-            logits.clear();
-            logits.extend_from_slice(self.runner.step(&[token])?);
+            self.read(token, &mut logits)?;
             reply.steps += 1;
-            self.held.push(token);
         }
         out.end(reply)?;
         Ok(Finish::Length)
+    }
+
+    /// Appends `token`; leaves the logits after it in `logits`.
+    fn read(&mut self, token: u32, logits: &mut Vec<f32>) -> Result<(), RunError> {
+        self.held.push(token);
+        if self.cached {
+            logits.clear();
+            logits.extend_from_slice(self.runner.step(&[token])?);
+        } else {
+            self.runner.reset(1, self.capacity)?;
+            *logits = self.runner.prefill(0, &self.held)?;
+        }
+        Ok(())
     }
 }
 

@@ -1,6 +1,6 @@
 //! A token from logits, as `transformers.generation.logits_process` defines the settings.
 
-use gptq_model::Draw;
+use crate::draw::Draw;
 
 /// Candidates that top-p looks at first; four times as many until they hold the mass.
 const FIRST_CANDIDATES: usize = 256;

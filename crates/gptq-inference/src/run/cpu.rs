@@ -1,10 +1,13 @@
 //! All blocks resident in host memory, in the types of their file.
 
 use gptq_kernels::{
-    AttentionShape, FloatMatrix, KeyValueCache, Matrix, Rotation, multiply_each, rms_norm, swiglu,
+    Activation, FloatMatrix, KeyValueCache, Matrix, Rotation, activate, add_scaled, gated,
+    layer_norm, multiply_each, rms_norm, scale, soft_cap,
 };
-use gptq_model::DecoderConfig;
-use gptq_types::{SourceError, Stage};
+use gptq_model::forward::{Attention, Block, BlockLoader, BlockOps, Weights};
+use gptq_model::spec::{KeySource, NormKind, NormSpec, PerBlockInputSpec, Piece};
+use gptq_model::{LinearSpec, ModelError, ModelSpec, norm_values};
+use gptq_types::SourceError;
 
 use super::{Lengths, RunError, Runner, memory};
 use crate::{OpenedModel, StoredLinear, StoredMatrix, StoredWeight};
@@ -15,47 +18,147 @@ const PROMPT_TOKENS: usize = 512;
 
 /// See the module.
 pub(super) struct CpuRunner {
-    config: DecoderConfig,
-    embedding: FloatMatrix,   // [vocab_size, hidden_size]
+    spec: ModelSpec,
+    embedding: FloatMatrix, // [vocab_size, hidden_size]
+    by_token: Option<ByToken>,
     own_head: Option<Matrix>, // absent where the embedding is the head
-    final_norm: Vec<f32>,
-    blocks: Vec<Block>,
-    caches: Vec<KeyValueCache>, // of each block
-    rotation: Rotation,
+    final_norm: Norm,         // a factor of logits is part of it
+    blocks: Vec<Block<Resident>>,
+    caches: Vec<Option<KeyValueCache>>, // of each block that has its own
+    rotations: Vec<(Option<Rotation>, Rotation)>, // of queries, where theirs differ, and keys
     lengths: Lengths,
     logits: Vec<f32>, // [batch, vocab_size] of the last step
     peak: u64,
 }
 
-struct Linear {
-    weight: Matrix,
+/// Weights in host memory, not widened.
+struct Resident;
+
+impl Weights for Resident {
+    type Linears = Linears;
+    type Norm = Norm;
+}
+
+/// Linears that read the same rows.
+struct Linears {
+    weights: Vec<Matrix>,
+    biases: Vec<Option<Vec<f32>>>,
+    widths: Vec<usize>,
+    operands: Vec<Piece>,
+}
+
+struct Norm {
+    kind: NormKind,
+    weight: Vec<f32>,
     bias: Option<Vec<f32>>,
+    eps: f32,
 }
 
-struct Block {
-    input_norm: Vec<f32>,
-    post_attention_norm: Vec<f32>,
-    head_norms: Option<[Vec<f32>; 2]>, // queries and keys, [head_dim]
-    attention_in: Vec<Linear>,         // q, k, v
-    attention_out: Vec<Linear>,
-    mlp_in: Vec<Linear>, // gate, up
-    mlp_out: Vec<Linear>,
-}
-
-/// Where the rows of a pass stand.
-enum Rows {
-    /// Tokens of one sequence from position `first` on.
-    Prompt { sequence: usize, first: usize },
-    /// The newest token of each sequence; how many each holds, that one counted.
-    Newest { held: Vec<usize> },
-}
-
-impl Rows {
-    fn position(&self, row: usize) -> usize {
-        match self {
-            Rows::Prompt { first, .. } => first + row,
-            Rows::Newest { held } => held[row] - 1,
+impl Norm {
+    fn apply(&self, x: &[f32]) -> Vec<f32> {
+        match self.kind {
+            NormKind::Rms => rms_norm(x, &self.weight, self.eps),
+            NormKind::Layer => layer_norm(x, &self.weight, self.bias.as_deref(), self.eps),
         }
+    }
+
+    fn optional(norm: Option<&Norm>, x: Vec<f32>) -> Vec<f32> {
+        match norm {
+            Some(norm) => norm.apply(&x),
+            None => x,
+        }
+    }
+}
+
+impl Linears {
+    /// All products with `x [rows, K]`, in one parallel region.
+    fn multiply(&self, x: &[f32], rows: usize) -> Vec<Vec<f32>> {
+        let weights: Vec<&Matrix> = self.weights.iter().collect();
+        let mut outputs = multiply_each(&weights, x, rows);
+        for (output, bias) in outputs.iter_mut().zip(&self.biases) {
+            if let Some(bias) = bias {
+                for row in output.chunks_exact_mut(bias.len()) {
+                    row.iter_mut().zip(bias).for_each(|(x, y)| *x += y);
+                }
+            }
+        }
+        outputs
+    }
+
+    /// The operands of a mixer.
+    fn project(&self, x: &[f32], rows: usize) -> Vec<Vec<f32>> {
+        let outputs = self.multiply(x, rows);
+        let whole = |piece: &Piece| piece.columns == (0..self.widths[piece.linear]);
+        let all = self.operands.iter().enumerate();
+        if all
+            .clone()
+            .all(|(at, piece)| piece.linear == at && whole(piece))
+        {
+            return outputs;
+        }
+        let copied = |(_, piece): (usize, &Piece)| {
+            let rows = outputs[piece.linear].chunks_exact(self.widths[piece.linear]);
+            rows.flat_map(|row| &row[piece.columns.clone()])
+                .copied()
+                .collect()
+        };
+        all.map(copied).collect()
+    }
+
+    fn project_one(&self, x: &[f32], rows: usize) -> Vec<f32> {
+        self.multiply(x, rows).swap_remove(0)
+    }
+
+    fn bytes(&self) -> usize {
+        self.weights.iter().map(Matrix::bytes).sum()
+    }
+}
+
+/// Reads a model's blocks.
+struct Loader<'a>(&'a OpenedModel);
+
+impl BlockLoader<Resident> for Loader<'_> {
+    fn linears(
+        &mut self,
+        linears: &[LinearSpec],
+        operands: &[Piece],
+    ) -> Result<Linears, ModelError> {
+        let (mut weights, mut biases) = (Vec::new(), Vec::new());
+        for linear in linears {
+            let [k, n] = linear.shape();
+            let StoredLinear { weight, bias } = self.0.linear(linear)?;
+            weights.push(match weight {
+                StoredWeight::Packed(solved) => Matrix::packed(&solved),
+                StoredWeight::Float(stored) => Matrix::Float(float(&stored, &linear.name.0, n, k)?),
+            });
+            biases.push(bias);
+        }
+        Ok(Linears {
+            weights,
+            biases,
+            widths: linears.iter().map(|linear| linear.out_features).collect(),
+            operands: operands.to_vec(),
+        })
+    }
+
+    fn norm(&mut self, norm: &NormSpec) -> Result<Norm, ModelError> {
+        Ok(self.read_norm(norm)?)
+    }
+
+    fn factor(&mut self, name: &str) -> Result<f32, ModelError> {
+        Ok(self.0.vector(name)?[0])
+    }
+}
+
+impl Loader<'_> {
+    fn read_norm(&self, norm: &NormSpec) -> Result<Norm, SourceError> {
+        let (weight, bias) = norm_values(norm, |name| self.0.vector(name))?;
+        Ok(Norm {
+            kind: norm.kind,
+            weight,
+            bias,
+            eps: norm.eps as f32,
+        })
     }
 }
 
@@ -77,245 +180,362 @@ fn float(
     })
 }
 
-impl Block {
-    fn load(model: &OpenedModel, index: usize) -> Result<Self, SourceError> {
-        let norm = |name: &str| model.vector(&format!("model.layers.{index}.{name}.weight"));
-        let stage = |stage: Stage| -> Result<Vec<Linear>, SourceError> {
-            (model.config.linears(index, stage).into_iter())
-                .map(|(layer, k, n)| {
-                    let StoredLinear { weight, bias } = model.linear(&layer, [k, n], stage)?;
-                    let weight = match weight {
-                        StoredWeight::Packed(solved) => Matrix::packed(&solved),
-                        StoredWeight::Float(stored) => {
-                            Matrix::Float(float(&stored, &layer.0, n, k)?)
-                        }
-                    };
-                    Ok(Linear { weight, bias })
-                })
-                .collect()
-        };
-        Ok(Block {
-            input_norm: norm("input_layernorm")?,
-            post_attention_norm: norm("post_attention_layernorm")?,
-            head_norms: match model.config.qk_norm {
-                true => Some([norm("self_attn.q_norm")?, norm("self_attn.k_norm")?]),
-                false => None,
-            },
-            attention_in: stage(Stage::AttentionIn)?,
-            attention_out: stage(Stage::AttentionOut)?,
-            mlp_in: stage(Stage::MlpIn)?,
-            mlp_out: stage(Stage::MlpOut)?,
+/// Inputs of every block by token id.
+struct ByToken {
+    spec: PerBlockInputSpec,
+    table: FloatMatrix, // [vocab, blocks * width]
+    projection: Matrix, // [blocks * width, hidden_size]
+    norm: Norm,
+}
+
+impl ByToken {
+    fn open(model: &OpenedModel, spec: &PerBlockInputSpec) -> Result<Self, SourceError> {
+        let (hidden, columns) = (model.spec.hidden_size, model.spec.blocks.len() * spec.width);
+        let table = model.matrix(&spec.table)?;
+        let projection = model.matrix(&spec.projection)?;
+        Ok(ByToken {
+            table: float(&table, &spec.table, spec.vocab, columns)?,
+            projection: Matrix::Float(float(&projection, &spec.projection, columns, hidden)?),
+            norm: Loader(model).read_norm(&spec.norm)?,
+            spec: spec.clone(),
         })
     }
 
+    /// `[tokens, blocks * width]`, from the tokens' embeddings.
+    fn rows(&self, tokens: &[u32], embedded: &[f32]) -> Vec<f32> {
+        let mut projected = self.projection.multiply(embedded, tokens.len());
+        scale(&mut projected, self.spec.projection_factor);
+        let mut rows = Vec::new();
+        for &token in tokens {
+            self.table.copy_row(token as usize, &mut rows);
+        }
+        scale(&mut rows, self.spec.row_factor);
+        add_scaled(&mut rows, &self.norm.apply(&projected), 1.0);
+        scale(&mut rows, self.spec.factor);
+        rows
+    }
+
     fn bytes(&self) -> usize {
-        let stages = [
-            &self.attention_in,
-            &self.attention_out,
-            &self.mlp_in,
-            &self.mlp_out,
-        ];
-        (stages.into_iter().flatten())
-            .map(|linear| linear.weight.bytes())
-            .sum()
-    }
-
-    /// Adds the block's outputs to `hidden [rows, hidden_size]`.
-    fn forward(
-        &self,
-        config: &DecoderConfig,
-        rotation: &Rotation,
-        cache: &mut KeyValueCache,
-        rows: &Rows,
-        hidden: &mut [f32],
-    ) {
-        let count = hidden.len() / config.hidden_size;
-        let eps = config.rms_norm_eps as f32;
-        let normed = rms_norm(hidden, &self.input_norm, eps);
-        let [mut q, mut k, v] = project(&self.attention_in, &normed, count);
-        if let Some([of_q, of_k]) = &self.head_norms {
-            q = rms_norm(&q, of_q, eps);
-            k = rms_norm(&k, of_k, eps);
-        }
-        for x in [&mut q, &mut k] {
-            let width = x.len() / count;
-            rotation.apply_at(x, width, |row| rows.position(row));
-        }
-        let attended = attend(cache, rows, &q, &k, &v);
-        let [output] = project(&self.attention_out, &attended, count);
-        add(hidden, &output);
-
-        let normed = rms_norm(hidden, &self.post_attention_norm, eps);
-        let [mut gate, up] = project(&self.mlp_in, &normed, count);
-        swiglu(&mut gate, &up);
-        let [output] = project(&self.mlp_out, &gate, count);
-        add(hidden, &output);
+        self.table.bytes() + self.projection.bytes()
     }
 }
 
-/// The linears of a stage, which share their input, in one parallel region.
-fn project<const N: usize>(linears: &[Linear], x: &[f32], rows: usize) -> [Vec<f32>; N] {
-    let weights: Vec<&Matrix> = linears.iter().map(|linear| &linear.weight).collect();
-    let mut outputs = multiply_each(&weights, x, rows);
-    for (output, linear) in outputs.iter_mut().zip(linears) {
-        if let Some(bias) = &linear.bias {
-            for row in output.chunks_exact_mut(bias.len()) {
-                add(row, bias);
+/// Where the rows of a pass stand.
+enum Rows {
+    /// Tokens of one sequence from position `first` on.
+    Prompt { sequence: usize, first: usize },
+    /// The newest token of each sequence; how many each holds, that one counted.
+    Newest { held: Vec<usize> },
+}
+
+impl Rows {
+    fn position(&self, row: usize) -> usize {
+        match self {
+            Rows::Prompt { first, .. } => first + row,
+            Rows::Newest { held } => held[row] - 1,
+        }
+    }
+}
+
+/// A pass of some rows.
+struct Pass<'a> {
+    rows: &'a Rows,
+    count: usize,
+    caches: &'a mut [Option<KeyValueCache>],
+    rotations: &'a [(Option<Rotation>, Rotation)],
+    by_token: &'a [f32], // [rows, blocks * width]
+}
+
+impl Pass<'_> {
+    /// Queries or keys: normed and turned, in the order of the model.
+    fn turned(&self, x: Vec<f32>, attention: &Attention<Resident>, of_keys: bool) -> Vec<f32> {
+        let norm = attention.norms[usize::from(of_keys)].as_ref();
+        let after = attention.spec.norms.after_rotation;
+        let mut x = Norm::optional(norm.filter(|_| !after), x);
+        if let Some(rotary) = attention.spec.rotary {
+            let (queries, keys) = &self.rotations[rotary];
+            let rotation = queries.as_ref().filter(|_| !of_keys).unwrap_or(keys);
+            let width = x.len() / self.count;
+            rotation.apply_at(&mut x, width, |row| self.rows.position(row));
+        }
+        Norm::optional(norm.filter(|_| after), x)
+    }
+
+    fn store(&mut self, block: usize, k: &[f32], v: &[f32]) {
+        let cache = self.caches[block]
+            .as_mut()
+            .expect("a block with keys of its own");
+        match self.rows {
+            Rows::Prompt { sequence, first } => cache.store(*sequence, *first, k, v),
+            Rows::Newest { held } => {
+                let width = k.len() / held.len();
+                let tokens = k.chunks_exact(width).zip(v.chunks_exact(width));
+                for (sequence, (k, v)) in tokens.enumerate() {
+                    cache.store(sequence, held[sequence] - 1, k, v);
+                }
             }
         }
     }
-    outputs
-        .try_into()
-        .expect("the config names the linears of a stage")
 }
 
-fn attend(cache: &mut KeyValueCache, rows: &Rows, q: &[f32], k: &[f32], v: &[f32]) -> Vec<f32> {
-    match rows {
-        Rows::Prompt { sequence, first } => {
-            cache.store(*sequence, *first, k, v);
-            cache.attend_prompt(*sequence, *first, q)
-        }
-        Rows::Newest { held } => {
-            let width = k.len() / held.len();
-            let tokens = k.chunks_exact(width).zip(v.chunks_exact(width));
-            for (sequence, (k, v)) in tokens.enumerate() {
-                cache.store(sequence, held[sequence] - 1, k, v);
-            }
-            cache.attend_newest(q, held)
-        }
+impl BlockOps<Resident> for Pass<'_> {
+    type Rows = Vec<f32>;
+
+    fn input(
+        &mut self,
+        hidden: &Vec<f32>,
+        norm: Option<&Norm>,
+        _: &Linears,
+    ) -> Result<Vec<f32>, ModelError> {
+        Ok(match norm {
+            Some(norm) => norm.apply(hidden),
+            None => hidden.clone(),
+        })
     }
-}
 
-fn add(x: &mut [f32], y: &[f32]) {
-    x.iter_mut().zip(y).for_each(|(x, y)| *x += y);
+    fn attend(
+        &mut self,
+        x: Vec<f32>,
+        input: &Linears,
+        attention: &Attention<Resident>,
+        _: &Linears,
+    ) -> Result<Vec<f32>, ModelError> {
+        let mut operands = input.project(&x, self.count).into_iter();
+        let mut next = || operands.next().expect("the spec names the operands");
+        let q = self.turned(next(), attention, false);
+        let block = match attention.spec.keys {
+            KeySource::Block(block) => block,
+            KeySource::Own | KeySource::Donor => {
+                let k = self.turned(next(), attention, true);
+                let v = Norm::optional(attention.norms[2].as_ref(), next());
+                self.store(attention.block, &k, &v);
+                attention.block
+            }
+        };
+        let cache = self.caches[block]
+            .as_ref()
+            .expect("a block with keys of its own");
+        Ok(match self.rows {
+            Rows::Prompt { sequence, first } => cache.attend_prompt(*sequence, *first, &q),
+            Rows::Newest { held } => cache.attend_newest(&q, held),
+        })
+    }
+
+    fn gate(
+        &mut self,
+        x: Vec<f32>,
+        input: &Linears,
+        activation: Activation,
+        _: &Linears,
+    ) -> Result<Vec<f32>, ModelError> {
+        let mut operands = input.project(&x, self.count).into_iter();
+        let mut next = || operands.next().expect("the spec names gate and up");
+        let (mut gate, up) = (next(), next());
+        gated(&mut gate, &up, activation);
+        Ok(gate)
+    }
+
+    fn activate(
+        &mut self,
+        x: Vec<f32>,
+        input: &Linears,
+        activation: Activation,
+        _: &Linears,
+    ) -> Result<Vec<f32>, ModelError> {
+        let mut x = input.project_one(&x, self.count);
+        activate(&mut x, activation);
+        Ok(x)
+    }
+
+    fn gate_by_token(
+        &mut self,
+        x: Vec<f32>,
+        input: &Linears,
+        activation: Activation,
+        block: usize,
+        _: &Linears,
+    ) -> Result<Vec<f32>, ModelError> {
+        let mut gate = input.project_one(&x, self.count);
+        let (width, all) = (gate.len() / self.count, self.by_token.len() / self.count);
+        let rows = self.by_token.chunks_exact(all);
+        let own = rows.flat_map(|row| &row[block * width..][..width]).copied();
+        gated(&mut gate, &own.collect::<Vec<f32>>(), activation);
+        Ok(gate)
+    }
+
+    fn add(
+        &mut self,
+        mut hidden: Vec<f32>,
+        inner: Vec<f32>,
+        output: &Linears,
+        after: Option<&Norm>,
+        factor: f32,
+    ) -> Result<Vec<f32>, ModelError> {
+        let added = Norm::optional(after, output.project_one(&inner, self.count));
+        add_scaled(&mut hidden, &added, factor);
+        Ok(hidden)
+    }
+
+    fn scale(&mut self, mut hidden: Vec<f32>, factor: f32) -> Result<Vec<f32>, ModelError> {
+        scale(&mut hidden, factor);
+        Ok(hidden)
+    }
 }
 
 impl CpuRunner {
     /// Reads all weights.
     pub fn open(model: &OpenedModel) -> Result<Self, RunError> {
-        let config = model.config.clone();
-        let (vocab, hidden) = (config.vocab_size, config.hidden_size);
-        let embedding = float(
-            &model.embedding()?,
-            "model.embed_tokens.weight",
-            vocab,
-            hidden,
-        )?;
+        let spec = model.spec.clone();
+        let (vocab, hidden) = (spec.vocab_size, spec.hidden_size);
+        let embedding = float(&model.embedding()?, &spec.embedding.name, vocab, hidden)?;
         let own_head = match model.own_head()? {
             Some(stored) => Some(Matrix::Float(float(
                 &stored,
-                "lm_head.weight",
+                &spec.head.name,
                 vocab,
                 hidden,
             )?)),
             None => None,
         };
-        let blocks = (0..config.num_hidden_layers)
-            .map(|index| Block::load(model, index))
+        let by_token = spec.embedding.per_block.as_ref();
+        let by_token = by_token
+            .map(|inputs| ByToken::open(model, inputs))
+            .transpose()?;
+        let mut loader = Loader(model);
+        let mut final_norm = loader.read_norm(&spec.final_norm)?;
+        scale(&mut final_norm.weight, spec.head.factor);
+        if let Some(bias) = &mut final_norm.bias {
+            scale(bias, spec.head.factor);
+        }
+        let blocks = (spec.blocks.iter().enumerate())
+            .map(|(index, block)| Block::load(block, index, &mut loader))
             .collect::<Result<_, _>>()?;
         Ok(CpuRunner {
             embedding,
+            by_token,
             own_head,
-            final_norm: model.vector("model.norm.weight")?,
+            final_norm,
             blocks,
             caches: Vec::new(),
-            rotation: model.rotation(0),
+            rotations: Vec::new(),
             lengths: Lengths::default(),
             logits: Vec::new(),
             peak: 0,
-            config,
+            spec,
         })
     }
 
     fn weight_bytes(&self) -> usize {
         let head = self.own_head.as_ref().map_or(0, Matrix::bytes);
-        let blocks: usize = self.blocks.iter().map(Block::bytes).sum();
-        self.embedding.bytes() + head + blocks
+        let branches = self.blocks.iter().flat_map(Block::branches);
+        let blocks: usize = branches
+            .map(|branch| branch.input.bytes() + branch.output.bytes())
+            .sum();
+        let by_token = self.by_token.as_ref().map_or(0, ByToken::bytes);
+        self.embedding.bytes() + head + by_token + blocks
     }
 
-    /// The widest moment of a pass of `rows`: the gated product, its halves once more before they
-    /// are turned row-major, and the hidden states with their norm.
+    /// The widest moment of a pass of `rows`: the outputs of linears that share an input, once more before
+    /// they are turned row-major, and the hidden states with their norm.
     fn note_peak(&mut self, rows: usize) {
-        let config = &self.config;
-        let attention =
-            (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim;
-        let widest = (2 * config.intermediate_size).max(attention);
-        let workspace = rows * (2 * widest + 3 * config.hidden_size) * 4;
-        let caches: usize = self.caches.iter().map(KeyValueCache::bytes).sum();
+        let widest = memory::widest_outputs(&self.spec);
+        let workspace = rows * (2 * widest + 3 * self.spec.hidden_size) * 4;
+        let caches = self.caches.iter().flatten();
+        let caches: usize = caches.map(KeyValueCache::bytes).sum();
         let logits = self.logits.len() * 4;
         let held = (self.weight_bytes() + caches + workspace + logits) as u64;
         self.peak = self.peak.max(held);
     }
 
     /// Final hidden states `[rows, hidden_size]`, not normed.
-    fn pass(&mut self, tokens: &[u32], rows: &Rows) -> Vec<f32> {
+    fn pass(&mut self, tokens: &[u32], rows: &Rows) -> Result<Vec<f32>, ModelError> {
         self.note_peak(tokens.len());
-        let mut hidden = Vec::with_capacity(tokens.len() * self.config.hidden_size);
+        let mut hidden = Vec::with_capacity(tokens.len() * self.spec.hidden_size);
         for &token in tokens {
             self.embedding.copy_row(token as usize, &mut hidden);
         }
-        for (block, cache) in self.blocks.iter().zip(&mut self.caches) {
-            block.forward(&self.config, &self.rotation, cache, rows, &mut hidden);
+        if self.spec.embedding.factor != 1.0 {
+            scale(&mut hidden, self.spec.embedding.factor);
         }
-        hidden
+        let by_token = self.by_token.as_ref();
+        let by_token = by_token.map_or(Vec::new(), |inputs| inputs.rows(tokens, &hidden));
+        let mut pass = Pass {
+            rows,
+            count: tokens.len(),
+            caches: &mut self.caches,
+            rotations: &self.rotations,
+            by_token: &by_token,
+        };
+        for block in &self.blocks {
+            hidden = block.forward(&mut pass, hidden)?;
+        }
+        Ok(hidden)
     }
 
     /// `[rows, vocab_size]`.
     fn logits(&self, hidden: &[f32]) -> Vec<f32> {
-        let eps = self.config.rms_norm_eps as f32;
-        let normed = rms_norm(hidden, &self.final_norm, eps);
-        let rows = hidden.len() / self.config.hidden_size;
-        match &self.own_head {
+        let normed = self.final_norm.apply(hidden);
+        let rows = hidden.len() / self.spec.hidden_size;
+        let mut logits = match &self.own_head {
             Some(head) => head.multiply(&normed, rows),
             None => self.embedding.multiply(&normed, rows),
+        };
+        if let Some(cap) = self.spec.head.soft_cap {
+            soft_cap(&mut logits, cap);
         }
+        logits
     }
 }
 
 impl Runner for CpuRunner {
-    fn config(&self) -> &DecoderConfig {
-        &self.config
+    fn spec(&self) -> &ModelSpec {
+        &self.spec
     }
 
     fn reset(&mut self, batch: usize, capacity: usize) -> Result<(), RunError> {
         // The old ones go first: they may be most of what is held.
         self.caches.clear();
-        memory::check(&self.config, batch, capacity, 4, memory::free_on_host())?;
-        self.lengths = Lengths::new(&self.config, batch, capacity)?;
-        let shape = AttentionShape {
-            heads: self.config.num_attention_heads,
-            kv_heads: self.config.num_key_value_heads,
-            head_dim: self.config.head_dim,
-        };
-        self.caches.resize_with(self.blocks.len(), || {
-            KeyValueCache::new(batch, capacity, shape)
-        });
-        self.rotation = self.config.rotation(0..capacity, capacity);
+        memory::check(&self.spec, batch, capacity, 4, memory::free_on_host())?;
+        self.lengths = Lengths::new(batch, capacity);
+        self.caches = (self.spec.blocks.iter())
+            .map(|block| {
+                let own = |keys: KeySource| !matches!(keys, KeySource::Block(_));
+                let attention = block.attention().find(|attention| own(attention.keys))?;
+                Some(KeyValueCache::new(batch, capacity, attention.shape))
+            })
+            .collect();
+        self.rotations = (self.spec.rotaries.iter())
+            .map(|table| {
+                let queries = table.queries(0..capacity, capacity);
+                (queries, table.keys(0..capacity, capacity))
+            })
+            .collect();
         self.note_peak(0);
         Ok(())
     }
 
     fn prefill(&mut self, sequence: usize, tokens: &[u32]) -> Result<Vec<f32>, RunError> {
-        let first = self.lengths.append(&self.config, sequence, tokens)?;
+        let first = self.lengths.append(&self.spec, sequence, tokens)?;
         // On a thread of the pool from the start, so that no region has to wake it.
         rayon::scope(|_| {
             let mut hidden = Vec::new();
             for (piece, tokens) in tokens.chunks(PROMPT_TOKENS).enumerate() {
                 let first = first + piece * PROMPT_TOKENS;
-                hidden = self.pass(tokens, &Rows::Prompt { sequence, first });
+                hidden = self.pass(tokens, &Rows::Prompt { sequence, first })?;
             }
-            let last = hidden.len() - self.config.hidden_size;
+            let last = hidden.len() - self.spec.hidden_size;
             Ok(self.logits(&hidden[last..]))
         })
     }
 
     fn step(&mut self, tokens: &[u32]) -> Result<&[f32], RunError> {
-        self.lengths.append_each(&self.config, tokens)?;
+        self.lengths.append_each(&self.spec, tokens)?;
         let held = self.lengths.held().to_vec();
         rayon::scope(|_| {
-            let hidden = self.pass(tokens, &Rows::Newest { held });
+            let hidden = self.pass(tokens, &Rows::Newest { held })?;
             self.logits = self.logits(&hidden);
-        });
+            Ok::<(), RunError>(())
+        })?;
         Ok(&self.logits)
     }
 

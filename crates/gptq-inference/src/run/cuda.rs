@@ -3,13 +3,16 @@
 
 use std::sync::Arc;
 
-use gptq_kernels::AttentionShape;
 use gptq_kernels::cuda::{
-    Buffer, CudaError, DeviceKeyValues, Gpu, Pinned, Recorded, TextRows, Turn, WorkingSpace,
+    Buffer, CudaError, DeviceKeyValues, DeviceNorm, Gpu, Pinned, Recorded, RowOrder, TextRows,
+    WorkingSpace,
 };
-use gptq_model::DecoderConfig;
-use gptq_types::{DeviceMatrix, Dtype, Stage};
+use gptq_model::forward::{Block, BlockLoader, Branch, Mix};
+use gptq_model::spec::{KeySource, NormKind, NormSpec, PerBlockInputSpec, Piece};
+use gptq_model::{LinearSpec, ModelError, ModelSpec, norm_values};
+use gptq_types::{DeviceMatrix, Dtype};
 
+use super::device_pass::{OnGpu, Pass, Turns};
 use super::projection::{Dense, Projection};
 use super::{Lengths, RunError, Runner, memory};
 use crate::OpenedModel;
@@ -24,41 +27,33 @@ pub(super) struct GpuRunner {
     _space: WorkingSpace,
     /// Bytes that others of this process held on the device before.
     held_before: usize,
-    config: DecoderConfig,
+    spec: ModelSpec,
     dtype: Dtype,
-    embedding: Dense,        // [vocab_size, hidden_size]
+    embedding: Dense, // [vocab_size, hidden_size]
+    by_token: Option<ByToken>,
     own_head: Option<Dense>, // absent where the embedding is the head
-    final_norm: Buffer,
-    blocks: Vec<Block>,
+    final_norm: DeviceNorm,  // a factor of logits is part of it
+    blocks: Vec<Block<OnGpu>>,
     /// Some blocks' `o_proj` reads padded rows and others' does not (packed beside float ones): what
     /// one block leaves in the place of attention would be padding of the next.
     padded_by_turns: bool,
-    caches: Vec<DeviceKeyValues>, // of each block
-    turn: Option<Turn>,
+    caches: Vec<Option<DeviceKeyValues>>, // of each block that has its own
+    turns: Vec<Turns>,
     lengths: Lengths,
     prompt: Option<Spaces>,
     newest: Option<Newest>,
 }
 
-struct Block {
-    input_norm: Buffer,
-    post_attention_norm: Buffer,
-    head_norms: Option<[Buffer; 2]>, // queries and keys, [head_dim]
-    attention_in: Projection,        // q, k, v
-    attention_out: Projection,
-    mlp_in: Projection, // gate, up
-    mlp_out: Projection,
-}
-
 /// Where a pass of up to `rows` rows keeps what it computes.
-struct Spaces {
+pub(super) struct Spaces {
     rows: usize,
-    ids: Buffer,      // u32
-    hidden: Buffer,   // [rows, hidden_size]
-    input: Buffer,    // [rows, widest input], in the order of the linear that reads it
-    output: Buffer,   // [rows, widest outputs of a stage]
-    queries: Buffer,  // [rows, heads * head_dim]
-    attended: Buffer, // the same, as `o_proj` reads it: zero where that has padding
+    ids: Buffer,           // u32
+    hidden: Buffer,        // [rows, hidden_size]
+    pub input: Buffer,     // [rows, widest input], in the order of the linear that reads it
+    pub output: Buffer,    // [rows, widest outputs that share an input]
+    pub queries: Buffer,   // [rows, widest heads * head_dim]
+    pub attended: Buffer,  // as `o_proj` reads it: zero where that has padding
+    by_token: [Buffer; 2], // [rows, blocks * width], the rows of all blocks and what they are made of
 }
 
 /// A step of all sequences.
@@ -71,29 +66,68 @@ struct Newest {
     recorded: Option<Recorded>,
 }
 
-impl Block {
-    fn load(
-        gpu: &Arc<Gpu>,
-        model: &OpenedModel,
-        index: usize,
-        dtype: Dtype,
-    ) -> Result<Self, RunError> {
-        let norm = |name: &str| -> Result<Buffer, RunError> {
-            let weight = model.vector(&format!("model.layers.{index}.{name}.weight"))?;
-            Ok(Buffer::from_host(gpu, &weight)?)
-        };
-        let stage = |stage| Projection::load(gpu, model, index, stage, dtype);
-        Ok(Block {
-            input_norm: norm("input_layernorm")?,
-            post_attention_norm: norm("post_attention_layernorm")?,
-            head_norms: match model.config.qk_norm {
-                true => Some([norm("self_attn.q_norm")?, norm("self_attn.k_norm")?]),
-                false => None,
-            },
-            attention_in: stage(Stage::AttentionIn)?,
-            attention_out: stage(Stage::AttentionOut)?,
-            mlp_in: stage(Stage::MlpIn)?,
-            mlp_out: stage(Stage::MlpOut)?,
+/// Reads a model's blocks.
+struct Loader<'a> {
+    gpu: &'a Arc<Gpu>,
+    model: &'a OpenedModel,
+    dtype: Dtype,
+}
+
+impl BlockLoader<OnGpu> for Loader<'_> {
+    fn linears(
+        &mut self,
+        linears: &[LinearSpec],
+        operands: &[Piece],
+    ) -> Result<Projection, ModelError> {
+        Projection::load(self.gpu, self.model, linears, operands, self.dtype)
+    }
+
+    fn norm(&mut self, norm: &NormSpec) -> Result<DeviceNorm, ModelError> {
+        self.scaled_norm(norm, 1.0)
+    }
+
+    fn factor(&mut self, name: &str) -> Result<f32, ModelError> {
+        Ok(self.model.vector(name)?[0])
+    }
+}
+
+impl Loader<'_> {
+    fn scaled_norm(&self, norm: &NormSpec, factor: f32) -> Result<DeviceNorm, ModelError> {
+        let (weight, bias) = norm_values(norm, |name| self.model.vector(name))?;
+        let scaled = |values: Vec<f32>| values.into_iter().map(|x| x * factor).collect();
+        let (weight, bias): (Vec<f32>, Option<Vec<f32>>) = (scaled(weight), bias.map(scaled));
+        let eps = norm.eps as f32;
+        Ok(match norm.kind {
+            NormKind::Rms => DeviceNorm::rms(self.gpu, &weight, eps)?,
+            NormKind::Layer => DeviceNorm::layer(self.gpu, &weight, bias.as_deref(), eps)?,
+        })
+    }
+
+    fn dense(&self, name: &str, rows: usize, columns: usize) -> Result<Dense, ModelError> {
+        let stored = self.model.matrix(name)?;
+        Dense::new(self.gpu, name, &[&stored], rows, columns, self.dtype)
+    }
+}
+
+/// Inputs of every block by token id.
+struct ByToken {
+    spec: PerBlockInputSpec,
+    table: Dense,      // [vocab, blocks * width]
+    projection: Dense, // [blocks * width, hidden_size]
+    norm: DeviceNorm,
+    columns: usize, // blocks * width
+}
+
+impl ByToken {
+    fn open(loader: &Loader<'_>, spec: &PerBlockInputSpec) -> Result<Self, ModelError> {
+        let model = &loader.model.spec;
+        let columns = model.blocks.len() * spec.width;
+        Ok(ByToken {
+            table: loader.dense(&spec.table, spec.vocab, columns)?,
+            projection: loader.dense(&spec.projection, columns, model.hidden_size)?,
+            norm: loader.scaled_norm(&spec.norm, 1.0)?,
+            spec: spec.clone(),
+            columns,
         })
     }
 }
@@ -106,52 +140,46 @@ impl GpuRunner {
         gpu.forget_peak()?;
         let held_before = gpu.memory()?.used;
         gpu.keep_library_space()?;
-        let config = model.config.clone();
-        let embedding = model.embedding()?;
-        let dtype = match model.weights.computing_type() {
+        let spec = model.spec.clone();
+        let dtype = match model.weights.computing_type(&spec) {
             Some(Dtype::BF16) => Dtype::BF16,
             _ => Dtype::F16,
         };
-        let (vocab, hidden) = (config.vocab_size, config.hidden_size);
-        let embedding = Dense::new(
-            &gpu,
-            "model.embed_tokens.weight",
-            &[&embedding],
-            vocab,
-            hidden,
+        let mut loader = Loader {
+            gpu: &gpu,
+            model,
             dtype,
-        )?;
-        let own_head = match model.own_head()? {
-            Some(head) => Some(Dense::new(
-                &gpu,
-                "lm_head.weight",
-                &[&head],
-                vocab,
-                hidden,
-                dtype,
-            )?),
-            None => None,
         };
-        let blocks: Vec<Block> = (0..config.num_hidden_layers)
-            .map(|index| Block::load(&gpu, model, index, dtype))
+        let (vocab, hidden) = (spec.vocab_size, spec.hidden_size);
+        let embedding = loader.dense(&spec.embedding.name, vocab, hidden)?;
+        let own_head = match spec.head.tied {
+            true => None,
+            false => Some(loader.dense(&spec.head.name, vocab, hidden)?),
+        };
+        let by_token = spec.embedding.per_block.as_ref();
+        let by_token = by_token
+            .map(|inputs| ByToken::open(&loader, inputs))
+            .transpose()?;
+        let blocks: Vec<Block<OnGpu>> = (spec.blocks.iter().enumerate())
+            .map(|(index, block)| Block::load(block, index, &mut loader))
             .collect::<Result<_, _>>()?;
-        let width = |block: &Block| block.attention_out.order().width;
-        let padded_by_turns = blocks
-            .windows(2)
-            .any(|two| width(&two[0]) != width(&two[1]));
+        let widths: Vec<usize> = attentions(&blocks)
+            .map(|branch| branch.output.order().width)
+            .collect();
         Ok(GpuRunner {
-            final_norm: Buffer::from_host(&gpu, &model.vector("model.norm.weight")?)?,
-            gpu,
+            final_norm: loader.scaled_norm(&spec.final_norm, spec.head.factor)?,
+            padded_by_turns: widths.windows(2).any(|two| two[0] != two[1]),
+            gpu: gpu.clone(),
             _space: space,
             held_before,
-            config,
+            spec,
             dtype,
             embedding,
+            by_token,
             own_head,
             blocks,
-            padded_by_turns,
             caches: Vec::new(),
-            turn: None,
+            turns: Vec::new(),
             lengths: Lengths::default(),
             prompt: None,
             newest: None,
@@ -168,116 +196,73 @@ impl GpuRunner {
     }
 
     fn spaces(&self, rows: usize) -> Result<Spaces, CudaError> {
-        let config = &self.config;
         let widest = |of: fn(&Projection) -> usize| {
-            (self.blocks.iter())
-                .flat_map(|block| {
-                    [
-                        &block.attention_in,
-                        &block.attention_out,
-                        &block.mlp_in,
-                        &block.mlp_out,
-                    ]
-                })
-                .map(of)
-                .max()
-                .unwrap_or(0)
+            let branches = self.blocks.iter().flat_map(Block::branches);
+            let projections = branches.flat_map(|branch| [&branch.input, &branch.output]);
+            projections.map(of).max().unwrap_or(0)
         };
-        let queries = config.num_attention_heads * config.head_dim;
-        let attended = (self.blocks.iter())
-            .map(|block| block.attention_out.order().width)
-            .max()
-            .unwrap_or(0);
-        let buffer = |columns: usize| Buffer::new(&self.gpu, rows * columns * 2);
+        let queries = (self.spec.blocks.iter())
+            .flat_map(|block| block.attention())
+            .map(|attention| attention.shape.heads * attention.shape.head_dim);
+        let attended = attentions(&self.blocks).map(|branch| branch.output.order().width);
+        let by_token = self.by_token.as_ref().map_or(0, |inputs| inputs.columns);
+        let buffer = |columns: usize| Buffer::new(&self.gpu, (rows * columns * 2).max(2));
         Ok(Spaces {
             rows,
             ids: Buffer::new(&self.gpu, rows * 4)?,
-            hidden: buffer(config.hidden_size)?,
+            hidden: buffer(self.spec.hidden_size)?,
             input: buffer(widest(|projection| projection.order().width))?,
             output: buffer(widest(Projection::outputs_width))?,
-            queries: buffer(queries)?,
-            attended: Buffer::zeros(&self.gpu, rows * attended * 2)?,
+            queries: buffer(queries.max().unwrap_or(0))?,
+            attended: Buffer::zeros(&self.gpu, rows * attended.max().unwrap_or(0) * 2)?,
+            by_token: [buffer(by_token)?, buffer(by_token)?],
         })
     }
 
     /// Queues a pass of `count` rows whose ids are in place; final hidden states, not normed, are
     /// then in `spaces.hidden`.
-    fn pass(&self, spaces: &Spaces, count: usize, rows: TextRows) -> Result<(), CudaError> {
-        let (gpu, config) = (&self.gpu, &self.config);
-        let eps = config.rms_norm_eps as f32;
-        let hidden = self.matrix(&spaces.hidden, count, config.hidden_size);
-        gpu.look_up(hidden.address, self.embedding.matrix(), &spaces.ids, count)?;
-        for (block, cache) in self.blocks.iter().zip(&self.caches) {
-            self.attend(spaces, hidden, count, rows, block, cache)?;
-            let order = block.mlp_in.order();
-            let input = self.matrix(&spaces.input, count, order.width);
-            gpu.norm_rows(
-                input.address,
-                order,
-                hidden,
-                &block.post_attention_norm,
-                eps,
-            )?;
-            let output = spaces.output.address();
-            block.mlp_in.multiply(gpu, output, input, false)?;
-            let [gate, up] = block.mlp_in.outputs(output, count);
-            let order = block.mlp_out.order();
-            let input = self.matrix(&spaces.input, count, order.width);
-            let size = [count, config.intermediate_size];
-            gpu.gate_rows(input.address, order, [gate, up], size, self.dtype)?;
-            block.mlp_out.multiply(gpu, hidden.address, input, true)?;
+    fn pass(&self, spaces: &Spaces, count: usize, rows: TextRows) -> Result<(), ModelError> {
+        let (gpu, factor) = (&self.gpu, self.spec.embedding.factor);
+        let hidden = self.matrix(&spaces.hidden, count, self.spec.hidden_size);
+        let table = self.embedding.matrix();
+        gpu.look_up(hidden.address, table, &spaces.ids, count, factor)?;
+        let by_token = self.look_up_by_token(spaces, hidden)?;
+        let mut pass = Pass {
+            gpu,
+            spaces,
+            rows,
+            caches: &self.caches,
+            turns: &self.turns,
+            by_token,
+            padded_by_turns: self.padded_by_turns,
+        };
+        let mut rows = hidden.into();
+        for block in &self.blocks {
+            rows = block.forward(&mut pass, rows)?;
         }
         Ok(())
     }
 
-    fn attend(
+    /// The rows of all blocks, `[rows, blocks * width]`, from the embeddings.
+    fn look_up_by_token(
         &self,
         spaces: &Spaces,
         hidden: DeviceMatrix,
-        count: usize,
-        rows: TextRows,
-        block: &Block,
-        cache: &DeviceKeyValues,
-    ) -> Result<(), CudaError> {
-        let (gpu, config) = (&self.gpu, &self.config);
-        let eps = config.rms_norm_eps as f32;
-        let turn = self.turn.as_ref().expect("reset made the table");
-        let order = block.attention_in.order();
-        let input = self.matrix(&spaces.input, count, order.width);
-        gpu.norm_rows(input.address, order, hidden, &block.input_norm, eps)?;
-        let output = spaces.output.address();
-        block.attention_in.multiply(gpu, output, input, false)?;
-        let queries = self.matrix(
-            &spaces.queries,
-            count,
-            config.num_attention_heads * config.head_dim,
-        );
-        cache.store(
-            queries.address,
-            block.attention_in.outputs(output, count),
-            count,
-            rows,
-            block.head_norms.as_ref(),
-            eps,
-            turn,
-        )?;
-        let attended = spaces.attended.address();
-        match rows {
-            TextRows::Newest(held) => {
-                let order = block.attention_out.order();
-                if self.padded_by_turns && order.width > queries.columns {
-                    spaces.attended.clear()?;
-                }
-                cache.attend_newest(attended, order, queries.address, held)?;
-                let attended = self.matrix(&spaces.attended, count, order.width);
-                (block.attention_out).multiply(gpu, hidden.address, attended, true)
-            }
-            TextRows::Prompt { sequence, first } => {
-                cache.attend_prompt(attended, queries, sequence, first)?;
-                let attended = self.matrix(&spaces.attended, count, queries.columns);
-                (block.attention_out).multiply_natural(gpu, hidden.address, attended, true)
-            }
-        }
+    ) -> Result<Option<DeviceMatrix>, CudaError> {
+        let Some(inputs) = &self.by_token else {
+            return Ok(None);
+        };
+        let gpu = &self.gpu;
+        let [rows, projected] = (spaces.by_token.each_ref())
+            .map(|buffer| self.matrix(buffer, hidden.rows, inputs.columns));
+        gpu.project(projected.address, false, hidden, inputs.projection.matrix())?;
+        gpu.scale(projected, inputs.spec.projection_factor)?;
+        gpu.norm(projected.address, projected, &inputs.norm)?;
+        let (table, factor) = (inputs.table.matrix(), inputs.spec.row_factor);
+        gpu.look_up(rows.address, table, &spaces.ids, hidden.rows, factor)?;
+        gpu.add(rows, projected)?;
+        gpu.scale(rows, inputs.spec.factor)?;
+        Ok(Some(rows))
     }
 
     /// f32 logits of the rows of `hidden`.
@@ -286,14 +271,17 @@ impl GpuRunner {
             address: spaces.input.address(),
             ..hidden
         };
-        let eps = self.config.rms_norm_eps as f32;
-        let order = gptq_kernels::cuda::RowOrder::natural(hidden.columns);
-        (self.gpu).norm_rows(normed.address, order, hidden, &self.final_norm, eps)?;
+        let order = RowOrder::natural(hidden.columns);
+        (self.gpu).norm_rows(normed.address, order, hidden, &self.final_norm)?;
         let head = self.own_head.as_ref().unwrap_or(&self.embedding);
-        self.gpu.project(out, true, normed, head.matrix())
+        self.gpu.project(out, true, normed, head.matrix())?;
+        match self.spec.head.soft_cap {
+            None => Ok(()),
+            Some(cap) => (self.gpu).soft_cap(out, hidden.rows * self.spec.vocab_size, cap),
+        }
     }
 
-    fn run_step(&self, newest: &mut Newest, tokens: &[u32]) -> Result<(), CudaError> {
+    fn run_step(&self, newest: &mut Newest, tokens: &[u32]) -> Result<(), ModelError> {
         let gpu = &self.gpu;
         let held: Vec<i32> = (self.lengths.held().iter())
             .map(|&held| held as i32)
@@ -301,7 +289,8 @@ impl GpuRunner {
         gpu.to_device(newest.held.address(), &held)?;
         gpu.to_device(newest.spaces.ids.address(), tokens)?;
         if newest.ran && newest.recorded.is_none() {
-            newest.recorded = Some(gpu.record(|| self.queue_step(newest))?);
+            let queue = || self.queue_step(newest).map_err(into_cuda);
+            newest.recorded = Some(gpu.record(queue)?);
         }
         match &newest.recorded {
             Some(recorded) => recorded.run()?,
@@ -309,40 +298,55 @@ impl GpuRunner {
         }
         newest.ran = true;
         let bytes = newest.logits.bytes();
-        gpu.to_pinned(&mut newest.home, newest.logits.address(), bytes)
+        Ok(gpu.to_pinned(&mut newest.home, newest.logits.address(), bytes)?)
     }
 
-    fn queue_step(&self, newest: &Newest) -> Result<(), CudaError> {
+    fn queue_step(&self, newest: &Newest) -> Result<(), ModelError> {
         let batch = newest.spaces.rows;
         self.pass(&newest.spaces, batch, TextRows::Newest(&newest.held))?;
-        let hidden = self.matrix(&newest.spaces.hidden, batch, self.config.hidden_size);
-        self.logits(newest.logits.address(), &newest.spaces, hidden)
+        let hidden = self.matrix(&newest.spaces.hidden, batch, self.spec.hidden_size);
+        Ok(self.logits(newest.logits.address(), &newest.spaces, hidden)?)
+    }
+}
+
+/// Attention branches of all blocks.
+fn attentions(blocks: &[Block<OnGpu>]) -> impl Iterator<Item = &Branch<OnGpu>> {
+    let branches = blocks.iter().flat_map(Block::branches);
+    branches.filter(|branch| matches!(branch.mix, Mix::Attention(_)))
+}
+
+/// A pass on a GPU fails there alone.
+fn into_cuda(error: ModelError) -> CudaError {
+    match error {
+        ModelError::Cuda(error) => error,
+        other => CudaError::Invalid(other.to_string()),
     }
 }
 
 impl Runner for GpuRunner {
-    fn config(&self) -> &DecoderConfig {
-        &self.config
+    fn spec(&self) -> &ModelSpec {
+        &self.spec
     }
 
     fn reset(&mut self, batch: usize, capacity: usize) -> Result<(), RunError> {
         // What the device itself lacks, its allocator says.
-        memory::check(&self.config, batch, capacity, 2, usize::MAX)?;
-        self.lengths = Lengths::new(&self.config, batch, capacity)?;
+        memory::check(&self.spec, batch, capacity, 2, usize::MAX)?;
+        self.lengths = Lengths::new(batch, capacity);
         // The old ones go first: they may be most of what is held.
         (self.newest, self.prompt) = (None, None);
         self.caches.clear();
-        let shape = AttentionShape {
-            heads: self.config.num_attention_heads,
-            kv_heads: self.config.num_key_value_heads,
-            head_dim: self.config.head_dim,
-        };
-        self.caches = (self.blocks.iter())
-            .map(|_| DeviceKeyValues::new(&self.gpu, batch, capacity, shape, self.dtype))
+        for block in &self.spec.blocks {
+            let own = |keys: KeySource| !matches!(keys, KeySource::Block(_));
+            let attention = block.attention().find(|attention| own(attention.keys));
+            let cache = attention.map(|attention| {
+                DeviceKeyValues::new(&self.gpu, batch, capacity, attention.shape, self.dtype)
+            });
+            self.caches.push(cache.transpose()?);
+        }
+        self.turns = (self.spec.rotaries.iter())
+            .map(|table| Turns::new(&self.gpu, table, capacity))
             .collect::<Result<_, _>>()?;
-        let rotation = self.config.rotation(0..capacity, capacity);
-        self.turn = Some(Turn::new(&self.gpu, &rotation)?);
-        let logits = batch * self.config.vocab_size * 4;
+        let logits = batch * self.spec.vocab_size * 4;
         self.newest = Some(Newest {
             spaces: self.spaces(batch)?,
             held: Buffer::new(&self.gpu, batch * 4)?,
@@ -355,7 +359,7 @@ impl Runner for GpuRunner {
     }
 
     fn prefill(&mut self, sequence: usize, tokens: &[u32]) -> Result<Vec<f32>, RunError> {
-        let first = self.lengths.append(&self.config, sequence, tokens)?;
+        let first = self.lengths.append(&self.spec, sequence, tokens)?;
         let rows = tokens.len().min(PROMPT_TOKENS);
         if self.prompt.as_ref().is_none_or(|spaces| spaces.rows < rows) {
             self.prompt = None;
@@ -368,7 +372,7 @@ impl Runner for GpuRunner {
             let rows = TextRows::Prompt { sequence, first };
             self.pass(spaces, tokens.len(), rows)?;
         }
-        let (vocab, width) = (self.config.vocab_size, self.config.hidden_size);
+        let (vocab, width) = (self.spec.vocab_size, self.spec.hidden_size);
         let last = (tokens.len() - 1) % PROMPT_TOKENS;
         let hidden = DeviceMatrix {
             address: spaces.hidden.address() + 2 * (last * width) as u64,
@@ -380,7 +384,7 @@ impl Runner for GpuRunner {
     }
 
     fn step(&mut self, tokens: &[u32]) -> Result<&[f32], RunError> {
-        self.lengths.append_each(&self.config, tokens)?;
+        self.lengths.append_each(&self.spec, tokens)?;
         let mut newest = (self.newest.take()).expect("lengths exist after a reset only");
         let ran = self.run_step(&mut newest, tokens);
         let newest = self.newest.insert(newest);

@@ -4,36 +4,56 @@
 use std::fs;
 use std::path::Path;
 
-use gptq_model::DecoderConfig;
+use gptq_model::ModelSpec;
+use gptq_model::spec::{BlockSpec, KeySource, RotarySpec};
 
 use super::RunError;
 
 /// Bytes that `batch` sequences of `capacity` tokens take beside the weights: keys and values of
 /// `element` bytes, the rotary tables, and a step's activations and logits. Nothing where no number
 /// holds it.
-fn needed(config: &DecoderConfig, batch: usize, capacity: usize, element: usize) -> Option<usize> {
-    let keys = config.num_key_value_heads * config.head_dim;
-    let caches = (2 * element * config.num_hidden_layers * keys)
+fn needed(spec: &ModelSpec, batch: usize, capacity: usize, element: usize) -> Option<usize> {
+    let own = |keys: KeySource| !matches!(keys, KeySource::Block(_));
+    let keys: usize = (spec.blocks.iter())
+        .flat_map(BlockSpec::attention)
+        .filter(|attention| own(attention.keys))
+        .map(|attention| attention.shape.kv_heads * attention.shape.head_dim)
+        .sum();
+    let caches = (2 * element * keys)
         .checked_mul(capacity)?
         .checked_mul(batch)?;
-    let tables = capacity.checked_mul(4 * config.head_dim)?;
-    let attention = config.num_attention_heads * config.head_dim + 2 * keys;
-    let widest = (2 * config.intermediate_size).max(attention);
+    let columns = |table: &RotarySpec| match table.query_factor {
+        None => table.rotary_dim,
+        Some(_) => 2 * table.rotary_dim,
+    };
+    let columns: usize = spec.rotaries.iter().map(columns).sum();
+    let tables = capacity.checked_mul(4 * columns)?;
+    let by_token = spec.embedding.per_block.as_ref();
+    let by_token = by_token.map_or(0, |inputs| inputs.width * spec.blocks.len());
     // The logits twice: those of the last step are kept while the next are computed.
-    let row = 4 * (2 * widest + 3 * config.hidden_size + 2 * config.vocab_size);
+    let widest = 2 * widest_outputs(spec) + 3 * spec.hidden_size;
+    let row = 4 * (widest + 2 * spec.vocab_size + 3 * by_token);
     let step = batch.checked_mul(row)?;
     caches.checked_add(tables)?.checked_add(step)
 }
 
+/// Columns of all outputs of linears that share an input, the most of them.
+pub(super) fn widest_outputs(spec: &ModelSpec) -> usize {
+    let branches = spec.blocks.iter().flat_map(BlockSpec::branches);
+    let outputs =
+        branches.map(|branch| branch.input.iter().map(|linear| linear.out_features).sum());
+    outputs.max().unwrap_or(0)
+}
+
 /// Refuses sequences that take more than `free` bytes.
 pub(super) fn check(
-    config: &DecoderConfig,
+    spec: &ModelSpec,
     batch: usize,
     capacity: usize,
     element: usize,
     free: usize,
 ) -> Result<(), RunError> {
-    match needed(config, batch, capacity, element) {
+    match needed(spec, batch, capacity, element) {
         Some(needed) if needed <= free => Ok(()),
         needed => Err(RunError::Memory {
             batch,
@@ -121,24 +141,24 @@ fn kilobytes(text: &str, name: &str) -> Option<usize> {
 mod tests {
     use super::*;
 
-    fn config() -> DecoderConfig {
+    fn spec() -> ModelSpec {
         let json = r#"{"model_type": "llama", "hidden_size": 64, "intermediate_size": 96,
             "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128}"#;
-        DecoderConfig::parse(json).unwrap()
+        ModelSpec::parse(json).unwrap()
     }
 
     /// `--speed-batch 100000` and `--speed-prompt 4294967296` ended in an abort.
     #[test]
     fn what_does_not_fit_or_cannot_be_counted_is_refused() {
-        let config = config();
+        let spec = spec();
         // 2 blocks, keys and values, 64 wide, f32; 16 channels; 640 + 2 * 384 ... by hand
         assert_eq!(
-            needed(&config, 1, 10, 4),
+            needed(&spec, 1, 10, 4),
             Some(10_240 + 640 + 4 * (384 + 192 + 256))
         );
-        check(&config, 1, 10, 4, 1 << 20).unwrap();
+        check(&spec, 1, 10, 4, 1 << 20).unwrap();
         for (batch, capacity) in [(100_000, 512), (1, 1 << 40), (usize::MAX, usize::MAX)] {
-            let error = check(&config, batch, capacity, 4, 1 << 30).unwrap_err();
+            let error = check(&spec, batch, capacity, 4, 1 << 30).unwrap_err();
             let named = format!("{batch} sequences of {capacity} tokens");
             assert!(error.to_string().contains(&named), "{error}");
             assert!(error.hint().is_some());

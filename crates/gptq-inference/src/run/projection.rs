@@ -1,12 +1,13 @@
-//! The linears of a stage on a GPU: one product wherever they can stand side by side.
+//! Linears that read the same rows, on a GPU: one product wherever they can stand side by side.
 
 use std::sync::Arc;
 
 use gptq_kernels::cuda::{Buffer, CudaError, Gpu, Output, PackedLinear, RowOrder};
-use gptq_types::{DeviceMatrix, Dtype, SolvedLayer, SourceError, Stage};
+use gptq_model::spec::Piece;
+use gptq_model::{LinearSpec, ModelError};
+use gptq_types::{DeviceMatrix, Dtype, SolvedLayer, SourceError};
 use half::{bf16, f16};
 
-use super::RunError;
 use crate::{OpenedModel, StoredLinear, StoredMatrix, StoredWeight};
 
 /// A sixteen-bit matrix on the GPU.
@@ -26,7 +27,7 @@ impl Dense {
         rows: usize,
         columns: usize,
         dtype: Dtype,
-    ) -> Result<Self, RunError> {
+    ) -> Result<Self, ModelError> {
         let weight = Buffer::new(gpu, rows * columns * 2)?;
         let mut at = weight.address();
         for part in parts {
@@ -35,7 +36,7 @@ impl Dense {
             at += (values.len() * 2) as u64;
         }
         if at != weight.address() + weight.bytes() as u64 {
-            return Err(RunError::Source(SourceError::Invalid {
+            return Err(ModelError::Source(SourceError::Invalid {
                 name: name.to_string(),
                 reason: format!("has not {rows} x {columns} elements"),
             }));
@@ -153,21 +154,22 @@ pub(super) struct Projection {
     linears: Vec<Linear>,
     /// Outputs of each name.
     outputs: Vec<usize>,
+    /// Where operands lie in the outputs.
+    operands: Vec<Piece>,
 }
 
 impl Projection {
     pub fn load(
         gpu: &Arc<Gpu>,
         model: &OpenedModel,
-        index: usize,
-        stage: Stage,
+        names: &[LinearSpec],
+        operands: &[Piece],
         dtype: Dtype,
-    ) -> Result<Self, RunError> {
-        let names = model.config.linears(index, stage);
+    ) -> Result<Self, ModelError> {
         let stored = (names.iter())
-            .map(|(layer, k, n)| model.linear(layer, [*k, *n], stage))
+            .map(|linear| model.linear(linear))
             .collect::<Result<Vec<StoredLinear>, _>>()?;
-        let columns = names[0].1;
+        let columns = names[0].in_features;
         let packed: Vec<&SolvedLayer> = (stored.iter())
             .filter_map(|linear| match &linear.weight {
                 StoredWeight::Packed(solved) => Some(solved),
@@ -180,14 +182,14 @@ impl Projection {
                 StoredWeight::Float(matrix) => Some(matrix),
             })
             .collect();
-        let outputs: Vec<usize> = names.iter().map(|&(_, _, n)| n).collect();
+        let outputs: Vec<usize> = names.iter().map(|linear| linear.out_features).collect();
         let biases: Vec<f32> = (stored.iter())
             .flat_map(|linear| linear.bias.iter().flatten().copied())
             .collect();
         let bias = (!biases.is_empty()).then_some(&biases[..]);
-        let name = names[0].0.to_string();
+        let name = names[0].name.to_string();
         let dense = |name: &str, parts: &[&StoredMatrix], rows, bias: Option<&[f32]>| {
-            Ok::<_, RunError>(Linear::Float {
+            Ok::<_, ModelError>(Linear::Float {
                 weight: Dense::new(gpu, name, parts, rows, columns, dtype)?,
                 bias: bias.map(|bias| Buffer::from_host(gpu, bias)).transpose()?,
             })
@@ -199,8 +201,8 @@ impl Projection {
         } else if float.len() == stored.len() {
             vec![dense(&name, &float, outputs.iter().sum(), bias)?]
         } else {
-            (stored.iter().zip(&names))
-                .map(|(linear, (layer, _, n))| match &linear.weight {
+            (stored.iter().zip(names))
+                .map(|(linear, spec)| match &linear.weight {
                     StoredWeight::Packed(solved) => Ok(Linear::Packed(PackedLinear::new(
                         gpu,
                         solved,
@@ -208,12 +210,17 @@ impl Projection {
                         dtype,
                     )?)),
                     StoredWeight::Float(matrix) => {
-                        dense(&layer.0, &[matrix], *n, linear.bias.as_deref())
+                        let bias = linear.bias.as_deref();
+                        dense(&spec.name.0, &[matrix], spec.out_features, bias)
                     }
                 })
-                .collect::<Result<_, RunError>>()?
+                .collect::<Result<_, ModelError>>()?
         };
-        Ok(Projection { linears, outputs })
+        Ok(Projection {
+            linears,
+            outputs,
+            operands: operands.to_vec(),
+        })
     }
 
     /// The order in which rows are to be written for it.
@@ -221,10 +228,15 @@ impl Projection {
         match &self.linears[..] {
             [one] => one.order(),
             // Each arranges for itself what it reads.
-            several => match &several[0] {
-                Linear::Packed(linear) => RowOrder::natural(linear.features()),
-                Linear::Float { weight, .. } => RowOrder::natural(weight.columns),
-            },
+            _ => RowOrder::natural(self.features()),
+        }
+    }
+
+    /// Columns of the rows that it reads, in their natural order.
+    pub fn features(&self) -> usize {
+        match &self.linears[0] {
+            Linear::Packed(linear) => linear.features(),
+            Linear::Float { weight, .. } => weight.columns,
         }
     }
 
@@ -233,7 +245,7 @@ impl Projection {
         self.outputs.iter().sum()
     }
 
-    /// All products with rows of x in the [order](Self::order) of this stage.
+    /// All products with rows of x in [order](Self::order).
     pub fn multiply(
         &self,
         gpu: &Gpu,
@@ -274,23 +286,21 @@ impl Projection {
         Ok(())
     }
 
-    /// Where the outputs of each name are, after [`Projection::multiply`] of so many rows.
-    pub fn outputs<const N: usize>(&self, out: u64, rows: usize) -> [Output; N] {
+    /// Where the operands of a mixer are, after a product of so many rows was left at `out`.
+    pub fn operands<const N: usize>(&self, out: u64, rows: usize) -> [Output; N] {
         let together = self.linears.len() == 1;
-        let mut before = 0;
-        let all: Vec<Output> = (self.outputs.iter())
-            .map(|&n| {
-                let (elements, pitch) = match together {
-                    true => (before, self.outputs_width()),
-                    false => (rows * before, n),
-                };
-                before += n;
-                Output {
-                    address: out + 2 * elements as u64,
-                    pitch,
-                }
-            })
-            .collect();
-        (all.try_into().ok()).expect("the config names the linears of a stage")
+        let operand = |piece: &Piece| {
+            let before: usize = self.outputs[..piece.linear].iter().sum();
+            let (first, pitch) = match together {
+                true => (before, self.outputs_width()),
+                false => (rows * before, self.outputs[piece.linear]),
+            };
+            Output {
+                address: out + 2 * (first + piece.columns.start) as u64,
+                pitch,
+            }
+        };
+        let all: Vec<Output> = self.operands.iter().map(operand).collect();
+        (all.try_into().ok()).expect("the spec names the operands of a mixer")
     }
 }

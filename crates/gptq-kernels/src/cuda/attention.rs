@@ -1,5 +1,5 @@
 //! Attention inside windows, by tiles where there is a kernel for the width of heads, else as two batched
-//! products and a softmax over runs of query rows; and of new tokens to a cache. Addresses are of
+//! products and a softmax over runs of query rows. Addresses are of
 //! sixteen-bit row-major matrices that the caller keeps alive until the stream has passed them.
 
 use std::sync::Arc;
@@ -12,7 +12,7 @@ use gptq_types::DeviceMatrix;
 use super::Gpu;
 use super::decoder::{LINE, program};
 use super::error::CudaError;
-use super::memory::Buffer;
+use super::key_values::{among, scored};
 use super::product::{Product, Side, half_type};
 use crate::AttentionShape;
 
@@ -77,6 +77,7 @@ impl Gpu {
         shape: AttentionShape,
     ) -> Result<(), CudaError> {
         let keys = first + count;
+        let shape = among(shape, keys);
         let rows = (SCORE_BYTES / (4 * shape.heads * keys))
             .clamp(16, QUERY_ROWS)
             .min(count);
@@ -84,7 +85,7 @@ impl Gpu {
         let p = self.scratch("probabilities", shape.heads * rows * keys * 2)?;
         for done in (0..count).step_by(rows) {
             let part = Part {
-                window: from[1],
+                base: from[1],
                 query: from[0] + done,
                 first: first + done,
                 rows: rows.min(count - done),
@@ -107,7 +108,7 @@ impl Gpu {
         p: u64,
     ) -> Result<(), CudaError> {
         let Part {
-            window,
+            base,
             query,
             first,
             rows,
@@ -115,6 +116,9 @@ impl Gpu {
         } = *part;
         let (d, kv_heads) = (shape.head_dim, shape.kv_heads);
         let repeat = shape.heads / kv_heads;
+        // Keys before the first query's window are left out, by eights: runs of scores stay aligned.
+        let hidden = shape.first_seen(first) & !7;
+        let (base, first) = (base + hidden, first - hidden);
         let keys = first + rows;
         let kind = half_type(q.dtype);
         let at = |base: u64, row: usize, width: usize, head: usize| {
@@ -144,7 +148,7 @@ impl Gpu {
                     size: [keys, rows, d],
                     alpha: 1.0,
                     a: half(
-                        at(k.address, window, k.columns, 0),
+                        at(k.address, base, k.columns, 0),
                         Op::CUBLAS_OP_T,
                         k.columns,
                         d,
@@ -162,25 +166,24 @@ impl Gpu {
                 })?;
             }
         }
-        let scale = 1.0 / (d as f32).sqrt();
-        let args = [
+        let [scale, cap, window] = scored(shape);
+        let mut args = vec![
             p.into(),
             scores.into(),
             (keys as i32).into(),
             (first as i32).into(),
-            scale.into(),
+            scale,
         ];
-        // SAFETY: one block a row of each of the `heads` matrices.
-        unsafe {
-            self.launch(
-                program(q.dtype),
-                "causal_softmax",
-                [rows, shape.heads, 1],
-                [LINE, 1, 1],
-                0,
-                &args,
-            )?
+        let name = match shape.soft_cap.is_some() || shape.window.is_some() {
+            true => {
+                args.extend([cap, window]);
+                "windowed_softmax"
+            }
+            false => "causal_softmax",
         };
+        let (grid, block) = ([rows, shape.heads, 1], [LINE, 1, 1]);
+        // SAFETY: one block a row of each of the `heads` matrices.
+        unsafe { self.launch(program(q.dtype), name, grid, block, 0, &args)? };
         for r in 0..repeat {
             // SAFETY: as above, for v and out.
             unsafe {
@@ -188,7 +191,7 @@ impl Gpu {
                     size: [d, rows, keys],
                     alpha: 1.0,
                     a: half(
-                        at(v.address, window, v.columns, 0),
+                        at(v.address, base, v.columns, 0),
                         Op::CUBLAS_OP_N,
                         v.columns,
                         d,
@@ -216,92 +219,12 @@ impl Gpu {
 }
 
 /// `rows` queries from row `query` on, at positions from `first` on of the sequence whose keys begin
-/// at row `window`.
+/// at row `base`.
 #[derive(Clone, Copy)]
 struct Part {
-    window: usize,
+    base: usize,
     query: usize,
     first: usize,
     rows: usize,
     shape: AttentionShape,
-}
-
-/// Keys and values of earlier tokens, `[sequences, capacity, kv_heads * head_dim]` each.
-pub struct DeviceCache {
-    gpu: Arc<Gpu>,
-    keys: Buffer,
-    values: Buffer,
-    sequences: usize,
-    capacity: usize,
-    seen: usize,
-}
-
-impl DeviceCache {
-    /// Empty, for `capacity` tokens of each sequence.
-    pub fn new(
-        gpu: &Arc<Gpu>,
-        sequences: usize,
-        capacity: usize,
-        shape: AttentionShape,
-    ) -> Result<Self, CudaError> {
-        let bytes = sequences * capacity * shape.kv_heads * shape.head_dim * 2;
-        Ok(DeviceCache {
-            gpu: gpu.clone(),
-            keys: Buffer::new(gpu, bytes)?,
-            values: Buffer::new(gpu, bytes)?,
-            sequences,
-            capacity,
-            seen: 0,
-        })
-    }
-
-    /// Appends a row of `k` and `v` a sequence and attends from `q`, as [`crate::attend_cached`].
-    pub fn attend(
-        &mut self,
-        out: u64,
-        q: DeviceMatrix,
-        k: DeviceMatrix,
-        v: DeviceMatrix,
-        shape: AttentionShape,
-    ) -> Result<(), CudaError> {
-        assert!(self.seen < self.capacity, "tokens in the cache");
-        let row = (shape.kv_heads * shape.head_dim * 2) as u64;
-        for sequence in 0..self.sequences as u64 {
-            let at = (sequence * self.capacity as u64 + self.seen as u64) * row;
-            self.gpu.copy(
-                self.keys.address() + at,
-                k.address + sequence * row,
-                row as usize,
-            )?;
-            self.gpu.copy(
-                self.values.address() + at,
-                v.address + sequence * row,
-                row as usize,
-            )?;
-        }
-        self.seen += 1;
-        let args = [
-            out.into(),
-            q.address.into(),
-            (&self.keys).into(),
-            (&self.values).into(),
-            (self.capacity as i32).into(),
-            (self.seen as i32).into(),
-            (shape.kv_heads as i32).into(),
-            (shape.head_dim as i32).into(),
-            (1.0 / (shape.head_dim as f32).sqrt()).into(),
-        ];
-        let grid = [shape.heads, self.sequences, 1];
-        // SAFETY: the caches hold `seen` rows a sequence; q and out a row.
-        unsafe {
-            self.gpu.launch(
-                program(q.dtype),
-                "attend_cached",
-                grid,
-                [128, 1, 1],
-                self.seen * 4,
-                &args,
-            )
-        }
-    }
 }

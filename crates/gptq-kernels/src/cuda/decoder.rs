@@ -7,16 +7,20 @@ use gptq_types::{DeviceMatrix, Dtype, SolvedLayer};
 
 use super::Gpu;
 use super::error::CudaError;
+use super::launch::Arg;
 use super::memory::Buffer;
 use super::program::Program;
-use super::text::{Output, RowOrder};
-use crate::Rotation;
+use super::text::by_eights;
+use crate::{Pairing, Rotation};
 
-/// Cosines and sines on the GPU, f32 `[positions, head_dim / 2]`.
+/// Cosines and sines on the GPU, f32 `[positions, rotary_dim / 2]`, and which components of a head of
+/// `head_dim` they turn.
 pub struct Turn {
     cosine: Buffer,
     sine: Buffer,
-    head_dim: usize,
+    pub(super) head_dim: usize,
+    pub(super) rotary_dim: usize,
+    pub(super) pairing: Pairing,
 }
 
 impl Turn {
@@ -27,6 +31,8 @@ impl Turn {
             cosine: Buffer::from_host(gpu, cosine)?,
             sine: Buffer::from_host(gpu, sine)?,
             head_dim: rotation.head_dim(),
+            rotary_dim: rotation.rotary_dim(),
+            pairing: rotation.pairing(),
         })
     }
 
@@ -45,15 +51,16 @@ pub(super) fn program(dtype: Dtype) -> Program {
 pub(super) const LINE: usize = 256;
 
 impl Gpu {
-    /// `out[i] = table[ids[i]]`, rows of `table.columns`.
+    /// `out[i] = factor * table[ids[i]]`, rows of `table.columns`, rounded once.
     pub fn embed(
         self: &Arc<Self>,
         out: u64,
         table: DeviceMatrix,
         ids: &[u32],
+        factor: f32,
     ) -> Result<(), CudaError> {
         let there = Buffer::from_host(self, ids)?;
-        self.look_up(out, table, &there, ids.len())
+        self.look_up(out, table, &there, ids.len(), factor)
     }
 
     /// The same with `count` ids (u32) on the GPU, each of them inside the table.
@@ -63,41 +70,24 @@ impl Gpu {
         table: DeviceMatrix,
         ids: &Buffer,
         count: usize,
+        factor: f32,
     ) -> Result<(), CudaError> {
-        let args = [
+        let mut args = vec![
             out.into(),
             table.address.into(),
             ids.into(),
             (table.columns as i32).into(),
         ];
-        // SAFETY: ids were checked against the table by the caller; out has a row for each.
-        unsafe {
-            self.launch(
-                program(table.dtype),
-                "embed",
-                [count, 1, 1],
-                [LINE, 1, 1],
-                0,
-                &args,
-            )
-        }
-    }
-
-    /// Root-mean-square norm over runs of as many columns as `weight` has f32 values.
-    pub fn rms_norm(
-        &self,
-        out: u64,
-        x: DeviceMatrix,
-        weight: &Buffer,
-        eps: f32,
-    ) -> Result<(), CudaError> {
-        let width = weight.bytes() / 4;
-        let runs = DeviceMatrix {
-            rows: x.rows * x.columns / width,
-            columns: width,
-            ..x
+        let name = match factor == 1.0 {
+            true => "embed",
+            false => {
+                args.push(factor.into());
+                "embed_scaled"
+            }
         };
-        self.norm_rows(out, RowOrder::natural(width), runs, weight, eps)
+        let (grid, block) = ([count, 1, 1], [LINE, 1, 1]);
+        // SAFETY: ids were checked against the table by the caller; out has a row for each.
+        unsafe { self.launch(program(table.dtype), name, grid, block, 0, &args) }
     }
 
     /// Rotary embedding in place; row `r` stands at position `r % tokens` of the table.
@@ -109,19 +99,41 @@ impl Gpu {
             (&turn.sine).into(),
             (heads as i32).into(),
             (turn.head_dim as i32).into(),
+            ((turn.rotary_dim / 2) as i32).into(),
             (tokens as i32).into(),
         ];
+        let name = match turn.pairing {
+            Pairing::Halves => "rotate",
+            Pairing::Interleaved => "rotate_pairs",
+        };
+        let (grid, block) = ([x.rows, 1, 1], [LINE, 1, 1]);
         // SAFETY: the table has `tokens` positions, the caller made it for this window length.
-        unsafe {
-            self.launch(
-                program(x.dtype),
-                "rotate",
-                [x.rows, 1, 1],
-                [LINE, 1, 1],
-                0,
-                &args,
-            )
-        }
+        unsafe { self.launch(program(x.dtype), name, grid, block, 0, &args) }
+    }
+
+    /// `out [x.rows, columns] = x[:, first..first + columns]`.
+    pub fn copy_columns(
+        &self,
+        out: u64,
+        x: DeviceMatrix,
+        first: usize,
+        columns: usize,
+    ) -> Result<(), CudaError> {
+        assert!(first + columns <= x.columns, "columns of the matrix");
+        let from = x.address + 2 * first as u64;
+        let name = match by_eights(&[x.columns, columns], &[out, from]) {
+            true => "copy_columns_8",
+            false => "copy_columns_1",
+        };
+        let args = [
+            out.into(),
+            from.into(),
+            (x.columns as i32).into(),
+            (columns as i32).into(),
+        ];
+        let (grid, block) = ([x.rows, 1, 1], [LINE, 1, 1]);
+        // SAFETY: the columns lie inside x, asserted above; out has rows of `columns`.
+        unsafe { self.launch(program(x.dtype), name, grid, block, 0, &args) }
     }
 
     fn flat(
@@ -129,7 +141,7 @@ impl Gpu {
         name: &'static str,
         dtype: Dtype,
         threads: usize,
-        args: &[super::launch::Arg],
+        args: &[Arg],
     ) -> Result<(), CudaError> {
         // SAFETY: every flat kernel stops at its count, the last argument; matrices have that size.
         unsafe {
@@ -144,15 +156,23 @@ impl Gpu {
         }
     }
 
-    /// `gate = silu(gate) * up`.
-    pub fn swiglu(&self, gate: DeviceMatrix, up: DeviceMatrix) -> Result<(), CudaError> {
-        let (rows, columns) = (gate.rows, gate.columns);
-        let outputs = [gate, up].map(|matrix| Output {
-            address: matrix.address,
-            pitch: columns,
-        });
-        let order = RowOrder::natural(columns);
-        self.gate_rows(gate.address, order, outputs, [rows, columns], gate.dtype)
+    /// The same for a kernel that waits itself for the one before.
+    fn flat_behind(
+        &self,
+        program: Program,
+        name: &'static str,
+        threads: usize,
+        args: &[Arg],
+    ) -> Result<(), CudaError> {
+        let (grid, block) = ([threads.div_ceil(LINE), 1, 1], [LINE, 1, 1]);
+        // SAFETY: as for `flat`.
+        unsafe { self.launch_behind(program, name, grid, block, 0, args) }
+    }
+
+    /// A decoder's program for what knows no sixteen-bit floats: the one that is loaded.
+    fn any_decoder(&self) -> Program {
+        let bf16 = self.has(program(Dtype::BF16));
+        Program::Decoder { bf16 }
     }
 
     /// `x += y`.
@@ -160,6 +180,49 @@ impl Gpu {
         let count = x.rows * x.columns;
         let args = [x.address.into(), y.address.into(), (count as i64).into()];
         self.flat("add", x.dtype, count.div_ceil(8), &args)
+    }
+
+    /// `x += factor * y`, the product rounded before it is added.
+    pub fn add_scaled(
+        &self,
+        x: DeviceMatrix,
+        y: DeviceMatrix,
+        factor: f32,
+    ) -> Result<(), CudaError> {
+        let count = x.rows * x.columns;
+        let args = [
+            x.address.into(),
+            y.address.into(),
+            factor.into(),
+            (count as i64).into(),
+        ];
+        self.flat_behind(program(x.dtype), "add_scaled", count.div_ceil(8), &args)
+    }
+
+    /// `x *= factor`.
+    pub fn scale(&self, x: DeviceMatrix, factor: f32) -> Result<(), CudaError> {
+        let count = x.rows * x.columns;
+        let args = [x.address.into(), factor.into(), (count as i64).into()];
+        self.flat_behind(program(x.dtype), "scale", count.div_ceil(8), &args)
+    }
+
+    /// `x = cap * tanh(x / cap)` of `count` f32 values (Gemma 2).
+    pub fn soft_cap(&self, address: u64, count: usize, cap: f32) -> Result<(), CudaError> {
+        let args = [address.into(), cap.into(), (count as i64).into()];
+        self.flat_behind(self.any_decoder(), "soft_cap", count, &args)
+    }
+
+    /// Where the first element of `x` is that is infinite or no number; waits for all work queued so far.
+    pub fn first_not_finite(self: &Arc<Self>, x: DeviceMatrix) -> Result<Option<usize>, CudaError> {
+        let count = x.rows * x.columns;
+        let found = Buffer::from_host(self, &[u64::MAX])?;
+        let args = [(&found).into(), x.address.into(), (count as i64).into()];
+        let blocks = (count.div_ceil(8 * LINE)).min(8 * self.multiprocessors());
+        let (grid, block) = ([blocks, 1, 1], [LINE, 1, 1]);
+        // SAFETY: the kernel stops at its count, which the matrix has.
+        unsafe { self.launch(program(x.dtype), "first_not_finite", grid, block, 0, &args)? };
+        let found: Vec<u64> = found.to_host(1)?;
+        Ok((found[0] != u64::MAX).then_some(found[0] as usize))
     }
 
     /// `x [rows, n] += bias [n]`, the bias in f32.

@@ -183,7 +183,7 @@ impl Gpu {
     /// Compiles and loads every kernel; returns the seconds it took.
     pub fn compile_all(&self) -> Result<f64, CudaError> {
         let start = std::time::Instant::now();
-        for program in Program::ALL {
+        for program in Program::all() {
             self.module(program)?;
         }
         Ok(start.elapsed().as_secs_f64())

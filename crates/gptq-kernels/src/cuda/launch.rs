@@ -61,6 +61,11 @@ impl Gpu {
         Ok(function)
     }
 
+    /// Whether a program is loaded.
+    pub(super) fn has(&self, program: Program) -> bool {
+        self.modules.borrow().contains_key(&program)
+    }
+
     pub(super) fn module(&self, program: Program) -> Result<sys::CUmodule, CudaError> {
         if let Some(found) = self.modules.borrow().get(&program) {
             return Ok(*found);

@@ -11,12 +11,30 @@ use super::error::CudaError;
 /// One file of `kernels/`, for one kind of sixteen-bit float and one width of codes where it has any.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Program {
-    Decoder { bf16: bool },
+    /// Attention with a cap of scores, a window of keys, or both; without either it is in `Text`.
+    Attend {
+        bf16: bool,
+        cap: bool,
+        window: bool,
+    },
+    Decoder {
+        bf16: bool,
+    },
     Descent,
     Hessian,
-    Packed { bf16: bool, bits: u8 },
-    Sweep { bf16: bool },
-    Text { bf16: bool },
+    OtherBlocks {
+        bf16: bool,
+    },
+    Packed {
+        bf16: bool,
+        bits: u8,
+    },
+    Sweep {
+        bf16: bool,
+    },
+    Text {
+        bf16: bool,
+    },
 }
 
 macro_rules! source {
@@ -26,52 +44,50 @@ macro_rules! source {
 }
 
 /// What the files of `kernels/` include, by name.
-const HEADERS: [(&str, &str); 10] = [
+const HEADERS: [(&str, &str); 13] = [
     ("half.cuh", source!("half.cuh")),
     ("grid.cuh", source!("grid.cuh")),
     ("packed.cuh", source!("packed.cuh")),
     ("few_rows.cuh", source!("few_rows.cuh")),
     ("more_rows.cuh", source!("more_rows.cuh")),
     ("wgmma.cuh", source!("wgmma.cuh")),
+    ("attend.cuh", source!("attend.cuh")),
     ("attend_group.cuh", source!("attend_group.cuh")),
     ("attend_heads.cuh", source!("attend_heads.cuh")),
     ("attend_newest.cuh", source!("attend_newest.cuh")),
     ("attend_prompt.cuh", source!("attend_prompt.cuh")),
+    ("rows.cuh", source!("rows.cuh")),
+    ("scores.cuh", source!("scores.cuh")),
 ];
 
 impl Program {
-    pub const ALL: [Program; 12] = [
-        Program::Decoder { bf16: false },
-        Program::Decoder { bf16: true },
-        Program::Descent,
-        Program::Hessian,
-        Program::Packed {
-            bf16: false,
-            bits: 4,
-        },
-        Program::Packed {
-            bf16: false,
-            bits: 8,
-        },
-        Program::Packed {
-            bf16: true,
-            bits: 4,
-        },
-        Program::Packed {
-            bf16: true,
-            bits: 8,
-        },
-        Program::Sweep { bf16: false },
-        Program::Sweep { bf16: true },
-        Program::Text { bf16: false },
-        Program::Text { bf16: true },
-    ];
+    /// All of them.
+    pub fn all() -> Vec<Program> {
+        let mut all = vec![Program::Descent, Program::Hessian];
+        for bf16 in [false, true] {
+            for (cap, window) in [(true, false), (false, true), (true, true)] {
+                all.push(Program::Attend { bf16, cap, window });
+            }
+            all.extend([Program::Decoder { bf16 }, Program::OtherBlocks { bf16 }]);
+            all.extend([4, 8].map(|bits| Program::Packed { bf16, bits }));
+            all.extend([Program::Sweep { bf16 }, Program::Text { bf16 }]);
+        }
+        all
+    }
 
     fn file(self) -> &'static str {
         match self {
+            Program::Attend {
+                cap: true, window, ..
+            } => match window {
+                true => "attend_cap_window.cu",
+                false => "attend_cap.cu",
+            },
+            Program::Attend { cap: false, .. } => "attend_window.cu",
             Program::Decoder { .. } => "decoder.cu",
             Program::Descent => "descent.cu",
             Program::Hessian => "hessian.cu",
+            Program::OtherBlocks { .. } => "other_blocks.cu",
             Program::Packed { .. } => "packed.cu",
             Program::Sweep { .. } => "sweep.cu",
             Program::Text { .. } => "text.cu",
@@ -80,9 +96,17 @@ impl Program {
 
     fn source(self) -> &'static str {
         match self {
+            Program::Attend {
+                cap: true, window, ..
+            } => match window {
+                true => source!("attend_cap_window.cu"),
+                false => source!("attend_cap.cu"),
+            },
+            Program::Attend { cap: false, .. } => source!("attend_window.cu"),
             Program::Decoder { .. } => source!("decoder.cu"),
             Program::Descent => source!("descent.cu"),
             Program::Hessian => source!("hessian.cu"),
+            Program::OtherBlocks { .. } => source!("other_blocks.cu"),
             Program::Packed { .. } => source!("packed.cu"),
             Program::Sweep { .. } => source!("sweep.cu"),
             Program::Text { .. } => source!("text.cu"),
@@ -91,7 +115,9 @@ impl Program {
 
     fn bf16(self) -> bool {
         match self {
-            Program::Decoder { bf16 }
+            Program::Attend { bf16, .. }
+            | Program::Decoder { bf16 }
+            | Program::OtherBlocks { bf16 }
             | Program::Packed { bf16, .. }
             | Program::Sweep { bf16 }
             | Program::Text { bf16 } => bf16,
@@ -239,7 +265,7 @@ mod tests {
             } else {
                 let compiled =
                     |program: &Program| program.file() == name && program.source() == text;
-                assert!(Program::ALL.iter().any(compiled), "{name}");
+                assert!(Program::all().iter().any(compiled), "{name}");
             }
         }
         assert_eq!(headers, HEADERS.len());

@@ -8,6 +8,7 @@ use super::Gpu;
 use super::decoder;
 use super::error::CudaError;
 use super::memory::Buffer;
+use super::norm::DeviceNorm;
 
 /// Logits that exist at a time, in bytes of f32.
 const LOGIT_BYTES: usize = 1 << 30;
@@ -16,10 +17,9 @@ const LOGIT_BYTES: usize = 1 << 30;
 pub struct DeviceHead {
     gpu: Arc<Gpu>,
     weight: Buffer,
-    norm: Buffer, // [width]
-    eps: f32,
+    norm: DeviceNorm,
+    soft_cap: Option<f32>,
     vocab: usize,
-    width: usize,
     dtype: Dtype,
 }
 
@@ -77,21 +77,21 @@ pub struct RowScore {
 }
 
 impl DeviceHead {
-    /// A head `[vocab, norm.len()]` of `dtype` whose weight is there already.
+    /// A head `[vocab, norm.width()]` of `dtype` whose weight is there already; logits `x` become
+    /// `cap * tanh(x / cap)` where there is a `soft_cap`.
     pub fn new(
         gpu: &Arc<Gpu>,
         weight: Buffer,
         dtype: Dtype,
-        norm: &[f32],
-        eps: f32,
+        norm: DeviceNorm,
+        soft_cap: Option<f32>,
     ) -> Result<Self, CudaError> {
         Ok(DeviceHead {
             gpu: gpu.clone(),
-            vocab: weight.bytes() / 2 / norm.len(),
+            vocab: weight.bytes() / 2 / norm.width(),
             weight,
-            norm: Buffer::from_host(gpu, norm)?,
-            eps,
-            width: norm.len(),
+            norm,
+            soft_cap,
             dtype,
         })
     }
@@ -105,7 +105,7 @@ impl DeviceHead {
         DeviceMatrix {
             address,
             rows,
-            columns: self.width,
+            columns: self.norm.width(),
             dtype: self.dtype,
         }
     }
@@ -118,13 +118,17 @@ impl DeviceHead {
         ids: &Buffer,
         count: usize,
     ) -> Result<(), CudaError> {
-        let x = (self.gpu).scratch("rows of the head", count * self.width * 2)?;
-        let all = self.matrix(states.address(), states.bytes() / 2 / self.width);
+        let x = (self.gpu).scratch("rows of the head", count * self.norm.width() * 2)?;
+        let all = self.matrix(states.address(), states.bytes() / 2 / self.norm.width());
         let own = self.matrix(x.address(), count);
-        self.gpu.look_up(own.address, all, ids, count)?;
-        (self.gpu).rms_norm(own.address, own, &self.norm, self.eps)?;
+        self.gpu.look_up(own.address, all, ids, count, 1.0)?;
+        self.gpu.norm(own.address, own, &self.norm)?;
         let head = self.matrix(self.weight.address(), self.vocab);
-        self.gpu.project(out, true, own, head)
+        self.gpu.project(out, true, own, head)?;
+        match self.soft_cap {
+            Some(cap) => self.gpu.soft_cap(out, count * self.vocab, cap),
+            None => Ok(()),
+        }
     }
 
     /// Row `row` of `states` for the token that follows it, for all `(row, target)`; `reference`

@@ -1,5 +1,5 @@
-//! Norms and gates between the packed products of a pass, and the order of their rows; the kernels
-//! are described in `kernels/text.cu`. Addresses are of sixteen-bit row-major matrices.
+//! What is computed element by element between the packed products of a pass, and the order of its rows;
+//! the kernels are described in `kernels/rows.cuh`. Addresses are of sixteen-bit row-major matrices.
 
 use gptq_types::{DeviceMatrix, Dtype};
 
@@ -8,6 +8,7 @@ use super::error::CudaError;
 use super::launch::Arg;
 use super::memory::Buffer;
 use super::program::Program;
+use crate::Activation;
 
 /// Up to so many rows a gate is read where its place in the order says; a block takes a row beyond.
 const FEW_GATES: usize = 4;
@@ -18,6 +19,13 @@ const SHARED: usize = 96 << 10;
 
 pub(super) fn program(dtype: Dtype) -> Program {
     Program::Text {
+        bf16: dtype == Dtype::BF16,
+    }
+}
+
+/// What blocks beside Llama's have.
+pub(super) fn others(dtype: Dtype) -> Program {
+    Program::OtherBlocks {
         bf16: dtype == Dtype::BF16,
     }
 }
@@ -63,80 +71,124 @@ pub struct Output {
     pub pitch: usize,
 }
 
-impl Gpu {
-    /// Root-mean-square norm of rows `x`, written in `order`.
-    pub fn norm_rows(
-        &self,
-        out: u64,
-        order: RowOrder,
-        x: DeviceMatrix,
-        weight: &Buffer,
-        eps: f32,
-    ) -> Result<(), CudaError> {
-        let args = [
-            out.into(),
-            x.address.into(),
-            weight.into(),
-            address(order.channels),
-            (x.columns as i32).into(),
-            (order.width as i32).into(),
-            eps.into(),
-        ];
-        let (name, values) = match by_eights(&[x.columns, order.width], &[out, x.address]) {
-            true => ("norm_rows_8", 8),
-            false => ("norm_rows_1", 1),
-        };
-        let warps = x.columns.div_ceil(32 * values).min(32);
-        let (grid, block, shared) = ([x.rows, 1, 1], [32 * warps, 1, 1], x.columns * 2);
-        // SAFETY: out has rows of the order's width.
-        unsafe { self.launch_behind(program(x.dtype), name, grid, block, shared, &args) }
-    }
+/// Kernels that take one element and eight at a time where a thread reads its input from far, and where a
+/// block puts a whole row in order.
+struct Names {
+    scattered: [&'static str; 2],
+    in_order: [&'static str; 2],
+}
 
-    /// `silu(gate) * up` of `count` rows of `columns`, written in `order`.
+macro_rules! names {
+    ($name:literal) => {
+        Names {
+            scattered: [concat!($name, "_1"), concat!($name, "_8")],
+            in_order: [concat!($name, "_in_order_1"), concat!($name, "_in_order_8")],
+        }
+    };
+}
+
+impl Gpu {
+    /// `activation(gate) * up` of `count` rows of `columns`, written in `order`.
     pub fn gate_rows(
         &self,
         out: u64,
         order: RowOrder,
         [gate, up]: [Output; 2],
-        [count, columns]: [usize; 2],
+        size: [usize; 2],
         dtype: Dtype,
+        activation: Activation,
     ) -> Result<(), CudaError> {
-        assert_eq!(gate.pitch, up.pitch, "rows of both");
-        let widths = [columns, gate.pitch, order.width];
-        let eights = by_eights(&widths, &[out, gate.address, up.address]);
+        let (program, names) = match activation {
+            Activation::Silu => (program(dtype), names!("gate_rows")),
+            Activation::GeluTanh => (others(dtype), names!("gate_rows_gelu")),
+        };
+        self.write_rows(program, names, out, order, [gate, up], size)
+    }
+
+    /// `activation(x)` of `count` rows of `columns`, written in `order`.
+    pub fn activate_rows(
+        &self,
+        out: u64,
+        order: RowOrder,
+        x: Output,
+        size: [usize; 2],
+        dtype: Dtype,
+        activation: Activation,
+    ) -> Result<(), CudaError> {
+        let names = match activation {
+            Activation::Silu => names!("silu_rows"),
+            Activation::GeluTanh => names!("gelu_rows"),
+        };
+        self.write_rows(others(dtype), names, out, order, [x, x], size)
+    }
+
+    /// Rows `x` as they are, written in `order`.
+    pub fn gather_rows(&self, out: u64, order: RowOrder, x: DeviceMatrix) -> Result<(), CudaError> {
+        let rows = Output {
+            address: x.address,
+            pitch: x.columns,
+        };
+        let (names, size) = (names!("gather_rows"), [x.rows, x.columns]);
+        self.write_rows(others(x.dtype), names, out, order, [rows; 2], size)
+    }
+
+    /// `gate = activation(gate) * up`.
+    pub fn gate(
+        &self,
+        gate: DeviceMatrix,
+        up: DeviceMatrix,
+        activation: Activation,
+    ) -> Result<(), CudaError> {
+        let (rows, columns) = (gate.rows, gate.columns);
+        let outputs = [gate, up].map(|matrix| Output {
+            address: matrix.address,
+            pitch: columns,
+        });
+        let (order, size) = (RowOrder::natural(columns), [rows, columns]);
+        self.gate_rows(gate.address, order, outputs, size, gate.dtype, activation)
+    }
+
+    /// What a kernel makes of two inputs, or of the first one, element by element.
+    fn write_rows(
+        &self,
+        program: Program,
+        names: Names,
+        out: u64,
+        order: RowOrder,
+        [x, y]: [Output; 2],
+        [count, columns]: [usize; 2],
+    ) -> Result<(), CudaError> {
+        let widths = [columns, x.pitch, y.pitch, order.width];
+        let eights = by_eights(&widths, &[out, x.address, y.address]);
         let mut args: Vec<Arg> = vec![
             out.into(),
-            gate.address.into(),
-            up.address.into(),
+            x.address.into(),
+            y.address.into(),
             address(order.channels),
-            (gate.pitch as i32).into(),
+            (x.pitch as i32).into(),
+            (y.pitch as i32).into(),
         ];
         let shared = 2 * columns;
         if order.channels.is_some() && count > FEW_GATES && shared <= SHARED {
             args.push((columns as i32).into());
             args.push((order.width as i32).into());
-            let name = match eights {
-                true => "gate_rows_in_order_8",
-                false => "gate_rows_in_order_1",
-            };
+            let name = names.in_order[usize::from(eights)];
             let (grid, block) = ([count, 1, 1], [512, 1, 1]);
             // SAFETY: as below; a channel for each place of the order.
-            return unsafe { self.launch_behind(program(dtype), name, grid, block, shared, &args) };
+            return unsafe { self.launch_behind(program, name, grid, block, shared, &args) };
         }
         args.push((order.width as i32).into());
-        let (name, values) = match eights {
-            true => ("gate_rows_8", 8),
-            false => ("gate_rows_1", 1),
-        };
+        let name = names.scattered[usize::from(eights)];
+        let values = if eights { 8 } else { 1 };
         let columns = order.width.div_ceil(128 * values);
         for first in (0..count).step_by(MOST_ROWS) {
             let from = |address: u64, pitch: usize| Arg::from(address + 2 * (first * pitch) as u64);
             args[0] = from(out, order.width);
-            args[1] = from(gate.address, gate.pitch);
-            args[2] = from(up.address, up.pitch);
+            args[1] = from(x.address, x.pitch);
+            args[2] = from(y.address, y.pitch);
             let grid = [columns, (count - first).min(MOST_ROWS), 1];
-            // SAFETY: out has rows of the order's width; the caller vouches for both inputs.
-            unsafe { self.launch_behind(program(dtype), name, grid, [128, 1, 1], 0, &args)? };
+            // SAFETY: out has rows of the order's width; the caller vouches for the inputs.
+            unsafe { self.launch_behind(program, name, grid, [128, 1, 1], 0, &args)? };
         }
         Ok(())
     }

@@ -1,16 +1,23 @@
 //! Llama 1, 2 and 3 (`LlamaForCausalLM`, arXiv:2302.13971 and later), and all that call
 //! themselves so.
 
-use crate::config::{ConfigError, DecoderConfig, Fields, read_common};
+use super::parts::AttentionBias;
+use super::relative::Relative;
+use super::rotaries::Rotaries;
+use super::sizes::Defaults;
+use super::{Reader, Sizes, windows};
+use crate::config::ConfigError;
+use crate::config_keys::Honoured;
+use crate::spec::ModelSpec;
 
-pub(super) fn read(fields: &Fields<'_>) -> Result<DecoderConfig, ConfigError> {
-    let attention_bias = fields.flag("attention_bias", false)?;
-    Ok(DecoderConfig {
-        qkv_bias: attention_bias,
-        o_bias: attention_bias,
-        mlp_bias: fields.flag("mlp_bias", false)?,
+pub(super) fn read(reader: &Reader<'_>) -> Result<ModelSpec, ConfigError> {
+    let sizes = Sizes::read(reader, &Honoured::NOTHING, &Defaults::LLAMA)?;
+    let bias = reader.fields.flag("attention_bias", false)?;
+    let relative = Relative {
+        attention_bias: AttentionBias::all(bias),
+        mlp_bias: reader.fields.flag("mlp_bias", false)?,
         // Llama has none; what calls itself so and gives one is taken at its word.
-        sliding_window: super::window(fields)?,
-        ..read_common(fields, &[])?
-    })
+        ..Relative::new(windows::everywhere(reader, sizes.blocks)?)
+    };
+    Ok(relative.model(reader, &sizes, Rotaries::one(reader, &sizes)?))
 }

@@ -1,106 +1,131 @@
-//! One file a family: what its `config.json` says beyond the common part.
+//! One file a family: what its `config.json` says, as a [`ModelSpec`].
+//!
+//! A family reads the sizes that all share ([`Sizes::read`]), puts blocks together from the branches of
+//! `parts.rs`, and changes what it has otherwise. Its line in [`FAMILIES`] registers it.
 
+mod cohere;
+mod exaone4;
+mod gemma;
+mod gemma2;
+mod gemma3;
+mod gemma4;
+mod glm4;
+mod hunyuan;
 mod llama;
+mod ministral3;
 mod mistral;
+mod olmo2;
+mod olmo3;
+mod parts;
+mod paths;
+mod phi3;
 mod qwen2;
 mod qwen3;
+mod relative;
+mod rotaries;
+mod sizes;
+mod starcoder2;
+mod windows;
 
 use gptq_types::outside_name::shown;
+use serde_json::Value;
 
-use crate::config::{ConfigError, DecoderConfig, Fields};
+use crate::config::{ConfigError, Fields};
+use crate::config_keys::Honoured;
+use crate::spec::ModelSpec;
+
+pub(crate) use paths::Paths;
+pub(crate) use sizes::Sizes;
+
+/// Reads a family's `config.json`.
+type Read = fn(&Reader<'_>) -> Result<ModelSpec, ConfigError>;
+
+/// `model_type`s and their readers.
+const FAMILIES: &[(&str, Read)] = &[
+    ("cohere", cohere::read),
+    ("cohere2", cohere::read_second),
+    ("exaone4", exaone4::read),
+    ("gemma", gemma::read),
+    ("gemma2", gemma2::read),
+    ("gemma3_text", gemma3::read),
+    ("gemma4_text", gemma4::read),
+    ("gemma4_unified_text", gemma4::read_unified),
+    ("glm4", glm4::read),
+    ("hunyuan_v1_dense", hunyuan::read),
+    ("llama", llama::read),
+    ("ministral3", ministral3::read),
+    ("mistral", mistral::read),
+    ("olmo2", olmo2::read),
+    ("olmo3", olmo3::read),
+    ("phi3", phi3::read),
+    ("qwen2", qwen2::read),
+    ("qwen3", qwen3::read),
+    ("starcoder2", starcoder2::read),
+];
 
 /// The families, for error messages.
-pub(crate) const KNOWN: &str = "llama, mistral, qwen2, qwen3";
-
-/// Reads the fields of a `model_type`.
-pub(crate) fn read(model_type: &str, fields: &Fields<'_>) -> Result<DecoderConfig, ConfigError> {
-    match model_type {
-        "llama" => llama::read(fields),
-        "mistral" => mistral::read(fields),
-        "qwen2" => qwen2::read(fields),
-        "qwen3" => qwen3::read(fields),
-        other => Err(ConfigError::UnknownArchitecture(shown(other, 80))),
-    }
+pub(crate) fn known() -> String {
+    let names: Vec<&str> = FAMILIES.iter().map(|(name, _)| *name).collect();
+    names.join(", ")
 }
 
-/// `sliding_window` of the file, and what `layer_types` say of it: one list of one entry a block.
-fn window(fields: &Fields<'_>) -> Result<Option<usize>, ConfigError> {
-    layer_kinds(fields)?;
-    fields.optional_size("sliding_window")
+/// A config, and where the checkpoint's tensors lie.
+pub(crate) struct Reader<'a> {
+    /// Of the text model.
+    pub fields: Fields<'a>,
+    /// Of the whole file, where the text model is part of it.
+    pub outer: Option<Fields<'a>>,
+    pub paths: Paths,
 }
 
-/// Qwen's rule, as transformers has it: `layer_types` where given; else, if `use_sliding_window`, the
-/// blocks from `max_window_layers` on. One block with a window is enough to have one here: windows
-/// that are longer are refused, and within it all blocks see the same.
-fn qwen_window(fields: &Fields<'_>) -> Result<Option<usize>, ConfigError> {
-    const WINDOW: usize = 4096;
-    const MAX_WINDOW_LAYERS: usize = 28;
-    let kinds = layer_kinds(fields)?;
-    let layers = fields.size("num_hidden_layers")?;
-    let first = (fields.optional_size("max_window_layers")?).unwrap_or(MAX_WINDOW_LAYERS);
-    let windowed = match (fields.flag("use_sliding_window", false)?, kinds) {
-        (false, Some(Kinds::Windowed)) => {
-            let found = fields
-                .get("layer_types")
-                .map_or(String::new(), ToString::to_string);
-            let expected = "full attention alone, since use_sliding_window is false";
-            return Err(ConfigError::value("layer_types", found, expected));
+impl Reader<'_> {
+    /// A flag of the text model, else of the whole file.
+    pub fn flag(&self, key: &'static str, default: bool) -> Result<bool, ConfigError> {
+        match (self.fields.get(key), self.outer) {
+            (None, Some(outer)) => outer.flag(key, default),
+            _ => self.fields.flag(key, default),
         }
-        (false, _) | (true, Some(Kinds::Full)) => false,
-        (true, Some(Kinds::Windowed)) => true,
-        (true, None) => first < layers,
-    };
-    match (windowed, fields.0.get("sliding_window")) {
-        (false, _) => Ok(None),
-        (true, None) => Ok(Some(WINDOW)),
-        (true, Some(_)) => fields.optional_size("sliding_window"),
     }
-}
 
-/// What a list of `layer_types` comes to.
-#[derive(Clone, Copy)]
-enum Kinds {
-    /// Every block sees all that came before.
-    Full,
-    /// Some look back as far as the window.
-    Windowed,
-}
-
-fn layer_kinds(fields: &Fields<'_>) -> Result<Option<Kinds>, ConfigError> {
-    const KEY: &str = "layer_types";
-    let Some(value) = fields.get(KEY) else {
-        return Ok(None);
-    };
-    let layers = fields.size("num_hidden_layers")?;
-    let list = (value.as_array()).filter(|list| list.len() == layers);
-    let Some(list) = list else {
-        return Err(ConfigError::value(KEY, value, "a kind for each block"));
-    };
-    let mut kinds = Kinds::Full;
-    for kind in list {
-        match kind.as_str() {
-            Some("full_attention") => {}
-            Some("sliding_attention") => kinds = Kinds::Windowed,
-            _ => {
-                let expected = "full_attention or sliding_attention";
-                return Err(ConfigError::unsupported(KEY, kind, expected));
+    /// Refuses a text other than these.
+    pub fn text_is(&self, key: &'static str, words: &[&str]) -> Result<(), ConfigError> {
+        match self.fields.text(key)?.filter(|text| !words.contains(text)) {
+            Some(text) => {
+                let expected = "what its family has, since it changes the model";
+                Err(ConfigError::unsupported(key, text, expected))
             }
+            None => Ok(()),
         }
     }
-    Ok(Some(kinds))
+
+    /// Refuses keys that make another model than this family's, given those that it honours itself;
+    /// returns those that nobody knows.
+    pub fn check_keys(&self, honoured: &Honoured) -> Result<Vec<String>, ConfigError> {
+        crate::config_keys::check(&self.fields, honoured)
+    }
 }
 
-/// Names a flag that the family does not read where it is not what the family does anyway, as
-/// transformers has it: which tensors there are decides.
-fn name_unlike(
-    config: &mut DecoderConfig,
-    fields: &Fields<'_>,
-    flags: &[(&'static str, bool)],
-) -> Result<(), ConfigError> {
-    for &(key, does) in flags {
-        if fields.flag(key, does)? != does {
-            config.unread_keys.push(key.to_string());
-        }
-    }
-    Ok(())
+/// Reads the text of a `config.json`; `names` are those of the checkpoint's tensors.
+pub(crate) fn read(text: &str, names: &[String]) -> Result<ModelSpec, ConfigError> {
+    let json: Value = serde_json::from_str(text)?;
+    let whole = Fields(&json);
+    // The text model of a multimodal checkpoint describes itself in a block of its own.
+    let inner = whole.object("text_config")?;
+    let fields = inner.unwrap_or(whole);
+    let model_type = fields
+        .text("model_type")?
+        .ok_or(ConfigError::Missing("model_type"))?;
+    let family = FAMILIES.iter().find(|(name, _)| *name == model_type);
+    let Some((_, read)) = family else {
+        return Err(ConfigError::UnknownArchitecture(shown(model_type, 80)));
+    };
+    let reader = Reader {
+        fields,
+        outer: inner.map(|_| whole),
+        paths: Paths::of(names, inner.is_some()),
+    };
+    let mut spec = read(&reader)?;
+    spec.multimodal = inner.is_some();
+    spec.check_sizes()?;
+    Ok(spec)
 }

@@ -1,15 +1,26 @@
 //! Qwen2 and Qwen2.5 (`Qwen2ForCausalLM`, arXiv:2407.10671): Llama with biases on queries, keys
 //! and values.
 
-use crate::config::{ConfigError, DecoderConfig, Fields, read_common};
+use super::parts::AttentionBias;
+use super::relative::{Relative, name_unlike};
+use super::rotaries::Rotaries;
+use super::sizes::Defaults;
+use super::{Reader, Sizes, windows};
+use crate::config::ConfigError;
+use crate::config_keys::Honoured;
+use crate::spec::ModelSpec;
 
-pub(super) fn read(fields: &Fields<'_>) -> Result<DecoderConfig, ConfigError> {
-    let mut config = DecoderConfig {
-        qkv_bias: true,
-        sliding_window: super::qwen_window(fields)?,
-        ..read_common(fields, &[("qkv_bias", true), ("use_qkv_bias", true)])?
-    };
+pub(super) fn read(reader: &Reader<'_>) -> Result<ModelSpec, ConfigError> {
+    let honoured = Honoured::means(&[("qkv_bias", true), ("use_qkv_bias", true)]);
+    let mut sizes = Sizes::read(reader, &honoured, &Defaults::LLAMA)?;
     let flags = [("attention_bias", true), ("mlp_bias", false)];
-    super::name_unlike(&mut config, fields, &flags)?;
-    Ok(config)
+    name_unlike(&mut sizes, reader, &flags)?;
+    let relative = Relative {
+        attention_bias: AttentionBias {
+            input: true,
+            output: false,
+        },
+        ..Relative::new(windows::of_qwen(reader, sizes.blocks)?)
+    };
+    Ok(relative.model(reader, &sizes, Rotaries::one(reader, &sizes)?))
 }

@@ -1,7 +1,8 @@
 //! What a branch will cost, about.
 
-use gptq_model::DecoderConfig;
-use gptq_types::{ColumnOrder, LossMeasure, Method, Permutation, Stage};
+use gptq_model::spec::KeySource;
+use gptq_model::{CaptureGroup, LinearSpec, ModelSpec};
+use gptq_types::{ColumnOrder, LossMeasure, Method, Permutation};
 
 /// Bytes that a process holds whatever it works on.
 const FIXED: u128 = 150 << 20;
@@ -14,62 +15,69 @@ pub(crate) const SQUARED: f64 = 1.0 / 8.0;
 const ORDERS_TRIED: f64 = 3.5;
 
 /// Floating-point operations: one forward pass, the Hessians, the factors, the sweeps.
-pub(super) fn flop(config: &DecoderConfig, permutation: &Permutation) -> f64 {
-    let blocks = config.num_hidden_layers as f64;
+pub(super) fn flop(model: &ModelSpec, permutation: &Permutation) -> f64 {
     if permutation.spec.method == Method::Rtn {
         return 0.0;
     }
     let calibration = &permutation.calibration;
-    let tokens = calibration.samples as f64 * calibration.seq_len as f64;
     let aims = permutation.spec.measure() == LossMeasure::FloatOutputs;
     let passes = if aims { 1.0 + FOLLOWED } else { 1.0 };
-    let mut block = passes * config.block_flop(calibration.samples, calibration.seq_len);
-    for stage in Stage::ALL {
-        let linears = config.linears(0, stage);
-        let k = linears[0].1 as f64;
-        let n: usize = linears.iter().map(|(_, _, n)| n).sum();
-        // X^T X is symmetric; K^3 for factor and inverse; K^2 for each output, and as much again
-        // for measuring its error against rounding to nearest; twice that for a pass of descent.
-        let passes = f64::from(permutation.spec.descent_passes);
-        let solve = (1.0 + 2.0 * passes) * k * k * n as f64;
-        block += tokens * k * k + k * k * k + solve + k * k * n as f64;
-        if permutation.spec.order == ColumnOrder::Auto {
-            // A factor for each order, and a share of the outputs.
-            block += ORDERS_TRIED * (k * k * k + solve / 8.0);
-        }
-        if aims {
-            // A full product and a symmetric one; four products with each weight.
-            block += tokens * k * k * (2.0 * FOLLOWED + SQUARED) + 8.0 * k * k * n as f64;
-        }
+    let block = |index: usize| {
+        let forward = model.block_flop(index, calibration.samples, calibration.seq_len);
+        let groups = model.blocks[index].groups();
+        let solving = groups.iter().map(|group| group_flop(group, permutation));
+        passes * forward + solving.sum::<f64>()
+    };
+    (0..model.blocks.len()).map(block).sum()
+}
+
+/// Those of a capture group's Hessian, factor and sweeps.
+fn group_flop(group: &CaptureGroup, permutation: &Permutation) -> f64 {
+    let calibration = &permutation.calibration;
+    let tokens = calibration.samples as f64 * calibration.seq_len as f64;
+    let k = group.in_features() as f64;
+    let n: f64 = group
+        .linears
+        .iter()
+        .map(|linear| linear.out_features as f64)
+        .sum();
+    // X^T X is symmetric; K^3 for factor and inverse; K^2 for each output, and as much again
+    // for measuring its error against rounding to nearest; twice that for a pass of descent.
+    let passes = f64::from(permutation.spec.descent_passes);
+    let solve = (1.0 + 2.0 * passes) * k * k * n;
+    let mut flop = tokens * k * k + k * k * k + solve + k * k * n;
+    if permutation.spec.order == ColumnOrder::Auto {
+        // A factor for each order, and a share of the outputs.
+        flop += ORDERS_TRIED * (k * k * k + solve / 8.0);
     }
-    blocks * block
+    if permutation.spec.measure() == LossMeasure::FloatOutputs {
+        // A full product and a symmetric one; four products with each weight.
+        flop += tokens * k * k * (2.0 * FOLLOWED + SQUARED) + 8.0 * k * k * n;
+    }
+    flop
 }
 
 /// Bytes resident on the processor, as docs/ARCHITECTURE.md counts them. Shapes and windows may be
 /// of any size here, so that a plan is refused for what it would take and not for an overflow.
-pub(super) fn memory(config: &DecoderConfig, permutation: &Permutation) -> u64 {
-    let linears = config.block_linears(0);
-    let product = |(_, k, n): &(_, usize, usize)| (*k as u128).saturating_mul(*n as u128);
-    let block = linears.iter().map(product).fold(0, u128::saturating_add);
-    let largest = linears.iter().map(product).max().unwrap_or(0);
-    let widest = linears
-        .iter()
-        .map(|&(_, k, _)| k as u128)
-        .max()
-        .unwrap_or(0);
+pub(super) fn memory(model: &ModelSpec, permutation: &Permutation) -> u64 {
+    let linears = || model.blocks.iter().flat_map(|block| block.linears());
+    let block = model.block_elements() as u128;
+    let largest = linears().map(LinearSpec::elements).max().unwrap_or(0) as u128;
+    let widest = model.widest_input() as u128;
     let calibration = &permutation.calibration;
     let tokens = match permutation.spec.method {
         Method::Gptq => (calibration.samples as u128).saturating_mul(calibration.seq_len as u128),
         Method::Rtn => 0,
     };
-    let width = (config.hidden_size as u128).saturating_add(widest);
+    let width = (model.hidden_size as u128).saturating_add(widest);
     let activations = tokens.saturating_mul(width).saturating_mul(4);
     let solver = (widest.saturating_mul(widest).saturating_mul(2 * 4 + 2 * 8))
         .saturating_add(largest.saturating_mul(3 * 4));
+    let activations = activations.saturating_add(kept_for_blocks(model, tokens));
     // Hidden states, a block, two sums and what is carried of a weight.
     let beside = match permutation.spec.measure() {
         LossMeasure::QuantisedInputs => 0,
-        LossMeasure::FloatOutputs => (tokens.saturating_mul(config.hidden_size as u128))
+        LossMeasure::FloatOutputs => (tokens.saturating_mul(model.hidden_size as u128))
             .saturating_add(block)
             .saturating_add(widest.saturating_mul(widest).saturating_mul(2))
             .saturating_add(largest.saturating_mul(3))
@@ -87,4 +95,16 @@ pub(super) fn memory(config: &DecoderConfig, permutation: &Permutation) -> u64 {
         .saturating_add(held_out)
         .saturating_add(FIXED);
     u64::try_from(all).unwrap_or(u64::MAX)
+}
+
+/// Keys and values that later blocks read, and inputs that blocks look up by token id, in f32.
+fn kept_for_blocks(model: &ModelSpec, tokens: u128) -> u128 {
+    let lent = (model.blocks.iter())
+        .flat_map(|block| block.attention())
+        .filter(|attention| attention.keys == KeySource::Donor)
+        .map(|attention| 2 * attention.shape.kv_heads * attention.shape.head_dim);
+    let by_token = model.embedding.per_block.as_ref();
+    let by_token = by_token.map_or(0, |inputs| inputs.width * model.blocks.len());
+    let columns = lent.sum::<usize>() + by_token;
+    tokens.saturating_mul(columns as u128).saturating_mul(4)
 }

@@ -87,6 +87,7 @@ struct Tokens {
     tokens: Option<NonZeroUsize>,
     seq_len: Option<usize>,
     seed: Option<u64>,
+    window_bos: Option<bool>,
 }
 
 #[derive(Deserialize)]
@@ -130,6 +131,7 @@ struct BranchEntry {
     tokens: Option<NonZeroUsize>,
     seq_len: Option<usize>,
     seed: Option<u64>,
+    window_bos: Option<bool>,
     desc: Option<String>,
 }
 
@@ -173,8 +175,8 @@ enum FormatName {
     GptqV2,
 }
 
-/// Reads a plan. Top-level `dataset`, `column`, `samples` or `tokens`, `seq_len`, `seed` and `damp` are for
-/// all branches; a `[[branch]]` has `bits`, `group_size`, and any flag of `gptq quantize` by its long name.
+/// Reads a plan. Top-level `dataset`, `column`, `samples` or `tokens`, `seq_len`, `seed`,
+/// `window_bos` and `damp` are for all branches; a `[[branch]]` has `bits`, `group_size`, and any flag of `gptq quantize` by its long name.
 /// `seq_len` stands for what the plan says of it, so that `tokens` are counted in such windows; `effort` is
 /// that of branches that name none.
 pub fn read_plan(
@@ -294,6 +296,7 @@ impl Tokens {
             tokens,
             seq_len: self.seq_len.or(defaults.seq_len),
             seed: self.seed.or(defaults.seed),
+            window_bos: self.window_bos.or(defaults.window_bos),
         }
     }
 
@@ -309,6 +312,7 @@ impl Tokens {
             },
             seq_len,
             seed: self.seed.unwrap_or_default(),
+            window_bos: self.window_bos,
         }
     }
 }
@@ -380,6 +384,7 @@ impl BranchEntry {
             tokens: self.tokens,
             seq_len: self.seq_len,
             seed: self.seed,
+            window_bos: self.window_bos,
         };
         if tokens.contradict() {
             return Err(branch_wrong(PlanError::SamplesAndTokens.to_string()));

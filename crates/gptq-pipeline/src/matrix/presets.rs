@@ -36,6 +36,7 @@ impl Preset {
             column: None,
             seq_len,
             seed: 0,
+            window_bos: None,
         };
         let permutation = |(index, (bits, group_size, order))| {
             let spec = QuantSpec {

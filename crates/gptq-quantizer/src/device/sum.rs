@@ -1,4 +1,4 @@
-//! The Hessian of a stage on the GPU while tokens arrive.
+//! The Hessian of a capture group on the GPU while tokens arrive.
 
 use std::cell::RefCell;
 use std::sync::Arc;
@@ -9,9 +9,9 @@ use gptq_types::{ActivationSink, Activations, DeviceMatrix, Phase, PhaseTimes};
 
 use super::DeviceReady;
 use crate::QuantizeError;
+use crate::group::{GroupHessian, GroupSum, is_held_out};
 use crate::hessian::check_finite;
 use crate::mismatch::is_squared;
-use crate::stage::{StageHessian, StageSum, is_held_out};
 
 /// `H` on the GPU while tokens arrive.
 pub struct DeviceSum {
@@ -28,7 +28,7 @@ pub struct DeviceSum {
 impl DeviceSum {
     /// For linears of `features` input channels.
     /// With `beside_float` it takes pairs of rows; with `holding_out` it holds some batches out for
-    /// [`StageHessian::choose`].
+    /// [`GroupHessian::choose`].
     pub fn new(
         gpu: &Arc<Gpu>,
         features: usize,
@@ -100,7 +100,7 @@ impl ActivationSink for DeviceSum {
     }
 }
 
-impl StageSum for DeviceSum {
+impl GroupSum for DeviceSum {
     fn elapsed(&mut self) -> Result<Duration, QuantizeError> {
         let mut seconds = 0.0;
         for (before, after) in &self.marks {
@@ -112,7 +112,7 @@ impl StageSum for DeviceSum {
     fn finish(
         mut self: Box<Self>,
         times: &mut PhaseTimes,
-    ) -> Result<Box<dyn StageHessian>, QuantizeError> {
+    ) -> Result<Box<dyn GroupHessian>, QuantizeError> {
         if let Some(error) = self.trouble.take() {
             return Err(error.into());
         }

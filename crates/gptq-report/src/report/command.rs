@@ -23,6 +23,13 @@ pub(super) fn quantize_command(run: &RunRecord, out: &str) -> String {
             flag("--temperature", temperature.to_string());
         }
     }
+    let bos = match &run.calibration {
+        Some(calibration) => calibration.window_bos,
+        None => run
+            .divergence
+            .iter()
+            .find_map(|compared| compared.window_bos),
+    };
     let mut compared = run.divergence.iter();
     if let Some(compared) = compared.next().filter(|_| run.calibration.is_none()) {
         // Rounding to nearest keeps no record of tokens that it did not see.
@@ -58,6 +65,11 @@ pub(super) fn quantize_command(run: &RunRecord, out: &str) -> String {
         ColumnOrder::Auto => &["--order auto"],
     };
     words.extend(order.iter().map(|flag| flag.to_string()));
+    // What is absent is what the model's family has anyway.
+    words.extend(bos.map(|bos| match bos {
+        true => "--window-bos".to_string(),
+        false => "--no-window-bos".to_string(),
+    }));
     if !spec.sym {
         words.push("--asym".to_string());
     }

@@ -1,5 +1,6 @@
 use super::*;
-use crate::gguf::narrow::to_f16_bytes;
+use crate::HalfType::F16;
+use crate::gguf::narrow::to_half_bytes;
 
 /// f16 of 0.5, -2 and 1.
 const HALF: [u8; 2] = [0x00, 0x38];
@@ -141,9 +142,9 @@ fn f16_rounding_names_the_first_value_that_does_not_fit() {
     let mut values = vec![0.1f32; 10_000];
     (values[9_000], values[5_000]) = (f32::NAN, 65_520.0);
     let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-    let unfit = to_f16_bytes(BlockType::F32, &bytes).unwrap_err();
+    let unfit = to_half_bytes(BlockType::F32, &bytes, F16, 0.0).unwrap_err();
     assert_eq!((unfit.element, unfit.value), (5_000, 65_520.0));
-    let (half, _) = to_f16_bytes(BlockType::F32, &bytes[..40]).unwrap();
+    let (half, _) = to_half_bytes(BlockType::F32, &bytes[..40], F16, 0.0).unwrap();
     assert_eq!(half[..2], f16::from_f32(0.1).to_le_bytes());
     assert_eq!(half.len(), 20);
 }

@@ -74,13 +74,17 @@ fn families_of_other_names_cut_as_llama_cpp_does() {
     };
     let mixed = "camelCase 1234 it's\n\nna\u{ef}ve,\u{4f60}\u{597d} \u{10d0}x  ";
     assert_eq!(pieces("deepseek-r1-qwen", mixed), pieces("qwen2", mixed));
-    for alias in ["falcon3", "smaug-bpe"] {
+    for alias in ["falcon3", "smaug-bpe", "dbrx", "glm4", "chatglm-bpe"] {
         assert_eq!(pieces(alias, mixed), pieces("llama-bpe", mixed), "{alias}");
     }
     assert_eq!(pieces("llama-bpe", "a 1234"), ["a", " ", "123", "4"]);
     assert_eq!(
         pieces("tekken", "camelCase 12"),
         ["camel", "Case", " ", "1", "2"]
+    );
+    assert_eq!(
+        pieces("gpt-4o", "camelCase it's 1234"),
+        ["camel", "Case", " it's", " ", "123", "4"]
     );
     assert_eq!(
         pieces("deepseek-coder", "x = 12\n\u{4f60}\u{597d}!"),
@@ -167,6 +171,30 @@ fn sentencepiece_falls_back_to_bytes_and_keeps_spaces() {
     builder.key("tokenizer.ggml.add_bos_token", Value::Bool(false));
     let tokenizer = load(&rebuilt(&builder).unwrap());
     assert_eq!(ids(&tokenizer, "ab a"), [263, 262]);
+}
+
+/// Gemma's runs of spaces and line ends are tokens that are found before merging; the converter wrote
+/// them with spaces, not with the sign that stands for one.
+#[test]
+fn runs_of_spaces_are_found_as_they_stand() {
+    let mut builder = sentencepiece();
+    let mut tokens: Vec<String> = ["<unk>", "<s>", "</s>"].map(String::from).to_vec();
+    tokens.extend((0..=255u8).map(|byte| format!("<0x{byte:02X}>")));
+    tokens.extend(["▁", "a", "b", "▁a", "ab", "  ", "   ", "\n"].map(String::from));
+    let types = [&[2, 3, 3][..], &[6; 256], &[1; 5], &[4; 3]].concat();
+    let scores = (0..tokens.len()).map(|id| Value::F32(-(id as f32)));
+    builder.set(SCORES, Value::Array(scores.collect()));
+    let tokens: Vec<&str> = tokens.iter().map(String::as_str).collect();
+    builder.set(TOKENS, strings(&tokens));
+    builder.set(TYPES, kinds(&types));
+    builder.key("tokenizer.ggml.add_space_prefix", Value::Bool(false));
+    builder.key("tokenizer.ggml.add_bos_token", Value::Bool(true));
+    let tokenizer = load(&rebuilt(&builder).unwrap());
+    // 259 ▁, 260 a, 262 ▁a, 263 ab, 264 and 265 the runs, 266 the line end
+    let text = " a   ab  a\n a";
+    let expected = [1, 262, 265, 263, 264, 260, 266, 262];
+    assert_eq!(ids(&tokenizer, text), expected);
+    assert_eq!(tokenizer.decode(&expected[1..], true).unwrap(), text);
 }
 
 #[test]

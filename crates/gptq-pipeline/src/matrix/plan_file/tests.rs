@@ -45,6 +45,30 @@ fn branches_inherit_and_override() {
     assert_eq!(eight.spec.damp_percent, 0.01);
 }
 
+#[test]
+fn windows_begin_with_bos_where_the_plan_says_so() {
+    let branch = |name: &str, rest: &str| {
+        format!("[[branch]]\nname = '{name}'\nbits = 4\ngroup_size = 64\n{rest}\n")
+    };
+    let two = branch("main", "") + &branch("own", "window_bos = false");
+    let asked = |plan: &str| -> Vec<Option<bool>> {
+        let branches = read(plan).unwrap();
+        (branches.iter())
+            .map(|branch| branch.calibration.window_bos)
+            .collect()
+    };
+    assert_eq!(
+        asked(&format!("window_bos = true\n{two}")),
+        [Some(true), Some(false)]
+    );
+    assert_eq!(asked(&two), [None, Some(false)]);
+    // What was not said is not written: matrices from before there was a choice go on.
+    let plain = &read(&two).unwrap()[0].calibration;
+    assert!(!serde_json::to_string(plain).unwrap().contains("bos"));
+    let error = read(&branch("main", "window_bos = 1")).unwrap_err();
+    assert!(error.contains("line 5"), "{error}");
+}
+
 /// As many windows as hold the tokens, of the length that the branch ends up with.
 #[test]
 fn tokens_are_counted_in_windows_of_the_branch() {

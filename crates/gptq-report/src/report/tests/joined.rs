@@ -124,6 +124,7 @@ fn a_branch_and_a_file_tell_of_one_score() {
                 samples: 32,
                 seq_len: 256,
                 seed: 3,
+                window_bos: None,
             },
             desc: "4-bit".into(),
         },

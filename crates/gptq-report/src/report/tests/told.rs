@@ -277,6 +277,8 @@ fn commands_hold_where_tokens_come_from_and_what_was_compared() {
     run.divergence[1].file = Some("c4.jsonl".into());
     let mut rounded = run.clone();
     rounded.calibration = None;
+    rounded.divergence[1].window_bos = Some(false);
+    run.calibration.as_mut().unwrap().window_bos = Some(true);
     let markdown = report(
         vec![found("out/main", run), found("out/rtn", rounded)],
         Vec::new(),
@@ -289,6 +291,8 @@ fn commands_hold_where_tokens_come_from_and_what_was_compared() {
              --seed 3 --temperature 0.7 {rest}"
         ),
         format!("--dataset wikitext2 --seq-len 256 {rest}"),
+        " --window-bos".to_string(),
+        " --no-window-bos".to_string(),
     ] {
         assert!(markdown.contains(&want), "{want}: {markdown}");
     }

@@ -14,7 +14,7 @@ use crate::{
 };
 
 /// The sum while tokens arrive.
-pub trait StageSum: ActivationSink {
+pub trait GroupSum: ActivationSink {
     /// Time spent in it so far, so that the forward pass can be timed without it.
     fn elapsed(&mut self) -> Result<Duration, QuantizeError>;
 
@@ -22,11 +22,11 @@ pub trait StageSum: ActivationSink {
     fn finish(
         self: Box<Self>,
         times: &mut PhaseTimes,
-    ) -> Result<Box<dyn StageHessian>, QuantizeError>;
+    ) -> Result<Box<dyn GroupHessian>, QuantizeError>;
 }
 
-/// `H` of a stage, to be factored under one setting or several.
-pub trait StageHessian {
+/// `H` of a capture group, to be factored under one setting or several.
+pub trait GroupHessian {
     /// The diagonal `[K]`, by which orders go.
     fn diagonal(&self) -> Vec<f32>;
 
@@ -47,14 +47,14 @@ pub trait StageHessian {
         order: Order,
         spec: &QuantSpec,
         times: &mut PhaseTimes,
-    ) -> Result<Box<dyn StageSolver + '_>, QuantizeError>;
+    ) -> Result<Box<dyn GroupSolver + '_>, QuantizeError>;
 
     /// The same in the order of the spec.
     fn factor(
         &self,
         spec: &QuantSpec,
         times: &mut PhaseTimes,
-    ) -> Result<Box<dyn StageSolver + '_>, QuantizeError> {
+    ) -> Result<Box<dyn GroupSolver + '_>, QuantizeError> {
         let order = Order::new(spec.order, spec.group_size, &self.diagonal());
         self.factor_in(order, spec, times)
     }
@@ -64,7 +64,7 @@ pub trait StageHessian {
     fn copied(&self, weight: Weight) -> Result<Weight, QuantizeError>;
 }
 
-/// What a factor says about its stage.
+/// What a factor says about its group.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Facts {
     /// Tokens that went into the Hessian.
@@ -107,12 +107,12 @@ pub struct Rounded {
     pub layer: Arriving,
     /// What the rounding cost.
     pub loss: LayerLoss,
-    /// The dequantised weight, for the stages that follow.
+    /// The dequantised weight, for the groups that follow.
     pub weight: Weight,
 }
 
 /// Solves linears with the factor that they share.
-pub trait StageSolver {
+pub trait GroupSolver {
     /// About the factor.
     fn facts(&self) -> Facts;
 
@@ -159,18 +159,18 @@ pub(crate) fn outputs_of_a_trial(outputs: usize) -> usize {
     (outputs / 8).max(32).min(outputs)
 }
 
-/// A stage on the processor.
-pub struct HostStage {
+/// A capture group on the processor.
+pub struct HostGroup {
     sum: HessianSum,
     held_out: Option<HessianSum>,
     batches: usize,
     elapsed: Duration,
 }
 
-impl HostStage {
+impl HostGroup {
     /// For linears of `features` input channels.
     pub fn new(features: usize) -> Self {
-        HostStage {
+        HostGroup {
             sum: HessianSum::new(features),
             held_out: None,
             batches: 0,
@@ -180,13 +180,13 @@ impl HostStage {
 
     /// The same, shown pairs of rows.
     pub fn beside_float(features: usize) -> Self {
-        HostStage {
+        HostGroup {
             sum: HessianSum::beside_float(features),
             ..Self::new(features)
         }
     }
 
-    /// The same, which holds some batches out for [`StageHessian::choose`].
+    /// The same, which holds some batches out for [`GroupHessian::choose`].
     pub fn holding_out(mut self) -> Self {
         self.held_out = Some(self.sum.another());
         self
@@ -207,7 +207,7 @@ impl HostStage {
     }
 }
 
-impl ActivationSink for HostStage {
+impl ActivationSink for HostGroup {
     fn observe(&mut self, x: Activations<'_>, tokens: usize, in_features: usize) {
         let start = Instant::now();
         self.next().observe(x, tokens, in_features);
@@ -228,7 +228,7 @@ impl ActivationSink for HostStage {
     }
 }
 
-impl StageSum for HostStage {
+impl GroupSum for HostGroup {
     fn elapsed(&mut self) -> Result<Duration, QuantizeError> {
         Ok(self.elapsed)
     }
@@ -236,8 +236,8 @@ impl StageSum for HostStage {
     fn finish(
         self: Box<Self>,
         times: &mut PhaseTimes,
-    ) -> Result<Box<dyn StageHessian>, QuantizeError> {
-        let HostStage { sum, held_out, .. } = *self;
+    ) -> Result<Box<dyn GroupHessian>, QuantizeError> {
+        let HostGroup { sum, held_out, .. } = *self;
         let hessian = times.time(Phase::Hessian, || sum.finish())?;
         let held_out = match held_out {
             Some(sum) if sum.tokens() > 0 => Some(times.time(Phase::Hessian, || sum.finish())?),
@@ -297,7 +297,7 @@ impl HostHessian {
     }
 }
 
-impl StageHessian for HostHessian {
+impl GroupHessian for HostHessian {
     fn diagonal(&self) -> Vec<f32> {
         self.hessian.diagonal()
     }
@@ -324,7 +324,7 @@ impl StageHessian for HostHessian {
         order: Order,
         spec: &QuantSpec,
         times: &mut PhaseTimes,
-    ) -> Result<Box<dyn StageSolver + '_>, QuantizeError> {
+    ) -> Result<Box<dyn GroupSolver + '_>, QuantizeError> {
         Ok(Box::new(self.solver(order, spec, times)?))
     }
 
@@ -373,7 +373,7 @@ impl HostSolver<'_> {
     }
 }
 
-impl StageSolver for HostSolver<'_> {
+impl GroupSolver for HostSolver<'_> {
     fn facts(&self) -> Facts {
         Facts {
             tokens: self.hessian.tokens(),

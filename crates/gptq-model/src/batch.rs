@@ -1,0 +1,280 @@
+//! A batch of windows between the taps of a block, and what of it waits there.
+
+use std::collections::BTreeMap;
+
+use burn::tensor::Tensor;
+
+use crate::ModelError;
+use crate::backend::{DecoderBackend, Shelves};
+use crate::forward::Block;
+use crate::spec::{KeySource, ModelSpec, Tap};
+use crate::stream::{Lent, OnBackend, Tables, Windows};
+
+/// Windows of one length that go through a block together.
+pub(crate) struct Batch<B: DecoderBackend> {
+    pub windows: Vec<Vec<u32>>,
+    pub state: RowState<B>,
+    /// What each block looked up by token id, for all streams.
+    pub by_token: Vec<B::Kept>,
+}
+
+impl<B: DecoderBackend> Batch<B> {
+    pub fn new(windows: &[Vec<u32>], hidden: B::Kept) -> Self {
+        Batch {
+            windows: windows.to_vec(),
+            state: RowState::new(hidden),
+            by_token: Vec::new(),
+        }
+    }
+
+    pub fn tokens(&self) -> usize {
+        self.windows[0].len()
+    }
+
+    pub fn rows(&self) -> usize {
+        self.windows.len() * self.tokens()
+    }
+}
+
+/// What of a batch waits, in one stream.
+pub(crate) struct RowState<B: DecoderBackend> {
+    hidden: Option<B::Kept>, // [tokens, hidden_size]; out only while it is changed
+    /// Steps of the resident block that were added to the hidden states.
+    done: usize,
+    /// What the output of a branch of the step under way reads.
+    inner: BTreeMap<usize, B::Kept>,
+    /// Keys and values for later blocks.
+    lent: BTreeMap<usize, [B::Kept; 2]>,
+}
+
+impl<B: DecoderBackend> RowState<B> {
+    pub fn new(hidden: B::Kept) -> Self {
+        RowState {
+            hidden: Some(hidden),
+            done: 0,
+            inner: BTreeMap::new(),
+            lent: BTreeMap::new(),
+        }
+    }
+
+    pub fn hidden(&self) -> Tensor<B, 2> {
+        B::peek(self.hidden.as_ref().expect("hidden states are kept"))
+    }
+
+    fn take_hidden(&mut self) -> Tensor<B, 2> {
+        B::recall(self.hidden.take().expect("hidden states are kept"))
+    }
+}
+
+/// Where a batch waits, and what its windows share.
+pub(crate) struct Track<'a, B: DecoderBackend> {
+    pub hidden: &'a B::Shelf,
+    /// For the input of an output linear; a stream that adds outputs at once needs none.
+    pub inner: Option<&'a B::Shelf>,
+    /// For keys and values that later blocks read.
+    pub lent: &'a B::Shelf,
+    pub tables: &'a Tables<B>,
+    /// Of the batch, on each of the shelves.
+    pub place: usize,
+    /// Of a window.
+    pub tokens: usize,
+    pub by_token: &'a [B::Kept],
+    /// Of the first lender's keys, on its shelf.
+    first_lent: usize,
+}
+
+impl<'a, B: DecoderBackend> Track<'a, B> {
+    /// That of the stream whose weights are replaced.
+    pub fn quantized(
+        shelves: &'a Shelves<B::Shelf>,
+        tables: &'a Tables<B>,
+        tokens: usize,
+        place: usize,
+        by_token: &'a [B::Kept],
+    ) -> Self {
+        Track {
+            hidden: &shelves.hidden,
+            inner: Some(&shelves.inner),
+            lent: &shelves.lent,
+            tables,
+            place,
+            tokens,
+            by_token,
+            first_lent: 2 * shelves.lenders * place,
+        }
+    }
+
+    /// That of the float stream, whose batch has `place` on its own shelf, beside `batches` of the other.
+    pub fn beside(&self, shelves: &'a Shelves<B::Shelf>, place: usize, batches: usize) -> Self {
+        Track {
+            hidden: &shelves.float,
+            inner: None,
+            place,
+            first_lent: 2 * shelves.lenders * (batches + place),
+            lent: self.lent,
+            tables: self.tables,
+            tokens: self.tokens,
+            by_token: self.by_token,
+        }
+    }
+}
+
+/// A block of one stream.
+pub(crate) struct BlockState<B: DecoderBackend> {
+    pub block: Block<OnBackend<B>>,
+    pub index: usize,
+    /// Blocks whose keys and values this one reads, and whether later ones read those of this one.
+    borrows: Vec<usize>,
+    lends: Option<usize>, // the how-manieth block that lends
+}
+
+impl<B: DecoderBackend> BlockState<B> {
+    pub fn new(index: usize, spec: &ModelSpec, block: Block<OnBackend<B>>) -> Self {
+        let keys = |index: usize| {
+            spec.blocks[index]
+                .attention()
+                .map(|attention| attention.keys)
+        };
+        let lends = |index: usize| keys(index).any(|keys| keys == KeySource::Donor);
+        let borrowed = keys(index).filter_map(|keys| match keys {
+            KeySource::Block(block) => Some(block),
+            KeySource::Own | KeySource::Donor => None,
+        });
+        BlockState {
+            block,
+            index,
+            borrows: borrowed.collect(),
+            lends: lends(index).then(|| (0..index).filter(|&block| lends(block)).count()),
+        }
+    }
+
+    /// Columns of what the first branch of a step leaves for its output.
+    pub fn inner_columns(&self, step: usize) -> usize {
+        self.block.steps[step].branches[0].output.linears[0]
+            .spec
+            .in_features
+    }
+
+    fn ops<'a>(&self, state: &RowState<B>, track: &Track<'a, B>) -> Windows<'a, B> {
+        let borrowed = self.borrows.iter().map(|block| {
+            let pair = &state.lent[block];
+            (*block, pair.each_ref().map(B::peek))
+        });
+        Windows {
+            tables: track.tables,
+            tokens: track.tokens,
+            lent: borrowed.collect(),
+            by_token: track.by_token.get(self.index).map(B::peek),
+        }
+    }
+
+    /// What is at `tap`. Taps are reached in the order of the data, each once; some may be left out.
+    pub fn reach(
+        &self,
+        tap: Tap,
+        state: &mut RowState<B>,
+        track: &Track<'_, B>,
+    ) -> Result<Tensor<B, 2>, ModelError> {
+        let mut ops = self.ops(state, track);
+        let hidden = match state.done < tap.step {
+            false => state.hidden(),
+            true => {
+                let hidden = state.take_hidden();
+                let hidden = self.advance(&mut ops, state, hidden, tap.step)?;
+                state.hidden = Some(B::keep(track.hidden, track.place, &hidden));
+                hidden
+            }
+        };
+        let step = &self.block.steps[tap.step];
+        let Some(at) = tap.branch else {
+            return step.branches[0].input(&mut ops, &hidden);
+        };
+        let x = step.branches[at].input(&mut ops, &hidden)?;
+        let inner = step.branches[at].mix(&mut ops, x)?;
+        self.lend(&mut ops.lent, state, track);
+        let last = at + 1 == step.branches.len();
+        match track.inner {
+            // The first branch's waits where there is room for it; what does not is computed again, from
+            // the same values to the same bits.
+            Some(shelf) if (at == 0 || B::EVERY_INNER) && B::has_room(shelf, track.place) => {
+                state.inner.insert(at, B::keep(shelf, track.place, &inner));
+            }
+            None if last => {
+                drop(hidden);
+                let hidden = state.take_hidden();
+                let hidden = self.add_step(&mut ops, state, hidden, Some(inner.clone()))?;
+                state.hidden = Some(B::keep(track.hidden, track.place, &hidden));
+            }
+            Some(_) | None => {}
+        }
+        Ok(inner)
+    }
+
+    /// Brings the batch behind the block.
+    pub fn finish(&self, state: &mut RowState<B>, track: &Track<'_, B>) -> Result<(), ModelError> {
+        let mut ops = self.ops(state, track);
+        let hidden = state.take_hidden();
+        let hidden = self.advance(&mut ops, state, hidden, self.block.steps.len())?;
+        let hidden = self.block.finish(&mut ops, hidden)?;
+        self.lend(&mut ops.lent, state, track);
+        state.hidden = Some(B::keep(track.hidden, track.place, &hidden));
+        state.done = 0;
+        Ok(())
+    }
+
+    /// The hidden states before step `to`.
+    fn advance(
+        &self,
+        ops: &mut Windows<'_, B>,
+        state: &mut RowState<B>,
+        hidden: Tensor<B, 2>,
+        to: usize,
+    ) -> Result<Tensor<B, 2>, ModelError> {
+        let mut hidden = hidden;
+        while state.done < to {
+            hidden = self.add_step(ops, state, hidden, None)?;
+        }
+        Ok(hidden)
+    }
+
+    /// Adds the step that is due; `last` is what its last branch mixed, where that is at hand.
+    fn add_step(
+        &self,
+        ops: &mut Windows<'_, B>,
+        state: &mut RowState<B>,
+        hidden: Tensor<B, 2>,
+        last: Option<Tensor<B, 2>>,
+    ) -> Result<Tensor<B, 2>, ModelError> {
+        let step = &self.block.steps[state.done];
+        let (mut last, end) = (last, step.branches.len() - 1);
+        let mut inner = Vec::with_capacity(step.branches.len());
+        for (at, branch) in step.branches.iter().enumerate() {
+            let kept = state.inner.remove(&at).map(B::recall);
+            let there = kept.or_else(|| last.take_if(|_| at == end));
+            inner.push(match there {
+                Some(inner) => inner,
+                None => {
+                    let x = branch.input(ops, &hidden)?;
+                    branch.mix(ops, x)?
+                }
+            });
+        }
+        let mut hidden = hidden;
+        for (branch, inner) in step.branches.iter().zip(inner) {
+            hidden = branch.add(ops, hidden, inner, step.residual_factor)?;
+        }
+        state.done += 1;
+        Ok(hidden)
+    }
+
+    /// Keeps the keys and values that later blocks read.
+    fn lend(&self, made: &mut Lent<B>, state: &mut RowState<B>, track: &Track<'_, B>) {
+        let Some((lender, [k, v])) = self.lends.zip(made.remove(&self.index)) else {
+            return;
+        };
+        let place = track.first_lent + 2 * lender;
+        let pair = [(&k, place), (&v, place + 1)];
+        let pair = pair.map(|(x, place)| B::keep(track.lent, place, x));
+        state.lent.insert(self.index, pair);
+    }
+}

@@ -1,0 +1,330 @@
+//! Blocks over whole windows, on a Burn backend: calibration and evaluation.
+
+use std::collections::BTreeMap;
+use std::marker::PhantomData;
+use std::ops::Range;
+use std::rc::Rc;
+
+use burn::tensor::Tensor;
+use gptq_kernels::Activation;
+use gptq_types::Weight;
+
+use crate::ModelError;
+use crate::backend::DecoderBackend;
+use crate::forward::{Attention, Block, BlockOps, Branch, Mix, Step, Weights};
+use crate::spec::{KeySource, LinearSpec, ModelSpec, Piece};
+use crate::weights::LinearValues;
+
+/// Weights as tensors of a backend.
+pub(crate) struct OnBackend<B>(PhantomData<B>);
+
+impl<B: DecoderBackend> Weights for OnBackend<B> {
+    type Linears = Linears<B>;
+    type Norm = Rc<B::Norm>;
+}
+
+/// A linear on the device.
+pub(crate) struct Linear<B: DecoderBackend> {
+    pub spec: LinearSpec,
+    pub weight: Tensor<B, 2>,
+    pub bias: Option<Rc<B::Vector>>, // [N]
+}
+
+/// Linears that read the same rows.
+pub(crate) struct Linears<B: DecoderBackend> {
+    pub linears: Vec<Linear<B>>,
+    pub operands: Vec<Piece>,
+}
+
+impl<B: DecoderBackend> Linear<B> {
+    fn forward(&self, x: &Tensor<B, 2>) -> Tensor<B, 2> {
+        B::project(x, &self.weight, self.bias.as_deref())
+    }
+
+    /// The weight as solvers see it.
+    pub fn weight(&self) -> Weight {
+        B::show_weight(&self.weight)
+    }
+
+    fn copied(&self, place: Option<Tensor<B, 2>>) -> Self {
+        Linear {
+            spec: self.spec.clone(),
+            weight: B::copied(&self.weight, place),
+            bias: self.bias.clone(),
+        }
+    }
+
+    /// A weight on the device was written over by whoever solved it.
+    pub fn replace(&mut self, weight: Weight) {
+        if let Weight::Host(values) = weight {
+            let values = LinearValues::InputMajor(values);
+            self.weight = B::weight(values, self.spec.in_features, self.spec.out_features);
+        }
+    }
+}
+
+impl<B: DecoderBackend> Linears<B> {
+    /// The operands of a mixer.
+    fn project(&self, x: &Tensor<B, 2>) -> Vec<Tensor<B, 2>> {
+        let mut outputs: Vec<Option<Tensor<B, 2>>> = Vec::new();
+        outputs.resize_with(self.linears.len(), || None);
+        let operand = |(at, piece): (usize, &Piece)| {
+            let linear = &self.linears[piece.linear];
+            let output = outputs[piece.linear].get_or_insert_with(|| linear.forward(x));
+            // Operands are changed in place, so each has memory of its own.
+            let whole = piece.columns == (0..linear.spec.out_features);
+            match whole && !self.operands[..at].contains(piece) {
+                true => output.clone(),
+                false => B::columns(output, piece.columns.clone()),
+            }
+        };
+        self.operands.iter().enumerate().map(operand).collect()
+    }
+
+    /// Its one operand.
+    fn project_one(&self, x: &Tensor<B, 2>) -> Tensor<B, 2> {
+        self.linears[0].forward(x)
+    }
+
+    fn copied(&self, places: &mut impl Iterator<Item = Tensor<B, 2>>) -> Self {
+        Linears {
+            linears: (self.linears.iter())
+                .map(|linear| linear.copied(places.next()))
+                .collect(),
+            operands: self.operands.clone(),
+        }
+    }
+}
+
+impl<B: DecoderBackend> Block<OnBackend<B>> {
+    /// Its linears, in the order of the data.
+    pub fn linears(&self) -> impl Iterator<Item = &Linear<B>> {
+        (self.branches())
+            .flat_map(|branch| branch.input.linears.iter().chain(&branch.output.linears))
+    }
+
+    /// The same, to be changed.
+    pub fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear<B>> {
+        let branches = self.steps.iter_mut().flat_map(|step| &mut step.branches);
+        branches
+            .flat_map(|branch| (branch.input.linears.iter_mut()).chain(&mut branch.output.linears))
+    }
+
+    /// The same block, which stays as it is when linears of this one are replaced or written over; in the
+    /// place of another one, where there is one.
+    pub fn copied(&self, place: Option<Self>) -> Self {
+        let mut places = place.into_iter().flat_map(Self::into_weights);
+        let mut steps = Vec::with_capacity(self.steps.len());
+        for step in &self.steps {
+            steps.push(Step {
+                branches: (step.branches.iter())
+                    .map(|branch| branch.copied(&mut places))
+                    .collect(),
+                residual_factor: step.residual_factor,
+            });
+        }
+        Block {
+            steps,
+            output_factor: self.output_factor,
+        }
+    }
+
+    fn into_weights(self) -> impl Iterator<Item = Tensor<B, 2>> {
+        let branches = self.steps.into_iter().flat_map(|step| step.branches);
+        let linears = branches
+            .flat_map(|branch| (branch.input.linears.into_iter()).chain(branch.output.linears));
+        linears.map(|linear| linear.weight)
+    }
+}
+
+impl<B: DecoderBackend> Branch<OnBackend<B>> {
+    fn copied(&self, places: &mut impl Iterator<Item = Tensor<B, 2>>) -> Self {
+        let mix = match &self.mix {
+            Mix::Attention(attention) => Mix::Attention(Box::new(Attention {
+                block: attention.block,
+                spec: attention.spec.clone(),
+                norms: attention.norms.clone(),
+            })),
+            &Mix::Gated(activation) => Mix::Gated(activation),
+            &Mix::Plain(activation) => Mix::Plain(activation),
+            &Mix::ByToken { activation, block } => Mix::ByToken { activation, block },
+        };
+        Branch {
+            norm: self.norm.clone(),
+            input: self.input.copied(places),
+            mix,
+            output: self.output.copied(places),
+            after: self.after.clone(),
+        }
+    }
+}
+
+/// Cosines and sines of windows of one length, by rotary table: of queries, where theirs differ, and keys.
+pub(crate) struct Tables<B: DecoderBackend>(Vec<(Option<B::Turn>, B::Turn)>);
+
+impl<B: DecoderBackend> Tables<B> {
+    /// Those of `positions` in texts that are `tokens` long.
+    pub fn new(spec: &ModelSpec, positions: Range<usize>, tokens: usize) -> Self {
+        let table = |rotary: &crate::spec::RotarySpec| {
+            let queries = rotary.queries(positions.clone(), tokens);
+            let keys = rotary.keys(positions.clone(), tokens);
+            (queries.map(B::turn), B::turn(keys))
+        };
+        Tables(spec.rotaries.iter().map(table).collect())
+    }
+}
+
+/// Keys and values `[tokens, kv_heads * head_dim]` that later blocks read, by the block that made them.
+pub(crate) type Lent<B> = BTreeMap<usize, [Tensor<B, 2>; 2]>;
+
+/// A batch of windows on its way through a block.
+pub(crate) struct Windows<'a, B: DecoderBackend> {
+    pub tables: &'a Tables<B>,
+    /// Of a window.
+    pub tokens: usize,
+    /// Keys and values of earlier blocks, and of this one where later ones read them.
+    pub lent: Lent<B>,
+    /// What this block looked up by token id, `[tokens, width]`.
+    pub by_token: Option<Tensor<B, 2>>,
+}
+
+impl<B: DecoderBackend> Windows<'_, B> {
+    fn normed(x: Tensor<B, 2>, norm: Option<&Rc<B::Norm>>) -> Tensor<B, 2> {
+        match norm {
+            Some(norm) => B::norm(&x, norm),
+            None => x,
+        }
+    }
+
+    /// Queries or keys: normed and turned, in the order of the model.
+    fn turned(
+        &self,
+        x: Tensor<B, 2>,
+        attention: &Attention<OnBackend<B>>,
+        of_keys: bool,
+    ) -> Tensor<B, 2> {
+        let norm = attention.norms[usize::from(of_keys)].as_ref();
+        let after = attention.spec.norms.after_rotation;
+        let x = match after {
+            true => x,
+            false => Self::normed(x, norm),
+        };
+        let x = match attention.spec.rotary {
+            None => x,
+            Some(rotary) => {
+                let (queries, keys) = &self.tables.0[rotary];
+                let turn = queries.as_ref().filter(|_| !of_keys).unwrap_or(keys);
+                B::rotate(x, turn, self.tokens)
+            }
+        };
+        match after {
+            true => Self::normed(x, norm),
+            false => x,
+        }
+    }
+
+    /// Keys and values of an attention, from its own operands or from an earlier block.
+    fn keys_and_values(
+        &mut self,
+        mut operands: impl Iterator<Item = Tensor<B, 2>>,
+        attention: &Attention<OnBackend<B>>,
+    ) -> [Tensor<B, 2>; 2] {
+        if let KeySource::Block(block) = attention.spec.keys {
+            return self.lent[&block].clone();
+        }
+        let mut next = || operands.next().expect("the spec names keys and values");
+        let (k, v) = (next(), next());
+        let k = self.turned(k, attention, true);
+        let v = Self::normed(v, attention.norms[2].as_ref());
+        if attention.spec.keys == KeySource::Donor {
+            self.lent.insert(attention.block, [k.clone(), v.clone()]);
+        }
+        [k, v]
+    }
+}
+
+impl<B: DecoderBackend> BlockOps<OnBackend<B>> for Windows<'_, B> {
+    type Rows = Tensor<B, 2>;
+
+    fn input(
+        &mut self,
+        hidden: &Tensor<B, 2>,
+        norm: Option<&Rc<B::Norm>>,
+        _: &Linears<B>,
+    ) -> Result<Tensor<B, 2>, ModelError> {
+        Ok(match norm {
+            Some(norm) => B::norm(hidden, norm),
+            None => hidden.clone(),
+        })
+    }
+
+    fn attend(
+        &mut self,
+        x: Tensor<B, 2>,
+        input: &Linears<B>,
+        attention: &Attention<OnBackend<B>>,
+        _: &Linears<B>,
+    ) -> Result<Tensor<B, 2>, ModelError> {
+        let mut operands = input.project(&x).into_iter();
+        drop(x);
+        let q = operands.next().expect("the spec names queries");
+        let q = self.turned(q, attention, false);
+        let [k, v] = self.keys_and_values(operands, attention);
+        Ok(B::attend(&q, &k, &v, self.tokens, attention.spec.shape))
+    }
+
+    fn gate(
+        &mut self,
+        x: Tensor<B, 2>,
+        input: &Linears<B>,
+        activation: Activation,
+        _: &Linears<B>,
+    ) -> Result<Tensor<B, 2>, ModelError> {
+        let mut operands = input.project(&x).into_iter();
+        let mut next = || operands.next().expect("the spec names gate and up");
+        let (gate, up) = (next(), next());
+        Ok(B::gate(gate, &up, activation))
+    }
+
+    fn activate(
+        &mut self,
+        x: Tensor<B, 2>,
+        input: &Linears<B>,
+        activation: Activation,
+        _: &Linears<B>,
+    ) -> Result<Tensor<B, 2>, ModelError> {
+        Ok(B::activate(input.project_one(&x), activation))
+    }
+
+    fn gate_by_token(
+        &mut self,
+        x: Tensor<B, 2>,
+        input: &Linears<B>,
+        activation: Activation,
+        _: usize,
+        _: &Linears<B>,
+    ) -> Result<Tensor<B, 2>, ModelError> {
+        let row = self
+            .by_token
+            .as_ref()
+            .expect("the batch has the block's rows");
+        Ok(B::gate(input.project_one(&x), row, activation))
+    }
+
+    fn add(
+        &mut self,
+        hidden: Tensor<B, 2>,
+        inner: Tensor<B, 2>,
+        output: &Linears<B>,
+        after: Option<&Rc<B::Norm>>,
+        factor: f32,
+    ) -> Result<Tensor<B, 2>, ModelError> {
+        let added = output.project_one(&inner);
+        drop(inner);
+        Ok(B::add(hidden, Self::normed(added, after), factor))
+    }
+
+    fn scale(&mut self, hidden: Tensor<B, 2>, factor: f32) -> Result<Tensor<B, 2>, ModelError> {
+        Ok(B::scale(hidden, factor))
+    }
+}
