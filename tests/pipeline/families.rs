@@ -84,6 +84,11 @@ fn phi3() {
 }
 
 #[test]
+fn smollm3() {
+    gives_the_logits("smollm3");
+}
+
+#[test]
 fn starcoder2() {
     gives_the_logits("starcoder2");
 }

@@ -24,6 +24,7 @@ mod qwen3;
 mod relative;
 mod rotaries;
 mod sizes;
+mod smollm3;
 mod starcoder2;
 mod windows;
 
@@ -60,6 +61,7 @@ const FAMILIES: &[(&str, Read)] = &[
     ("phi3", phi3::read),
     ("qwen2", qwen2::read),
     ("qwen3", qwen3::read),
+    ("smollm3", smollm3::read),
     ("starcoder2", starcoder2::read),
 ];
 
