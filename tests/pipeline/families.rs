@@ -63,6 +63,11 @@ fn glm4() {
 }
 
 #[test]
+fn granite() {
+    gives_the_logits("granite");
+}
+
+#[test]
 fn hunyuan() {
     gives_the_logits("hunyuan");
 }

@@ -10,6 +10,7 @@ mod gemma2;
 mod gemma3;
 mod gemma4;
 mod glm4;
+mod granite;
 mod hunyuan;
 mod llama;
 mod ministral3;
@@ -52,6 +53,7 @@ const FAMILIES: &[(&str, Read)] = &[
     ("gemma4_text", gemma4::read),
     ("gemma4_unified_text", gemma4::read_unified),
     ("glm4", glm4::read),
+    ("granite", granite::read),
     ("hunyuan_v1_dense", hunyuan::read),
     ("llama", llama::read),
     ("ministral3", ministral3::read),
