@@ -89,6 +89,11 @@ fn phi3() {
 }
 
 #[test]
+fn seed_oss() {
+    gives_the_logits("seed_oss");
+}
+
+#[test]
 fn smollm3() {
     gives_the_logits("smollm3");
 }

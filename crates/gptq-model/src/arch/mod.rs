@@ -24,6 +24,7 @@ mod qwen2;
 mod qwen3;
 mod relative;
 mod rotaries;
+mod seed_oss;
 mod sizes;
 mod smollm3;
 mod starcoder2;
@@ -63,6 +64,7 @@ const FAMILIES: &[(&str, Read)] = &[
     ("phi3", phi3::read),
     ("qwen2", qwen2::read),
     ("qwen3", qwen3::read),
+    ("seed_oss", seed_oss::read),
     ("smollm3", smollm3::read),
     ("starcoder2", starcoder2::read),
 ];
