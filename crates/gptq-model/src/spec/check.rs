@@ -2,7 +2,9 @@
 
 use std::collections::HashSet;
 
-use super::{BlockSpec, LinearSpec, Mixer, ModelSpec, NormSpec, RotarySpec};
+use super::{
+    AttentionSpec, BlockSpec, KeySource, LinearSpec, Mixer, ModelSpec, NormSpec, RotarySpec,
+};
 use crate::weights::WeightSource;
 use crate::{ConfigError, ModelError, RopeScaling};
 
@@ -114,8 +116,9 @@ impl ModelSpec {
     /// Sizes within bounds that no product of them leaves; [`ModelSpec::check_tensors`] compares them with
     /// what there is.
     pub(crate) fn check_sizes(&self) -> Result<(), ConfigError> {
-        for block in &self.blocks {
+        for (index, block) in self.blocks.iter().enumerate() {
             check_block(block)?;
+            self.check_borrowed_keys(index)?;
         }
         for table in &self.rotaries {
             check_rotary(table)?;
@@ -124,6 +127,33 @@ impl ModelSpec {
             within("vocab_size_per_layer_input", inputs.vocab, MAX_WIDTH, WIDTH)?;
             let columns = inputs.width.saturating_mul(self.blocks.len());
             within("hidden_size_per_layer_input", columns, MAX_WIDTH, WIDTH)?;
+        }
+        Ok(())
+    }
+}
+
+impl ModelSpec {
+    /// A block that reads the keys of another one has as many heads, as wide, and comes behind it.
+    fn check_borrowed_keys(&self, index: usize) -> Result<(), ConfigError> {
+        let heads = |attention: &AttentionSpec| {
+            let shape = &attention.shape;
+            [shape.heads, shape.kv_heads, shape.head_dim]
+        };
+        for attention in self.blocks[index].attention() {
+            let KeySource::Block(lender) = attention.keys else {
+                continue;
+            };
+            let mut lenders = self.blocks[..index]
+                .get(lender)
+                .into_iter()
+                .flat_map(BlockSpec::attention);
+            let alike = |other: &AttentionSpec| {
+                other.keys == KeySource::Donor && heads(other) == heads(attention)
+            };
+            if !lenders.any(alike) {
+                let expected = "blocks with the heads of the one whose keys they read";
+                return Err(ConfigError::value("num_kv_shared_layers", index, expected));
+            }
         }
         Ok(())
     }
