@@ -150,13 +150,15 @@ pub(crate) fn read_kinds(
     let local = local_key.map_or(Ok(None), |key| base_of(fields, key))?;
     let (sliding, has_sliding) = read_kind("sliding_attention", local, sliding)?;
     let (mut rope, has_full) = read_kind("full_attention", base(fields)?, full)?;
-    if let Some(kinds) = kinds
-        && !has_sliding
-        && !has_full
-        && kinds.0.as_object().is_some_and(|map| !map.is_empty())
+    // One kind alone leaves the other without settings; what stands beside both would be lost.
+    let known = |key: &str| matches!(key, "sliding_attention" | "full_attention");
+    let members = kinds.and_then(|kinds| kinds.0.as_object());
+    if let Some(members) = members.filter(|members| !members.is_empty())
+        && (!has_sliding || !has_full || members.keys().any(|key| !known(key)))
     {
+        let found = members.keys().cloned().collect::<Vec<_>>().join(", ");
         let expected = "settings for full_attention and sliding_attention";
-        return Err(ConfigError::unsupported(PLACE, kinds.0, expected));
+        return Err(ConfigError::unsupported(PLACE, found, expected));
     }
     if let Some(block) = fields.object("rope_scaling")? {
         refuse_blocks_of_layers(&block, "rope_scaling")?;
@@ -318,7 +320,13 @@ fn read_block(
         }
     };
     if reads.query_factor {
-        let beta = block.optional_number("llama_4_scaling_beta")?;
+        const KEY: &str = "llama_4_scaling_beta";
+        let beta = match block.optional_number(KEY)? {
+            Some(beta) if !(0.0..=1e3).contains(&beta) => {
+                return Err(ConfigError::value(KEY, beta, "a number from 0 to 1000"));
+            }
+            beta => beta,
+        };
         rope.query_factor = beta.map(|beta| QueryFactor { beta, original });
     }
     let unread = config_keys::check_rope(block, &keys_of(&rope.scaling, reads))?;
@@ -379,7 +387,8 @@ fn read_longrope(
     let list = |key: &'static str| -> Result<Vec<f64>, ConfigError> {
         let value = block.get(key).ok_or(ConfigError::Missing(key))?;
         let numbers = value.as_array().map(|list| {
-            let number = |value: &serde_json::Value| value.as_f64().filter(|x| *x >= 1e-6);
+            let number =
+                |value: &serde_json::Value| value.as_f64().filter(|x| (1e-6..=1e9).contains(x));
             list.iter().map(number).collect::<Option<Vec<f64>>>()
         });
         (numbers.flatten())

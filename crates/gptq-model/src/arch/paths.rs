@@ -33,11 +33,21 @@ impl Paths {
                 .then_some(prefix)
         });
         let decoder = found.min_by_key(|prefix| prefix.len()).unwrap_or(usual);
-        let heads = names.iter().filter(|name| name.ends_with("lm_head.weight"));
-        let head = heads.min_by_key(|name| name.len());
+        // Beside the decoder, or inside the module that holds it; a head elsewhere is another model's.
+        let decoder = decoder.to_string();
+        let around: Vec<&str> = (decoder.match_indices('.'))
+            .map(|(at, _)| &decoder[..=at])
+            .chain([""])
+            .collect();
+        let is_head = |name: &&String| {
+            let before = name.strip_suffix("lm_head.weight");
+            before.is_some_and(|before| around.contains(&before))
+        };
+        // The innermost of several.
+        let head = names.iter().filter(is_head).max_by_key(|name| name.len());
         Paths {
-            decoder: decoder.to_string(),
             head: head.map_or("lm_head.weight".to_string(), String::clone),
+            decoder,
             names: names.iter().cloned().collect(),
         }
     }
