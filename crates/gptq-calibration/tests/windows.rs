@@ -1,4 +1,6 @@
 //! Sources to windows, end to end, on files made here and on the data where it is there.
+//!
+//! Long because every kind of source goes through the same few helpers below, which a second file would repeat.
 #![allow(clippy::print_stderr, missing_docs)]
 
 #[path = "../../../tests/support/data.rs"]
