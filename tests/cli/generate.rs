@@ -112,6 +112,11 @@ fn the_likeliest_text_is_the_one_of_the_streaming_pass() {
     );
     assert_eq!(record["tokens"].as_array().unwrap().len(), 48);
     assert_eq!(record["steps"], 47);
+    // Greedy: no token was likelier than the one that was chosen.
+    let leads = record["leads"].as_array().unwrap();
+    assert_eq!(leads.len(), 48);
+    assert!(leads.iter().all(|lead| lead.as_f64().unwrap() >= 0.0));
+    assert!(leads.iter().any(|lead| lead.as_f64().unwrap() > 0.1));
 }
 
 #[test]

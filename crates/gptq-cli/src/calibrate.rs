@@ -6,7 +6,7 @@ use gptq_calibration::{
     EvaluationWindows, Means, Source, Tokenizer, WindowSpec, Windows, windows_and_held_out,
 };
 use gptq_inference::{SampleSpec, sample_windows};
-use gptq_model::{Device, FloatWeights, ModelSpec};
+use gptq_model::{Device, DeviceContext, FloatWeights, ModelSpec};
 use gptq_types::CalibrationRequest;
 
 use crate::args::HubArgs;
@@ -125,7 +125,7 @@ fn write_own(
     let mut ids = sample_windows(
         Arc::new(FloatWeights::new(model.checkpoint.clone())),
         spec.clone(),
-        device,
+        &DeviceContext::open(device)?,
         SampleSpec {
             samples: request.samples,
             seq_len: request.seq_len,

@@ -1,7 +1,7 @@
 //! A `--device` argument as a device that is there.
 
 use gptq_kernels::measure_sgemm;
-use gptq_model::Device;
+use gptq_model::{Device, DeviceContext};
 use gptq_report::Rates;
 
 use crate::args::{DeviceArg, DeviceArgs, WholeDeviceArgs};
@@ -10,26 +10,14 @@ use crate::failure::Failure;
 /// Size of the products that the processor's rate is measured with.
 const SGEMM_SIZE: usize = 2048;
 
-/// The device of a command line; says which one it is.
-pub fn resolve(args: &DeviceArgs) -> Result<Device, Failure> {
-    pick(args.device, args.gpu_memory)
+/// Opens the device of a command line; says which one it is.
+pub fn resolve(args: &DeviceArgs) -> Result<DeviceContext, Failure> {
+    Ok(DeviceContext::open(pick(args.device, args.gpu_memory)?)?)
 }
 
-/// The device of a command that keeps all weights on it, whatever they take.
-pub fn resolve_whole(args: &WholeDeviceArgs) -> Result<Device, Failure> {
-    pick(args.device, usize::MAX)
-}
-
-/// The same device without a budget.
-pub fn whole(device: Device) -> Device {
-    match device {
-        Device::Cpu => Device::Cpu,
-        #[cfg(feature = "cuda")]
-        Device::Cuda { ordinal, .. } => Device::Cuda {
-            ordinal,
-            memory: usize::MAX,
-        },
-    }
+/// The same for a command that keeps all weights on it, whatever they take.
+pub fn resolve_whole(args: &WholeDeviceArgs) -> Result<DeviceContext, Failure> {
+    Ok(DeviceContext::open(pick(args.device, usize::MAX)?)?)
 }
 
 /// The device, with `memory` bytes where it is a GPU.
@@ -76,8 +64,8 @@ pub fn describe(device: Device) -> String {
     }
 }
 
-/// `cpu`, or the name of the GPU: what results may depend on.
-pub fn name(device: Device) -> String {
+/// `cpu`, or the name of the GPU.
+fn name(device: Device) -> String {
     match device {
         Device::Cpu => "cpu".to_string(),
         #[cfg(feature = "cuda")]
@@ -87,13 +75,15 @@ pub fn name(device: Device) -> String {
     }
 }
 
-/// What the libraries of the device that was used reach on large products.
-pub fn rates() -> Result<Rates, Failure> {
+/// What the libraries of a device reach on large products.
+pub fn rates(device: &DeviceContext) -> Result<Rates, Failure> {
     #[cfg(feature = "cuda")]
-    if let Some(gpu) = gptq_model::gpu() {
-        let [products, f32, f64] = gpu.measure_rates()?;
+    if let DeviceContext::Cuda(cuda) = device {
+        let [products, f32, f64] = cuda.gpu().measure_rates()?;
         return Ok(Rates { products, f32, f64 });
     }
+    #[cfg(not(feature = "cuda"))]
+    let DeviceContext::Cpu = device;
     let sgemm = measure_sgemm(SGEMM_SIZE);
     Ok(Rates {
         products: sgemm,

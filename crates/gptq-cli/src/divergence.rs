@@ -6,7 +6,7 @@ use std::sync::Arc;
 use gptq_calibration::{EvaluationWindows, Source};
 use gptq_hub::Checkpoint;
 use gptq_inference::{Journal, Request, evaluate, group_tokens, summarise};
-use gptq_model::{Device, ModelSpec};
+use gptq_model::{DeviceContext, ModelSpec};
 use gptq_pipeline::CompareError;
 use gptq_types::{Divergence, RunRecord};
 
@@ -74,7 +74,7 @@ impl Texts {
     pub fn compare(
         &self,
         model: &Model,
-        device: Device,
+        device: &DeviceContext,
         folder: &Path,
     ) -> Result<Vec<Divergence>, CompareError> {
         let compared = self.try_compare(model, device, folder);
@@ -93,7 +93,7 @@ impl Texts {
     fn try_compare(
         &self,
         model: &Model,
-        device: Device,
+        device: &DeviceContext,
         folder: &Path,
     ) -> Result<Vec<Divergence>, Failure> {
         let made = Model::of(Arc::new(Checkpoint::open(folder)?))?;
@@ -106,7 +106,7 @@ impl Texts {
             windows: &windows,
             passages: &[],
             choices: &[],
-            group_tokens: group_tokens(device),
+            group_tokens: group_tokens(device.device()),
         };
         let mut steps: Option<Steps> = None;
         let scores = evaluate(&request, &mut Journal::in_memory(), &mut |step| {

@@ -8,7 +8,7 @@ use gptq_inference::{
     OpenedModel, Reference, ScoreError, WindowScore, group_tokens, groups, score_reference,
     score_windows, summarise,
 };
-use gptq_model::{Device, ModelSpec};
+use gptq_model::{DeviceContext, ModelSpec};
 use gptq_types::EvalRecord;
 
 use crate::args::HubArgs;
@@ -112,7 +112,7 @@ pub fn record(
 pub struct Scorer<'a> {
     text: &'a EvaluationWindows,
     groups: Vec<Range<usize>>,
-    device: Device,
+    device: DeviceContext,
     plain: bool,
     first: Option<First>,
 }
@@ -126,10 +126,10 @@ struct First {
 
 impl<'a> Scorer<'a> {
     /// With `plain`, beside other work, progress comes in lines instead of a bar.
-    pub fn new(text: &'a EvaluationWindows, device: Device, plain: bool) -> Self {
+    pub fn new(text: &'a EvaluationWindows, device: DeviceContext, plain: bool) -> Self {
         Scorer {
             text,
-            groups: groups(text.ids.iter().map(Vec::len), group_tokens(device)),
+            groups: groups(text.ids.iter().map(Vec::len), group_tokens(device.device())),
             device,
             plain,
             first: None,
@@ -175,7 +175,7 @@ impl<'a> Scorer<'a> {
         let mut steps = Steps::beside(&format!("{name}: scoring"), passes, self.plain);
         let mut done = 0;
         let (mut scores, mut hidden) = (Vec::new(), Vec::new());
-        let mut decoder = opened.decoder(self.device)?; // one for all groups: so is its head
+        let mut decoder = opened.decoder(&self.device)?; // one for all groups: so is its head
         for (index, group) in self.groups.iter().enumerate() {
             let windows = &self.text.ids[group.clone()];
             let mut progress = || {

@@ -7,7 +7,7 @@
 use std::ops::Range;
 use std::time::Instant;
 
-use gptq_model::{Device, ModelError};
+use gptq_model::{Device, DeviceContext, ModelError};
 
 use crate::journal::{Entry, GroupShape, Journal, JournalError, Part, Place};
 use crate::last_word::guess_last_words;
@@ -60,7 +60,7 @@ pub struct Request<'a> {
     /// The first is the reference.
     pub models: &'a [OpenedModel],
     /// Where.
-    pub device: Device,
+    pub device: &'a DeviceContext,
     /// Token ids, a vector per window.
     pub windows: &'a [Vec<u32>],
     /// Passages whose last word is to be guessed; may be empty.

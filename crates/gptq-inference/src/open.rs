@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use gptq_model::{
-    ConfigError, Decoder, Device, FloatWeights, ModelError, ModelSpec, Streams, WeightSource,
+    ConfigError, Decoder, DeviceContext, FloatWeights, ModelError, ModelSpec, Streams, WeightSource,
 };
 use gptq_packer::QuantizeConfig;
 use gptq_types::TensorSource;
@@ -103,7 +103,7 @@ pub fn open(
 
 impl OpenedModel {
     /// A decoder over the weights; every tensor is checked.
-    pub fn decoder(&self, device: Device) -> Result<Box<dyn Decoder>, OpenError> {
+    pub fn decoder(&self, device: &DeviceContext) -> Result<Box<dyn Decoder>, OpenError> {
         Ok(gptq_model::open(
             self.weights.clone(),
             self.spec.clone(),

@@ -9,7 +9,7 @@ mod memory;
 #[cfg(feature = "cuda")]
 mod projection;
 
-use gptq_model::{Device, ModelError, ModelSpec};
+use gptq_model::{DeviceContext, ModelError, ModelSpec};
 use gptq_types::SourceError;
 
 use crate::OpenedModel;
@@ -87,12 +87,12 @@ pub trait Runner {
 
 impl OpenedModel {
     /// Loads all weights onto `device`, in the types that the files have them in.
-    pub fn runner(&self, device: Device) -> Result<Box<dyn Runner>, RunError> {
+    pub fn runner(&self, device: &DeviceContext) -> Result<Box<dyn Runner>, RunError> {
         self.check()?;
         match device {
-            Device::Cpu => Ok(Box::new(cpu::CpuRunner::open(self)?)),
+            DeviceContext::Cpu => Ok(Box::new(cpu::CpuRunner::open(self)?)),
             #[cfg(feature = "cuda")]
-            Device::Cuda { ordinal, .. } => Ok(Box::new(cuda::GpuRunner::open(self, ordinal)?)),
+            DeviceContext::Cuda(cuda) => Ok(Box::new(cuda::GpuRunner::open(self, cuda.gpu())?)),
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use gptq_model::{Device, ModelSpec, WeightSource};
+use gptq_model::{DeviceContext, ModelSpec, WeightSource};
 use rayon::prelude::*;
 
 use crate::draw::Draw;
@@ -33,7 +33,7 @@ pub struct SampleSpec {
 pub fn sample_windows(
     weights: Arc<dyn WeightSource>,
     model: ModelSpec,
-    device: Device,
+    device: &DeviceContext,
     spec: SampleSpec,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Vec<Vec<u32>>, RunError> {

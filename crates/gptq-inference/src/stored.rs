@@ -29,6 +29,13 @@ pub struct StoredMatrix {
     pub bytes: Vec<u8>,
 }
 
+impl StoredMatrix {
+    /// Values.
+    pub fn elements(&self) -> usize {
+        self.bytes.len() / self.dtype.size()
+    }
+}
+
 impl OpenedModel {
     /// Presence and shape of every tensor that the architecture needs, from headers alone.
     pub fn check(&self) -> Result<(), ModelError> {

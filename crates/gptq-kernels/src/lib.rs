@@ -11,9 +11,20 @@ mod attention;
 mod cache;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+#[cfg(not(feature = "cuda"))]
+pub mod cuda {
+    //! Without the feature there is no GPU, and so nothing that lies on one.
+
+    use std::marker::PhantomData;
+
+    /// There are none.
+    #[derive(Clone, Copy, Debug)]
+    pub struct DeviceMatrix<'a>(std::convert::Infallible, PhantomData<&'a [u8]>);
+}
 mod elementwise;
 mod factor;
 mod matrix;
+mod operand;
 mod product;
 mod rotation;
 mod vector;
@@ -26,6 +37,7 @@ pub use elementwise::{
 };
 pub use factor::{FactorError, inverse_cholesky};
 pub use matrix::{FloatMatrix, Matrix, PackedMatrix, multiply_each};
+pub use operand::{ActivationSink, Activations, Weight, stretch_of};
 pub use product::{
     Cross, Gram, measure_sgemm, multiply, multiply_add, multiply_f64, multiply_left_transposed,
     multiply_transposed, transpose,

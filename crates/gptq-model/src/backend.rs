@@ -12,10 +12,10 @@ use burn::tensor::backend::Backend;
 use burn::tensor::{Tensor, TensorData, TensorPrimitive};
 use burn_flex::FlexTensor;
 use gptq_kernels::{
-    Activation, AttentionShape, Rotation, activate, add_scaled, causal_attention, gated,
-    layer_norm, multiply, rms_norm, scale,
+    Activation, Activations, AttentionShape, Rotation, Weight, activate, add_scaled,
+    causal_attention, gated, layer_norm, multiply, rms_norm, scale,
 };
-use gptq_types::{Activations, LayerName, SourceError, Weight};
+use gptq_types::{LayerName, SourceError};
 use rayon::prelude::*;
 
 use crate::ModelError;
@@ -29,6 +29,8 @@ use crate::weights::{LinearValues, LinearWeights, WeightSource};
 /// Operations do not fail one by one: work on a GPU is queued anyway, and what went wrong shows in
 /// [`DecoderBackend::check`].
 pub(crate) trait DecoderBackend: Backend + 'static {
+    /// The device, passed to every operation.
+    type Context: Clone;
     /// A bias, where operations want it.
     type Vector;
     /// A norm's weight and bias.
@@ -52,10 +54,10 @@ pub(crate) trait DecoderBackend: Backend + 'static {
     const EVERY_INNER: bool;
 
     /// The first thing that went wrong since the last call.
-    fn check() -> Result<(), ModelError>;
+    fn check(on: &Self::Context) -> Result<(), ModelError>;
 
     /// Gives memory of past operations back, before much of it is needed for something else.
-    fn tidy();
+    fn tidy(on: &Self::Context);
 
     /// Reads a linear of `[in_features, out_features]` in the form that [`DecoderBackend::weight`] takes.
     fn read(
@@ -66,20 +68,30 @@ pub(crate) trait DecoderBackend: Backend + 'static {
     ) -> Result<LinearWeights, SourceError>;
 
     /// A weight of `in_features` and `out_features`; its layout is the backend's own.
-    fn weight(values: LinearValues, in_features: usize, out_features: usize) -> Tensor<Self, 2>;
+    fn weight(
+        on: &Self::Context,
+        values: LinearValues,
+        in_features: usize,
+        out_features: usize,
+    ) -> Tensor<Self, 2>;
 
     /// A weight that stays when solvers write over this one; in the place of one that nobody needs any
     /// more, where its shape is the same: a GPU waits for all work when memory is given back.
-    fn copied(weight: &Tensor<Self, 2>, place: Option<Tensor<Self, 2>>) -> Tensor<Self, 2>;
+    fn copied(
+        on: &Self::Context,
+        weight: &Tensor<Self, 2>,
+        place: Option<Tensor<Self, 2>>,
+    ) -> Tensor<Self, 2>;
 
     /// The weight as solvers see it.
-    fn show_weight(weight: &Tensor<Self, 2>) -> Weight;
+    fn show_weight(weight: &Tensor<Self, 2>) -> Weight<'_>;
 
     /// A vector.
-    fn vector(values: Vec<f32>) -> Self::Vector;
+    fn vector(on: &Self::Context, values: Vec<f32>) -> Self::Vector;
 
     /// A norm, its offset added.
     fn norm_weights(
+        on: &Self::Context,
         kind: NormKind,
         weight: Vec<f32>,
         bias: Option<Vec<f32>>,
@@ -87,29 +99,30 @@ pub(crate) trait DecoderBackend: Backend + 'static {
     ) -> Self::Norm;
 
     /// A rotary table.
-    fn turn(rotation: Rotation) -> Self::Turn;
+    fn turn(on: &Self::Context, rotation: Rotation) -> Self::Turn;
 
     /// Reads the embedding, rows of `width`.
     fn table(
+        on: &Self::Context,
         source: &dyn WeightSource,
         name: &str,
         width: usize,
     ) -> Result<Self::Table, SourceError>;
 
     /// Rows of the embedding, times a factor.
-    fn embed(table: &Self::Table, ids: &[u32], factor: f32) -> Tensor<Self, 2>;
+    fn embed(on: &Self::Context, table: &Self::Table, ids: &[u32], factor: f32) -> Tensor<Self, 2>;
 
     /// From host memory, rows of `columns`.
-    fn upload(values: Vec<f32>, columns: usize) -> Tensor<Self, 2>;
+    fn upload(on: &Self::Context, values: Vec<f32>, columns: usize) -> Tensor<Self, 2>;
 
     /// To host memory, row-major.
-    fn download(x: Tensor<Self, 2>) -> Vec<f32>;
+    fn download(on: &Self::Context, x: Tensor<Self, 2>) -> Vec<f32>;
 
     /// Shows the rows without copying them.
     fn show(x: &Tensor<Self, 2>, look: &mut dyn FnMut(Activations<'_>));
 
     /// Shelves for the activations of all batches.
-    fn shelves(need: &ShelfNeed) -> Shelves<Self::Shelf>;
+    fn shelves(on: &Self::Context, need: &ShelfNeed) -> Shelves<Self::Shelf>;
 
     /// Forgets what is on a shelf, which takes activations of up to `rows` and `columns` from now on.
     fn clear(shelf: &Self::Shelf, rows: usize, columns: usize);
@@ -118,38 +131,55 @@ pub(crate) trait DecoderBackend: Backend + 'static {
     fn has_room(shelf: &Self::Shelf, place: usize) -> bool;
 
     /// Puts an activation at a place of a shelf that has room.
-    fn keep(shelf: &Self::Shelf, place: usize, x: &Tensor<Self, 2>) -> Self::Kept;
+    fn keep(
+        on: &Self::Context,
+        shelf: &Self::Shelf,
+        place: usize,
+        x: &Tensor<Self, 2>,
+    ) -> Self::Kept;
 
     /// Takes it back.
-    fn recall(kept: Self::Kept) -> Tensor<Self, 2>;
+    fn recall(on: &Self::Context, kept: Self::Kept) -> Tensor<Self, 2>;
 
     /// Looks at it and leaves it there.
-    fn peek(kept: &Self::Kept) -> Tensor<Self, 2>;
+    fn peek(on: &Self::Context, kept: &Self::Kept) -> Tensor<Self, 2>;
 
     /// `x [T, K]` times a weight, plus a bias.
     fn project(
+        on: &Self::Context,
         x: &Tensor<Self, 2>,
         weight: &Tensor<Self, 2>,
         bias: Option<&Self::Vector>,
     ) -> Tensor<Self, 2>;
 
     /// A copy of some columns.
-    fn columns(x: &Tensor<Self, 2>, columns: Range<usize>) -> Tensor<Self, 2>;
+    fn columns(on: &Self::Context, x: &Tensor<Self, 2>, columns: Range<usize>) -> Tensor<Self, 2>;
 
     /// `x + factor * y`.
-    fn add(x: Tensor<Self, 2>, y: Tensor<Self, 2>, factor: f32) -> Tensor<Self, 2>;
+    fn add(
+        on: &Self::Context,
+        x: Tensor<Self, 2>,
+        y: Tensor<Self, 2>,
+        factor: f32,
+    ) -> Tensor<Self, 2>;
 
     /// `factor * x`.
-    fn scale(x: Tensor<Self, 2>, factor: f32) -> Tensor<Self, 2>;
+    fn scale(on: &Self::Context, x: Tensor<Self, 2>, factor: f32) -> Tensor<Self, 2>;
 
     /// A norm over runs of as many columns as its weight has: whole rows, or heads.
-    fn norm(x: &Tensor<Self, 2>, norm: &Self::Norm) -> Tensor<Self, 2>;
+    fn norm(on: &Self::Context, x: &Tensor<Self, 2>, norm: &Self::Norm) -> Tensor<Self, 2>;
 
     /// Rotary embedding; row `r` stands at position `r % tokens` of the table.
-    fn rotate(x: Tensor<Self, 2>, turn: &Self::Turn, tokens: usize) -> Tensor<Self, 2>;
+    fn rotate(
+        on: &Self::Context,
+        x: Tensor<Self, 2>,
+        turn: &Self::Turn,
+        tokens: usize,
+    ) -> Tensor<Self, 2>;
 
     /// Causal attention inside windows of `tokens` rows.
     fn attend(
+        on: &Self::Context,
         q: &Tensor<Self, 2>,
         k: &Tensor<Self, 2>,
         v: &Tensor<Self, 2>,
@@ -158,17 +188,21 @@ pub(crate) trait DecoderBackend: Backend + 'static {
     ) -> Tensor<Self, 2>;
 
     /// `activation(gate) * up`.
-    fn gate(gate: Tensor<Self, 2>, up: &Tensor<Self, 2>, activation: Activation)
-    -> Tensor<Self, 2>;
+    fn gate(
+        on: &Self::Context,
+        gate: Tensor<Self, 2>,
+        up: &Tensor<Self, 2>,
+        activation: Activation,
+    ) -> Tensor<Self, 2>;
 
     /// `activation(x)`.
-    fn activate(x: Tensor<Self, 2>, activation: Activation) -> Tensor<Self, 2>;
+    fn activate(on: &Self::Context, x: Tensor<Self, 2>, activation: Activation) -> Tensor<Self, 2>;
 
     /// Whether no element is infinite or NaN.
-    fn is_finite(x: &Tensor<Self, 2>) -> bool;
+    fn is_finite(on: &Self::Context, x: &Tensor<Self, 2>) -> bool;
 
     /// Reads the head where it scores.
-    fn head(head: HostHead) -> Result<Self::Head, ModelError>;
+    fn head(on: &Self::Context, head: HostHead) -> Result<Self::Head, ModelError>;
 
     /// Hidden states `[tokens, hidden_size]` before the final norm, with the head.
     fn head_input(head: &Self::Head, hidden: Tensor<Self, 2>) -> Result<HeadInput, ModelError>;
@@ -292,6 +326,7 @@ pub(crate) struct HostNorm {
 }
 
 impl DecoderBackend for Flex {
+    type Context = (); // the processor
     type Vector = Vec<f32>;
     type Norm = HostNorm;
     type Turn = Rotation;
@@ -307,11 +342,11 @@ impl DecoderBackend for Flex {
     const PREFETCH: bool = false;
     const EVERY_INNER: bool = true;
 
-    fn check() -> Result<(), ModelError> {
+    fn check(_: &()) -> Result<(), ModelError> {
         Ok(())
     }
 
-    fn tidy() {}
+    fn tidy(_: &()) {}
 
     fn read(
         source: &dyn WeightSource,
@@ -322,7 +357,12 @@ impl DecoderBackend for Flex {
         source.linear(layer, shape, bias)
     }
 
-    fn weight(values: LinearValues, in_features: usize, out_features: usize) -> Tensor<Self, 2> {
+    fn weight(
+        _: &(),
+        values: LinearValues,
+        in_features: usize,
+        out_features: usize,
+    ) -> Tensor<Self, 2> {
         let values = values.input_major(in_features, out_features);
         assert_eq!(
             values.len(),
@@ -332,19 +372,20 @@ impl DecoderBackend for Flex {
         wrap(values, out_features)
     }
 
-    fn copied(weight: &Tensor<Self, 2>, _: Option<Tensor<Self, 2>>) -> Tensor<Self, 2> {
+    fn copied(_: &(), weight: &Tensor<Self, 2>, _: Option<Tensor<Self, 2>>) -> Tensor<Self, 2> {
         weight.clone() // it is replaced, never written over
     }
 
-    fn show_weight(weight: &Tensor<Self, 2>) -> Weight {
-        Weight::Host(Self::download(weight.clone()))
+    fn show_weight(weight: &Tensor<Self, 2>) -> Weight<'_> {
+        Weight::Host(Self::download(&(), weight.clone()))
     }
 
-    fn vector(values: Vec<f32>) -> Vec<f32> {
+    fn vector(_: &(), values: Vec<f32>) -> Vec<f32> {
         values
     }
 
     fn norm_weights(
+        _: &(),
         kind: NormKind,
         weight: Vec<f32>,
         bias: Option<Vec<f32>>,
@@ -359,11 +400,12 @@ impl DecoderBackend for Flex {
         }
     }
 
-    fn turn(rotation: Rotation) -> Rotation {
+    fn turn(_: &(), rotation: Rotation) -> Rotation {
         rotation
     }
 
     fn table(
+        _: &(),
         source: &dyn WeightSource,
         name: &str,
         width: usize,
@@ -371,7 +413,7 @@ impl DecoderBackend for Flex {
         Ok((source.plain(name)?, width))
     }
 
-    fn embed((table, width): &Self::Table, ids: &[u32], factor: f32) -> Tensor<Self, 2> {
+    fn embed(_: &(), (table, width): &Self::Table, ids: &[u32], factor: f32) -> Tensor<Self, 2> {
         let mut rows = Vec::with_capacity(ids.len() * width);
         for &id in ids {
             rows.extend_from_slice(&table[id as usize * width..][..*width]);
@@ -382,11 +424,11 @@ impl DecoderBackend for Flex {
         wrap(rows, *width)
     }
 
-    fn upload(values: Vec<f32>, columns: usize) -> Tensor<Self, 2> {
+    fn upload(_: &(), values: Vec<f32>, columns: usize) -> Tensor<Self, 2> {
         wrap(values, columns)
     }
 
-    fn download(x: Tensor<Self, 2>) -> Vec<f32> {
+    fn download(_: &(), x: Tensor<Self, 2>) -> Vec<f32> {
         x.into_data()
             .into_vec()
             .expect("tensors of the decoder are f32")
@@ -396,7 +438,7 @@ impl DecoderBackend for Flex {
         look(Activations::Host(slice(&flex(x))));
     }
 
-    fn shelves(need: &ShelfNeed) -> Shelves<()> {
+    fn shelves(_: &(), need: &ShelfNeed) -> Shelves<()> {
         Shelves {
             hidden: (),
             float: (),
@@ -413,19 +455,20 @@ impl DecoderBackend for Flex {
         true
     }
 
-    fn keep((): &(), _: usize, x: &Tensor<Self, 2>) -> Tensor<Self, 2> {
+    fn keep(_: &(), (): &(), _: usize, x: &Tensor<Self, 2>) -> Tensor<Self, 2> {
         x.clone()
     }
 
-    fn recall(kept: Tensor<Self, 2>) -> Tensor<Self, 2> {
+    fn recall(_: &(), kept: Tensor<Self, 2>) -> Tensor<Self, 2> {
         kept
     }
 
-    fn peek(kept: &Tensor<Self, 2>) -> Tensor<Self, 2> {
+    fn peek(_: &(), kept: &Tensor<Self, 2>) -> Tensor<Self, 2> {
         kept.clone()
     }
 
     fn project(
+        _: &(),
         x: &Tensor<Self, 2>,
         weight: &Tensor<Self, 2>,
         bias: Option<&Vec<f32>>,
@@ -441,14 +484,14 @@ impl DecoderBackend for Flex {
         }
     }
 
-    fn columns(x: &Tensor<Self, 2>, columns: Range<usize>) -> Tensor<Self, 2> {
+    fn columns(_: &(), x: &Tensor<Self, 2>, columns: Range<usize>) -> Tensor<Self, 2> {
         let (width, x) = (x.dims()[1], flex(x));
         let rows = slice(&x).chunks_exact(width);
         let kept = rows.flat_map(|row| &row[columns.clone()]).copied();
         wrap(kept.collect(), columns.len())
     }
 
-    fn add(x: Tensor<Self, 2>, y: Tensor<Self, 2>, factor: f32) -> Tensor<Self, 2> {
+    fn add(_: &(), x: Tensor<Self, 2>, y: Tensor<Self, 2>, factor: f32) -> Tensor<Self, 2> {
         match factor == 1.0 {
             true => x + y,
             false => {
@@ -458,11 +501,11 @@ impl DecoderBackend for Flex {
         }
     }
 
-    fn scale(x: Tensor<Self, 2>, factor: f32) -> Tensor<Self, 2> {
+    fn scale(_: &(), x: Tensor<Self, 2>, factor: f32) -> Tensor<Self, 2> {
         change(x, |x| scale(x, factor))
     }
 
-    fn norm(x: &Tensor<Self, 2>, norm: &HostNorm) -> Tensor<Self, 2> {
+    fn norm(_: &(), x: &Tensor<Self, 2>, norm: &HostNorm) -> Tensor<Self, 2> {
         let (columns, x) = (x.dims()[1], flex(x));
         let out = match norm.kind {
             NormKind::Rms => rms_norm(slice(&x), &norm.weight, norm.eps),
@@ -471,12 +514,13 @@ impl DecoderBackend for Flex {
         wrap(out, columns)
     }
 
-    fn rotate(x: Tensor<Self, 2>, turn: &Rotation, tokens: usize) -> Tensor<Self, 2> {
+    fn rotate(_: &(), x: Tensor<Self, 2>, turn: &Rotation, tokens: usize) -> Tensor<Self, 2> {
         let width = x.dims()[1];
         change(x, |x| turn.apply(x, width, tokens))
     }
 
     fn attend(
+        _: &(),
         q: &Tensor<Self, 2>,
         k: &Tensor<Self, 2>,
         v: &Tensor<Self, 2>,
@@ -489,6 +533,7 @@ impl DecoderBackend for Flex {
     }
 
     fn gate(
+        _: &(),
         gate: Tensor<Self, 2>,
         up: &Tensor<Self, 2>,
         activation: Activation,
@@ -497,15 +542,15 @@ impl DecoderBackend for Flex {
         change(gate, |gate| gated(gate, slice(&up), activation))
     }
 
-    fn activate(x: Tensor<Self, 2>, activation: Activation) -> Tensor<Self, 2> {
+    fn activate(_: &(), x: Tensor<Self, 2>, activation: Activation) -> Tensor<Self, 2> {
         change(x, |x| activate(x, activation))
     }
 
-    fn is_finite(x: &Tensor<Self, 2>) -> bool {
+    fn is_finite(_: &(), x: &Tensor<Self, 2>) -> bool {
         slice(&flex(x)).par_iter().all(|value| value.is_finite())
     }
 
-    fn head(head: HostHead) -> Result<HostHead, ModelError> {
+    fn head(_: &(), head: HostHead) -> Result<HostHead, ModelError> {
         Ok(head)
     }
 

@@ -57,17 +57,18 @@ impl<B: DecoderBackend> RowState<B> {
         }
     }
 
-    pub fn hidden(&self) -> Tensor<B, 2> {
-        B::peek(self.hidden.as_ref().expect("hidden states are kept"))
+    pub fn hidden(&self, on: &B::Context) -> Tensor<B, 2> {
+        B::peek(on, self.hidden.as_ref().expect("hidden states are kept"))
     }
 
-    fn take_hidden(&mut self) -> Tensor<B, 2> {
-        B::recall(self.hidden.take().expect("hidden states are kept"))
+    fn take_hidden(&mut self, on: &B::Context) -> Tensor<B, 2> {
+        B::recall(on, self.hidden.take().expect("hidden states are kept"))
     }
 }
 
 /// Where a batch waits, and what its windows share.
 pub(crate) struct Track<'a, B: DecoderBackend> {
+    pub on: &'a B::Context,
     pub hidden: &'a B::Shelf,
     /// For the input of an output linear; a stream that adds outputs at once needs none.
     pub inner: Option<&'a B::Shelf>,
@@ -86,6 +87,7 @@ pub(crate) struct Track<'a, B: DecoderBackend> {
 impl<'a, B: DecoderBackend> Track<'a, B> {
     /// That of the stream whose weights are replaced.
     pub fn quantized(
+        on: &'a B::Context,
         shelves: &'a Shelves<B::Shelf>,
         tables: &'a Tables<B>,
         tokens: usize,
@@ -93,6 +95,7 @@ impl<'a, B: DecoderBackend> Track<'a, B> {
         by_token: &'a [B::Kept],
     ) -> Self {
         Track {
+            on,
             hidden: &shelves.hidden,
             inner: Some(&shelves.inner),
             lent: &shelves.lent,
@@ -107,6 +110,7 @@ impl<'a, B: DecoderBackend> Track<'a, B> {
     /// That of the float stream, whose batch has `place` on its own shelf, beside `batches` of the other.
     pub fn beside(&self, shelves: &'a Shelves<B::Shelf>, place: usize, batches: usize) -> Self {
         Track {
+            on: self.on,
             hidden: &shelves.float,
             inner: None,
             place,
@@ -158,13 +162,15 @@ impl<B: DecoderBackend> BlockState<B> {
     fn ops<'a>(&self, state: &RowState<B>, track: &Track<'a, B>) -> Windows<'a, B> {
         let borrowed = self.borrows.iter().map(|block| {
             let pair = &state.lent[block];
-            (*block, pair.each_ref().map(B::peek))
+            (*block, pair.each_ref().map(|kept| B::peek(track.on, kept)))
         });
+        let by_token = track.by_token.get(self.index);
         Windows {
+            on: track.on,
             tables: track.tables,
             tokens: track.tokens,
             lent: borrowed.collect(),
-            by_token: track.by_token.get(self.index).map(B::peek),
+            by_token: by_token.map(|kept| B::peek(track.on, kept)),
         }
     }
 
@@ -177,11 +183,11 @@ impl<B: DecoderBackend> BlockState<B> {
     ) -> Result<Tensor<B, 2>, ModelError> {
         let mut ops = self.ops(state, track);
         let hidden = match state.done < tap.step {
-            false => state.hidden(),
+            false => state.hidden(track.on),
             true => {
-                let hidden = state.take_hidden();
+                let hidden = state.take_hidden(track.on);
                 let hidden = self.advance(&mut ops, state, hidden, tap.step)?;
-                state.hidden = Some(B::keep(track.hidden, track.place, &hidden));
+                state.hidden = Some(B::keep(track.on, track.hidden, track.place, &hidden));
                 hidden
             }
         };
@@ -197,13 +203,15 @@ impl<B: DecoderBackend> BlockState<B> {
             // The first branch's waits where there is room for it; what does not is computed again, from
             // the same values to the same bits.
             Some(shelf) if (at == 0 || B::EVERY_INNER) && B::has_room(shelf, track.place) => {
-                state.inner.insert(at, B::keep(shelf, track.place, &inner));
+                state
+                    .inner
+                    .insert(at, B::keep(track.on, shelf, track.place, &inner));
             }
             None if last => {
                 drop(hidden);
-                let hidden = state.take_hidden();
+                let hidden = state.take_hidden(track.on);
                 let hidden = self.add_step(&mut ops, state, hidden, Some(inner.clone()))?;
-                state.hidden = Some(B::keep(track.hidden, track.place, &hidden));
+                state.hidden = Some(B::keep(track.on, track.hidden, track.place, &hidden));
             }
             Some(_) | None => {}
         }
@@ -213,11 +221,11 @@ impl<B: DecoderBackend> BlockState<B> {
     /// Brings the batch behind the block.
     pub fn finish(&self, state: &mut RowState<B>, track: &Track<'_, B>) -> Result<(), ModelError> {
         let mut ops = self.ops(state, track);
-        let hidden = state.take_hidden();
+        let hidden = state.take_hidden(track.on);
         let hidden = self.advance(&mut ops, state, hidden, self.block.steps.len())?;
         let hidden = self.block.finish(&mut ops, hidden)?;
         self.lend(&mut ops.lent, state, track);
-        state.hidden = Some(B::keep(track.hidden, track.place, &hidden));
+        state.hidden = Some(B::keep(track.on, track.hidden, track.place, &hidden));
         state.done = 0;
         Ok(())
     }
@@ -249,7 +257,7 @@ impl<B: DecoderBackend> BlockState<B> {
         let (mut last, end) = (last, step.branches.len() - 1);
         let mut inner = Vec::with_capacity(step.branches.len());
         for (at, branch) in step.branches.iter().enumerate() {
-            let kept = state.inner.remove(&at).map(B::recall);
+            let kept = state.inner.remove(&at).map(|kept| B::recall(ops.on, kept));
             let there = kept.or_else(|| last.take_if(|_| at == end));
             inner.push(match there {
                 Some(inner) => inner,
@@ -274,7 +282,7 @@ impl<B: DecoderBackend> BlockState<B> {
         };
         let place = track.first_lent + 2 * lender;
         let pair = [(&k, place), (&v, place + 1)];
-        let pair = pair.map(|(x, place)| B::keep(track.lent, place, x));
+        let pair = pair.map(|(x, place)| B::keep(track.on, track.lent, place, x));
         state.lent.insert(self.index, pair);
     }
 }

@@ -13,6 +13,7 @@ use crate::weights::WeightSource;
 /// The rows that a set of windows needs, and what they are added to; see
 /// [`PerBlockInputSpec`].
 pub(crate) struct RowsByToken<'a, B: DecoderBackend> {
+    on: &'a B::Context,
     spec: &'a PerBlockInputSpec,
     places: HashMap<u32, usize>,
     rows: Vec<f32>, // [distinct ids, blocks * width], scaled
@@ -24,6 +25,7 @@ pub(crate) struct RowsByToken<'a, B: DecoderBackend> {
 impl<'a, B: DecoderBackend> RowsByToken<'a, B> {
     /// Reads the rows of all ids of `windows`, and nothing else of the table: it may outweigh the model.
     pub fn read(
+        on: &'a B::Context,
         source: &dyn WeightSource,
         spec: &'a PerBlockInputSpec,
         (blocks, hidden): (usize, usize),
@@ -42,14 +44,15 @@ impl<'a, B: DecoderBackend> RowsByToken<'a, B> {
         let (weight, bias) = norm_values(&spec.norm, |name| source.plain(name))?;
         let stored = source.plain_as_stored(&spec.projection)?;
         Ok(RowsByToken {
+            on,
             spec,
             places: (ids.into_iter().enumerate())
                 .map(|(at, id)| (id, at))
                 .collect(),
             rows,
             columns,
-            projection: B::weight(stored.into(), hidden, columns),
-            norm: B::norm_weights(spec.norm.kind, weight, bias, spec.norm.eps),
+            projection: B::weight(on, stored.into(), hidden, columns),
+            norm: B::norm_weights(on, spec.norm.kind, weight, bias, spec.norm.eps),
         })
     }
 
@@ -60,13 +63,14 @@ impl<'a, B: DecoderBackend> RowsByToken<'a, B> {
             let at = self.places[id] * self.columns;
             rows.extend_from_slice(&self.rows[at..at + self.columns]);
         }
-        let projected = B::project(embedded, &self.projection, None);
-        let projected = B::scale(projected, self.spec.projection_factor);
+        let projected = B::project(self.on, embedded, &self.projection, None);
+        let projected = B::scale(self.on, projected, self.spec.projection_factor);
         let sum = B::add(
-            B::norm(&projected, &self.norm),
-            B::upload(rows, self.columns),
+            self.on,
+            B::norm(self.on, &projected, &self.norm),
+            B::upload(self.on, rows, self.columns),
             1.0,
         );
-        B::scale(sum, self.spec.factor)
+        B::scale(self.on, sum, self.spec.factor)
     }
 }

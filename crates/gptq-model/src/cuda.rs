@@ -1,7 +1,7 @@
 //! The decoder's operations on Burn's CUDA backend.
 //!
-//! Burn owns the tensors; the operations of `gptq-kernels` read and write them through their
-//! addresses, on the one stream of [`Gpu`]. Burn itself queues no work on any of them, so its own
+//! Burn owns the tensors; the operations of `gptq-kernels` read and write them through
+//! [views](crate::burn_memory), on the one stream of [`Gpu`]. Burn itself queues no work on any of them, so its own
 //! stream never has to be waited for: memory that a dropped tensor leaves is reused by operations
 //! that stand behind it in the same stream. Copies beside that stream touch no tensor, only what
 //! belongs to a [`Shelf`].
@@ -16,13 +16,15 @@ use burn::backend::cuda::CudaDevice;
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
 use burn_cubecl::FloatElement;
-use gptq_kernels::cuda::{Buffer, CudaError, DeviceNorm, Gpu, Output, RowOrder, Shelf, Turn};
-use gptq_kernels::{Activation, AttentionShape, Rotation, transpose};
-use gptq_types::{Activations, DeviceMatrix, Dtype, LayerName, SourceError, Weight};
+use gptq_kernels::cuda::{Buffer, CudaError, DeviceNorm, Gpu, RowOrder, Shelf, Turn};
+use gptq_kernels::{Activation, Activations, AttentionShape, Rotation, Weight, transpose};
+use gptq_types::{Dtype, LayerName, SourceError};
 
 use crate::ModelError;
 use crate::backend::{DecoderBackend, ShelfNeed, Shelves};
 use crate::budget::{Fit, places_on_device};
+use crate::burn_memory::view;
+use crate::device::CudaContext;
 use crate::device_rows::ScoringHead;
 use crate::head::HostHead;
 use crate::score::HeadInput;
@@ -34,55 +36,47 @@ pub(crate) type F16 = Cuda<half::f16>;
 /// For models in bf16.
 pub(crate) type Bf16 = Cuda<half::bf16>;
 
-/// What operations of this thread run on.
-struct Selected {
-    gpu: Arc<Gpu>,
-    memory: usize,
-    trouble: Option<CudaError>,
+/// The device of a decoder.
+#[derive(Clone)]
+pub(crate) struct OnCuda {
+    context: CudaContext,
+    /// The first thing that went wrong, until it is asked for.
+    trouble: Rc<RefCell<Option<CudaError>>>,
 }
 
-thread_local! {
-    static SELECTED: RefCell<Option<Selected>> = const { RefCell::new(None) };
-}
-
-/// Makes device `ordinal` the one of this thread, with a budget of `memory` bytes.
-pub(crate) fn select(ordinal: usize, memory: usize) -> Result<(), ModelError> {
-    SELECTED.with_borrow_mut(|selected| {
-        if let Some(selected) = selected
-            && selected.gpu.ordinal() == ordinal
-        {
-            selected.memory = memory;
-            return Ok(());
+impl OnCuda {
+    pub fn new(context: CudaContext) -> Self {
+        OnCuda {
+            context,
+            trouble: Rc::default(),
         }
-        *selected = Some(Selected {
-            gpu: Gpu::open(ordinal)?,
-            memory,
-            trouble: None,
+    }
+
+    fn gpu(&self) -> &Arc<Gpu> {
+        self.context.gpu()
+    }
+
+    /// Keeps the first error for [`DecoderBackend::check`].
+    fn note<T>(&self, result: Result<T, CudaError>) -> Option<T> {
+        let keep = |error| {
+            self.trouble.borrow_mut().get_or_insert(error);
+        };
+        result.map_err(keep).ok()
+    }
+
+    fn burn_device(&self) -> CudaDevice {
+        CudaDevice::new(self.gpu().ordinal())
+    }
+
+    /// A matrix of undefined content. One-dimensional until its shape is known to Burn, which pads
+    /// rows of matrices otherwise; of exactly its size, where Burn's pools take pages of gigabytes.
+    fn blank<E: Half>(&self, rows: usize, columns: usize) -> Tensor<Cuda<E>, 2> {
+        let device = self.burn_device();
+        let flat = Cuda::<E>::memory_persistent_allocations(&device, (), |()| {
+            Tensor::<Cuda<E>, 1>::empty([rows * columns], &device)
         });
-        Ok(())
-    })
-}
-
-/// The device of this thread.
-pub(crate) fn selected() -> Option<Arc<Gpu>> {
-    SELECTED.with_borrow(|selected| Some(selected.as_ref()?.gpu.clone()))
-}
-
-fn gpu() -> Arc<Gpu> {
-    selected().expect("a device was selected when the decoder was opened")
-}
-
-/// Keeps the first error for [`DecoderBackend::check`].
-fn note<T>(result: Result<T, CudaError>) -> Option<T> {
-    result
-        .map_err(|error| {
-            SELECTED.with_borrow_mut(|selected| {
-                if let Some(selected) = selected {
-                    selected.trouble.get_or_insert(error);
-                }
-            });
-        })
-        .ok()
+        flat.reshape([rows, columns])
+    }
 }
 
 /// A sixteen-bit element of tensors.
@@ -107,6 +101,7 @@ pub(crate) struct Placed {
 }
 
 impl<E: Half> DecoderBackend for Cuda<E> {
+    type Context = OnCuda;
     type Vector = Option<Buffer>;
     type Norm = Option<DeviceNorm>;
     type Turn = Option<Turn>;
@@ -120,15 +115,14 @@ impl<E: Half> DecoderBackend for Cuda<E> {
     const PREFETCH: bool = true;
     const EVERY_INNER: bool = false;
 
-    fn check() -> Result<(), ModelError> {
-        let trouble = SELECTED.with_borrow_mut(|selected| selected.as_mut()?.trouble.take());
-        trouble.map_or(Ok(()), |error| Err(error.into()))
+    fn check(on: &Self::Context) -> Result<(), ModelError> {
+        on.trouble.take().map_or(Ok(()), |error| Err(error.into()))
     }
 
-    fn tidy() {
-        note(gpu().synchronize());
-        gpu().drop_scratch();
-        Self::memory_cleanup(&device());
+    fn tidy(on: &Self::Context) {
+        on.note(on.gpu().synchronize());
+        on.gpu().drop_scratch();
+        Self::memory_cleanup(&on.burn_device());
     }
 
     fn read(
@@ -140,58 +134,74 @@ impl<E: Half> DecoderBackend for Cuda<E> {
         source.linear_as_stored(layer, shape, bias)
     }
 
-    fn weight(values: LinearValues, in_features: usize, out_features: usize) -> Tensor<Self, 2> {
-        let out = blank(out_features, in_features);
+    fn weight(
+        on: &Self::Context,
+        values: LinearValues,
+        in_features: usize,
+        out_features: usize,
+    ) -> Tensor<Self, 2> {
+        let out = on.blank(out_features, in_features);
         let to = view(&out);
         match values {
-            LinearValues::Stored { dtype, bytes } if dtype == to.dtype => {
-                note(gpu().to_device(to.address, &bytes));
+            LinearValues::Stored { dtype, bytes } if dtype == to.dtype() => {
+                on.note(on.gpu().write_stored(to, &bytes));
             }
             LinearValues::Stored { .. } => {
                 let values = values.input_major(in_features, out_features);
-                note(gpu().upload(to, &transpose(&values, in_features, out_features)));
+                on.note(
+                    on.gpu()
+                        .upload(to, &transpose(&values, in_features, out_features)),
+                );
             }
             LinearValues::InputMajor(values) => {
-                note(gpu().upload(to, &transpose(&values, in_features, out_features)));
+                on.note(
+                    on.gpu()
+                        .upload(to, &transpose(&values, in_features, out_features)),
+                );
             }
             LinearValues::Packed(layer) => {
-                note(gpu().dequantise(to, &layer));
+                on.note(on.gpu().dequantise(to, &layer));
             }
         }
         out
     }
 
-    fn copied(weight: &Tensor<Self, 2>, place: Option<Tensor<Self, 2>>) -> Tensor<Self, 2> {
+    fn copied(
+        on: &Self::Context,
+        weight: &Tensor<Self, 2>,
+        place: Option<Tensor<Self, 2>>,
+    ) -> Tensor<Self, 2> {
         let from = view(weight);
         let place = place.filter(|place| place.dims() == weight.dims());
-        let out = place.unwrap_or_else(|| blank(from.rows, from.columns));
-        let bytes = from.rows * from.columns * 2;
-        note(gpu().copy(view(&out).address, from.address, bytes));
+        let out = place.unwrap_or_else(|| on.blank(from.rows(), from.columns()));
+        on.note(on.gpu().copy(view(&out), from));
         out
     }
 
-    fn show_weight(weight: &Tensor<Self, 2>) -> Weight {
+    fn show_weight(weight: &Tensor<Self, 2>) -> Weight<'_> {
         Weight::Device(view(weight))
     }
 
-    fn vector(values: Vec<f32>) -> Self::Vector {
-        note(Buffer::from_host(&gpu(), &values))
+    fn vector(on: &Self::Context, values: Vec<f32>) -> Self::Vector {
+        on.note(Buffer::from_host(on.gpu(), &values))
     }
 
     fn norm_weights(
+        on: &Self::Context,
         kind: NormKind,
         weight: Vec<f32>,
         bias: Option<Vec<f32>>,
         eps: f64,
     ) -> Self::Norm {
-        note(device_norm(kind, &weight, bias.as_deref(), eps))
+        on.note(device_norm(on.gpu(), kind, &weight, bias.as_deref(), eps))
     }
 
-    fn turn(rotation: Rotation) -> Self::Turn {
-        note(Turn::new(&gpu(), &rotation))
+    fn turn(on: &Self::Context, rotation: Rotation) -> Self::Turn {
+        on.note(Turn::new(on.gpu(), &rotation))
     }
 
     fn table(
+        on: &Self::Context,
         source: &dyn WeightSource,
         name: &str,
         width: usize,
@@ -199,35 +209,35 @@ impl<E: Half> DecoderBackend for Cuda<E> {
         let (dtype, bytes) = source.plain_as_stored(name)?;
         let rows = bytes.len() / dtype.size() / width;
         Ok(Self::weight(
+            on,
             LinearValues::Stored { dtype, bytes },
             width,
             rows,
         ))
     }
 
-    fn embed(table: &Self::Table, ids: &[u32], factor: f32) -> Tensor<Self, 2> {
+    fn embed(on: &Self::Context, table: &Self::Table, ids: &[u32], factor: f32) -> Tensor<Self, 2> {
         let table = view(table);
-        let out = blank(ids.len(), table.columns);
-        note(gpu().embed(view(&out).address, table, ids, factor));
+        let out = on.blank(ids.len(), table.columns());
+        on.note(on.gpu().embed(view(&out), table, ids, factor));
         out
     }
 
-    fn upload(values: Vec<f32>, columns: usize) -> Tensor<Self, 2> {
-        let out = blank(values.len() / columns, columns);
-        note(gpu().upload(view(&out), &values));
+    fn upload(on: &Self::Context, values: Vec<f32>, columns: usize) -> Tensor<Self, 2> {
+        let out = on.blank(values.len() / columns, columns);
+        on.note(on.gpu().upload(view(&out), &values));
         out
     }
 
-    fn download(x: Tensor<Self, 2>) -> Vec<f32> {
-        note(gpu().download(view(&x))).unwrap_or_default()
+    fn download(on: &Self::Context, x: Tensor<Self, 2>) -> Vec<f32> {
+        on.note(on.gpu().download(view(&x))).unwrap_or_default()
     }
 
     fn show(x: &Tensor<Self, 2>, look: &mut dyn FnMut(Activations<'_>)) {
         look(Activations::Device(view(x)));
     }
 
-    fn shelves(need: &ShelfNeed) -> Shelves<Self::Shelf> {
-        let memory = SELECTED.with_borrow(|selected| selected.as_ref().map_or(0, |s| s.memory));
+    fn shelves(on: &Self::Context, need: &ShelfNeed) -> Shelves<Self::Shelf> {
         let none = Shelves {
             hidden: None,
             float: None,
@@ -236,13 +246,13 @@ impl<E: Half> DecoderBackend for Cuda<E> {
             inner: None,
             lenders: need.lent.0,
         };
-        let Some(fit) = note(places_on_device(need, memory)) else {
+        let Some(fit) = on.note(places_on_device(need, on.context.memory())) else {
             return none;
         };
         let shelf = |places: usize, columns: [usize; 2], fit: Fit| {
             let bytes = columns.map(|columns| need.rows * columns * 2);
-            let shelf = Shelf::new(&gpu(), places, bytes, fit.places, fit.slots);
-            note(shelf).map(Rc::new)
+            let shelf = Shelf::new(on.gpu(), places, bytes, fit.places, fit.slots);
+            on.note(shelf).map(Rc::new)
         };
         let hidden = [need.hidden; 2];
         // A gated product that does not fit is computed again sooner than it would cross the bus twice.
@@ -274,85 +284,94 @@ impl<E: Half> DecoderBackend for Cuda<E> {
         shelf.as_ref().is_some_and(|shelf| shelf.has_room(place))
     }
 
-    fn keep(shelf: &Self::Shelf, place: usize, x: &Tensor<Self, 2>) -> Placed {
+    fn keep(on: &Self::Context, shelf: &Self::Shelf, place: usize, x: &Tensor<Self, 2>) -> Placed {
         let from = view(x);
         if let Some(shelf) = shelf {
-            note(shelf.put(place, from.address, from.rows * from.columns * 2));
+            on.note(shelf.put(place, from));
         }
         Placed {
             shelf: shelf.clone(),
             place,
-            rows: from.rows,
-            columns: from.columns,
+            rows: from.rows(),
+            columns: from.columns(),
         }
     }
 
-    fn recall(kept: Placed) -> Tensor<Self, 2> {
-        Self::peek(&kept)
+    fn recall(on: &Self::Context, kept: Placed) -> Tensor<Self, 2> {
+        Self::peek(on, &kept)
     }
 
-    fn peek(kept: &Placed) -> Tensor<Self, 2> {
-        let out = blank(kept.rows, kept.columns);
-        let to = view(&out);
+    fn peek(on: &Self::Context, kept: &Placed) -> Tensor<Self, 2> {
+        let out = on.blank(kept.rows, kept.columns);
         if let Some(shelf) = &kept.shelf {
-            note(shelf.get(kept.place, to.address, to.rows * to.columns * 2));
+            on.note(shelf.get(kept.place, view(&out)));
         }
         out
     }
 
     fn project(
+        on: &Self::Context,
         x: &Tensor<Self, 2>,
         weight: &Tensor<Self, 2>,
         bias: Option<&Self::Vector>,
     ) -> Tensor<Self, 2> {
         let (x, weight) = (view(x), view(weight));
-        let out = blank(x.rows, weight.rows);
-        let to = view(&out);
-        note(gpu().project(to.address, false, x, weight));
+        let out = on.blank(x.rows(), weight.rows());
+        on.note(on.gpu().project(view(&out), x, weight));
         if let Some(Some(bias)) = bias {
-            note(gpu().add_bias(to, bias));
+            on.note(on.gpu().add_bias(view(&out), bias));
         }
         out
     }
 
-    fn columns(x: &Tensor<Self, 2>, columns: Range<usize>) -> Tensor<Self, 2> {
-        let x = view(x);
-        let out = blank(x.rows, columns.len());
-        let to = view(&out).address;
-        note(gpu().copy_columns(to, x, columns.start, columns.len()));
+    fn columns(on: &Self::Context, x: &Tensor<Self, 2>, columns: Range<usize>) -> Tensor<Self, 2> {
+        let x = view(x).column_range(columns);
+        let out = on.blank(x.rows(), x.columns());
+        on.note(on.gpu().copy_columns(view(&out), x));
         out
     }
 
-    fn add(x: Tensor<Self, 2>, y: Tensor<Self, 2>, factor: f32) -> Tensor<Self, 2> {
+    fn add(
+        on: &Self::Context,
+        x: Tensor<Self, 2>,
+        y: Tensor<Self, 2>,
+        factor: f32,
+    ) -> Tensor<Self, 2> {
         match factor == 1.0 {
-            true => note(gpu().add(view(&x), view(&y))),
-            false => note(gpu().add_scaled(view(&x), view(&y), factor)),
+            true => on.note(on.gpu().add(view(&x), view(&y))),
+            false => on.note(on.gpu().add_scaled(view(&x), view(&y), factor)),
         };
         x
     }
 
-    fn scale(x: Tensor<Self, 2>, factor: f32) -> Tensor<Self, 2> {
-        note(gpu().scale(view(&x), factor));
+    fn scale(on: &Self::Context, x: Tensor<Self, 2>, factor: f32) -> Tensor<Self, 2> {
+        on.note(on.gpu().scale(view(&x), factor));
         x
     }
 
-    fn norm(x: &Tensor<Self, 2>, norm: &Self::Norm) -> Tensor<Self, 2> {
+    fn norm(on: &Self::Context, x: &Tensor<Self, 2>, norm: &Self::Norm) -> Tensor<Self, 2> {
         let x = view(x);
-        let out = blank(x.rows, x.columns);
+        let out = on.blank(x.rows(), x.columns());
         if let Some(norm) = norm {
-            note(gpu().norm(view(&out).address, x, norm));
+            on.note(on.gpu().norm(view(&out), x, norm));
         }
         out
     }
 
-    fn rotate(x: Tensor<Self, 2>, turn: &Self::Turn, tokens: usize) -> Tensor<Self, 2> {
+    fn rotate(
+        on: &Self::Context,
+        x: Tensor<Self, 2>,
+        turn: &Self::Turn,
+        tokens: usize,
+    ) -> Tensor<Self, 2> {
         if let Some(turn) = turn {
-            note(gpu().rotate(view(&x), turn, tokens));
+            on.note(on.gpu().rotate(view(&x), turn, tokens));
         }
         x
     }
 
     fn attend(
+        on: &Self::Context,
         q: &Tensor<Self, 2>,
         k: &Tensor<Self, 2>,
         v: &Tensor<Self, 2>,
@@ -360,46 +379,43 @@ impl<E: Half> DecoderBackend for Cuda<E> {
         shape: AttentionShape,
     ) -> Tensor<Self, 2> {
         let [q, k, v] = [q, k, v].map(view);
-        let out = blank(q.rows, q.columns);
-        let to = view(&out).address;
-        note(gpu().attend(to, q, k, v, tokens, shape));
+        let out = on.blank(q.rows(), q.columns());
+        on.note(on.gpu().attend(view(&out), q, k, v, tokens, shape));
         out
     }
 
     fn gate(
+        on: &Self::Context,
         gate: Tensor<Self, 2>,
         up: &Tensor<Self, 2>,
         activation: Activation,
     ) -> Tensor<Self, 2> {
-        note(gpu().gate(view(&gate), view(up), activation));
+        on.note(on.gpu().gate(view(&gate), view(up), activation));
         gate
     }
 
-    fn activate(x: Tensor<Self, 2>, activation: Activation) -> Tensor<Self, 2> {
+    fn activate(on: &Self::Context, x: Tensor<Self, 2>, activation: Activation) -> Tensor<Self, 2> {
         let at = view(&x);
-        let (order, size) = (RowOrder::natural(at.columns), [at.rows, at.columns]);
-        let from = Output {
-            address: at.address,
-            pitch: at.columns,
-        };
-        note(gpu().activate_rows(at.address, order, from, size, at.dtype, activation));
+        let order = RowOrder::natural(at.columns());
+        on.note(on.gpu().activate_rows(at, order, at, activation));
         x
     }
 
-    fn is_finite(x: &Tensor<Self, 2>) -> bool {
-        note(gpu().first_not_finite(view(x))).is_none_or(|found| found.is_none())
+    fn is_finite(on: &Self::Context, x: &Tensor<Self, 2>) -> bool {
+        on.note(on.gpu().first_not_finite(view(x)))
+            .is_none_or(|found| found.is_none())
     }
 
-    fn head(head: HostHead) -> Result<ScoringHead, ModelError> {
+    fn head(on: &Self::Context, head: HostHead) -> Result<ScoringHead, ModelError> {
         let (dtype, bytes) = head.source.plain_as_stored(&head.name)?;
         let weight = match dtype == E::DTYPE {
-            true => Buffer::from_host(&gpu(), &bytes)?,
+            true => Buffer::from_host(on.gpu(), &bytes)?,
             false => {
                 let values = to_f32(dtype, &bytes).expect("stored weights are floats");
-                rounded(&values, head.width(), E::DTYPE)?
+                rounded(on.gpu(), &values, head.width(), E::DTYPE)?
             }
         };
-        ScoringHead::new(&gpu(), weight, E::DTYPE, head)
+        ScoringHead::new(on.gpu(), weight, E::DTYPE, head)
     }
 
     fn head_input(head: &ScoringHead, hidden: Tensor<Self, 2>) -> Result<HeadInput, ModelError> {
@@ -409,65 +425,35 @@ impl<E: Half> DecoderBackend for Cuda<E> {
 
 /// A norm on the GPU.
 pub(crate) fn device_norm(
+    gpu: &Arc<Gpu>,
     kind: NormKind,
     weight: &[f32],
     bias: Option<&[f32]>,
     eps: f64,
 ) -> Result<DeviceNorm, CudaError> {
     match kind {
-        NormKind::Rms => DeviceNorm::rms(&gpu(), weight, eps as f32),
-        NormKind::Layer => DeviceNorm::layer(&gpu(), weight, bias, eps as f32),
+        NormKind::Rms => DeviceNorm::rms(gpu, weight, eps as f32),
+        NormKind::Layer => DeviceNorm::layer(gpu, weight, bias, eps as f32),
     }
 }
 
 /// Values `[rows, width]` on the GPU, rounded to `dtype`. In parts: the f32 copy on its way need not
 /// exist as a whole.
-fn rounded(values: &[f32], width: usize, dtype: Dtype) -> Result<Buffer, CudaError> {
-    let there = Buffer::new(&gpu(), values.len() * 2)?;
-    let part = (1 << 26) / width * width;
-    for (index, values) in values.chunks(part).enumerate() {
-        let to = DeviceMatrix {
-            address: there.address() + 2 * (index * part) as u64,
-            rows: values.len() / width,
-            columns: width,
-            dtype,
-        };
-        gpu().upload(to, values)?;
+fn rounded(
+    gpu: &Arc<Gpu>,
+    values: &[f32],
+    width: usize,
+    dtype: Dtype,
+) -> Result<Buffer, CudaError> {
+    let there = Buffer::new(gpu, values.len() * 2)?;
+    let matrix = there.matrix([values.len() / width, width], dtype);
+    let rows = (1 << 26) / width;
+    for (index, values) in values.chunks(rows * width).enumerate() {
+        let first = index * rows;
+        gpu.upload(
+            matrix.row_range(first..first + values.len() / width),
+            values,
+        )?;
     }
     Ok(there)
-}
-
-fn device() -> CudaDevice {
-    CudaDevice::new(gpu().ordinal())
-}
-
-/// A matrix of undefined content. One-dimensional until its shape is known to Burn, which pads
-/// rows of matrices otherwise; of exactly its size, where Burn's pools take pages of gigabytes.
-fn blank<E: Half>(rows: usize, columns: usize) -> Tensor<Cuda<E>, 2> {
-    let device = device();
-    let flat = Cuda::<E>::memory_persistent_allocations(&device, (), |()| {
-        Tensor::<Cuda<E>, 1>::empty([rows * columns], &device)
-    });
-    flat.reshape([rows, columns])
-}
-
-/// Where a tensor lies. The tensor outlives the operations queued on it, or its memory is reused
-/// by later ones of the same stream alone.
-fn view<E: Half>(x: &Tensor<Cuda<E>, 2>) -> DeviceMatrix {
-    let [rows, columns] = x.dims();
-    let tensor = x.clone().into_primitive().tensor();
-    let address = match tensor.client.get_resource(tensor.handle.clone()) {
-        Ok(resource) => resource.resource().ptr,
-        Err(error) => {
-            let text = format!("a tensor has no memory: {error:?}");
-            note::<()>(Err(CudaError::Invalid(text)));
-            0
-        }
-    };
-    DeviceMatrix {
-        address,
-        rows,
-        columns,
-        dtype: E::DTYPE,
-    }
 }

@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use gptq_kernels::cuda::{Buffer, CudaError, DeviceHead, Gpu, RowScore, States};
-use gptq_types::{DeviceMatrix, Dtype};
+use gptq_kernels::cuda::{Buffer, CudaError, DeviceHead, DeviceMatrix, Gpu, RowScore, States};
+use gptq_types::Dtype;
 
 use crate::ModelError;
 use crate::cuda::device_norm;
@@ -33,7 +33,7 @@ impl ScoringHead {
         host: HostHead,
     ) -> Result<Self, ModelError> {
         let norm = &host.norm;
-        let norm = device_norm(norm.kind, &norm.weight, norm.bias.as_deref(), norm.eps)?;
+        let norm = device_norm(gpu, norm.kind, &norm.weight, norm.bias.as_deref(), norm.eps)?;
         let device = DeviceHead::new(gpu, weight, dtype, norm, host.soft_cap)?;
         Ok(ScoringHead {
             #[allow(clippy::arc_with_non_send_sync)]
@@ -43,7 +43,7 @@ impl ScoringHead {
         })
     }
 
-    pub fn rows(&self, hidden: DeviceMatrix) -> Result<DeviceRows, CudaError> {
+    pub fn rows(&self, hidden: DeviceMatrix<'_>) -> Result<DeviceRows, CudaError> {
         Ok(DeviceRows {
             head: self.clone(),
             states: States::copy_of(self.device.gpu(), hidden)?,

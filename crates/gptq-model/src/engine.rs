@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use burn::tensor::Tensor;
-use gptq_types::{ActivationSink, LayerName, SourceError, Weight};
+use gptq_kernels::{ActivationSink, Weight};
+use gptq_types::{LayerName, SourceError};
 
 use crate::backend::{DecoderBackend, ShelfNeed, Shelves};
 use crate::batch::{Batch, BlockState, Track};
@@ -13,15 +14,17 @@ use crate::by_token::RowsByToken;
 use crate::float_stream::FloatStream;
 use crate::forward::Block;
 use crate::head::HostHead;
-use crate::read_block::HostBlock;
+use crate::read_block::{HostBlock, OnDevice};
 use crate::score::HeadInput;
 use crate::spec::{ModelSpec, Tap};
 use crate::stream::{Linear, OnBackend, Tables};
 use crate::weights::WeightSource;
-use crate::{Decoder, ModelError, Streams};
+use crate::{Decoder, DeviceContext, ModelError, Streams};
 
 /// See [`Decoder`].
 pub(crate) struct Engine<B: DecoderBackend> {
+    device: DeviceContext,
+    on: B::Context,
     source: Arc<dyn WeightSource>,
     spec: Arc<ModelSpec>,
     head: Option<B::Head>, // read when first asked for
@@ -35,8 +38,17 @@ pub(crate) struct Engine<B: DecoderBackend> {
 }
 
 impl<B: DecoderBackend> Engine<B> {
-    pub fn new(source: Arc<dyn WeightSource>, spec: ModelSpec, streams: Streams) -> Self {
+    /// `on` is `device` as the backend wants it.
+    pub fn new(
+        device: DeviceContext,
+        on: B::Context,
+        source: Arc<dyn WeightSource>,
+        spec: ModelSpec,
+        streams: Streams,
+    ) -> Self {
         Engine {
+            device,
+            on,
             float: match streams {
                 Streams::One => None,
                 Streams::BesideFloat => Some(FloatStream::default()),
@@ -56,14 +68,14 @@ impl<B: DecoderBackend> Engine<B> {
     /// Not kept, since a pass needs it once and it may be larger than a block.
     fn table(&self) -> Result<B::Table, ModelError> {
         let (name, width) = (&self.spec.embedding.name, self.spec.hidden_size);
-        Ok(B::table(self.source.as_ref(), name, width)?)
+        Ok(B::table(&self.on, self.source.as_ref(), name, width)?)
     }
 
     fn head(&mut self) -> Result<&B::Head, ModelError> {
         if self.head.is_none() {
             let head = HostHead::new(self.source.clone(), &self.spec)?;
-            self.head = Some(B::head(head)?);
-            B::check()?;
+            self.head = Some(B::head(&self.on, head)?);
+            B::check(&self.on)?;
         }
         Ok(self.head.as_ref().expect("it was read just now"))
     }
@@ -73,7 +85,7 @@ impl<B: DecoderBackend> Engine<B> {
         let vocab_size = self.spec.vocab_size;
         match ids.iter().find(|&&id| id as usize >= vocab_size) {
             Some(&id) => Err(ModelError::TokenOutsideVocabulary { id, vocab_size }),
-            None => Ok(B::embed(table, ids, self.spec.embedding.factor)),
+            None => Ok(B::embed(&self.on, table, ids, self.spec.embedding.factor)),
         }
     }
 
@@ -86,7 +98,15 @@ impl<B: DecoderBackend> Engine<B> {
             }
             _ => HostBlock::read::<B>(self.source.as_ref(), spec)?,
         };
-        Block::load(spec, index, &mut host)
+        let on = &self.on;
+        Block::load(
+            spec,
+            index,
+            &mut OnDevice {
+                host: &mut host,
+                on,
+            },
+        )
     }
 
     fn read_ahead(&mut self, index: usize) {
@@ -146,7 +166,7 @@ impl<B: DecoderBackend> Engine<B> {
         let count = self.batches.len();
         for (place, batch) in self.batches.iter_mut().enumerate() {
             let (tables, tokens) = (&self.tables[&batch.tokens()], batch.tokens());
-            let track = Track::quantized(shelves, tables, tokens, place, &batch.by_token);
+            let track = Track::quantized(&self.on, shelves, tables, tokens, place, &batch.by_token);
             let input = state.reach(tap, &mut batch.state, &track)?;
             let beside = |place| track.beside(shelves, place, count);
             let float = match &mut self.float {
@@ -155,7 +175,7 @@ impl<B: DecoderBackend> Engine<B> {
             };
             look(&input, float.as_ref());
         }
-        B::check()
+        B::check(&self.on)
     }
 }
 
@@ -163,6 +183,10 @@ impl<B: DecoderBackend> Engine<B> {
 type Look<'a, B> = dyn FnMut(&Tensor<B, 2>, Option<&Tensor<B, 2>>) + 'a;
 
 impl<B: DecoderBackend> Decoder for Engine<B> {
+    fn device(&self) -> &DeviceContext {
+        &self.device
+    }
+
     fn spec(&self) -> &ModelSpec {
         &self.spec
     }
@@ -176,13 +200,15 @@ impl<B: DecoderBackend> Decoder for Engine<B> {
         self.float = self.float.take().map(|_| FloatStream::default());
         self.shelves = None;
         let cut = Self::cut(windows);
-        let shelves = B::shelves(&self.need(&cut));
-        B::check()?;
+        let shelves = B::shelves(&self.on, &self.need(&cut));
+        B::check(&self.on)?;
         let table = self.table()?;
         let inputs = self.spec.embedding.per_block.as_ref();
         let sizes = (self.spec.blocks.len(), self.spec.hidden_size);
         let by_token = inputs
-            .map(|inputs| RowsByToken::<B>::read(self.source.as_ref(), inputs, sizes, windows))
+            .map(|inputs| {
+                RowsByToken::<B>::read(&self.on, self.source.as_ref(), inputs, sizes, windows)
+            })
             .transpose()?;
         let blocks = self.spec.blocks.len();
         let mut start = 0;
@@ -190,27 +216,27 @@ impl<B: DecoderBackend> Decoder for Engine<B> {
             let ids = windows.concat();
             let hidden = self.embed_ids(&table, &ids)?;
             if let Some(stream) = &mut self.float {
-                stream.embed(start, &shelves.float, &hidden);
+                stream.embed(&self.on, start, &shelves.float, &hidden);
             }
             start += ids.len();
-            let mut batch = Batch::new(windows, B::keep(&shelves.hidden, place, &hidden));
+            let mut batch = Batch::new(windows, B::keep(&self.on, &shelves.hidden, place, &hidden));
             if let Some((rows, inputs)) = by_token.as_ref().zip(inputs) {
                 let all = rows.of(&ids, &hidden);
                 for index in 0..blocks {
                     let first = index * inputs.width;
-                    let of_block = B::columns(&all, first..first + inputs.width);
+                    let of_block = B::columns(&self.on, &all, first..first + inputs.width);
                     let place = place * blocks + index;
-                    let kept = B::keep(&shelves.by_token, place, &of_block);
+                    let kept = B::keep(&self.on, &shelves.by_token, place, &of_block);
                     batch.by_token.push(kept);
                 }
             }
             self.batches.push(batch);
             let tokens = windows[0].len();
             (self.tables.entry(tokens))
-                .or_insert_with(|| Tables::new(&self.spec, 0..tokens, tokens));
+                .or_insert_with(|| Tables::new(&self.on, &self.spec, 0..tokens, tokens));
         }
         self.shelves = Some(shelves);
-        B::check()
+        B::check(&self.on)
     }
 
     fn load_block(&mut self, index: usize) -> Result<(), ModelError> {
@@ -218,11 +244,15 @@ impl<B: DecoderBackend> Decoder for Engine<B> {
         let block = self.take_next(index)?;
         if let Some(stream) = &mut self.float {
             let place = stream.block.take().map(|state| state.block);
-            stream.block = Some(BlockState::new(index, &self.spec, block.copied(place)));
+            stream.block = Some(BlockState::new(
+                index,
+                &self.spec,
+                block.copied(&self.on, place),
+            ));
         }
         self.block = Some(BlockState::new(index, &self.spec, block));
         self.read_ahead(index + 1);
-        B::check()
+        B::check(&self.on)
     }
 
     fn capture(&mut self, tap: Tap, sink: &mut dyn ActivationSink) -> Result<(), ModelError> {
@@ -235,7 +265,7 @@ impl<B: DecoderBackend> Decoder for Engine<B> {
                 }),
             });
         })?;
-        B::tidy();
+        B::tidy(&self.on);
         Ok(())
     }
 
@@ -245,14 +275,14 @@ impl<B: DecoderBackend> Decoder for Engine<B> {
         let count = self.batches.len();
         for (place, batch) in self.batches.iter_mut().enumerate() {
             let (tables, tokens) = (&self.tables[&batch.tokens()], batch.tokens());
-            let track = Track::quantized(shelves, tables, tokens, place, &batch.by_token);
+            let track = Track::quantized(&self.on, shelves, tables, tokens, place, &batch.by_token);
             state.finish(&mut batch.state, &track)?;
             if let Some(stream) = &mut self.float {
                 stream.finish(place, |place| track.beside(shelves, place, count))?;
             }
         }
-        B::tidy();
-        B::check()
+        B::tidy(&self.on);
+        B::check(&self.on)
     }
 
     fn forward_block(&mut self) -> Result<(), ModelError> {
@@ -260,18 +290,18 @@ impl<B: DecoderBackend> Decoder for Engine<B> {
         self.finish_block()?;
         let index = self.block.as_ref().map_or(0, |state| state.index);
         for batch in &self.batches {
-            if !B::is_finite(&batch.state.hidden()) {
+            if !B::is_finite(&self.on, &batch.state.hidden(&self.on)) {
                 return Err(ModelError::NotFinite { block: index });
             }
         }
-        B::check()
+        B::check(&self.on)
     }
 
-    fn weight(&self, layer: &LayerName) -> Result<Weight, ModelError> {
+    fn weight(&self, layer: &LayerName) -> Result<Weight<'_>, ModelError> {
         Ok(self.linear(layer)?.weight())
     }
 
-    fn replace_weight(&mut self, layer: &LayerName, weight: Weight) -> Result<(), ModelError> {
+    fn replace_weight(&mut self, layer: &LayerName, values: Vec<f32>) -> Result<(), ModelError> {
         let block = self.block.as_mut();
         let linear = block
             .and_then(|state| {
@@ -279,8 +309,8 @@ impl<B: DecoderBackend> Decoder for Engine<B> {
                 linears.find(|linear| linear.spec.name == *layer)
             })
             .ok_or_else(|| ModelError::NotResident(layer.clone()))?;
-        linear.replace(weight);
-        B::check()
+        linear.replace(&self.on, values);
+        B::check(&self.on)
     }
 
     fn batches(&self) -> usize {
@@ -288,9 +318,9 @@ impl<B: DecoderBackend> Decoder for Engine<B> {
     }
 
     fn head_input(&mut self, batch: usize) -> Result<HeadInput, ModelError> {
-        let hidden = self.batches[batch].state.hidden();
+        let hidden = self.batches[batch].state.hidden(&self.on);
         let input = B::head_input(self.head()?, hidden)?;
-        B::check()?;
+        B::check(&self.on)?;
         Ok(input)
     }
 

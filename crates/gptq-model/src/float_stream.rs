@@ -6,7 +6,7 @@
 //! would cost as much as any other and tell little more.
 
 use burn::tensor::Tensor;
-use gptq_types::stretch_of;
+use gptq_kernels::stretch_of;
 
 use crate::ModelError;
 use crate::backend::DecoderBackend;
@@ -41,11 +41,17 @@ impl<B: DecoderBackend> FloatStream<B> {
     }
 
     /// The next batch, which begins at token `start`; it is kept where it is followed.
-    pub fn embed(&mut self, start: usize, shelf: &B::Shelf, hidden: &Tensor<B, 2>) {
+    pub fn embed(
+        &mut self,
+        on: &B::Context,
+        start: usize,
+        shelf: &B::Shelf,
+        hidden: &Tensor<B, 2>,
+    ) {
         let place = self.batches.iter().flatten().count();
         self.batches.push(Self::follows(start).then(|| Followed {
             place,
-            state: RowState::new(B::keep(shelf, place, hidden)),
+            state: RowState::new(B::keep(on, shelf, place, hidden)),
         }));
     }
 

@@ -13,11 +13,14 @@ mod backend;
 mod batch;
 #[cfg(feature = "cuda")]
 mod budget;
+#[cfg(feature = "cuda")]
+mod burn_memory;
 mod by_token;
 mod config;
 mod config_keys;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod device;
 #[cfg(feature = "cuda")]
 mod device_rows;
 mod engine;
@@ -33,30 +36,20 @@ mod weights;
 
 use std::sync::Arc;
 
-use gptq_types::{ActivationSink, LayerName, SourceError, Weight};
+use gptq_types::{LayerName, SourceError};
+
+use engine::Engine;
 
 pub use config::ConfigError;
+#[cfg(feature = "cuda")]
+pub use device::CudaContext;
+pub use device::{Device, DeviceContext};
+pub use gptq_kernels::{ActivationSink, Activations, Weight};
 pub use read_block::norm_values;
 pub use rope::RopeScaling;
 pub use score::{HeadInput, TokenScore};
 pub use spec::{CaptureGroup, LinearSpec, ModelSpec, Tap};
 pub use weights::{FloatWeights, LinearValues, LinearWeights, WeightSource, hash_checked};
-
-/// Where the forward pass runs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Device {
-    /// Burn's Flex backend, with the products of `gptq-kernels`, in f32.
-    Cpu,
-    /// Burn's CUDA backend, likewise, in the model's own sixteen-bit type.
-    #[cfg(feature = "cuda")]
-    Cuda {
-        /// `N` of `cuda:N`.
-        ordinal: usize,
-        /// Bytes of GPU memory that the whole run may take; activations beyond it wait in host
-        /// memory.
-        memory: usize,
-    },
-}
 
 /// Which forward passes a decoder makes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -132,6 +125,9 @@ impl ModelError {
 /// [`capture`](Decoder::capture) at the tap of each capture group, with weights replaced in between, and
 /// [`finish_block`](Decoder::finish_block); at the end [`head_input`](Decoder::head_input).
 pub trait Decoder {
+    /// The device that it runs on.
+    fn device(&self) -> &DeviceContext;
+
     /// The architecture.
     fn spec(&self) -> &ModelSpec;
 
@@ -154,11 +150,11 @@ pub trait Decoder {
     /// The whole block, with nobody looking.
     fn forward_block(&mut self) -> Result<(), ModelError>;
 
-    /// The weight of a resident linear. One on the device may be written over in place.
-    fn weight(&self, layer: &LayerName) -> Result<Weight, ModelError>;
+    /// The weight of a resident linear. One on a GPU may be written over in place.
+    fn weight(&self, layer: &LayerName) -> Result<Weight<'_>, ModelError>;
 
-    /// Replaces it, so that later taps see the new outputs.
-    fn replace_weight(&mut self, layer: &LayerName, weight: Weight) -> Result<(), ModelError>;
+    /// Replaces it with `values` `[in_features, out_features]`, so that later taps see the new outputs.
+    fn replace_weight(&mut self, layer: &LayerName, values: Vec<f32>) -> Result<(), ModelError>;
 
     /// Batches that the windows were cut into.
     fn batches(&self) -> usize;
@@ -170,45 +166,34 @@ pub trait Decoder {
     fn batch_windows(&self, batch: usize) -> &[Vec<u32>];
 }
 
-/// Makes the device ready for this thread, which [`open`] otherwise does: a second of a driver's time
-/// that other work can hide.
-pub fn prepare(device: Device) -> Result<(), ModelError> {
-    match device {
-        Device::Cpu => Ok(()),
-        #[cfg(feature = "cuda")]
-        Device::Cuda { ordinal, memory } => cuda::select(ordinal, memory),
-    }
-}
-
 /// Opens a decoder over `source`; every tensor is checked for presence and shape at once.
 pub fn open(
     source: Arc<dyn WeightSource>,
     spec: ModelSpec,
-    device: Device,
+    device: &DeviceContext,
     streams: Streams,
 ) -> Result<Box<dyn Decoder>, ModelError> {
     spec.check_tensors(source.as_ref())?;
+    let context = device.clone();
     match device {
-        Device::Cpu => Ok(Box::new(engine::Engine::<burn::backend::Flex>::new(
-            source, spec, streams,
+        DeviceContext::Cpu => Ok(Box::new(Engine::<burn::backend::Flex>::new(
+            context,
+            (),
+            source,
+            spec,
+            streams,
         ))),
         #[cfg(feature = "cuda")]
-        Device::Cuda { ordinal, memory } => {
-            cuda::select(ordinal, memory)?;
+        DeviceContext::Cuda(cuda) => {
+            let on = cuda::OnCuda::new(cuda.clone());
             match source.computing_type(&spec) {
-                Some(gptq_types::Dtype::BF16) => Ok(Box::new(engine::Engine::<cuda::Bf16>::new(
-                    source, spec, streams,
+                Some(gptq_types::Dtype::BF16) => Ok(Box::new(Engine::<cuda::Bf16>::new(
+                    context, on, source, spec, streams,
                 ))),
-                _ => Ok(Box::new(engine::Engine::<cuda::F16>::new(
-                    source, spec, streams,
+                _ => Ok(Box::new(Engine::<cuda::F16>::new(
+                    context, on, source, spec, streams,
                 ))),
             }
         }
     }
-}
-
-/// The GPU that decoders of this thread run on, once one was opened there.
-#[cfg(feature = "cuda")]
-pub fn gpu() -> Option<Arc<gptq_kernels::cuda::Gpu>> {
-    cuda::selected()
 }

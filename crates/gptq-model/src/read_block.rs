@@ -66,18 +66,25 @@ pub fn norm_values<E>(
     Ok((weight, bias))
 }
 
-impl<B: DecoderBackend> BlockLoader<OnBackend<B>> for HostBlock {
+/// A block in host memory that is brought to a device.
+pub(crate) struct OnDevice<'a, B: DecoderBackend> {
+    pub host: &'a mut HostBlock,
+    pub on: &'a B::Context,
+}
+
+impl<B: DecoderBackend> BlockLoader<OnBackend<B>> for OnDevice<'_, B> {
     fn linears(
         &mut self,
         linears: &[LinearSpec],
         operands: &[Piece],
     ) -> Result<Linears<B>, ModelError> {
+        let on = self.on;
         let mut load = |spec: &LinearSpec| {
-            let stored = self.linears.remove(&spec.name);
+            let stored = self.host.linears.remove(&spec.name);
             let stored = stored.expect("all linears of the spec were read");
             Linear {
-                weight: B::weight(stored.weight, spec.in_features, spec.out_features),
-                bias: stored.bias.map(|bias| Rc::new(B::vector(bias))),
+                weight: B::weight(on, stored.weight, spec.in_features, spec.out_features),
+                bias: stored.bias.map(|bias| Rc::new(B::vector(on, bias))),
                 spec: spec.clone(),
             }
         };
@@ -88,12 +95,14 @@ impl<B: DecoderBackend> BlockLoader<OnBackend<B>> for HostBlock {
     }
 
     fn norm(&mut self, norm: &NormSpec) -> Result<Rc<B::Norm>, ModelError> {
-        let read = |name: &str| Ok::<_, ModelError>(self.vector(name).to_vec());
+        let read = |name: &str| Ok::<_, ModelError>(self.host.vector(name).to_vec());
         let (weight, bias) = norm_values(norm, read)?;
-        Ok(Rc::new(B::norm_weights(norm.kind, weight, bias, norm.eps)))
+        Ok(Rc::new(B::norm_weights(
+            self.on, norm.kind, weight, bias, norm.eps,
+        )))
     }
 
     fn factor(&mut self, name: &str) -> Result<f32, ModelError> {
-        Ok(self.vector(name)[0])
+        Ok(self.host.vector(name)[0])
     }
 }

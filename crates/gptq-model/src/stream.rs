@@ -6,8 +6,7 @@ use std::ops::Range;
 use std::rc::Rc;
 
 use burn::tensor::Tensor;
-use gptq_kernels::Activation;
-use gptq_types::Weight;
+use gptq_kernels::{Activation, Weight};
 
 use crate::ModelError;
 use crate::backend::DecoderBackend;
@@ -37,59 +36,57 @@ pub(crate) struct Linears<B: DecoderBackend> {
 }
 
 impl<B: DecoderBackend> Linear<B> {
-    fn forward(&self, x: &Tensor<B, 2>) -> Tensor<B, 2> {
-        B::project(x, &self.weight, self.bias.as_deref())
+    fn forward(&self, on: &B::Context, x: &Tensor<B, 2>) -> Tensor<B, 2> {
+        B::project(on, x, &self.weight, self.bias.as_deref())
     }
 
     /// The weight as solvers see it.
-    pub fn weight(&self) -> Weight {
+    pub fn weight(&self) -> Weight<'_> {
         B::show_weight(&self.weight)
     }
 
-    fn copied(&self, place: Option<Tensor<B, 2>>) -> Self {
+    fn copied(&self, on: &B::Context, place: Option<Tensor<B, 2>>) -> Self {
         Linear {
             spec: self.spec.clone(),
-            weight: B::copied(&self.weight, place),
+            weight: B::copied(on, &self.weight, place),
             bias: self.bias.clone(),
         }
     }
 
-    /// A weight on the device was written over by whoever solved it.
-    pub fn replace(&mut self, weight: Weight) {
-        if let Weight::Host(values) = weight {
-            let values = LinearValues::InputMajor(values);
-            self.weight = B::weight(values, self.spec.in_features, self.spec.out_features);
-        }
+    /// Takes other values, `[in_features, out_features]`.
+    pub fn replace(&mut self, on: &B::Context, values: Vec<f32>) {
+        let values = LinearValues::InputMajor(values);
+        self.weight = B::weight(on, values, self.spec.in_features, self.spec.out_features);
     }
 }
 
 impl<B: DecoderBackend> Linears<B> {
     /// The operands of a mixer.
-    fn project(&self, x: &Tensor<B, 2>) -> Vec<Tensor<B, 2>> {
+    fn project(&self, on: &B::Context, x: &Tensor<B, 2>) -> Vec<Tensor<B, 2>> {
         let mut outputs: Vec<Option<Tensor<B, 2>>> = Vec::new();
         outputs.resize_with(self.linears.len(), || None);
         let operand = |(at, piece): (usize, &Piece)| {
             let linear = &self.linears[piece.linear];
-            let output = outputs[piece.linear].get_or_insert_with(|| linear.forward(x));
+            let output = outputs[piece.linear].get_or_insert_with(|| linear.forward(on, x));
             // Operands are changed in place, so each has memory of its own.
             let whole = piece.columns == (0..linear.spec.out_features);
             match whole && !self.operands[..at].contains(piece) {
                 true => output.clone(),
-                false => B::columns(output, piece.columns.clone()),
+                false => B::columns(on, output, piece.columns.clone()),
             }
         };
         self.operands.iter().enumerate().map(operand).collect()
     }
 
     /// Its one operand.
-    fn project_one(&self, x: &Tensor<B, 2>) -> Tensor<B, 2> {
-        self.linears[0].forward(x)
+    fn project_one(&self, on: &B::Context, x: &Tensor<B, 2>) -> Tensor<B, 2> {
+        self.linears[0].forward(on, x)
     }
 
-    fn copied(&self, places: &mut impl Iterator<Item = Tensor<B, 2>>) -> Self {
+    fn copied(&self, on: &B::Context, places: &mut impl Iterator<Item = Tensor<B, 2>>) -> Self {
         Linears {
             linears: (self.linears.iter())
-                .map(|linear| linear.copied(places.next()))
+                .map(|linear| linear.copied(on, places.next()))
                 .collect(),
             operands: self.operands.clone(),
         }
@@ -112,13 +109,13 @@ impl<B: DecoderBackend> Block<OnBackend<B>> {
 
     /// The same block, which stays as it is when linears of this one are replaced or written over; in the
     /// place of another one, where there is one.
-    pub fn copied(&self, place: Option<Self>) -> Self {
+    pub fn copied(&self, on: &B::Context, place: Option<Self>) -> Self {
         let mut places = place.into_iter().flat_map(Self::into_weights);
         let mut steps = Vec::with_capacity(self.steps.len());
         for step in &self.steps {
             steps.push(Step {
                 branches: (step.branches.iter())
-                    .map(|branch| branch.copied(&mut places))
+                    .map(|branch| branch.copied(on, &mut places))
                     .collect(),
                 residual_factor: step.residual_factor,
             });
@@ -138,7 +135,7 @@ impl<B: DecoderBackend> Block<OnBackend<B>> {
 }
 
 impl<B: DecoderBackend> Branch<OnBackend<B>> {
-    fn copied(&self, places: &mut impl Iterator<Item = Tensor<B, 2>>) -> Self {
+    fn copied(&self, on: &B::Context, places: &mut impl Iterator<Item = Tensor<B, 2>>) -> Self {
         let mix = match &self.mix {
             Mix::Attention(attention) => Mix::Attention(Box::new(Attention {
                 block: attention.block,
@@ -151,9 +148,9 @@ impl<B: DecoderBackend> Branch<OnBackend<B>> {
         };
         Branch {
             norm: self.norm.clone(),
-            input: self.input.copied(places),
+            input: self.input.copied(on, places),
             mix,
-            output: self.output.copied(places),
+            output: self.output.copied(on, places),
             after: self.after.clone(),
         }
     }
@@ -164,11 +161,11 @@ pub(crate) struct Tables<B: DecoderBackend>(Vec<(Option<B::Turn>, B::Turn)>);
 
 impl<B: DecoderBackend> Tables<B> {
     /// Those of `positions` in texts that are `tokens` long.
-    pub fn new(spec: &ModelSpec, positions: Range<usize>, tokens: usize) -> Self {
+    pub fn new(on: &B::Context, spec: &ModelSpec, positions: Range<usize>, tokens: usize) -> Self {
         let table = |rotary: &crate::spec::RotarySpec| {
             let queries = rotary.queries(positions.clone(), tokens);
             let keys = rotary.keys(positions.clone(), tokens);
-            (queries.map(B::turn), B::turn(keys))
+            (queries.map(|table| B::turn(on, table)), B::turn(on, keys))
         };
         Tables(spec.rotaries.iter().map(table).collect())
     }
@@ -179,6 +176,7 @@ pub(crate) type Lent<B> = BTreeMap<usize, [Tensor<B, 2>; 2]>;
 
 /// A batch of windows on its way through a block.
 pub(crate) struct Windows<'a, B: DecoderBackend> {
+    pub on: &'a B::Context,
     pub tables: &'a Tables<B>,
     /// Of a window.
     pub tokens: usize,
@@ -189,9 +187,9 @@ pub(crate) struct Windows<'a, B: DecoderBackend> {
 }
 
 impl<B: DecoderBackend> Windows<'_, B> {
-    fn normed(x: Tensor<B, 2>, norm: Option<&Rc<B::Norm>>) -> Tensor<B, 2> {
+    fn normed(&self, x: Tensor<B, 2>, norm: Option<&Rc<B::Norm>>) -> Tensor<B, 2> {
         match norm {
-            Some(norm) => B::norm(&x, norm),
+            Some(norm) => B::norm(self.on, &x, norm),
             None => x,
         }
     }
@@ -207,18 +205,18 @@ impl<B: DecoderBackend> Windows<'_, B> {
         let after = attention.spec.norms.after_rotation;
         let x = match after {
             true => x,
-            false => Self::normed(x, norm),
+            false => self.normed(x, norm),
         };
         let x = match attention.spec.rotary {
             None => x,
             Some(rotary) => {
                 let (queries, keys) = &self.tables.0[rotary];
                 let turn = queries.as_ref().filter(|_| !of_keys).unwrap_or(keys);
-                B::rotate(x, turn, self.tokens)
+                B::rotate(self.on, x, turn, self.tokens)
             }
         };
         match after {
-            true => Self::normed(x, norm),
+            true => self.normed(x, norm),
             false => x,
         }
     }
@@ -235,7 +233,7 @@ impl<B: DecoderBackend> Windows<'_, B> {
         let mut next = || operands.next().expect("the spec names keys and values");
         let (k, v) = (next(), next());
         let k = self.turned(k, attention, true);
-        let v = Self::normed(v, attention.norms[2].as_ref());
+        let v = self.normed(v, attention.norms[2].as_ref());
         if attention.spec.keys == KeySource::Donor {
             self.lent.insert(attention.block, [k.clone(), v.clone()]);
         }
@@ -253,7 +251,7 @@ impl<B: DecoderBackend> BlockOps<OnBackend<B>> for Windows<'_, B> {
         _: &Linears<B>,
     ) -> Result<Tensor<B, 2>, ModelError> {
         Ok(match norm {
-            Some(norm) => B::norm(hidden, norm),
+            Some(norm) => B::norm(self.on, hidden, norm),
             None => hidden.clone(),
         })
     }
@@ -265,12 +263,19 @@ impl<B: DecoderBackend> BlockOps<OnBackend<B>> for Windows<'_, B> {
         attention: &Attention<OnBackend<B>>,
         _: &Linears<B>,
     ) -> Result<Tensor<B, 2>, ModelError> {
-        let mut operands = input.project(&x).into_iter();
+        let mut operands = input.project(self.on, &x).into_iter();
         drop(x);
         let q = operands.next().expect("the spec names queries");
         let q = self.turned(q, attention, false);
         let [k, v] = self.keys_and_values(operands, attention);
-        Ok(B::attend(&q, &k, &v, self.tokens, attention.spec.shape))
+        Ok(B::attend(
+            self.on,
+            &q,
+            &k,
+            &v,
+            self.tokens,
+            attention.spec.shape,
+        ))
     }
 
     fn gate(
@@ -280,10 +285,10 @@ impl<B: DecoderBackend> BlockOps<OnBackend<B>> for Windows<'_, B> {
         activation: Activation,
         _: &Linears<B>,
     ) -> Result<Tensor<B, 2>, ModelError> {
-        let mut operands = input.project(&x).into_iter();
+        let mut operands = input.project(self.on, &x).into_iter();
         let mut next = || operands.next().expect("the spec names gate and up");
         let (gate, up) = (next(), next());
-        Ok(B::gate(gate, &up, activation))
+        Ok(B::gate(self.on, gate, &up, activation))
     }
 
     fn activate(
@@ -293,7 +298,11 @@ impl<B: DecoderBackend> BlockOps<OnBackend<B>> for Windows<'_, B> {
         activation: Activation,
         _: &Linears<B>,
     ) -> Result<Tensor<B, 2>, ModelError> {
-        Ok(B::activate(input.project_one(&x), activation))
+        Ok(B::activate(
+            self.on,
+            input.project_one(self.on, &x),
+            activation,
+        ))
     }
 
     fn gate_by_token(
@@ -308,7 +317,12 @@ impl<B: DecoderBackend> BlockOps<OnBackend<B>> for Windows<'_, B> {
             .by_token
             .as_ref()
             .expect("the batch has the block's rows");
-        Ok(B::gate(input.project_one(&x), row, activation))
+        Ok(B::gate(
+            self.on,
+            input.project_one(self.on, &x),
+            row,
+            activation,
+        ))
     }
 
     fn add(
@@ -319,12 +333,12 @@ impl<B: DecoderBackend> BlockOps<OnBackend<B>> for Windows<'_, B> {
         after: Option<&Rc<B::Norm>>,
         factor: f32,
     ) -> Result<Tensor<B, 2>, ModelError> {
-        let added = output.project_one(&inner);
+        let added = output.project_one(self.on, &inner);
         drop(inner);
-        Ok(B::add(hidden, Self::normed(added, after), factor))
+        Ok(B::add(self.on, hidden, self.normed(added, after), factor))
     }
 
     fn scale(&mut self, hidden: Tensor<B, 2>, factor: f32) -> Result<Tensor<B, 2>, ModelError> {
-        Ok(B::scale(hidden, factor))
+        Ok(B::scale(self.on, hidden, factor))
     }
 }

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::weights::WeightCheck;
-use gptq_model::{ConfigError, Device, ModelError, Streams};
+use gptq_model::{ConfigError, DeviceContext, ModelError, Streams};
 use gptq_packer::{LayoutError, PackError, StageError, VerifyError};
 use gptq_quantizer::QuantizeError;
 use gptq_types::{
@@ -38,7 +38,7 @@ pub struct Job {
     /// is to be vouched for; any other waits before it begins.
     pub check: WeightCheck,
     /// Where the forward pass runs.
-    pub device: Device,
+    pub device: DeviceContext,
     /// Go on where an interrupted run stopped.
     pub resume: bool,
     /// Name and version, `gptq-rs:0.1.0`.

@@ -3,23 +3,16 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use gptq_model::{CaptureGroup, Decoder, Device, LinearSpec, ModelSpec, Streams};
-use gptq_quantizer::{Arriving, Facts, GroupHessian, GroupSum, HostGroup, Order, QuantizeError};
+use gptq_model::{CaptureGroup, Decoder, DeviceContext, LinearSpec, ModelSpec, Streams};
+use gptq_quantizer::{
+    After, Arriving, Facts, GroupHessian, GroupSum, HostGroup, Order, QuantizeError,
+};
 use gptq_types::{ColumnOrder, LayerName, LayerRecord, Phase, PhaseTimes, QuantSpec, Warning};
 
 use crate::fold::Fold;
 use crate::matrix::estimate::{FOLLOWED, SQUARED};
 use crate::write::Output;
 use crate::{Job, PipelineError, Progress};
-
-/// What becomes of a weight after it was rounded.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub enum After {
-    /// The rounded one takes its place: later groups see it.
-    Replace,
-    /// It stays: other settings need it too.
-    Keep,
-}
 
 /// Quantizes the linears of a block under one setting, group by group.
 pub struct LayerWork<'a> {
@@ -84,16 +77,13 @@ impl<'a> LayerWork<'a> {
                 out_features,
                 ..
             } = linear;
-            let mut weight = decoder.weight(layer)?;
-            if after == After::Keep {
-                weight = hessian.copied(weight).map_err(named(layer))?;
-            }
+            let weight = decoder.weight(layer)?;
             let start = Instant::now();
             let rounded = solver
-                .round(weight, *out_features, self.spec, times)
+                .round(weight, *out_features, self.spec, after, times)
                 .map_err(named(layer))?;
-            if after == After::Replace {
-                decoder.replace_weight(layer, rounded.weight)?;
+            if let Some(values) = rounded.replacement {
+                decoder.replace_weight(layer, values)?;
             }
             let record = LayerRecord {
                 layer: layer.clone(),
@@ -290,7 +280,7 @@ pub fn observe(
         layer: group.linears[0].name.clone(),
         source,
     };
-    let mut sum = stage_sum(job, in_features).map_err(named)?;
+    let mut sum = group_sum(decoder.device(), job, in_features).map_err(named)?;
     let start = Instant::now();
     decoder.capture(group.tap, sum.as_mut())?;
     let inside = sum.elapsed().map_err(named)?;
@@ -307,12 +297,16 @@ pub fn observe(
     sum.finish(times).map_err(named)
 }
 
-/// The sum of a group on the device of the job; of pairs where the job has a float stream.
-fn stage_sum(job: &Job, in_features: usize) -> Result<Box<dyn GroupSum>, QuantizeError> {
+/// The sum of a group on the decoder's device; of pairs where the job has a float stream.
+fn group_sum(
+    device: &DeviceContext,
+    job: &Job,
+    in_features: usize,
+) -> Result<Box<dyn GroupSum>, QuantizeError> {
     let beside_float = job.streams() == Streams::BesideFloat;
     let holding_out = job.holds_out();
-    match job.device {
-        Device::Cpu => {
+    match device {
+        DeviceContext::Cpu => {
             let sum = match beside_float {
                 false => HostGroup::new(in_features),
                 true => HostGroup::beside_float(in_features),
@@ -323,9 +317,9 @@ fn stage_sum(job: &Job, in_features: usize) -> Result<Box<dyn GroupSum>, Quantiz
             }))
         }
         #[cfg(feature = "cuda")]
-        Device::Cuda { .. } => {
-            let gpu = gptq_model::gpu().expect("the decoder was opened on it");
-            let sum = gptq_quantizer::DeviceSum::new(&gpu, in_features, beside_float, holding_out)?;
+        DeviceContext::Cuda(gpu) => {
+            let gpu = gpu.gpu();
+            let sum = gptq_quantizer::DeviceSum::new(gpu, in_features, beside_float, holding_out)?;
             Ok(Box::new(sum))
         }
     }

@@ -7,12 +7,10 @@
 
 use std::sync::Arc;
 
-use gptq_model::{Device, FloatWeights, ModelSpec, Streams};
+use gptq_model::{DeviceContext, FloatWeights, ModelSpec, Streams, Weight};
 use gptq_packer::{QuantizeConfig, read_layer};
 use gptq_quantizer::{Hessian, HessianSum, output_error};
-use gptq_types::{
-    LayerName, LayerRecord, LossMeasure, QuantSpec, SolvedLayer, TensorSource, Weight,
-};
+use gptq_types::{LayerName, LayerRecord, LossMeasure, QuantSpec, SolvedLayer, TensorSource};
 
 use crate::PipelineError;
 use crate::fold::Folded;
@@ -69,7 +67,7 @@ pub fn measure_files(
         LossMeasure::FloatOutputs => Streams::BesideFloat,
     };
     let weights = Arc::new(FloatWeights::new(files.source.clone()));
-    let mut decoder = gptq_model::open(weights, model.clone(), Device::Cpu, streams)?;
+    let mut decoder = gptq_model::open(weights, model.clone(), &DeviceContext::Cpu, streams)?;
     decoder.embed(files.windows)?;
     for index in 0..model.blocks.len() {
         decoder.load_block(index)?;
@@ -94,7 +92,7 @@ pub fn measure_files(
                     solved: &solved,
                     error,
                 });
-                decoder.replace_weight(layer, Weight::Host(unfolded.dequantise()))?;
+                decoder.replace_weight(layer, unfolded.dequantise())?;
             }
         }
         decoder.finish_block()?;
@@ -102,7 +100,7 @@ pub fn measure_files(
     Ok(())
 }
 
-fn error_of(hessian: &Hessian, weight: Weight, solved: &SolvedLayer) -> f64 {
+fn error_of(hessian: &Hessian, weight: Weight<'_>, solved: &SolvedLayer) -> f64 {
     let Weight::Host(weight) = weight else {
         unreachable!("a decoder on the processor has its weights in host memory");
     };

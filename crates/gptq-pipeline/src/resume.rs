@@ -11,7 +11,7 @@ use serde_json::{Map, Value, json};
 
 use crate::fold::Folded;
 use crate::journal::{BlockEntry, JOURNAL_FILE, Journal};
-use crate::run::{RECORD_FILE, device_name};
+use crate::run::RECORD_FILE;
 use crate::small_files::SmallFiles;
 use crate::weights::WeightCheck;
 use crate::{Job, OutputPlan, PipelineError};
@@ -77,7 +77,7 @@ pub fn settings(job: &Job, shared_hessian: bool) -> Map<String, Value> {
         ("config.json", json!(job.config_json)),
         ("calibration tokens", json!(tokens)),
         // Another device rounds its sums otherwise: half of each would be the result of neither.
-        ("device", json!(device_name(job.device))),
+        ("device", json!(job.device.name())),
         ("shared Hessian", json!(shared_hessian)),
     ];
     let mut settings: Map<String, Value> = entries
@@ -129,7 +129,7 @@ pub fn finished(
             && record.spec == job.spec
             && record.tokenizer == job.tokenizer
             && record.calibration == job.calibration
-            && record.device == device_name(job.device)
+            && record.device == job.device.name()
             && record.shared_hessian == shared_hessian
             && files.are_among(&record.files)
     }) else {

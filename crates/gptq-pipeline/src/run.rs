@@ -6,17 +6,15 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use gptq_model::{Decoder, Device, FloatWeights, ModelSpec, Streams, WeightSource};
+use gptq_model::{Decoder, DeviceContext, FloatWeights, ModelSpec, Streams, WeightSource};
 use gptq_packer::{ClaimedPlace, QuantizeConfig, StageError, StagedCheckpoint, read_layer};
-use gptq_quantizer::round_to_nearest;
-use gptq_types::{
-    LayerRecord, Method, Phase, PhaseTimes, RUN_RECORD_SCHEMA, RunRecord, Warning, Weight,
-};
+use gptq_quantizer::{After, round_to_nearest};
+use gptq_types::{LayerRecord, Method, Phase, PhaseTimes, RUN_RECORD_SCHEMA, RunRecord, Warning};
 use serde_json::{Map, Value};
 
 use crate::fold::{Fold, Folded};
 use crate::journal::{BlockEntry, JOURNAL_FILE, Journal};
-use crate::layers::{After, LayerWork, observe};
+use crate::layers::{LayerWork, observe};
 use crate::matrix::estimate::FOLLOWED;
 use crate::preflight::{check_declared_type, check_shapes, check_unquantised};
 use crate::resume::{Begun, begin, finished, is_interrupted, settings};
@@ -78,7 +76,7 @@ pub fn quantize_and_compare(
         progress(Progress::NothingToResume);
     }
     let weights: Arc<dyn WeightSource> = Arc::new(FloatWeights::new(job.source.clone()));
-    let mut decoder = gptq_model::open(weights.clone(), model.clone(), job.device, job.streams())?;
+    let mut decoder = gptq_model::open(weights.clone(), model.clone(), &job.device, job.streams())?;
     decoder.leave_room(job.hessians_held_out());
     wait_on_the_processor(job)?;
     let plan = OutputPlan::new(job.source.as_ref(), &model, &job.spec, job.max_shard_bytes)?;
@@ -204,8 +202,8 @@ pub(crate) fn record(
         weights_sha256: Some(checked.identity.clone()),
         spec: job.spec.clone(),
         calibration: job.calibration.clone(),
-        device: device_name(job.device),
-        gpu_memory_peak: gpu_memory_peak(job.device),
+        device: job.device.name().to_string(),
+        gpu_memory_peak: job.device.memory_peak(),
         layers,
         warnings,
         shared_hessian: false,
@@ -220,27 +218,9 @@ pub(crate) fn record(
 /// refused before. A GPU leaves the processor idle, and its first block ends when the check does.
 pub(crate) fn wait_on_the_processor(job: &Job) -> Result<(), PipelineError> {
     match job.device {
-        Device::Cpu => job.check.wait().map(drop).map_err(PipelineError::from),
+        DeviceContext::Cpu => job.check.wait().map(drop).map_err(PipelineError::from),
         #[cfg(feature = "cuda")]
-        Device::Cuda { .. } => Ok(()),
-    }
-}
-
-pub(crate) fn device_name(device: Device) -> String {
-    match device {
-        Device::Cpu => "cpu".to_string(),
-        #[cfg(feature = "cuda")]
-        Device::Cuda { .. } => {
-            gptq_model::gpu().map_or(String::new(), |gpu| gpu.name().to_string())
-        }
-    }
-}
-
-fn gpu_memory_peak(device: Device) -> Option<u64> {
-    match device {
-        Device::Cpu => None,
-        #[cfg(feature = "cuda")]
-        Device::Cuda { .. } => Some(gptq_model::gpu()?.memory().ok()?.peak as u64),
+        DeviceContext::Cuda(_) => Ok(()),
     }
 }
 
@@ -431,7 +411,7 @@ impl Run<'_> {
                     source,
                 }
             })?;
-            let weight = Weight::Host(folded.unfolded(layer, solved).dequantise());
+            let weight = folded.unfolded(layer, solved).dequantise();
             self.decoder.replace_weight(layer, weight)?;
         }
         count_forward(self.model, index, self.job, times);

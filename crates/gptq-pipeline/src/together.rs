@@ -10,11 +10,12 @@ use std::time::Instant;
 
 use gptq_model::{Decoder, FloatWeights, ModelSpec, Streams, WeightSource};
 use gptq_packer::{ClaimedPlace, StagedCheckpoint};
+use gptq_quantizer::After;
 use gptq_types::{Method, Phase, PhaseTimes, RunRecord, Warning};
 use serde_json::{Map, Value};
 
 use crate::journal::{BlockEntry, Journal};
-use crate::layers::{After, LayerWork, observe};
+use crate::layers::{LayerWork, observe};
 use crate::preflight::{check_declared_type, check_shapes, check_unquantised};
 use crate::resume::{begin, settings};
 use crate::run::{
@@ -70,7 +71,7 @@ pub fn quantize_together(
         return Err(PipelineError::NoWindows);
     }
     let weights: Arc<dyn WeightSource> = Arc::new(FloatWeights::new(first.source.clone()));
-    let mut decoder = gptq_model::open(weights, model.clone(), first.device, Streams::One)?;
+    let mut decoder = gptq_model::open(weights, model.clone(), &first.device, Streams::One)?;
     let mut times = PhaseTimes::default();
     wait_on_the_processor(first)?;
     let (mut targets, mut journals) = (Vec::new(), Vec::new());

@@ -9,11 +9,14 @@ use std::time::Instant;
 use gptq_model::Device;
 use gptq_packer::{PackedLayer, StagedCheckpoint, pack, verify_layer};
 use gptq_quantizer::Arriving;
-use gptq_types::{ContentHash, LayerName, Phase, PhaseTimes, SolvedLayer};
+use gptq_types::{
+    CheckpointFormat, ContentHash, LayerName, Phase, PhaseTimes, SolvedLayer, TensorSource,
+};
 use serde_json::{Map, Value};
 
 use crate::journal::{BlockEntry, Journal};
 use crate::resume::of_weights;
+use crate::weights::WeightCheck;
 use crate::{Job, PipelineError};
 
 /// Linears that may wait for the thread: as many as a block has, since those of a stage come in a
@@ -97,7 +100,9 @@ pub fn writing<R>(
         let (hash_ahead, blocks) = sync_channel(1);
         scope.spawn(move || hash_as_blocks_end(staged, &blocks));
         let writing = Writing {
-            job,
+            format: job.spec.format,
+            source: job.source.as_ref(),
+            check: &job.check,
             staged,
             settings,
             journal,
@@ -105,7 +110,7 @@ pub fn writing<R>(
             hash_ahead,
             times: PhaseTimes::default(),
         };
-        with_writer(writing, job.device, times, work)
+        with_writer(writing, job.device.device(), times, work)
     })
 }
 
@@ -161,7 +166,9 @@ fn beside<'a, R>(
 
 /// The files and what is known about them.
 pub struct Writing<'a> {
-    job: &'a Job,
+    format: CheckpointFormat,
+    source: &'a dyn TensorSource,
+    check: &'a WeightCheck,
     staged: &'a StagedCheckpoint,
     settings: &'a Map<String, Value>,
     /// From the first block on.
@@ -201,7 +208,7 @@ impl Writing<'_> {
 
     /// Packs, writes, and reads back what was written.
     fn store(&mut self, layer: &LayerName, solved: &SolvedLayer) -> Result<(), PipelineError> {
-        let format = self.job.spec.format;
+        let format = self.format;
         let packed = self
             .times
             .time(Phase::Pack, || pack(solved, format))
@@ -229,7 +236,7 @@ impl Writing<'_> {
             self.staged.write(&name, bytes)?;
         }
         self.times.add(Phase::Write, start.elapsed());
-        let format = self.job.spec.format;
+        let format = self.format;
         self.times
             .time(Phase::Verify, || {
                 verify_layer(self.staged, layer, solved, format)
@@ -243,17 +250,17 @@ impl Writing<'_> {
     fn copy(&mut self, names: &[String]) -> Result<(), PipelineError> {
         let start = Instant::now();
         for name in names {
-            self.staged.write(name, &self.job.source.bytes(name)?)?;
+            self.staged.write(name, &self.source.bytes(name)?)?;
         }
         self.times.add(Phase::Write, start.elapsed());
         Ok(())
     }
 
     fn copy_permuted(&mut self, name: &str, outputs: Option<&[u32]>) -> Result<(), PipelineError> {
-        if self.job.source.info(name).is_none() {
+        if self.source.info(name).is_none() {
             return Ok(());
         }
-        let mut bytes = self.job.source.bytes(name)?;
+        let mut bytes = self.source.bytes(name)?;
         if let Some(outputs) = outputs {
             let width = bytes.len() / outputs.len();
             let elements = outputs
@@ -277,7 +284,7 @@ impl Writing<'_> {
         let journal = match self.journal.take() {
             Some(journal) => journal,
             None => {
-                let settings = of_weights(self.settings, &self.job.check)?;
+                let settings = of_weights(self.settings, self.check)?;
                 Journal::begin(self.staged.partial_dir(), &settings)?
             }
         };

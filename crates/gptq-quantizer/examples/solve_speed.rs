@@ -6,8 +6,8 @@
 use std::time::Instant;
 
 use gptq_kernels::measure_sgemm;
-use gptq_quantizer::{Factor, HessianSum, solve};
-use gptq_types::{ActivationSink, Activations, ColumnOrder, QuantSpec};
+use gptq_quantizer::{ActivationSink, Activations, Factor, HessianSum, solve};
+use gptq_types::{ColumnOrder, QuantSpec};
 
 fn main() {
     let mut sizes = std::env::args()

@@ -8,18 +8,19 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use gptq_kernels::Weight;
 use gptq_kernels::cuda::{
-    CudaError, DeviceCarried, DeviceFactor, DeviceHessian, Gpu, Rule, SWEEP_CHANNELS, Step,
-    SweepPlan, Swept, SweptHost,
+    CudaError, DeviceCarried, DeviceFactor, DeviceHessian, DeviceMatrix, Gpu, Rule, SWEEP_CHANNELS,
+    Step, SweepPlan, Swept, SweptHost,
 };
-use gptq_types::{Bits, DeviceMatrix, Phase, PhaseTimes, QuantSpec, SolvedLayer, Weight};
+use gptq_types::{Bits, Phase, PhaseTimes, QuantSpec, SolvedLayer};
 use half::f16;
 
 pub use sum::DeviceSum;
 
 use crate::factor::{Damping, importance};
 use crate::group::{
-    Facts, GroupHessian, GroupSolver, Rounded, count, factor_flop, least, outputs_of_a_trial,
+    After, Facts, GroupHessian, GroupSolver, Rounded, count, factor_flop, least, outputs_of_a_trial,
 };
 use crate::search::SearchRule;
 use crate::{Order, QuantizeError};
@@ -52,7 +53,7 @@ impl GroupHessian for DeviceReady {
     fn choose(
         &mut self,
         orders: &[Order],
-        linears: &[(Weight, usize)],
+        linears: &[(Weight<'_>, usize)],
         spec: &QuantSpec,
         times: &mut PhaseTimes,
     ) -> Result<Option<usize>, QuantizeError> {
@@ -76,13 +77,9 @@ impl GroupHessian for DeviceReady {
     ) -> Result<Box<dyn GroupSolver + '_>, QuantizeError> {
         Ok(Box::new(self.group(order, spec, times)?))
     }
-
-    fn copied(&self, weight: Weight) -> Result<Weight, QuantizeError> {
-        Ok(Weight::Device(self.gpu.copied(there(&weight))?))
-    }
 }
 
-fn there(weight: &Weight) -> DeviceMatrix {
+fn there<'a>(weight: &Weight<'a>) -> DeviceMatrix<'a> {
     let Weight::Device(there) = weight else {
         unreachable!("a decoder on the GPU has its weights there");
     };
@@ -122,7 +119,7 @@ impl DeviceReady {
         &self,
         held_out: &DeviceHessian,
         order: &Order,
-        linears: &[(Weight, usize)],
+        linears: &[(Weight<'_>, usize)],
         spec: &QuantSpec,
         times: &mut PhaseTimes,
     ) -> Result<f64, QuantizeError> {
@@ -130,16 +127,14 @@ impl DeviceReady {
         let start = Instant::now();
         let mut error = 0.0;
         for (weight, outputs) in linears {
-            let part = DeviceMatrix {
-                rows: outputs_of_a_trial(*outputs),
-                ..there(weight)
-            };
-            let size = spec.group_size.resolve(part.columns);
+            let part = there(weight).row_range(0..outputs_of_a_trial(*outputs));
+            let size = spec.group_size.resolve(part.columns());
             let rule = rule(spec);
             let (_, carried) = self.hessian.rounding_cost(part, size, rule)?;
             let swept = group.swept(part, rule, carried.as_ref(), spec)?;
             let (_, carried) = held_out.rounding_cost(part, size, rule)?;
             let copy = self.gpu.copied(part)?;
+            let copy = copy.matrix([part.rows(), part.columns()], part.dtype());
             error += held_out.put_back(copy, &swept, &group.plan, carried.as_ref())?;
         }
         times.add(Phase::Sweep, start.elapsed());
@@ -250,7 +245,7 @@ impl DeviceGroup<'_> {
         let aim = carried.map(|carried| (carried, spec.input_mismatch as f32));
         let target = match spec.descent_passes {
             0 => None,
-            _ => Some(self.hessian.target(weight.rows)?),
+            _ => Some(self.hessian.target(weight.rows())?),
         };
         let (factor, plan) = (&self.damped.factor, &self.plan);
         let swept = factor.sweep(weight, plan, rule, aim, target.as_deref())?;
@@ -270,16 +265,25 @@ impl GroupSolver for DeviceGroup<'_> {
 
     fn round(
         &self,
-        weight: Weight,
+        weight: Weight<'_>,
         out_features: usize,
         spec: &QuantSpec,
+        after: After,
         times: &mut PhaseTimes,
     ) -> Result<Rounded, QuantizeError> {
-        let there = there(&weight);
-        assert_eq!(there.rows, out_features, "out_features of the weight");
-        let size = spec.group_size.resolve(there.columns);
+        let shown = there(&weight);
+        let copy = match after {
+            After::Replace => None,
+            After::Keep => Some(self.hessian.gpu().copied(shown)?),
+        };
+        let there = match &copy {
+            None => shown,
+            Some(copy) => copy.matrix([shown.rows(), shown.columns()], shown.dtype()),
+        };
+        assert_eq!(there.rows(), out_features, "out_features of the weight");
+        let size = spec.group_size.resolve(there.columns());
         let rule = rule(spec);
-        count(times, there.columns, out_features, spec);
+        count(times, there.columns(), out_features, spec);
         let (cost, carried) = times.time(Phase::Measure, || {
             self.hessian.rounding_cost(there, size, rule)
         })?;
@@ -298,7 +302,7 @@ impl GroupSolver for DeviceGroup<'_> {
         Ok(Rounded {
             layer: Box::new(move || layer(home.receive()?, bits, g_idx, out_features)),
             loss: (self.facts()).loss(spec.measure(), error, cost.rtn_error, cost.signal),
-            weight,
+            replacement: None,
         })
     }
 }

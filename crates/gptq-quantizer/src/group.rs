@@ -3,10 +3,8 @@
 
 use std::time::{Duration, Instant};
 
-use gptq_types::{
-    ActivationSink, Activations, LayerLoss, LossMeasure, Phase, PhaseTimes, QuantSpec, SolvedLayer,
-    Weight,
-};
+use gptq_kernels::{ActivationSink, Activations, Weight};
+use gptq_types::{LayerLoss, LossMeasure, Phase, PhaseTimes, QuantSpec, SolvedLayer};
 
 use crate::{
     Factor, Hessian, HessianSum, Order, Outputs, QuantizeError, Solved, descend, output_error,
@@ -36,7 +34,7 @@ pub trait GroupHessian {
     fn choose(
         &mut self,
         orders: &[Order],
-        linears: &[(Weight, usize)],
+        linears: &[(Weight<'_>, usize)],
         spec: &QuantSpec,
         times: &mut PhaseTimes,
     ) -> Result<Option<usize>, QuantizeError>;
@@ -58,10 +56,15 @@ pub trait GroupHessian {
         let order = Order::new(spec.order, spec.group_size, &self.diagonal());
         self.factor_in(order, spec, times)
     }
+}
 
-    /// A weight to round in the place of `weight`, which stays as it is: rounding overwrites what
-    /// lies on a GPU. Valid until the next call.
-    fn copied(&self, weight: Weight) -> Result<Weight, QuantizeError>;
+/// What becomes of a weight after it was rounded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum After {
+    /// The rounded one takes its place: later groups see it.
+    Replace,
+    /// It stays: other settings need it too.
+    Keep,
 }
 
 /// What a factor says about its group.
@@ -107,8 +110,9 @@ pub struct Rounded {
     pub layer: Arriving,
     /// What the rounding cost.
     pub loss: LayerLoss,
-    /// The dequantised weight, for the groups that follow.
-    pub weight: Weight,
+    /// The dequantized weight `[in_features, out_features]`, for the groups that follow. None where the
+    /// weight stays, and where the rounded one was written over it on a GPU.
+    pub replacement: Option<Vec<f32>>,
 }
 
 /// Solves linears with the factor that they share.
@@ -119,9 +123,10 @@ pub trait GroupSolver {
     /// Rounds one linear; adds the time of the sweep and of measuring to `times`.
     fn round(
         &self,
-        weight: Weight,
+        weight: Weight<'_>,
         out_features: usize,
         spec: &QuantSpec,
+        after: After,
         times: &mut PhaseTimes,
     ) -> Result<Rounded, QuantizeError>;
 }
@@ -258,7 +263,7 @@ impl HostHessian {
         &self,
         held_out: &Hessian,
         order: &Order,
-        linears: &[(Weight, usize)],
+        linears: &[(Weight<'_>, usize)],
         spec: &QuantSpec,
         times: &mut PhaseTimes,
     ) -> Result<f64, QuantizeError> {
@@ -305,7 +310,7 @@ impl GroupHessian for HostHessian {
     fn choose(
         &mut self,
         orders: &[Order],
-        linears: &[(Weight, usize)],
+        linears: &[(Weight<'_>, usize)],
         spec: &QuantSpec,
         times: &mut PhaseTimes,
     ) -> Result<Option<usize>, QuantizeError> {
@@ -327,10 +332,6 @@ impl GroupHessian for HostHessian {
     ) -> Result<Box<dyn GroupSolver + '_>, QuantizeError> {
         Ok(Box::new(self.solver(order, spec, times)?))
     }
-
-    fn copied(&self, weight: Weight) -> Result<Weight, QuantizeError> {
-        Ok(weight) // the decoder showed a copy
-    }
 }
 
 /// The place of the first of the smallest.
@@ -339,7 +340,7 @@ pub(crate) fn least(errors: &[f64]) -> Option<usize> {
     (places.min_by(|(_, a), (_, b)| a.total_cmp(b))).map(|(at, _)| at)
 }
 
-fn host(weight: &Weight) -> &[f32] {
+fn host<'a>(weight: &'a Weight<'_>) -> &'a [f32] {
     let Weight::Host(weight) = weight else {
         unreachable!("a decoder on the processor has its weights in host memory");
     };
@@ -385,9 +386,10 @@ impl GroupSolver for HostSolver<'_> {
 
     fn round(
         &self,
-        weight: Weight,
+        weight: Weight<'_>,
         out_features: usize,
         spec: &QuantSpec,
+        after: After,
         times: &mut PhaseTimes,
     ) -> Result<Rounded, QuantizeError> {
         let weight = host(&weight);
@@ -408,7 +410,10 @@ impl GroupSolver for HostSolver<'_> {
             ))
         })?;
         Ok(Rounded {
-            weight: Weight::Host(solved.layer.dequantise()),
+            replacement: match after {
+                After::Replace => Some(solved.layer.dequantise()),
+                After::Keep => None,
+            },
             layer: Box::new(|| Ok(solved.layer)),
             loss,
         })

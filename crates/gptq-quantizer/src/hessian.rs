@@ -1,7 +1,7 @@
 //! Accumulation of `H = 2/tokens * X^T X`.
 
 use gptq_kernels::Gram;
-use gptq_types::{ActivationSink, Activations};
+use gptq_kernels::{ActivationSink, Activations};
 
 use crate::QuantizeError;
 use crate::mismatch::{Mismatch, MismatchSum, merge};

@@ -37,8 +37,9 @@ pub use descent::descend;
 #[cfg(feature = "cuda")]
 pub use device::DeviceSum;
 pub use factor::Factor;
+pub use gptq_kernels::{ActivationSink, Activations, Weight};
 pub use grid::Grid;
-pub use group::{Arriving, Facts, GroupHessian, GroupSolver, GroupSum, HostGroup, Rounded};
+pub use group::{After, Arriving, Facts, GroupHessian, GroupSolver, GroupSum, HostGroup, Rounded};
 pub use hessian::{Hessian, HessianSum};
 pub use measure::{Outputs, output_error, signal};
 pub use mismatch::{Carried, Mismatch};

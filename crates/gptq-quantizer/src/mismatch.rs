@@ -14,8 +14,8 @@
 //!
 //! Weights are stored input channel first, so that everything here is the transpose.
 
+use gptq_kernels::stretch_of;
 use gptq_kernels::{Cross, Gram, multiply, multiply_left_transposed};
-use gptq_types::stretch_of;
 
 use crate::Factor;
 use crate::measure::inner_product;

@@ -3,10 +3,11 @@
 #[path = "../../../tests/support/random.rs"]
 mod random;
 
-use gptq_quantizer::{Factor, GroupSum, HessianSum, HostGroup, Order, output_error, solve};
-use gptq_types::{
-    ActivationSink, Activations, Bits, ColumnOrder, GroupSize, PhaseTimes, QuantSpec, Weight,
+use gptq_quantizer::{
+    ActivationSink, Activations, Factor, GroupSum, HessianSum, HostGroup, Order, Weight,
+    output_error, solve,
 };
+use gptq_types::{Bits, ColumnOrder, GroupSize, PhaseTimes, QuantSpec};
 
 use random::Random;
 

@@ -3,10 +3,8 @@
 #[path = "../../../tests/support/random.rs"]
 mod random;
 
-use gptq_quantizer::{Factor, Hessian, HessianSum, descend, solve};
-use gptq_types::{
-    ActivationSink, Activations, Bits, ColumnOrder, GroupSize, QuantSpec, SolvedLayer,
-};
+use gptq_quantizer::{ActivationSink, Activations, Factor, Hessian, HessianSum, descend, solve};
+use gptq_types::{Bits, ColumnOrder, GroupSize, QuantSpec, SolvedLayer};
 
 use random::Random;
 

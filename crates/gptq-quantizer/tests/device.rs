@@ -8,11 +8,13 @@ mod data;
 
 use std::sync::Arc;
 
-use gptq_kernels::cuda::{Buffer, Gpu};
-use gptq_quantizer::{DeviceSum, GroupSum, HostGroup, QuantizeError};
+use gptq_kernels::cuda::{Buffer, DeviceMatrix, Gpu};
+use gptq_quantizer::{
+    ActivationSink, Activations, After, DeviceSum, GroupSum, HostGroup, QuantizeError, Weight,
+};
 use gptq_types::{
-    ActivationSink, Activations, Bits, CheckpointFormat, ColumnOrder, DeviceMatrix, Dtype,
-    GroupSize, LayerLoss, PhaseTimes, QuantSpec, SolvedLayer, Weight,
+    Bits, CheckpointFormat, ColumnOrder, Dtype, GroupSize, LayerLoss, PhaseTimes, QuantSpec,
+    SolvedLayer,
 };
 use half::f16;
 

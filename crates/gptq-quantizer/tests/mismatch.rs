@@ -1,11 +1,11 @@
 //! Inputs that linears before have changed: the target of the sweep and the measure of its error, against
 //! plain loops in f64 over the rows themselves.
 
-use gptq_quantizer::{Factor, GroupSum, HessianSum, HostGroup, Outputs, round_to_nearest, solve};
-use gptq_types::{
-    ActivationSink, Activations, Bits, ColumnOrder, GroupSize, LossMeasure, PhaseTimes, QuantSpec,
-    Weight,
+use gptq_quantizer::{
+    ActivationSink, Activations, After, Factor, GroupSum, HessianSum, HostGroup, Outputs, Weight,
+    round_to_nearest, solve,
 };
+use gptq_types::{Bits, ColumnOrder, GroupSize, LossMeasure, PhaseTimes, QuantSpec};
 
 const K: usize = 96;
 const N: usize = 24;

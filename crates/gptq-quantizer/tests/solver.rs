@@ -1,11 +1,10 @@
 //! The blocked f32 solver against the plain f64 reference, over every setting.
 
 use gptq_quantizer::{
-    Factor, Hessian, HessianSum, output_error, reference, round_to_nearest, solve,
+    ActivationSink, Activations, Factor, Hessian, HessianSum, output_error, reference,
+    round_to_nearest, solve,
 };
-use gptq_types::{
-    ActivationSink, Activations, Bits, CheckpointFormat, ColumnOrder, GroupSize, Method, QuantSpec,
-};
+use gptq_types::{Bits, CheckpointFormat, ColumnOrder, GroupSize, Method, QuantSpec};
 
 /// Both solvers see the same problem; where two codes or two grids are equally good the reference
 /// follows the solver.

@@ -25,7 +25,7 @@ pub use baseline::{
     Tolerance, Tolerances,
 };
 pub use identity::{ContentHash, ContentHasher, NotAHash, model_identity};
-pub use layer::{ActivationSink, Activations, DeviceMatrix, LayerName, Weight, stretch_of};
+pub use layer::LayerName;
 pub use matrix::{
     Branch, BranchEvaluation, BranchRecord, CalibrationRequest, Permutation, PlannedBranch,
     Reading, branch_name, describe, plan_branch_name,

@@ -38,7 +38,7 @@ pub fn run(args: &ChatArgs) -> Result<Verdict, Failure> {
         )));
     }
     let device = device::resolve_whole(&args.device)?;
-    let mut runner = opened.runner(device)?;
+    let mut runner = opened.runner(&device)?;
     let mut conversation = Conversation {
         session: Session::new(runner.as_mut(), context, voice.sampling)?,
         messages: opening(args.system.as_deref()),

@@ -4,7 +4,7 @@ use std::num::NonZeroUsize;
 
 use gptq_calibration::EvaluationWindows;
 use gptq_inference::{Journal, Request, Step, evaluate, group_tokens};
-use gptq_model::Device;
+use gptq_model::DeviceContext;
 use serde_json::{Map, Value, json};
 
 use crate::Verdict;
@@ -35,14 +35,14 @@ pub fn run(args: &EvalArgs) -> Result<Verdict, Failure> {
     let device = device::resolve(&args.device)?;
     let tokens = args
         .group_tokens
-        .map_or(group_tokens(device), NonZeroUsize::get);
+        .map_or(group_tokens(device.device()), NonZeroUsize::get);
     let mut journal = match &args.state {
-        Some(path) => Journal::open(path, &settings(&scored, &models, device, tokens)?)?,
+        Some(path) => Journal::open(path, &settings(&scored, &models, &device, tokens)?)?,
         None => Journal::in_memory(),
     };
     let request = Request {
         models: &opened,
-        device,
+        device: &device,
         windows: &scored.windows(),
         passages: &scored.passages(),
         choices: &scored.choices(),
@@ -51,7 +51,7 @@ pub fn run(args: &EvalArgs) -> Result<Verdict, Failure> {
     // Before anything else takes memory, which would count.
     let speeds = match args.speed.speed {
         true => (models.iter())
-            .map(|model| speed::measure(model, device, &args.speed))
+            .map(|model| speed::measure(model, &device, &args.speed))
             .collect::<Result<Vec<_>, _>>()?,
         false => Vec::new(),
     };
@@ -75,13 +75,13 @@ pub fn run(args: &EvalArgs) -> Result<Verdict, Failure> {
 fn settings(
     scored: &Scored,
     models: &[Model],
-    device: Device,
+    device: &DeviceContext,
     group_tokens: usize,
 ) -> Result<Map<String, Value>, Failure> {
     let mut settings = Map::new();
     let mut set = |what: &str, value: Value| settings.insert(what.to_string(), value);
     set("tool", json!(TOOL));
-    set("device", json!(device::name(device)));
+    set("device", json!(device.name()));
     let texts = &scored.texts;
     let of_texts = |of: &dyn Fn(&EvaluationWindows) -> String| match texts.as_slice() {
         [text] => json!(of(&text.windows)),

@@ -32,7 +32,7 @@ pub fn run(args: &GenerateArgs) -> Result<Verdict, Failure> {
         )));
     }
     let device = device::resolve_whole(&args.device)?;
-    let mut runner = opened.runner(device)?;
+    let mut runner = opened.runner(&device)?;
     let capacity = context.min(ids.len().saturating_add(args.text.max_new_tokens));
     let mut session = Session::new(runner.as_mut(), capacity, voice.sampling)?;
     if args.no_cache {
@@ -97,6 +97,7 @@ fn record(reply: &Reply, peak_memory: u64) -> serde_json::Value {
     json!({
         "text": reply.text,
         "tokens": reply.tokens,
+        "leads": reply.leads,
         "ended_by": reason(&reply.finish),
         "prompt_tokens": reply.prompt_tokens,
         "prefill_seconds": reply.prefill_seconds,

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use gptq_model::{Device, ModelSpec};
+use gptq_model::{DeviceContext, ModelSpec};
 use gptq_packer::{ClaimedPlace, StageError};
 use gptq_pipeline::{
     Compare, Job, PipelineError, WeightCheck, check_beside, check_shapes, check_unquantised,
@@ -39,9 +39,12 @@ pub fn run(args: &QuantizeArgs) -> Result<Verdict, Failure> {
     let solves = spec.method == Method::Gptq;
     let comparing = match solves || args.checks() {
         true => device::resolve(&args.device)?,
-        false => Device::Cpu,
+        false => DeviceContext::Cpu,
     };
-    let device = if solves { comparing } else { Device::Cpu };
+    let device = match solves {
+        true => comparing.clone(),
+        false => DeviceContext::Cpu,
+    };
     let mut job = Job {
         source: model.checkpoint.clone(),
         config_json: model.config_json.clone(),
@@ -53,10 +56,10 @@ pub fn run(args: &QuantizeArgs) -> Result<Verdict, Failure> {
         companions: model.companions(),
         out_dir: args.out.clone(),
         max_shard_bytes,
-        device,
+        device: device.clone(),
         resume: args.resume,
         // Beside the choice of windows, which reads little.
-        check: WeightCheck::begin(model.checkpoint.clone(), device),
+        check: WeightCheck::begin(model.checkpoint.clone(), device.device()),
         tool: TOOL.to_string(),
     };
     check_beside(&job)?;
@@ -69,7 +72,7 @@ pub fn run(args: &QuantizeArgs) -> Result<Verdict, Failure> {
             args.temperature,
             &model,
             &config,
-            device,
+            device.device(),
             &args.hub,
         )?;
         if let Some(beside) = beside {
@@ -81,17 +84,14 @@ pub fn run(args: &QuantizeArgs) -> Result<Verdict, Failure> {
             job.calibration = Some(windows.record);
         }
     }
-    if solves {
-        gptq_model::prepare(device)?;
-    }
-    let mut compare = |folder: &Path| texts.compare(&model, comparing, folder);
+    let mut compare = |folder: &Path| texts.compare(&model, &comparing, folder);
     let compare: Option<&mut Compare<'_>> = match texts.is_empty() {
         true => None,
         false => Some(&mut compare),
     };
     let record = try_watch(&job, compare, "blocks", false).map_err(|error| with_command(*error))?;
     texts.warn_of_missing(&record);
-    report(args, &record)
+    report(args, &record, &device)
 }
 
 /// Refuses at once what could not be published, or what another process writes.
@@ -121,14 +121,18 @@ fn with_command(error: PipelineError) -> Failure {
     failure
 }
 
-fn report(args: &QuantizeArgs, record: &RunRecord) -> Result<Verdict, Failure> {
+fn report(
+    args: &QuantizeArgs,
+    record: &RunRecord,
+    device: &DeviceContext,
+) -> Result<Verdict, Failure> {
     eprint!("{}", gptq_report::summary(record));
     eprintln!("wrote {}", args.out.display());
     if args.json {
         print_json(record)?;
     }
     if args.profile {
-        let text = gptq_report::profile(record, &device::rates()?);
+        let text = gptq_report::profile(record, &device::rates(device)?);
         match args.json {
             true => eprint!("{text}"),
             false => print(&text)?,

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use gptq_inference::{compare, logits};
+use gptq_model::DeviceContext;
 use gptq_packer::{SafetensorsFile, write_safetensors};
 use gptq_types::{Dtype, TensorInfo};
 
@@ -33,7 +34,8 @@ pub fn run(args: &VerifyArgs) -> Result<Verdict, Failure> {
     let opened = find(&args.model, &args.hub)?.open()?;
     unread_keys::heed(&args.strict, &args.model, &opened.spec)?;
     let vocab = opened.spec.vocab_size;
-    let mut decoder = opened.decoder(device::pick(args.device, WORKSPACE)?)?;
+    let mut decoder =
+        opened.decoder(&DeviceContext::open(device::pick(args.device, WORKSPACE)?)?)?;
     if let Some(path) = &args.write {
         let got = logits(decoder.as_mut(), &args.ids)?;
         write(path, &args.ids, &got, vocab)?;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use gptq_calibration::{EvaluationWindows, Windows};
 use gptq_hub::Checkpoint;
-use gptq_model::Device;
+use gptq_model::DeviceContext;
 use gptq_packer::{discard_partial, partial_path};
 use gptq_pipeline::{CheckedWeights, JOURNAL_FILE, Job, WeightCheck};
 use gptq_repository::Repository;
@@ -53,15 +53,15 @@ impl Shared<'_> {
 /// Makes branches on one device, one after the other.
 pub struct Maker<'a> {
     shared: &'a Shared<'a>,
-    device: Device,
+    device: DeviceContext,
     scorer: Option<Scorer<'a>>,
     reference: Option<EvalRecord>,
 }
 
 impl<'a> Maker<'a> {
-    pub fn new(shared: &'a Shared<'a>, device: Device) -> Self {
-        let scorer =
-            (shared.text.as_ref()).map(|text| Scorer::new(text, device, shared.side_by_side));
+    pub fn new(shared: &'a Shared<'a>, device: DeviceContext) -> Self {
+        let scorer = (shared.text.as_ref())
+            .map(|text| Scorer::new(text, device.clone(), shared.side_by_side));
         Maker {
             shared,
             device,
@@ -163,7 +163,7 @@ impl<'a> Maker<'a> {
             out_dir: work.to_path_buf(),
             max_shard_bytes: self.shared.max_shard_bytes,
             check: WeightCheck::done(self.shared.checked.clone()),
-            device: self.device,
+            device: self.device.clone(),
             resume,
             tool: TOOL.to_string(),
         }

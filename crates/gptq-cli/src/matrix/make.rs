@@ -7,7 +7,7 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
-use gptq_model::Device;
+use gptq_model::{Device, DeviceContext};
 use gptq_repository::Repository;
 use gptq_types::{Method, PlannedBranch};
 
@@ -167,7 +167,7 @@ fn work<'a>(
     finished: &SyncSender<Task<'a>>,
 ) -> Result<usize, Failure> {
     let repository = Repository::open(shared.repository)?;
-    let mut maker = Maker::new(shared, device);
+    let mut maker = Maker::new(shared, DeviceContext::open(device)?);
     let mut failed = 0;
     while let Some((branch, lock)) = next(queue, &repository)? {
         eprintln!("{}: {}", branch.permutation.branch, branch.permutation.desc);
@@ -243,7 +243,7 @@ fn pass_together<'a>(
     if tasks.is_empty() {
         return Ok(0);
     }
-    let maker = Maker::new(shared, device);
+    let maker = Maker::new(shared, DeviceContext::open(device)?);
     let mut passes: Vec<(String, Vec<&PlannedBranch>)> = Vec::new();
     let solved = |branch: &&PlannedBranch| branch.permutation.spec.method == Method::Gptq;
     for branch in tasks.iter().map(|&(branch, _)| branch).filter(solved) {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use gptq_calibration::{EvaluationWindows, Windows};
 use gptq_hub::Checkpoint;
-use gptq_model::{Device, ModelSpec};
+use gptq_model::{Device, DeviceContext, ModelSpec};
 use gptq_packer::{QuantizeConfig, VerifyError, packed_layers};
 use gptq_pipeline::{
     CheckedWeights, FilesToMeasure, Job, PipelineError, WeightCheck, check_weights, measure_files,
@@ -117,7 +117,7 @@ impl<'a> Bench<'a> {
             companions: self.model.companions(),
             out_dir: out.clone(),
             max_shard_bytes: SHARD_BYTES,
-            device: Device::Cpu,
+            device: DeviceContext::Cpu,
             resume: false,
             check: WeightCheck::done(self.checked.clone()),
             tool: TOOL.to_string(),
@@ -256,7 +256,7 @@ impl<'a> Bench<'a> {
     }
 
     fn score(&self, made: &Model) -> Result<(Overall, EvalRecord), Failure> {
-        let mut scorer = Scorer::new(&self.text, Device::Cpu, false);
+        let mut scorer = Scorer::new(&self.text, DeviceContext::Cpu, false);
         let reference = scorer.score("float model", &self.model)?;
         let scored = scorer.score("files", made)?;
         let overall = Overall {

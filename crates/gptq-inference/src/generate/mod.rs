@@ -72,6 +72,9 @@ pub enum Finish {
 pub struct Reply {
     /// Tokens that were chosen, an end token not among them.
     pub tokens: Vec<u32>,
+    /// How far the logit of each lies above the largest of all others; negative where another token was
+    /// likelier. Two ways to compute the same text may differ where it is small.
+    pub leads: Vec<f32>,
     /// Their text up to a stop string.
     pub text: String,
     /// Why it ended.
@@ -154,6 +157,7 @@ impl<'a> Session<'a> {
         self.sampler.note(unread);
         let mut reply = Reply {
             tokens: Vec::new(),
+            leads: Vec::new(),
             text: String::new(),
             finish: Finish::Length,
             prompt_tokens: unread.len(),
@@ -189,6 +193,7 @@ impl<'a> Session<'a> {
                 return Ok(Finish::EndToken(token));
             }
             reply.tokens.push(token);
+            reply.leads.push(lead(&logits, token));
             self.sampler.note(&[token]);
             if let Some(finish) = out.token(token, reply)? {
                 return Ok(finish);
@@ -219,6 +224,15 @@ impl<'a> Session<'a> {
         }
         Ok(())
     }
+}
+
+/// How far the logit of `token` lies above the largest of all others.
+fn lead(logits: &[f32], token: u32) -> f32 {
+    let others = (logits.iter().enumerate()).filter(|(at, _)| *at != token as usize);
+    let next = others
+        .map(|(_, logit)| *logit)
+        .fold(f32::NEG_INFINITY, f32::max);
+    logits[token as usize] - next
 }
 
 /// From tokens to what is shown.

@@ -4,13 +4,13 @@
 use std::sync::Arc;
 
 use gptq_kernels::cuda::{
-    Buffer, CudaError, DeviceKeyValues, DeviceNorm, Gpu, Pinned, Recorded, RowOrder, TextRows,
-    WorkingSpace,
+    Buffer, CudaError, DeviceKeyValues, DeviceMatrix, DeviceNorm, Gpu, Pinned, Recorded, RowOrder,
+    TextRows, WorkingSpace,
 };
 use gptq_model::forward::{Block, BlockLoader, Branch, Mix};
 use gptq_model::spec::{KeySource, NormKind, NormSpec, PerBlockInputSpec, Piece};
 use gptq_model::{LinearSpec, ModelError, ModelSpec, norm_values};
-use gptq_types::{DeviceMatrix, Dtype};
+use gptq_types::Dtype;
 
 use super::device_pass::{OnGpu, Pass, Turns};
 use super::projection::{Dense, Projection};
@@ -134,8 +134,8 @@ impl ByToken {
 
 impl GpuRunner {
     /// Reads all weights.
-    pub fn open(model: &OpenedModel, ordinal: usize) -> Result<Self, RunError> {
-        let gpu = Gpu::open(ordinal)?;
+    pub fn open(model: &OpenedModel, gpu: &Arc<Gpu>) -> Result<Self, RunError> {
+        let gpu = gpu.clone();
         let space = WorkingSpace::of(&gpu);
         gpu.forget_peak()?;
         let held_before = gpu.memory()?.used;
@@ -186,13 +186,8 @@ impl GpuRunner {
         })
     }
 
-    fn matrix(&self, buffer: &Buffer, rows: usize, columns: usize) -> DeviceMatrix {
-        DeviceMatrix {
-            address: buffer.address(),
-            rows,
-            columns,
-            dtype: self.dtype,
-        }
+    fn matrix<'a>(&self, buffer: &'a Buffer, rows: usize, columns: usize) -> DeviceMatrix<'a> {
+        buffer.matrix([rows, columns], self.dtype)
     }
 
     fn spaces(&self, rows: usize) -> Result<Spaces, CudaError> {
@@ -225,7 +220,7 @@ impl GpuRunner {
         let (gpu, factor) = (&self.gpu, self.spec.embedding.factor);
         let hidden = self.matrix(&spaces.hidden, count, self.spec.hidden_size);
         let table = self.embedding.matrix();
-        gpu.look_up(hidden.address, table, &spaces.ids, count, factor)?;
+        gpu.look_up(hidden, table, spaces.ids.slice(count), factor)?;
         let by_token = self.look_up_by_token(spaces, hidden)?;
         let mut pass = Pass {
             gpu,
@@ -233,6 +228,7 @@ impl GpuRunner {
             rows,
             caches: &self.caches,
             turns: &self.turns,
+            dtype: self.dtype,
             by_token,
             padded_by_turns: self.padded_by_turns,
         };
@@ -244,40 +240,43 @@ impl GpuRunner {
     }
 
     /// The rows of all blocks, `[rows, blocks * width]`, from the embeddings.
-    fn look_up_by_token(
+    fn look_up_by_token<'a>(
         &self,
-        spaces: &Spaces,
-        hidden: DeviceMatrix,
-    ) -> Result<Option<DeviceMatrix>, CudaError> {
+        spaces: &'a Spaces,
+        hidden: DeviceMatrix<'_>,
+    ) -> Result<Option<DeviceMatrix<'a>>, CudaError> {
         let Some(inputs) = &self.by_token else {
             return Ok(None);
         };
         let gpu = &self.gpu;
         let [rows, projected] = (spaces.by_token.each_ref())
-            .map(|buffer| self.matrix(buffer, hidden.rows, inputs.columns));
-        gpu.project(projected.address, false, hidden, inputs.projection.matrix())?;
+            .map(|buffer| self.matrix(buffer, hidden.rows(), inputs.columns));
+        gpu.project(projected, hidden, inputs.projection.matrix())?;
         gpu.scale(projected, inputs.spec.projection_factor)?;
-        gpu.norm(projected.address, projected, &inputs.norm)?;
+        gpu.norm(projected, projected, &inputs.norm)?;
         let (table, factor) = (inputs.table.matrix(), inputs.spec.row_factor);
-        gpu.look_up(rows.address, table, &spaces.ids, hidden.rows, factor)?;
+        gpu.look_up(rows, table, spaces.ids.slice(hidden.rows()), factor)?;
         gpu.add(rows, projected)?;
         gpu.scale(rows, inputs.spec.factor)?;
         Ok(Some(rows))
     }
 
     /// f32 logits of the rows of `hidden`.
-    fn logits(&self, out: u64, spaces: &Spaces, hidden: DeviceMatrix) -> Result<(), CudaError> {
-        let normed = DeviceMatrix {
-            address: spaces.input.address(),
-            ..hidden
-        };
-        let order = RowOrder::natural(hidden.columns);
-        (self.gpu).norm_rows(normed.address, order, hidden, &self.final_norm)?;
+    fn logits(
+        &self,
+        out: &Buffer,
+        spaces: &Spaces,
+        hidden: DeviceMatrix<'_>,
+    ) -> Result<(), CudaError> {
+        let out = out.matrix([hidden.rows(), self.spec.vocab_size], Dtype::F32);
+        let normed = self.matrix(&spaces.input, hidden.rows(), hidden.columns());
+        let order = RowOrder::natural(hidden.columns());
+        (self.gpu).norm_rows(normed, order, hidden, &self.final_norm)?;
         let head = self.own_head.as_ref().unwrap_or(&self.embedding);
-        self.gpu.project(out, true, normed, head.matrix())?;
+        self.gpu.project(out, normed, head.matrix())?;
         match self.spec.head.soft_cap {
             None => Ok(()),
-            Some(cap) => (self.gpu).soft_cap(out, hidden.rows * self.spec.vocab_size, cap),
+            Some(cap) => self.gpu.soft_cap(out, cap),
         }
     }
 
@@ -286,8 +285,8 @@ impl GpuRunner {
         let held: Vec<i32> = (self.lengths.held().iter())
             .map(|&held| held as i32)
             .collect();
-        gpu.to_device(newest.held.address(), &held)?;
-        gpu.to_device(newest.spaces.ids.address(), tokens)?;
+        gpu.write(newest.held.slice(held.len()), &held)?;
+        gpu.write(newest.spaces.ids.slice(tokens.len()), tokens)?;
         if newest.ran && newest.recorded.is_none() {
             let queue = || self.queue_step(newest).map_err(into_cuda);
             newest.recorded = Some(gpu.record(queue)?);
@@ -297,15 +296,16 @@ impl GpuRunner {
             None => self.queue_step(newest)?,
         }
         newest.ran = true;
-        let bytes = newest.logits.bytes();
-        Ok(gpu.to_pinned(&mut newest.home, newest.logits.address(), bytes)?)
+        let logits = newest.logits.slice(newest.logits.bytes());
+        Ok(gpu.to_pinned(&mut newest.home, logits)?)
     }
 
     fn queue_step(&self, newest: &Newest) -> Result<(), ModelError> {
         let batch = newest.spaces.rows;
-        self.pass(&newest.spaces, batch, TextRows::Newest(&newest.held))?;
+        let held = TextRows::Newest(newest.held.slice(batch));
+        self.pass(&newest.spaces, batch, held)?;
         let hidden = self.matrix(&newest.spaces.hidden, batch, self.spec.hidden_size);
-        Ok(self.logits(newest.logits.address(), &newest.spaces, hidden)?)
+        Ok(self.logits(&newest.logits, &newest.spaces, hidden)?)
     }
 }
 
@@ -367,19 +367,17 @@ impl Runner for GpuRunner {
         }
         let spaces = self.prompt.as_ref().expect("made above");
         for (piece, tokens) in tokens.chunks(PROMPT_TOKENS).enumerate() {
-            self.gpu.to_device(spaces.ids.address(), tokens)?;
+            self.gpu.write(spaces.ids.slice(tokens.len()), tokens)?;
             let first = first + piece * PROMPT_TOKENS;
             let rows = TextRows::Prompt { sequence, first };
             self.pass(spaces, tokens.len(), rows)?;
         }
         let (vocab, width) = (self.spec.vocab_size, self.spec.hidden_size);
         let last = (tokens.len() - 1) % PROMPT_TOKENS;
-        let hidden = DeviceMatrix {
-            address: spaces.hidden.address() + 2 * (last * width) as u64,
-            ..self.matrix(&spaces.hidden, 1, width)
-        };
+        let hidden = self.matrix(&spaces.hidden, spaces.rows, width);
+        let hidden = hidden.row_range(last..last + 1);
         let logits = Buffer::new(&self.gpu, vocab * 4)?;
-        self.logits(logits.address(), spaces, hidden)?;
+        self.logits(&logits, spaces, hidden)?;
         Ok(logits.to_host(vocab)?)
     }
 

@@ -5,12 +5,13 @@ use std::sync::Arc;
 
 use gptq_kernels::Activation;
 use gptq_kernels::cuda::{
-    CudaError, DeviceKeyValues, DeviceNorm, Gpu, HeadNorms, Output, TextRows, Turn,
+    Buffer, CudaError, DeviceKeyValues, DeviceMatrix, DeviceNorm, Gpu, HeadNorms, TextRows, Turn,
 };
 use gptq_model::ModelError;
 use gptq_model::forward::{Attention, BlockOps, Weights};
 use gptq_model::spec::{KeySource, RotarySpec};
-use gptq_types::DeviceMatrix;
+
+use gptq_types::Dtype;
 
 use super::cuda::Spaces;
 use super::projection::Projection;
@@ -51,43 +52,44 @@ pub(super) struct Pass<'a> {
     pub rows: TextRows<'a>,
     pub caches: &'a [Option<DeviceKeyValues>],
     pub turns: &'a [Turns],
+    pub dtype: Dtype,
     /// What all blocks looked up by token id, `[rows, blocks * width]`.
-    pub by_token: Option<DeviceMatrix>,
+    pub by_token: Option<DeviceMatrix<'a>>,
     pub padded_by_turns: bool,
 }
 
 /// Rows on the GPU.
 #[derive(Clone, Copy)]
-pub(super) struct Rows {
-    at: DeviceMatrix,
+pub(super) struct Rows<'a> {
+    at: DeviceMatrix<'a>,
     /// They are in the order of channels, not in that of the linear that reads them.
     natural: bool,
 }
 
-impl From<DeviceMatrix> for Rows {
-    fn from(at: DeviceMatrix) -> Self {
+impl<'a> From<DeviceMatrix<'a>> for Rows<'a> {
+    fn from(at: DeviceMatrix<'a>) -> Self {
         Rows { at, natural: true }
     }
 }
 
-impl Pass<'_> {
+impl<'a> Pass<'a> {
     /// Rows of `reader` in the place of inputs.
-    fn input_of(&self, reader: &Projection, like: DeviceMatrix) -> Rows {
+    fn input_of(&self, reader: &Projection, rows: usize) -> Rows<'a> {
         Rows {
-            at: DeviceMatrix {
-                address: self.spaces.input.address(),
-                columns: reader.order().width,
-                ..like
-            },
+            at: self.matrix(&self.spaces.input, rows, reader.order().width),
             natural: false,
         }
+    }
+
+    fn matrix(&self, buffer: &'a Buffer, rows: usize, columns: usize) -> DeviceMatrix<'a> {
+        buffer.matrix([rows, columns], self.dtype)
     }
 
     fn multiply(
         &self,
         linears: &Projection,
-        out: u64,
-        x: Rows,
+        out: DeviceMatrix<'_>,
+        x: Rows<'_>,
         add: bool,
     ) -> Result<(), CudaError> {
         match x.natural {
@@ -100,38 +102,33 @@ impl Pass<'_> {
     fn project<const N: usize>(
         &self,
         input: &Projection,
-        x: Rows,
-    ) -> Result<[Output; N], CudaError> {
-        let out = self.spaces.output.address();
+        x: Rows<'_>,
+    ) -> Result<[DeviceMatrix<'a>; N], CudaError> {
+        let out = self.matrix(&self.spaces.output, x.at.rows(), input.outputs_width());
         self.multiply(input, out, x, false)?;
-        Ok(input.operands(out, x.at.rows))
+        Ok(input.operands(out))
     }
 
     /// Norms over whole projections, in place; heads are normed where they are placed.
     fn norm_whole(
         &self,
-        x: Output,
-        columns: usize,
+        x: DeviceMatrix<'_>,
         norm: Option<&DeviceNorm>,
         head_dim: usize,
-        like: DeviceMatrix,
     ) -> Result<(), CudaError> {
         match norm.filter(|norm| norm.width() != head_dim) {
             None => Ok(()),
-            Some(norm) => {
-                let runs = columns / norm.width();
-                self.gpu.norm_outputs(x, like.rows, runs, norm, like.dtype)
-            }
+            Some(norm) => self.gpu.norm_outputs(x, norm),
         }
     }
 
-    /// Places queries in their buffer, and keys and values in the cache that is returned.
+    /// Places queries in their buffer, and keys and values in the cache; returns both.
     fn place(
         &self,
-        x: Rows,
+        x: Rows<'_>,
         input: &Projection,
         attention: &Attention<OnGpu>,
-    ) -> Result<&DeviceKeyValues, CudaError> {
+    ) -> Result<(&'a DeviceKeyValues, DeviceMatrix<'a>), CudaError> {
         let shape = attention.spec.shape;
         let d = shape.head_dim;
         let [of_q, of_k, of_v] = attention.norms.each_ref().map(Option::as_ref);
@@ -142,11 +139,11 @@ impl Pass<'_> {
             }
             KeySource::Own | KeySource::Donor => {
                 let [q, k, v] = self.project(input, x)?;
-                self.norm_whole(k, shape.kv_heads * d, of_k, d, x.at)?;
+                self.norm_whole(k, of_k, d)?;
                 (attention.block, q, Some([k, v]))
             }
         };
-        self.norm_whole(q, shape.heads * d, of_q, d, x.at)?;
+        self.norm_whole(q, of_q, d)?;
         let of_heads = |norm: Option<&'_ DeviceNorm>| norm.is_some_and(|norm| norm.width() == d);
         let norms = HeadNorms {
             query: of_q.filter(|norm| of_heads(Some(norm))),
@@ -161,150 +158,115 @@ impl Pass<'_> {
         let cache = self.caches[block]
             .as_ref()
             .expect("a block with keys of its own");
-        let queries = self.spaces.queries.address();
-        cache.store(queries, q, kv, x.at.rows, self.rows, &norms, turns)?;
-        Ok(cache)
+        let queries = self.matrix(&self.spaces.queries, x.at.rows(), shape.heads * d);
+        cache.store(queries, q, kv, self.rows, &norms, turns)?;
+        Ok((cache, queries))
     }
 }
 
-impl BlockOps<OnGpu> for Pass<'_> {
-    type Rows = Rows;
+impl<'a> BlockOps<OnGpu> for Pass<'a> {
+    type Rows = Rows<'a>;
 
     fn input(
         &mut self,
-        hidden: &Rows,
+        hidden: &Rows<'a>,
         norm: Option<&DeviceNorm>,
         reader: &Projection,
-    ) -> Result<Rows, ModelError> {
-        let (order, to) = (reader.order(), self.input_of(reader, hidden.at));
+    ) -> Result<Rows<'a>, ModelError> {
+        let (order, to) = (reader.order(), self.input_of(reader, hidden.at.rows()));
         match norm {
-            Some(norm) => self.gpu.norm_rows(to.at.address, order, hidden.at, norm)?,
-            None => self.gpu.gather_rows(to.at.address, order, hidden.at)?,
+            Some(norm) => self.gpu.norm_rows(to.at, order, hidden.at, norm)?,
+            None => self.gpu.gather_rows(to.at, order, hidden.at)?,
         }
         Ok(to)
     }
 
     fn attend(
         &mut self,
-        x: Rows,
+        x: Rows<'a>,
         input: &Projection,
         attention: &Attention<OnGpu>,
         reader: &Projection,
-    ) -> Result<Rows, ModelError> {
-        let cache = self.place(x, input, attention)?;
+    ) -> Result<Rows<'a>, ModelError> {
+        let (cache, queries) = self.place(x, input, attention)?;
         let shape = attention.spec.shape;
-        let queries = DeviceMatrix {
-            address: self.spaces.queries.address(),
-            columns: shape.heads * shape.head_dim,
-            ..x.at
-        };
-        let attended = self.spaces.attended.address();
+        let attended = |columns| self.matrix(&self.spaces.attended, queries.rows(), columns);
         Ok(match self.rows {
             TextRows::Newest(held) => {
                 let order = reader.order();
-                if self.padded_by_turns && order.width > queries.columns {
+                if self.padded_by_turns && order.width > queries.columns() {
                     self.spaces.attended.clear()?;
                 }
-                cache.attend_newest(attended, order, queries.address, held, shape)?;
-                Rows {
-                    at: DeviceMatrix {
-                        address: attended,
-                        columns: order.width,
-                        ..x.at
-                    },
-                    natural: false,
-                }
+                let at = attended(order.width);
+                cache.attend_newest(at, order, queries, held, shape)?;
+                Rows { at, natural: false }
             }
             TextRows::Prompt { sequence, first } => {
-                cache.attend_prompt(attended, queries, sequence, first, shape)?;
-                Rows::from(DeviceMatrix {
-                    address: attended,
-                    ..queries
-                })
+                let at = attended(queries.columns());
+                cache.attend_prompt(at, queries, sequence, first, shape)?;
+                Rows::from(at)
             }
         })
     }
 
     fn gate(
         &mut self,
-        x: Rows,
+        x: Rows<'a>,
         input: &Projection,
         activation: Activation,
         reader: &Projection,
-    ) -> Result<Rows, ModelError> {
+    ) -> Result<Rows<'a>, ModelError> {
         let [gate, up] = self.project(input, x)?;
-        let (order, to) = (reader.order(), self.input_of(reader, x.at));
-        let size = [x.at.rows, reader.features()];
-        (self.gpu).gate_rows(
-            to.at.address,
-            order,
-            [gate, up],
-            size,
-            x.at.dtype,
-            activation,
-        )?;
+        let (order, to) = (reader.order(), self.input_of(reader, x.at.rows()));
+        (self.gpu).gate_rows(to.at, order, [gate, up], activation)?;
         Ok(to)
     }
 
     fn activate(
         &mut self,
-        x: Rows,
+        x: Rows<'a>,
         input: &Projection,
         activation: Activation,
         reader: &Projection,
-    ) -> Result<Rows, ModelError> {
+    ) -> Result<Rows<'a>, ModelError> {
         let [from] = self.project(input, x)?;
-        let (order, to) = (reader.order(), self.input_of(reader, x.at));
-        let size = [x.at.rows, reader.features()];
-        (self.gpu).activate_rows(to.at.address, order, from, size, x.at.dtype, activation)?;
+        let (order, to) = (reader.order(), self.input_of(reader, x.at.rows()));
+        (self.gpu).activate_rows(to.at, order, from, activation)?;
         Ok(to)
     }
 
     fn gate_by_token(
         &mut self,
-        x: Rows,
+        x: Rows<'a>,
         input: &Projection,
         activation: Activation,
         block: usize,
         reader: &Projection,
-    ) -> Result<Rows, ModelError> {
+    ) -> Result<Rows<'a>, ModelError> {
         let [gate] = self.project(input, x)?;
         let all = self.by_token.expect("the pass looked them up");
         let width = reader.features();
-        let row = Output {
-            address: all.address + 2 * (block * width) as u64,
-            pitch: all.columns,
-        };
-        let (order, to) = (reader.order(), self.input_of(reader, x.at));
-        let size = [x.at.rows, width];
-        (self.gpu).gate_rows(
-            to.at.address,
-            order,
-            [gate, row],
-            size,
-            x.at.dtype,
-            activation,
-        )?;
+        let row = all.column_range(block * width..(block + 1) * width);
+        let (order, to) = (reader.order(), self.input_of(reader, x.at.rows()));
+        (self.gpu).gate_rows(to.at, order, [gate, row], activation)?;
         Ok(to)
     }
 
     fn add(
         &mut self,
-        hidden: Rows,
-        inner: Rows,
+        hidden: Rows<'a>,
+        inner: Rows<'a>,
         output: &Projection,
         after: Option<&DeviceNorm>,
         factor: f32,
-    ) -> Result<Rows, ModelError> {
+    ) -> Result<Rows<'a>, ModelError> {
         if after.is_none() && factor == 1.0 {
-            self.multiply(output, hidden.at.address, inner, true)?;
+            self.multiply(output, hidden.at, inner, true)?;
             return Ok(hidden);
         }
-        let added = DeviceMatrix {
-            address: self.spaces.output.address(),
-            ..hidden.at
-        };
-        self.multiply(output, added.address, inner, false)?;
+        let (rows, columns) = (hidden.at.rows(), hidden.at.columns());
+        let added = self.matrix(&self.spaces.output, rows, columns);
+        self.multiply(output, added, inner, false)?;
         match after {
             Some(norm) => self.gpu.add_normed(hidden.at, added, norm, factor)?,
             None => self.gpu.add_scaled(hidden.at, added, factor)?,
@@ -312,7 +274,7 @@ impl BlockOps<OnGpu> for Pass<'_> {
         Ok(hidden)
     }
 
-    fn scale(&mut self, hidden: Rows, factor: f32) -> Result<Rows, ModelError> {
+    fn scale(&mut self, hidden: Rows<'a>, factor: f32) -> Result<Rows<'a>, ModelError> {
         self.gpu.scale(hidden.at, factor)?;
         Ok(hidden)
     }

@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use gptq_kernels::cuda::{Buffer, CudaError, Gpu, Output, PackedLinear, RowOrder};
+use gptq_kernels::cuda::{Buffer, CudaError, DeviceMatrix, Gpu, PackedLinear, RowOrder};
 use gptq_model::spec::Piece;
 use gptq_model::{LinearSpec, ModelError};
-use gptq_types::{DeviceMatrix, Dtype, SolvedLayer, SourceError};
+use gptq_types::{Dtype, SolvedLayer, SourceError};
 use half::{bf16, f16};
 
 use crate::{OpenedModel, StoredLinear, StoredMatrix, StoredWeight};
@@ -28,18 +28,19 @@ impl Dense {
         columns: usize,
         dtype: Dtype,
     ) -> Result<Self, ModelError> {
-        let weight = Buffer::new(gpu, rows * columns * 2)?;
-        let mut at = weight.address();
-        for part in parts {
-            let values = sixteen_bits(name, part, dtype)?;
-            gpu.to_device(at, &values)?;
-            at += (values.len() * 2) as u64;
-        }
-        if at != weight.address() + weight.bytes() as u64 {
+        let elements: usize = parts.iter().map(|part| part.elements()).sum();
+        if elements != rows * columns {
             return Err(ModelError::Source(SourceError::Invalid {
                 name: name.to_string(),
                 reason: format!("has not {rows} x {columns} elements"),
             }));
+        }
+        let weight = Buffer::new(gpu, elements * 2)?;
+        let (whole, mut written) = (weight.slice::<u16>(elements), 0);
+        for part in parts {
+            let values = sixteen_bits(name, part, dtype)?;
+            gpu.write(whole.part(written..written + values.len()), &values)?;
+            written += values.len();
         }
         Ok(Dense {
             weight,
@@ -49,13 +50,8 @@ impl Dense {
         })
     }
 
-    pub fn matrix(&self) -> DeviceMatrix {
-        DeviceMatrix {
-            address: self.weight.address(),
-            rows: self.rows,
-            columns: self.columns,
-            dtype: self.dtype,
-        }
+    pub fn matrix(&self) -> DeviceMatrix<'_> {
+        self.weight.matrix([self.rows, self.columns], self.dtype)
     }
 }
 
@@ -122,8 +118,8 @@ impl Linear {
     fn multiply(
         &self,
         gpu: &Gpu,
-        out: u64,
-        x: DeviceMatrix,
+        out: DeviceMatrix<'_>,
+        x: DeviceMatrix<'_>,
         ordered: bool,
         add: bool,
     ) -> Result<(), CudaError> {
@@ -134,14 +130,7 @@ impl Linear {
                 gpu.project_onto(out, x, weight.matrix(), add)?;
                 match bias {
                     None => Ok(()),
-                    Some(bias) => {
-                        let out = DeviceMatrix {
-                            address: out,
-                            columns: weight.rows,
-                            ..x
-                        };
-                        gpu.add_bias(out, bias)
-                    }
+                    Some(bias) => gpu.add_bias(out, bias),
                 }
             }
         }
@@ -245,16 +234,17 @@ impl Projection {
         self.outputs.iter().sum()
     }
 
-    /// All products with rows of x in [order](Self::order).
+    /// All products with rows of x in [order](Self::order), one behind the other in `out`, which has
+    /// `[rows, `[`outputs_width`](Self::outputs_width)`]` elements.
     pub fn multiply(
         &self,
         gpu: &Gpu,
-        out: u64,
-        x: DeviceMatrix,
+        out: DeviceMatrix<'_>,
+        x: DeviceMatrix<'_>,
         add: bool,
     ) -> Result<(), CudaError> {
         let ordered = self.linears.len() == 1;
-        self.each(out, x.rows, |linear, out| {
+        self.each(out, |linear, out| {
             linear.multiply(gpu, out, x, ordered, add)
         })
     }
@@ -263,44 +253,48 @@ impl Projection {
     pub fn multiply_natural(
         &self,
         gpu: &Gpu,
-        out: u64,
-        x: DeviceMatrix,
+        out: DeviceMatrix<'_>,
+        x: DeviceMatrix<'_>,
         add: bool,
     ) -> Result<(), CudaError> {
-        self.each(out, x.rows, |linear, out| {
-            linear.multiply(gpu, out, x, false, add)
-        })
+        self.each(out, |linear, out| linear.multiply(gpu, out, x, false, add))
     }
 
     fn each(
         &self,
-        out: u64,
-        rows: usize,
-        multiply: impl Fn(&Linear, u64) -> Result<(), CudaError>,
+        out: DeviceMatrix<'_>,
+        multiply: impl Fn(&Linear, DeviceMatrix<'_>) -> Result<(), CudaError>,
     ) -> Result<(), CudaError> {
-        let mut out = out;
+        let mut before = 0;
         for linear in &self.linears {
-            multiply(linear, out)?;
-            out += 2 * (rows * linear.outputs()) as u64;
+            let outputs = linear.outputs();
+            multiply(linear, behind(out, before, outputs))?;
+            before += outputs;
         }
         Ok(())
     }
 
-    /// Where the operands of a mixer are, after a product of so many rows was left at `out`.
-    pub fn operands<const N: usize>(&self, out: u64, rows: usize) -> [Output; N] {
+    /// Where the operands of a mixer are, after a product was left in `out`.
+    pub fn operands<'a, const N: usize>(&self, out: DeviceMatrix<'a>) -> [DeviceMatrix<'a>; N] {
         let together = self.linears.len() == 1;
         let operand = |piece: &Piece| {
             let before: usize = self.outputs[..piece.linear].iter().sum();
-            let (first, pitch) = match together {
-                true => (before, self.outputs_width()),
-                false => (rows * before, self.outputs[piece.linear]),
-            };
-            Output {
-                address: out + 2 * (first + piece.columns.start) as u64,
-                pitch,
+            let columns = piece.columns.clone();
+            match together {
+                true => out.column_range(before + columns.start..before + columns.end),
+                false => behind(out, before, self.outputs[piece.linear]).column_range(columns),
             }
         };
-        let all: Vec<Output> = self.operands.iter().map(operand).collect();
+        let all: Vec<DeviceMatrix<'a>> = self.operands.iter().map(operand).collect();
         (all.try_into().ok()).expect("the spec names the operands of a mixer")
     }
+}
+
+/// The outputs of one of several linears whose products lie behind each other in `out`, after `before`
+/// outputs of others.
+fn behind(out: DeviceMatrix<'_>, before: usize, outputs: usize) -> DeviceMatrix<'_> {
+    let rows = out.rows();
+    let flat = out.reshaped([1, out.elements()]);
+    let own = flat.column_range(rows * before..rows * (before + outputs));
+    own.reshaped([rows, outputs])
 }

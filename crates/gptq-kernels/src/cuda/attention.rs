@@ -1,19 +1,18 @@
 //! Attention inside windows, by tiles where there is a kernel for the width of heads, else as two batched
-//! products and a softmax over runs of query rows. Addresses are of
-//! sixteen-bit row-major matrices that the caller keeps alive until the stream has passed them.
+//! products and a softmax over runs of query rows. Matrices are sixteen-bit.
 
 use std::sync::Arc;
 
 use cudarc::cublas::sys::{
     cublasComputeType_t as Compute, cublasOperation_t as Op, cudaDataType_t as Type,
 };
-use gptq_types::DeviceMatrix;
 
 use super::Gpu;
 use super::decoder::{LINE, program};
 use super::error::CudaError;
 use super::key_values::{among, scored};
 use super::product::{Product, Side, half_type};
+use super::view::DeviceMatrix;
 use crate::AttentionShape;
 
 /// Scores that exist at a time: long windows are cut into query rows that keep to it, so that
@@ -26,24 +25,22 @@ impl Gpu {
     /// Causal attention inside windows of `tokens` rows, as [`crate::causal_attention`].
     pub fn attend(
         self: &Arc<Self>,
-        out: u64,
+        out: DeviceMatrix,
         q: DeviceMatrix,
         k: DeviceMatrix,
         v: DeviceMatrix,
         tokens: usize,
         shape: AttentionShape,
     ) -> Result<(), CudaError> {
+        expect_heads(out, q, [k, v], q.rows, shape);
         for window in 0..q.rows / tokens {
-            let rows = |x: DeviceMatrix| DeviceMatrix {
-                address: x.address + 2 * (window * tokens * x.columns) as u64,
-                rows: tokens,
-                ..x
-            };
-            let there = rows(DeviceMatrix { address: out, ..q }).address;
-            if self.attend_tiled(there, rows(q), rows(k), rows(v), 0, shape)? {
+            let rows = window * tokens..(window + 1) * tokens;
+            let [there, q_rows, k_rows, v_rows] = [out, q, k, v].map(|x| x.row_range(rows.clone()));
+            if self.attend_tiled(there.address, q_rows, k_rows, v_rows, 0, shape)? {
                 continue;
             }
-            self.attend_window(out, q, k, v, [window * tokens; 2], 0, tokens, shape)?;
+            let from = [window * tokens; 2];
+            self.attend_window(out.address, q, k, v, from, 0, tokens, shape)?;
         }
         Ok(())
     }
@@ -215,6 +212,24 @@ impl Gpu {
             }
         }
         Ok(())
+    }
+}
+
+/// Checks that queries and what attention makes of them, and keys and values of `keys` tokens, are as
+/// `shape` says.
+pub(super) fn expect_heads(
+    out: DeviceMatrix,
+    q: DeviceMatrix,
+    kv: [DeviceMatrix; 2],
+    keys: usize,
+    shape: AttentionShape,
+) {
+    let heads = [q.rows, shape.heads * shape.head_dim];
+    q.contiguous().expect(heads, "heads of queries");
+    out.contiguous().expect(heads, "heads of attention");
+    for x in kv {
+        let heads = [keys, shape.kv_heads * shape.head_dim];
+        x.contiguous().expect(heads, "heads of keys and values");
     }
 }
 

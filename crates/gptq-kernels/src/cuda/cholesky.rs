@@ -113,7 +113,7 @@ impl Gpu {
                     &args,
                 )?;
             }
-            self.copy(
+            self.copy_bytes(
                 a.address() + (first * k * 4) as u64,
                 staging.address(),
                 count * 4,

@@ -1,9 +1,8 @@
-//! The operations of a decoder block on the GPU. Addresses are of sixteen-bit row-major matrices
-//! that the caller keeps alive until the stream has passed them.
+//! The operations of a decoder block on the GPU, on sixteen-bit matrices.
 
 use std::sync::Arc;
 
-use gptq_types::{DeviceMatrix, Dtype, SolvedLayer};
+use gptq_types::{Dtype, SolvedLayer};
 
 use super::Gpu;
 use super::error::CudaError;
@@ -11,6 +10,7 @@ use super::launch::Arg;
 use super::memory::Buffer;
 use super::program::Program;
 use super::text::by_eights;
+use super::view::{DeviceMatrix, DeviceSlice};
 use crate::{Pairing, Rotation};
 
 /// Cosines and sines on the GPU, f32 `[positions, rotary_dim / 2]`, and which components of a head of
@@ -40,6 +40,14 @@ impl Turn {
     pub(super) fn addresses(&self) -> (u64, u64) {
         (self.cosine.address(), self.sine.address())
     }
+
+    /// Positions of the table; all there are where nothing is turned.
+    pub(super) fn positions(&self) -> usize {
+        match self.rotary_dim / 2 {
+            0 => usize::MAX,
+            pairs => self.cosine.bytes() / 4 / pairs,
+        }
+    }
 }
 
 pub(super) fn program(dtype: Dtype) -> Program {
@@ -50,32 +58,50 @@ pub(super) fn program(dtype: Dtype) -> Program {
 
 pub(super) const LINE: usize = 256;
 
+/// Elements of two matrices that have as many.
+fn same_elements(x: DeviceMatrix, y: DeviceMatrix) -> usize {
+    let count = x.contiguous().elements();
+    assert_eq!(count, y.contiguous().elements(), "elements of both");
+    count
+}
+
 impl Gpu {
-    /// `out[i] = factor * table[ids[i]]`, rows of `table.columns`, rounded once.
+    /// `out[i] = factor * table[ids[i]]`, rounded once.
+    ///
+    /// # Panics
+    /// If an id is outside the table, or `out` has not a row of the table's width for each.
     pub fn embed(
         self: &Arc<Self>,
-        out: u64,
+        out: DeviceMatrix,
         table: DeviceMatrix,
         ids: &[u32],
         factor: f32,
     ) -> Result<(), CudaError> {
+        let inside = ids.iter().all(|&id| (id as usize) < table.rows);
+        assert!(inside, "ids inside the table");
         let there = Buffer::from_host(self, ids)?;
-        self.look_up(out, table, &there, ids.len(), factor)
+        self.look_up(out, table, there.slice(ids.len()), factor)
     }
 
-    /// The same with `count` ids (u32) on the GPU, each of them inside the table.
+    /// The same with ids on the GPU. Nobody looks at them there: one outside the table reads what lies
+    /// beyond it.
+    ///
+    /// # Panics
+    /// If `out` has not a row of the table's width for each.
     pub fn look_up(
         &self,
-        out: u64,
+        out: DeviceMatrix,
         table: DeviceMatrix,
-        ids: &Buffer,
-        count: usize,
+        ids: DeviceSlice<'_, u32>,
         factor: f32,
     ) -> Result<(), CudaError> {
+        let (out, table) = (out.contiguous(), table.contiguous());
+        out.expect([ids.len(), table.columns], "a row for each id");
+        let count = ids.len();
         let mut args = vec![
-            out.into(),
+            out.address.into(),
             table.address.into(),
-            ids.into(),
+            ids.address().into(),
             (table.columns as i32).into(),
         ];
         let name = match factor == 1.0 {
@@ -92,7 +118,9 @@ impl Gpu {
 
     /// Rotary embedding in place; row `r` stands at position `r % tokens` of the table.
     pub fn rotate(&self, x: DeviceMatrix, turn: &Turn, tokens: usize) -> Result<(), CudaError> {
-        let heads = x.columns / turn.head_dim;
+        let heads = x.contiguous().columns / turn.head_dim;
+        assert_eq!(heads * turn.head_dim, x.columns, "whole heads");
+        assert!(tokens <= turn.positions(), "positions of the table");
         let args = [
             x.address.into(),
             (&turn.cosine).into(),
@@ -107,32 +135,25 @@ impl Gpu {
             Pairing::Interleaved => "rotate_pairs",
         };
         let (grid, block) = ([x.rows, 1, 1], [LINE, 1, 1]);
-        // SAFETY: the table has `tokens` positions, the caller made it for this window length.
+        // SAFETY: the table has `tokens` positions, and rows whole heads, asserted above.
         unsafe { self.launch(program(x.dtype), name, grid, block, 0, &args) }
     }
 
-    /// `out [x.rows, columns] = x[:, first..first + columns]`.
-    pub fn copy_columns(
-        &self,
-        out: u64,
-        x: DeviceMatrix,
-        first: usize,
-        columns: usize,
-    ) -> Result<(), CudaError> {
-        assert!(first + columns <= x.columns, "columns of the matrix");
-        let from = x.address + 2 * first as u64;
-        let name = match by_eights(&[x.columns, columns], &[out, from]) {
+    /// `out = x`, columns of a wider matrix.
+    pub fn copy_columns(&self, out: DeviceMatrix, x: DeviceMatrix) -> Result<(), CudaError> {
+        out.contiguous().expect([x.rows, x.columns], "rows of both");
+        let name = match by_eights(&[x.pitch, x.columns], &[out.address, x.address]) {
             true => "copy_columns_8",
             false => "copy_columns_1",
         };
         let args = [
-            out.into(),
-            from.into(),
+            out.address.into(),
+            x.address.into(),
+            (x.pitch as i32).into(),
             (x.columns as i32).into(),
-            (columns as i32).into(),
         ];
         let (grid, block) = ([x.rows, 1, 1], [LINE, 1, 1]);
-        // SAFETY: the columns lie inside x, asserted above; out has rows of `columns`.
+        // SAFETY: both have so many rows of so many columns.
         unsafe { self.launch(program(x.dtype), name, grid, block, 0, &args) }
     }
 
@@ -177,7 +198,7 @@ impl Gpu {
 
     /// `x += y`.
     pub fn add(&self, x: DeviceMatrix, y: DeviceMatrix) -> Result<(), CudaError> {
-        let count = x.rows * x.columns;
+        let count = same_elements(x, y);
         let args = [x.address.into(), y.address.into(), (count as i64).into()];
         self.flat("add", x.dtype, count.div_ceil(8), &args)
     }
@@ -189,7 +210,7 @@ impl Gpu {
         y: DeviceMatrix,
         factor: f32,
     ) -> Result<(), CudaError> {
-        let count = x.rows * x.columns;
+        let count = same_elements(x, y);
         let args = [
             x.address.into(),
             y.address.into(),
@@ -201,20 +222,22 @@ impl Gpu {
 
     /// `x *= factor`.
     pub fn scale(&self, x: DeviceMatrix, factor: f32) -> Result<(), CudaError> {
-        let count = x.rows * x.columns;
+        let count = x.contiguous().elements();
         let args = [x.address.into(), factor.into(), (count as i64).into()];
         self.flat_behind(program(x.dtype), "scale", count.div_ceil(8), &args)
     }
 
-    /// `x = cap * tanh(x / cap)` of `count` f32 values (Gemma 2).
-    pub fn soft_cap(&self, address: u64, count: usize, cap: f32) -> Result<(), CudaError> {
-        let args = [address.into(), cap.into(), (count as i64).into()];
+    /// `x = cap * tanh(x / cap)` in f32 (Gemma 2).
+    pub fn soft_cap(&self, x: DeviceMatrix, cap: f32) -> Result<(), CudaError> {
+        assert_eq!(x.dtype, Dtype::F32, "type of logits");
+        let count = x.contiguous().elements();
+        let args = [x.address.into(), cap.into(), (count as i64).into()];
         self.flat_behind(self.any_decoder(), "soft_cap", count, &args)
     }
 
     /// Where the first element of `x` is that is infinite or no number; waits for all work queued so far.
     pub fn first_not_finite(self: &Arc<Self>, x: DeviceMatrix) -> Result<Option<usize>, CudaError> {
-        let count = x.rows * x.columns;
+        let count = x.contiguous().elements();
         let found = Buffer::from_host(self, &[u64::MAX])?;
         let args = [(&found).into(), x.address.into(), (count as i64).into()];
         let blocks = (count.div_ceil(8 * LINE)).min(8 * self.multiprocessors());
@@ -227,7 +250,8 @@ impl Gpu {
 
     /// `x [rows, n] += bias [n]`, the bias in f32.
     pub fn add_bias(&self, x: DeviceMatrix, bias: &Buffer) -> Result<(), CudaError> {
-        let count = x.rows * x.columns;
+        let count = x.contiguous().elements();
+        assert_eq!(bias.bytes(), 4 * x.columns, "a bias for each column");
         let args = [
             x.address.into(),
             bias.into(),
@@ -244,7 +268,7 @@ impl Gpu {
         layer: &SolvedLayer,
     ) -> Result<(), CudaError> {
         let (k, n) = (layer.in_features, layer.out_features);
-        assert_eq!((out.rows, out.columns), (n, k), "rows are outputs");
+        out.contiguous().expect([n, k], "rows are outputs");
         let codes = Buffer::from_host(self, &layer.codes)?;
         let scales = Buffer::from_host(self, &layer.scales)?;
         let zeros = Buffer::from_host(self, &layer.zeros)?;
@@ -274,7 +298,7 @@ impl Gpu {
 
     /// f32 values of a sixteen-bit matrix, on the host.
     pub fn download(self: &Arc<Self>, x: DeviceMatrix) -> Result<Vec<f32>, CudaError> {
-        let count = x.rows * x.columns;
+        let count = x.contiguous().elements();
         let wide = Buffer::new(self, count * 4)?;
         let args = [(&wide).into(), x.address.into(), (count as i64).into()];
         self.flat("widen_all", x.dtype, count, &args)?;
@@ -283,11 +307,8 @@ impl Gpu {
 
     /// Rounds host values into a sixteen-bit matrix.
     pub fn upload(self: &Arc<Self>, out: DeviceMatrix, values: &[f32]) -> Result<(), CudaError> {
-        assert_eq!(
-            values.len(),
-            out.rows * out.columns,
-            "elements of the matrix"
-        );
+        let elements = out.contiguous().elements();
+        assert_eq!(values.len(), elements, "elements of the matrix");
         let wide = Buffer::from_host(self, values)?;
         let args = [
             out.address.into(),

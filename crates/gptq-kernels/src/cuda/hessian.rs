@@ -5,13 +5,13 @@ use std::sync::Arc;
 use cudarc::cublas::sys::{
     cublasComputeType_t as Compute, cublasOperation_t as Op, cudaDataType_t as Type,
 };
-use gptq_types::DeviceMatrix;
 
 use super::Gpu;
 use super::error::CudaError;
 use super::memory::Buffer;
 use super::product::{Precision, Product, Side, half_type};
 use super::program::Program;
+use super::view::DeviceMatrix;
 
 /// Tiles a side of the sum: only those on and below the diagonal are computed, 5/8 of the work.
 const TILES: usize = 4;
@@ -104,7 +104,8 @@ impl DeviceHessian {
 
     /// Adds `x^T x`; sixteen-bit factors, f32 sums.
     pub fn add(&mut self, x: DeviceMatrix) -> Result<(), CudaError> {
-        assert_eq!(x.columns, self.features, "in_features of the observed rows");
+        let columns = x.contiguous().columns;
+        assert_eq!(columns, self.features, "in_features of the observed rows");
         self.add_square(&self.values, x)
     }
 
@@ -123,16 +124,9 @@ impl DeviceHessian {
         mismatch.crossed += x.rows;
         mismatch.squared += if squared { x.rows } else { 0 };
         let mismatch = self.mismatch.as_ref().expect("it is there");
-        assert_eq!(
-            (x.rows, x.columns),
-            (float.rows, float.columns),
-            "rows of both streams"
-        );
-        let place = self.gpu.scratch("difference", x.rows * x.columns * 2)?;
-        let difference = DeviceMatrix {
-            address: place.address(),
-            ..x
-        };
+        float.expect([x.rows, x.columns], "rows of both streams");
+        let place = self.gpu.scratch("difference", x.bytes())?;
+        let difference = place.matrix([x.rows, x.columns], x.dtype);
         self.gpu.subtract(difference, float, x)?;
         if squared {
             self.add_square(&mismatch.square, difference)?;

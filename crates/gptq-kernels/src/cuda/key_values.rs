@@ -1,18 +1,20 @@
 //! Attention of a pass that reads or writes text, over the keys and values of earlier tokens; the
-//! kernels are described in `kernels/text.cu`. Addresses are of sixteen-bit row-major matrices.
+//! kernels are described in `kernels/text.cu`. Matrices are sixteen-bit.
 
 use std::sync::Arc;
 
-use gptq_types::{DeviceMatrix, Dtype};
+use gptq_types::Dtype;
 
 use super::Gpu;
+use super::attention::expect_heads;
 use super::decoder::Turn;
 use super::error::CudaError;
 use super::launch::Arg;
 use super::memory::Buffer;
 use super::norm::DeviceNorm;
 use super::program::Program;
-use super::text::{Output, RowOrder, address, by_eights, others, program};
+use super::text::{RowOrder, address, by_eights, others, program};
+use super::view::{DeviceMatrix, DeviceSlice};
 use crate::{AttentionShape, Pairing};
 
 /// Keys of a sequence that a block attends to. More of them left a GPU unevenly filled in a decoder's
@@ -45,9 +47,8 @@ pub enum TextRows<'a> {
         /// Tokens before the first row.
         first: usize,
     },
-    /// The newest token of each sequence; i32 `[sequences]`, how many tokens it has, that one
-    /// included.
-    Newest(&'a Buffer),
+    /// The newest token of each sequence; how many tokens it has, that one included.
+    Newest(DeviceSlice<'a, i32>),
 }
 
 impl TextRows<'_> {
@@ -113,10 +114,9 @@ impl HeadNorms<'_> {
 
 /// What [`DeviceKeyValues::store`] places.
 struct Placed<'a> {
-    out: u64,
-    q: Output,
-    kv: Option<[Output; 2]>,
-    count: usize,
+    out: DeviceMatrix<'a>,
+    q: DeviceMatrix<'a>,
+    kv: Option<[DeviceMatrix<'a>; 2]>,
     rows: RawRows,
     norms: &'a HeadNorms<'a>,
     turns: Option<[&'a Turn; 2]>,
@@ -177,27 +177,29 @@ impl DeviceKeyValues {
     /// Norms heads where `norms` says so, turns queries by the first of `turns` and keys by the second
     /// (not at all without them), stores keys and values, and leaves the queries in
     /// `out [rows, heads * head_dim]`. Without `kv` only queries are placed: the block attends to what
-    /// another one stored. Values may be read where keys are.
-    #[allow(clippy::too_many_arguments)]
+    /// another one stored, with as many heads as `q` has. Values may be read where keys are.
+    ///
+    /// # Panics
+    /// If shapes do not fit the cache, or the rows of a prompt lie beyond its capacity or a table's.
     pub fn store(
         &self,
-        out: u64,
-        q: Output,
-        kv: Option<[Output; 2]>,
-        count: usize,
+        out: DeviceMatrix,
+        q: DeviceMatrix,
+        kv: Option<[DeviceMatrix; 2]>,
         rows: TextRows,
         norms: &HeadNorms,
         turns: Option<[&Turn; 2]>,
     ) -> Result<(), CudaError> {
+        self.expect_rows(out, q, kv, rows);
         for turn in turns.into_iter().flatten() {
             assert_eq!(turn.head_dim, self.shape.head_dim, "heads that are turned");
+            assert!(turn.positions() >= self.capacity, "positions of the table");
         }
         let rows = rows.raw();
         let placed = Placed {
             out,
             q,
             kv,
-            count,
             rows,
             norms,
             turns,
@@ -210,20 +212,49 @@ impl DeviceKeyValues {
         }
     }
 
+    fn expect_rows(
+        &self,
+        out: DeviceMatrix,
+        q: DeviceMatrix,
+        kv: Option<[DeviceMatrix; 2]>,
+        rows: TextRows,
+    ) {
+        let AttentionShape {
+            kv_heads, head_dim, ..
+        } = self.shape;
+        assert!(q.columns.is_multiple_of(head_dim), "whole heads of queries");
+        out.contiguous()
+            .expect([q.rows, q.columns], "heads of queries");
+        for x in kv.into_iter().flatten() {
+            x.expect([q.rows, kv_heads * head_dim], "heads of keys and values");
+        }
+        match rows {
+            TextRows::Prompt { sequence, first } => {
+                assert!(sequence < self.sequences, "sequences of the cache");
+                assert!(first + q.rows <= self.capacity, "tokens of the cache");
+            }
+            TextRows::Newest(held) => {
+                assert_eq!(
+                    [q.rows, held.len()],
+                    [self.sequences; 2],
+                    "sequences of the cache"
+                );
+            }
+        }
+    }
+
     /// Keys and values of as many columns, whole heads turned by halves of one table.
     fn place_common(
         &self,
         placed: &Placed,
-        [k, v]: [Output; 2],
+        [k, v]: [DeviceMatrix; 2],
         turn: &Turn,
     ) -> Result<(), CudaError> {
         let AttentionShape {
-            heads,
-            kv_heads,
-            head_dim,
-            ..
+            kv_heads, head_dim, ..
         } = self.shape;
         let q = placed.q;
+        let heads = q.columns / head_dim;
         let eights = by_eights(
             &[head_dim / 2, q.pitch, k.pitch],
             &[q.address, k.address, v.address],
@@ -236,7 +267,7 @@ impl DeviceKeyValues {
         let (cosine, sine) = turn.addresses();
         let [q_norm, k_norm, _] = placed.norms.weights(head_dim);
         let args = [
-            placed.out.into(),
+            placed.out.address.into(),
             (&self.keys).into(),
             (&self.values).into(),
             q.address.into(),
@@ -257,20 +288,18 @@ impl DeviceKeyValues {
             placed.norms.eps(head_dim).into(),
         ];
         let teams = heads + 2 * kv_heads;
-        let grid = [(teams * lanes).div_ceil(256), placed.count, 1];
-        // SAFETY: the caller vouches for the rows; the cache has the positions that it counted.
+        let grid = [(teams * lanes).div_ceil(256), placed.q.rows, 1];
+        // SAFETY: the rows fit the cache, whose positions the caller counts in `held`.
         unsafe { (self.gpu).launch_behind(program(self.dtype), name, grid, [256, 1, 1], 0, &args) }
     }
 
     /// Everything else.
     fn place_any(&self, placed: &Placed) -> Result<(), CudaError> {
         let AttentionShape {
-            heads,
-            kv_heads,
-            head_dim,
-            ..
+            kv_heads, head_dim, ..
         } = self.shape;
         let Placed { q, norms, .. } = *placed;
+        let heads = q.columns / head_dim;
         let [k, v] = placed.kv.unwrap_or([q; 2]);
         let [of_q, of_k] = match placed.turns {
             Some(turns) => turns.map(Some),
@@ -296,7 +325,7 @@ impl DeviceKeyValues {
         let lanes = Placed::lanes(head_dim, if eights { 8 } else { 1 });
         let stored = placed.kv.map_or(0, |_| kv_heads);
         let mut args: Vec<Arg> = vec![
-            placed.out.into(),
+            placed.out.address.into(),
             (&self.keys).into(),
             (&self.values).into(),
             q.address.into(),
@@ -325,9 +354,14 @@ impl DeviceKeyValues {
         args.extend(numbers.map(|number| Arg::from(number as i32)));
         args.push(norms.eps(head_dim).into());
         let teams = heads + 2 * stored;
-        let grid = [(teams * lanes).div_ceil(256), placed.count, 1];
+        let grid = [(teams * lanes).div_ceil(256), placed.q.rows, 1];
         // SAFETY: as for `place_common`; without keys none is stored.
         unsafe { (self.gpu).launch_behind(others(self.dtype), name, grid, [256, 1, 1], 0, &args) }
+    }
+
+    fn matrix<'a>(&self, cache: &'a Buffer) -> DeviceMatrix<'a> {
+        let columns = self.shape.kv_heads * self.shape.head_dim;
+        cache.matrix([self.sequences * self.capacity, columns], self.dtype)
     }
 
     /// Heads of keys as the block that attends has them, and a window only where one hides what the
@@ -342,14 +376,20 @@ impl DeviceKeyValues {
     /// cache's; `out` has rows in `order`. `held` as in [`TextRows::Newest`].
     pub fn attend_newest(
         &self,
-        out: u64,
+        out: DeviceMatrix,
         order: RowOrder,
-        q: u64,
-        held: &Buffer,
+        q: DeviceMatrix,
+        held: DeviceSlice<'_, i32>,
         shape: AttentionShape,
     ) -> Result<(), CudaError> {
         let shape = self.seen_by(shape);
         let (heads, d) = (shape.heads, shape.head_dim);
+        assert_eq!(held.len(), self.sequences, "sequences of the cache");
+        q.contiguous()
+            .expect([self.sequences, heads * d], "heads of queries");
+        out.contiguous()
+            .expect([self.sequences, order.width], "rows of the order");
+        order.expect(heads * d);
         let Newest {
             name,
             over,
@@ -365,10 +405,10 @@ impl DeviceKeyValues {
         let [scale, cap, window] = scored(shape);
         let args = [
             (&*parts).into(),
-            q.into(),
+            q.address.into(),
             (&self.keys).into(),
             (&self.values).into(),
-            held.into(),
+            held.address().into(),
             (self.capacity as i32).into(),
             (shape.kv_heads as i32).into(),
             (last as i32).into(),
@@ -382,9 +422,9 @@ impl DeviceKeyValues {
         // SAFETY: the caches hold what `held` counts; a part for every share.
         unsafe { (self.gpu).launch_behind(program, name, grid, [128, 1, 1], shared, &args)? };
         let args = [
-            out.into(),
+            out.address.into(),
             (&*parts).into(),
-            held.into(),
+            held.address().into(),
             address(order.places),
             (shares as i32).into(),
             (share as i32).into(),
@@ -457,21 +497,20 @@ impl DeviceKeyValues {
     /// `first`, whose keys and values are stored, as `shape` says.
     pub fn attend_prompt(
         &self,
-        out: u64,
+        out: DeviceMatrix,
         q: DeviceMatrix,
         sequence: usize,
         first: usize,
         shape: AttentionShape,
     ) -> Result<(), CudaError> {
         let shape = self.seen_by(shape);
-        let columns = shape.kv_heads * shape.head_dim;
-        let matrix = |buffer: &Buffer| DeviceMatrix {
-            address: buffer.address() + 2 * (sequence * self.capacity * columns) as u64,
-            rows: first + q.rows,
-            columns,
-            dtype: self.dtype,
-        };
-        let (keys, values) = (matrix(&self.keys), matrix(&self.values));
+        assert!(sequence < self.sequences, "sequences of the cache");
+        assert!(first + q.rows <= self.capacity, "tokens of the cache");
+        let held = sequence * self.capacity..sequence * self.capacity + first + q.rows;
+        let [keys, values] =
+            [&self.keys, &self.values].map(|cache| self.matrix(cache).row_range(held.clone()));
+        expect_heads(out, q, [keys, values], held.len(), shape);
+        let out = out.address;
         match (self.gpu).attend_tiled(out, q, keys, values, first, shape)? {
             true => Ok(()),
             false => (self.gpu).attend_behind(out, q, keys, values, first, shape),

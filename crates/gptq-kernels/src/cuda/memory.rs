@@ -8,6 +8,7 @@ use cudarc::driver::result;
 use rayon::prelude::*;
 
 use super::error::{CudaError, Named};
+use super::view::{DeviceMatrix, DeviceSlice};
 use super::{Gpu, Mark};
 
 /// Bytes on the GPU. Freed in the order of the stream: work queued before may still use them.
@@ -61,7 +62,7 @@ impl Buffer {
     }
 
     /// Of the first byte.
-    pub fn address(&self) -> u64 {
+    pub(super) fn address(&self) -> u64 {
         self.address
     }
 
@@ -178,7 +179,25 @@ pub(super) fn copy_side_by_side(to: &mut [u8], from: &[u8]) {
 
 impl Gpu {
     /// Copies to the device. The host values may be changed once this returns.
-    pub fn to_device<T: Pod>(&self, address: u64, values: &[T]) -> Result<(), CudaError> {
+    ///
+    /// # Panics
+    /// If there are more or fewer values than elements.
+    pub fn write<T: Pod>(&self, to: DeviceSlice<'_, T>, values: &[T]) -> Result<(), CudaError> {
+        assert_eq!(to.len(), values.len(), "values for the elements");
+        self.to_device(to.address(), values)
+    }
+
+    /// The same for the stored bytes of a matrix.
+    ///
+    /// # Panics
+    /// If the matrix has other bytes, or gaps.
+    pub fn write_stored(&self, to: DeviceMatrix<'_>, bytes: &[u8]) -> Result<(), CudaError> {
+        assert_eq!(to.contiguous().bytes(), bytes.len(), "bytes of the matrix");
+        self.to_device(to.address, bytes)
+    }
+
+    /// Copies to an address that the caller vouches for.
+    pub(super) fn to_device<T: Pod>(&self, address: u64, values: &[T]) -> Result<(), CudaError> {
         let bytes: &[u8] = bytemuck::cast_slice(values);
         if bytes.len() < STAGED_FROM {
             // SAFETY: the caller vouches for the address; pageable memory is staged by the driver
@@ -207,15 +226,19 @@ impl Gpu {
         Ok(())
     }
 
-    /// Copies from the device; waits for all work queued so far.
-    pub fn to_host<T: Pod>(&self, address: u64, count: usize) -> Result<Vec<T>, CudaError> {
+    /// Copies from the device; waits for all work queued so far. The caller vouches for the address.
+    pub(super) fn to_host<T: Pod>(&self, address: u64, count: usize) -> Result<Vec<T>, CudaError> {
         let mut values = vec![T::zeroed(); count];
         self.fill_host(address, &mut values)?;
         Ok(values)
     }
 
-    /// Copies from the device into `values`; waits for all work queued so far.
-    pub fn fill_host<T: Pod>(&self, address: u64, values: &mut [T]) -> Result<(), CudaError> {
+    /// The same into `values`.
+    pub(super) fn fill_host<T: Pod>(
+        &self,
+        address: u64,
+        values: &mut [T],
+    ) -> Result<(), CudaError> {
         let bytes: &mut [u8] = bytemuck::cast_slice_mut(values);
         if bytes.len() < STAGED_FROM {
             // SAFETY: the caller vouches for the address; the slice outlives the copy, waited for.
@@ -252,18 +275,31 @@ impl Gpu {
         Ok(())
     }
 
-    /// Copies `bytes` from the device to the start of `to`; waits for all work queued so far.
-    pub fn to_pinned(&self, to: &mut Pinned, address: u64, bytes: usize) -> Result<(), CudaError> {
-        // SAFETY: the caller vouches for the address; the slice outlives the copy, waited for.
-        unsafe {
-            result::memcpy_dtoh_async(&mut to.as_mut_slice()[..bytes], address, self.raw_stream())
-        }
-        .named("copying from the GPU")?;
+    /// Copies `from` to the start of `to`; waits for all work queued so far.
+    ///
+    /// # Panics
+    /// If it does not fit there.
+    pub fn to_pinned(&self, to: &mut Pinned, from: DeviceSlice<'_, u8>) -> Result<(), CudaError> {
+        let to = &mut to.as_mut_slice()[..from.len()];
+        // SAFETY: the slice lies in memory of its owner; the host's outlives the copy, waited for.
+        unsafe { result::memcpy_dtoh_async(to, from.address(), self.raw_stream()) }
+            .named("copying from the GPU")?;
         self.synchronize()
     }
 
-    /// Copies inside the device.
-    pub fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<(), CudaError> {
+    /// Copies a matrix inside the device.
+    ///
+    /// # Panics
+    /// If the two have other numbers of elements, other types, or gaps.
+    pub fn copy(&self, to: DeviceMatrix<'_>, from: DeviceMatrix<'_>) -> Result<(), CudaError> {
+        let (to, from) = (to.contiguous(), from.contiguous());
+        assert_eq!(to.dtype, from.dtype, "types of both");
+        assert_eq!(to.elements(), from.elements(), "elements of both");
+        self.copy_bytes(to.address, from.address, from.bytes())
+    }
+
+    /// Copies inside the device; the caller vouches for both addresses.
+    pub(super) fn copy_bytes(&self, to: u64, from: u64, bytes: usize) -> Result<(), CudaError> {
         // SAFETY: the caller vouches for both addresses.
         unsafe { result::memcpy_dtod_async(to, from, bytes, self.raw_stream()) }
             .named("copying on the GPU")

@@ -3,8 +3,8 @@
 //!
 //! Libraries are opened when a [`Gpu`] is, never before: a program with this code runs on machines
 //! without any of them. All work of a [`Gpu`] is queued on one stream, but for copies that cross the
-//! bus beside it. Matrices come as addresses ([`gptq_types::DeviceMatrix`]), so that tensors of other
-//! libraries need no copy; whoever passes an address vouches for it.
+//! bus beside it. Operands are borrowed views ([`DeviceMatrix`], [`DeviceSlice`]) whose shapes are checked
+//! in every call; tensors of other libraries need no copy, and who makes a view of one vouches for it.
 
 // The one place in the workspace that calls foreign code.
 #![allow(unsafe_code)]
@@ -33,6 +33,7 @@ mod score;
 mod shelf;
 mod sweep;
 mod text;
+mod view;
 
 pub use decoder::Turn;
 pub use device::{Gpu, KeptOpen, Mark, MemoryUse, WorkingSpace};
@@ -47,4 +48,5 @@ pub use probe::{Found, check, devices, libraries};
 pub use score::{DeviceHead, RowScore, States};
 pub use shelf::Shelf;
 pub use sweep::{Cost, Rule, SWEEP_CHANNELS, Step, SweepPlan, Swept, SweptHome, SweptHost};
-pub use text::{Output, RowOrder};
+pub use text::RowOrder;
+pub use view::{DeviceMatrix, DeviceSlice};

@@ -1,12 +1,11 @@
 //! Products with packed weights on the GPU: which kernel, and how much of the GPU it is given.
 
-use gptq_types::DeviceMatrix;
-
 use super::error::CudaError;
 use super::launch::Arg;
 use super::layout::{GRANULE, LANES, STEP, TILE};
 use super::memory::Buffer;
 use super::packed::PackedLinear;
+use super::view::DeviceMatrix;
 
 /// Up to so many rows a block takes all of them, and all positions.
 const FEW_ROWS: usize = 32;
@@ -31,8 +30,20 @@ const MAX_SHARES: usize = 8;
 
 impl PackedLinear {
     /// The same with rows of x in the linear's own [order](PackedLinear::order), zero at padding.
-    pub fn multiply_ordered(&self, out: u64, x: DeviceMatrix, add: bool) -> Result<(), CudaError> {
-        assert_eq!(x.columns, self.steps * STEP, "places of the order");
+    pub fn multiply_ordered(
+        &self,
+        out: DeviceMatrix,
+        x: DeviceMatrix,
+        add: bool,
+    ) -> Result<(), CudaError> {
+        assert_eq!(
+            x.contiguous().columns,
+            self.steps * STEP,
+            "places of the order"
+        );
+        out.contiguous()
+            .expect([x.rows, self.outputs], "rows of the product");
+        assert_eq!([x.dtype, out.dtype], [self.dtype; 2], "type of the rows");
         match x.rows {
             0 => Ok(()),
             rows if rows <= FEW_ROWS => self.multiply_few(out, x, add),
@@ -41,9 +52,9 @@ impl PackedLinear {
         }
     }
 
-    fn arguments(&self, out: u64, x: DeviceMatrix, add: bool) -> Vec<Arg> {
+    fn arguments(&self, out: DeviceMatrix, x: DeviceMatrix, add: bool) -> Vec<Arg> {
         vec![
-            out.into(),
+            out.address.into(),
             x.address.into(),
             self.bias.as_ref().map_or(0, Buffer::address).into(),
             self.raw().into(),
@@ -64,7 +75,7 @@ impl PackedLinear {
         self.granule * GRANULE == STEP && self.zeros.is_none()
     }
 
-    fn multiply_few(&self, out: u64, x: DeviceMatrix, add: bool) -> Result<(), CudaError> {
+    fn multiply_few(&self, out: DeviceMatrix, x: DeviceMatrix, add: bool) -> Result<(), CudaError> {
         let room = if self.gpu.is_hopper() {
             HOPPERS_ROOM
         } else {
@@ -77,11 +88,16 @@ impl PackedLinear {
         let block = [LANES * few.warps * few.teams, 1, 1];
         let args = self.arguments(out, x, add);
         let (program, name) = (self.program(), few.name(self.is_plain()));
-        // SAFETY: out has rows x N elements, the caller vouches; x as many columns as positions.
+        // SAFETY: out has rows x N elements, x as many columns as positions, asserted before.
         unsafe { (self.gpu).launch_behind(program, name, grid, block, few.shared(), &args) }
     }
 
-    fn multiply_more(&self, out: u64, x: DeviceMatrix, add: bool) -> Result<(), CudaError> {
+    fn multiply_more(
+        &self,
+        out: DeviceMatrix,
+        x: DeviceMatrix,
+        add: bool,
+    ) -> Result<(), CudaError> {
         let (eights, wide) = more_shape(self.bits, self.gpu.shared_memory);
         let name = match (eights, self.is_plain()) {
             (4, true) => "more_rows_4_PLAIN",
@@ -116,7 +132,12 @@ impl PackedLinear {
         unsafe { (self.gpu).launch_behind(self.program(), name, grid, block, shared, &args) }
     }
 
-    fn multiply_many(&self, out: u64, x: DeviceMatrix, add: bool) -> Result<(), CudaError> {
+    fn multiply_many(
+        &self,
+        out: DeviceMatrix,
+        x: DeviceMatrix,
+        add: bool,
+    ) -> Result<(), CudaError> {
         let stride = self.steps * STEP;
         let most = WIDENED_OUTPUTS.min(self.outputs.next_multiple_of(TILE));
         let place = self.gpu.scratch("widened", most * stride * 2)?;
@@ -130,26 +151,13 @@ impl PackedLinear {
                 self.gpu
                     .launch(program, "widen_packed", grid, [256, 1, 1], 0, &args)?
             };
-            let weight = DeviceMatrix {
-                address: place.address(),
-                rows,
-                columns: stride,
-                dtype: self.dtype,
-            };
-            let out = out + 2 * first as u64;
-            self.gpu.project_beside(out, self.outputs, x, weight, add)?;
+            let weight = place.matrix([rows, stride], self.dtype);
+            let out = out.column_range(first..first + rows);
+            self.gpu.project_onto(out, x, weight, add)?;
         }
         match &self.bias {
             None => Ok(()),
-            Some(bias) => {
-                let out = DeviceMatrix {
-                    address: out,
-                    rows: x.rows,
-                    columns: self.outputs,
-                    dtype: self.dtype,
-                };
-                self.gpu.add_bias(out, bias)
-            }
+            Some(bias) => self.gpu.add_bias(out, bias),
         }
     }
 }

@@ -1,15 +1,14 @@
 //! Norms of rows, and what blocks add to their hidden states; the kernels are described in
-//! `kernels/rows.cuh` and `kernels/other_blocks.cu`. Addresses are of sixteen-bit row-major matrices.
+//! `kernels/rows.cuh` and `kernels/other_blocks.cu`. Matrices are sixteen-bit.
 
 use std::sync::Arc;
-
-use gptq_types::{DeviceMatrix, Dtype};
 
 use super::Gpu;
 use super::error::CudaError;
 use super::launch::Arg;
 use super::memory::Buffer;
-use super::text::{Output, RowOrder, address, by_eights, others, program};
+use super::text::{RowOrder, address, by_eights, others, program};
+use super::view::DeviceMatrix;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
@@ -102,14 +101,16 @@ impl Gpu {
     /// Rows `x [rows, norm.width()]` normed, written in `order`.
     pub fn norm_rows(
         &self,
-        out: u64,
+        out: DeviceMatrix,
         order: RowOrder,
         x: DeviceMatrix,
         norm: &DeviceNorm,
     ) -> Result<(), CudaError> {
-        assert_eq!(x.columns, norm.width, "elements of a row");
-        let eights = by_eights(&[x.columns, order.width], &[out, x.address]);
-        let mut args: Vec<Arg> = vec![out.into(), x.address.into()];
+        assert_eq!(x.contiguous().columns, norm.width, "elements of a row");
+        out.contiguous()
+            .expect([x.rows, order.width], "rows of the order");
+        let eights = by_eights(&[x.columns, order.width], &[out.address, x.address]);
+        let mut args: Vec<Arg> = vec![out.address.into(), x.address.into()];
         args.extend(norm.args());
         args.push(address(order.channels));
         args.push((x.columns as i32).into());
@@ -130,25 +131,21 @@ impl Gpu {
     }
 
     /// The norm of runs of `norm.width()` columns of `x`, in their natural order.
-    pub fn norm(&self, out: u64, x: DeviceMatrix, norm: &DeviceNorm) -> Result<(), CudaError> {
-        let runs = DeviceMatrix {
-            rows: x.rows * x.columns / norm.width,
-            columns: norm.width,
-            ..x
-        };
-        self.norm_rows(out, RowOrder::natural(norm.width), runs, norm)
+    pub fn norm(
+        &self,
+        out: DeviceMatrix,
+        x: DeviceMatrix,
+        norm: &DeviceNorm,
+    ) -> Result<(), CudaError> {
+        let runs = [x.elements() / norm.width, norm.width];
+        let order = RowOrder::natural(norm.width);
+        self.norm_rows(out.reshaped(runs), order, x.reshaped(runs), norm)
     }
 
-    /// Norms in place `runs` runs of `norm.width()` columns, the first of them at `x.address`, in
-    /// each of `rows` rows.
-    pub fn norm_outputs(
-        &self,
-        x: Output,
-        rows: usize,
-        runs: usize,
-        norm: &DeviceNorm,
-        dtype: Dtype,
-    ) -> Result<(), CudaError> {
+    /// Norms in place the runs of `norm.width()` columns of each row.
+    pub fn norm_outputs(&self, x: DeviceMatrix, norm: &DeviceNorm) -> Result<(), CudaError> {
+        let (rows, runs) = (x.rows, x.columns / norm.width);
+        assert_eq!(runs * norm.width, x.columns, "whole runs");
         let eights = by_eights(&[norm.width, x.pitch], &[x.address]);
         let mut args: Vec<Arg> = vec![x.address.into()];
         args.extend(norm.args());
@@ -162,8 +159,8 @@ impl Gpu {
         ];
         let (name, grid) = (norm.pick(names, eights), [rows * runs, 1, 1]);
         let (block, shared) = (norm.block(eights), norm.bytes());
-        // SAFETY: the caller vouches for the rows.
-        unsafe { self.launch_behind(others(dtype), name, grid, block, shared, &args) }
+        // SAFETY: the runs lie inside the rows.
+        unsafe { self.launch_behind(others(x.dtype), name, grid, block, shared, &args) }
     }
 
     /// `hidden += factor * norm(y)`; the norm, the product and the sum are each rounded.
@@ -174,9 +171,9 @@ impl Gpu {
         norm: &DeviceNorm,
         factor: f32,
     ) -> Result<(), CudaError> {
-        let size = [hidden.rows, hidden.columns];
-        assert_eq!(size, [y.rows, norm.width], "rows of both");
-        assert_eq!(size[1], y.columns, "elements of a row");
+        let size = [y.rows, norm.width];
+        hidden.contiguous().expect(size, "rows of both");
+        y.contiguous().expect(size, "rows of both");
         let eights = by_eights(&[norm.width], &[hidden.address, y.address]);
         let mut args: Vec<Arg> = vec![hidden.address.into(), y.address.into()];
         args.extend(norm.args());

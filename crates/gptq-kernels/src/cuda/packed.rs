@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use gptq_types::{Bits, DeviceMatrix, Dtype, SolvedLayer};
+use gptq_types::{Bits, Dtype, SolvedLayer};
 
 use super::Gpu;
 use super::error::CudaError;
@@ -11,6 +11,7 @@ use super::layout::{LANES, Laid, Positions, STEP, TILE};
 use super::memory::Buffer;
 use super::program::Program;
 use super::text::RowOrder;
+use super::view::DeviceMatrix;
 
 /// Bytes of shared memory for rows that a block puts in order: two such blocks fit beside each other.
 const ROWS_ROOM: usize = 48 << 10;
@@ -195,21 +196,29 @@ impl PackedLinear {
     }
 
     /// `out [rows, N] = x [rows, K] W^T + bias`, or `out +=` that; sixteen-bit, summed in f32.
-    pub fn multiply(&self, out: u64, x: DeviceMatrix, add: bool) -> Result<(), CudaError> {
-        assert_eq!(x.columns, self.features, "in_features");
-        match x.rows {
-            0 => Ok(()),
-            _ => self.multiply_ordered(out, self.arranged(x)?, add),
+    pub fn multiply(&self, out: DeviceMatrix, x: DeviceMatrix, add: bool) -> Result<(), CudaError> {
+        assert_eq!(x.contiguous().columns, self.features, "in_features");
+        match (x.rows, &self.channels) {
+            (0, _) => Ok(()),
+            (_, None) => self.multiply_ordered(out, x, add),
+            (rows, Some(channels)) => {
+                let columns = self.steps * STEP;
+                let place = self.gpu.scratch("arranged", rows * columns * 2)?;
+                let there = place.matrix([rows, columns], x.dtype);
+                self.arrange(there, x, channels)?;
+                self.multiply_ordered(out, there, add)
+            }
         }
     }
 
-    /// x with its columns where the codes of their channels are.
-    fn arranged(&self, x: DeviceMatrix) -> Result<DeviceMatrix, CudaError> {
-        let Some(channels) = &self.channels else {
-            return Ok(x);
-        };
-        let stride = self.steps * STEP;
-        let place = self.gpu.scratch("arranged", x.rows * stride * 2)?;
+    /// Writes x with its columns where the codes of their channels are.
+    fn arrange(
+        &self,
+        there: DeviceMatrix,
+        x: DeviceMatrix,
+        channels: &Buffer,
+    ) -> Result<(), CudaError> {
+        let stride = there.columns;
         // Every block of a row reads it whole; where there are many rows, a block takes several.
         let multiprocessors = self.gpu.multiprocessors();
         let pieces = stride / 8;
@@ -223,7 +232,7 @@ impl PackedLinear {
         let row = 2 * self.features.next_multiple_of(8);
         let of_block = (x.rows / (2 * multiprocessors)).clamp(1, (ROWS_ROOM / row).clamp(1, 4));
         let args = [
-            place.address().into(),
+            there.address.into(),
             x.address.into(),
             channels.into(),
             (self.features as i32).into(),
@@ -235,12 +244,7 @@ impl PackedLinear {
         let (program, shared) = (self.program(), of_block * row);
         // SAFETY: the place holds rows x stride elements, a channel for each of stride.
         unsafe {
-            (self.gpu).launch_behind(program, "arrange", grid, [threads, 1, 1], shared, &args)?
-        };
-        Ok(DeviceMatrix {
-            address: place.address(),
-            columns: stride,
-            ..x
-        })
+            (self.gpu).launch_behind(program, "arrange", grid, [threads, 1, 1], shared, &args)
+        }
     }
 }

@@ -7,11 +7,12 @@ use cudarc::cublas::sys::{
     cublasComputeType_t as Compute, cublasGemmAlgo_t::CUBLAS_GEMM_DFALT, cublasOperation_t as Op,
     cudaDataType_t as Type,
 };
-use gptq_types::{DeviceMatrix, Dtype};
+use gptq_types::Dtype;
 
 use super::Gpu;
 use super::error::{CudaError, Named};
 use super::memory::Buffer;
+use super::view::DeviceMatrix;
 
 /// Precision of products of f32 matrices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -126,52 +127,28 @@ impl Gpu {
     }
 
     /// `out [T, N] = x [T, K] weight^T` with `weight [N, K]`, sixteen-bit, summed in f32; `out` is
-    /// sixteen-bit or, with `wide`, f32.
+    /// sixteen-bit or f32, and may be columns of a wider matrix.
     pub fn project(
         &self,
-        out: u64,
-        wide: bool,
+        out: DeviceMatrix,
         x: DeviceMatrix,
         weight: DeviceMatrix,
     ) -> Result<(), CudaError> {
-        self.project_into(out, weight.rows, wide, 0.0, x, weight)
+        self.project_onto(out, x, weight, false)
     }
 
-    /// The same in sixteen bits, or with `add` onto what is in `out`.
+    /// The same, with `add` onto what is in `out`.
     pub fn project_onto(
         &self,
-        out: u64,
+        out: DeviceMatrix,
         x: DeviceMatrix,
         weight: DeviceMatrix,
         add: bool,
     ) -> Result<(), CudaError> {
-        let beta = if add { 1.0 } else { 0.0 };
-        self.project_into(out, weight.rows, false, beta, x, weight)
-    }
-
-    /// The same into columns of a wider matrix, whose rows lie `pitch` elements apart.
-    pub(super) fn project_beside(
-        &self,
-        out: u64,
-        pitch: usize,
-        x: DeviceMatrix,
-        weight: DeviceMatrix,
-        add: bool,
-    ) -> Result<(), CudaError> {
-        let beta = if add { 1.0 } else { 0.0 };
-        self.project_into(out, pitch, false, beta, x, weight)
-    }
-
-    fn project_into(
-        &self,
-        out: u64,
-        pitch: usize,
-        wide: bool,
-        beta: f32,
-        x: DeviceMatrix,
-        weight: DeviceMatrix,
-    ) -> Result<(), CudaError> {
+        let (x, weight) = (x.contiguous(), weight.contiguous());
         assert_eq!(x.columns, weight.columns, "in_features");
+        out.expect([x.rows, weight.rows], "rows of the product");
+        let beta = if add { 1.0 } else { 0.0 };
         let (t, n, k) = (x.rows, weight.rows, x.columns);
         let kind = half_type(x.dtype);
         let side = |address, op, kind, ld| Side {
@@ -181,8 +158,11 @@ impl Gpu {
             ld,
             stride: 0,
         };
-        let out_kind = if wide { Type::CUDA_R_32F } else { kind };
-        // SAFETY: the matrices say their own sizes; `out` has T x N elements, the caller vouches.
+        let out_kind = match out.dtype {
+            Dtype::F32 => Type::CUDA_R_32F,
+            _ => kind,
+        };
+        // SAFETY: the matrices say their own sizes, which fit.
         unsafe {
             self.product(&Product {
                 size: [n, t, k],
@@ -190,7 +170,7 @@ impl Gpu {
                 a: side(weight.address, Op::CUBLAS_OP_T, kind, k),
                 b: side(x.address, Op::CUBLAS_OP_N, kind, k),
                 beta,
-                c: side(out, Op::CUBLAS_OP_N, out_kind, pitch),
+                c: side(out.address, Op::CUBLAS_OP_N, out_kind, out.pitch),
                 batch: 1,
                 compute: Compute::CUBLAS_COMPUTE_32F,
             })

@@ -2,13 +2,14 @@
 
 use std::sync::Arc;
 
-use gptq_types::{DeviceMatrix, Dtype};
+use gptq_types::Dtype;
 
 use super::Gpu;
 use super::decoder;
 use super::error::CudaError;
 use super::memory::Buffer;
 use super::norm::DeviceNorm;
+use super::view::{DeviceMatrix, DeviceSlice};
 
 /// Logits that exist at a time, in bytes of f32.
 const LOGIT_BYTES: usize = 1 << 30;
@@ -34,9 +35,8 @@ pub enum States {
 impl States {
     /// A copy of a matrix on the GPU.
     pub fn copy_of(gpu: &Arc<Gpu>, x: DeviceMatrix) -> Result<States, CudaError> {
-        let bytes = x.rows * x.columns * 2;
-        let buffer = Buffer::new(gpu, bytes)?;
-        gpu.copy(buffer.address(), x.address, bytes)?;
+        let buffer = Buffer::new(gpu, x.bytes())?;
+        gpu.copy(buffer.matrix([x.rows, x.columns], x.dtype), x)?;
         Ok(States::Device(buffer))
     }
 
@@ -101,32 +101,28 @@ impl DeviceHead {
         &self.gpu
     }
 
-    fn matrix(&self, address: u64, rows: usize) -> DeviceMatrix {
-        DeviceMatrix {
-            address,
-            rows,
-            columns: self.norm.width(),
-            dtype: self.dtype,
-        }
+    fn matrix<'a>(&self, buffer: &'a Buffer, rows: usize) -> DeviceMatrix<'a> {
+        buffer.matrix([rows, self.norm.width()], self.dtype)
     }
 
-    /// f32 logits of rows `ids` of `states`.
+    /// f32 logits of rows `ids` of `states`, at the start of `out`.
     fn logits(
         &self,
-        out: u64,
+        out: &Buffer,
         states: &Buffer,
-        ids: &Buffer,
-        count: usize,
+        ids: DeviceSlice<'_, u32>,
     ) -> Result<(), CudaError> {
-        let x = (self.gpu).scratch("rows of the head", count * self.norm.width() * 2)?;
-        let all = self.matrix(states.address(), states.bytes() / 2 / self.norm.width());
-        let own = self.matrix(x.address(), count);
-        self.gpu.look_up(own.address, all, ids, count, 1.0)?;
-        self.gpu.norm(own.address, own, &self.norm)?;
-        let head = self.matrix(self.weight.address(), self.vocab);
-        self.gpu.project(out, true, own, head)?;
+        let (count, width) = (ids.len(), self.norm.width());
+        let x = self.gpu.scratch("rows of the head", count * width * 2)?;
+        let own = self.matrix(&x, count);
+        let all = self.matrix(states, states.bytes() / 2 / width);
+        self.gpu.look_up(own, all, ids, 1.0)?;
+        self.gpu.norm(own, own, &self.norm)?;
+        let head = self.matrix(&self.weight, self.vocab);
+        let out = out.matrix([count, self.vocab], Dtype::F32);
+        self.gpu.project(out, own, head)?;
         match self.soft_cap {
-            Some(cap) => self.gpu.soft_cap(out, count * self.vocab, cap),
+            Some(cap) => self.gpu.soft_cap(out, cap),
             None => Ok(()),
         }
     }
@@ -157,9 +153,10 @@ impl DeviceHead {
             let (rows, tokens): (Vec<u32>, Vec<u32>) =
                 (targets.iter().map(|&(row, token)| (row as u32, token))).unzip();
             let rows = Buffer::from_host(gpu, &rows)?;
-            self.logits(q.address(), own, &rows, targets.len())?;
+            let rows = rows.slice(targets.len());
+            self.logits(&q, own, rows)?;
             if let (Some((other, states)), Some(p)) = (reference, &p) {
-                other.logits(p.address(), states, &rows, targets.len())?;
+                other.logits(p, states, rows)?;
             }
             let out = Buffer::new(gpu, targets.len() * 24)?;
             let tokens = Buffer::from_host(gpu, &tokens)?;

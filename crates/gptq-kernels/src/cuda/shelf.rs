@@ -15,6 +15,7 @@ use cudarc::driver::{CudaStream, sys};
 
 use super::error::{CudaError, Named};
 use super::memory::{Buffer, Pinned};
+use super::view::DeviceMatrix;
 use super::{Gpu, Mark};
 
 /// Equal places for matrices that wait, as many on the GPU as fit and the rest in pinned memory.
@@ -163,12 +164,13 @@ impl Shelf {
         self.host.get(place - (self.places - self.host.len()))
     }
 
-    /// Copies `bytes` at `from` to a place that has room.
-    pub fn put(&self, place: usize, from: u64, bytes: usize) -> Result<(), CudaError> {
+    /// Copies a matrix to a place that has room.
+    pub fn put(&self, place: usize, from: DeviceMatrix) -> Result<(), CudaError> {
+        let (from, bytes) = (from.contiguous().address, from.bytes());
         assert!(bytes <= self.place_bytes.get(), "bytes of a place");
         assert!(self.has_room(place), "room for the matrix");
         let Some(host) = self.host_place(place) else {
-            return self.gpu.copy(self.on_device(place), from, bytes);
+            return self.gpu.copy_bytes(self.on_device(place), from, bytes);
         };
         for slot in &self.slots {
             if slot.holds.get().is_some_and(|(held, _)| held == place) {
@@ -180,22 +182,23 @@ impl Shelf {
             return self.leave(host, from, bytes, &self.gpu.stream);
         };
         slot.clear_for(&self.gpu.stream)?;
-        self.gpu.copy(slot.memory.address(), from, bytes)?;
+        self.gpu.copy_bytes(slot.memory.address(), from, bytes)?;
         record(&slot.filled, &self.gpu.stream)?;
         wait(&self.gpu.home, &slot.filled)?;
         self.leave(host, slot.memory.address(), bytes, &self.gpu.home)?;
         record(&slot.emptied, &self.gpu.home)
     }
 
-    /// Copies `bytes` of a place to `to`.
-    pub fn get(&self, place: usize, to: u64, bytes: usize) -> Result<(), CudaError> {
+    /// Copies what is at a place to a matrix of as many bytes.
+    pub fn get(&self, place: usize, to: DeviceMatrix) -> Result<(), CudaError> {
+        let (to, bytes) = (to.contiguous().address, to.bytes());
         assert!(bytes <= self.place_bytes.get(), "bytes of a place");
         let stream = &self.gpu.stream;
         match (self.host_place(place), self.holder(place, bytes)) {
-            (None, _) => self.gpu.copy(to, self.on_device(place), bytes)?,
+            (None, _) => self.gpu.copy_bytes(to, self.on_device(place), bytes)?,
             (Some(_), Some(slot)) => {
                 wait(stream, &slot.filled)?;
-                self.gpu.copy(to, slot.memory.address(), bytes)?;
+                self.gpu.copy_bytes(to, slot.memory.address(), bytes)?;
                 record(&slot.emptied, stream)?;
             }
             (Some(host), None) => self.come(host, to, bytes, stream)?,

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use gptq_types::{DeviceMatrix, Dtype};
+use gptq_types::Dtype;
 
 use super::Gpu;
 use super::arrival::Arrival;
@@ -12,6 +12,7 @@ use super::hessian::{DeviceCarried, DeviceFactor, DeviceHessian};
 use super::memory::Buffer;
 use super::product::Precision;
 use super::program::Program;
+use super::view::DeviceMatrix;
 
 /// Channels of one sweep, `B` in the paper; the kernel's shared memory is cut for it.
 pub const SWEEP_CHANNELS: usize = 128;
@@ -219,7 +220,11 @@ impl DeviceFactor {
         target: Option<&Buffer>,
     ) -> Result<Swept, CudaError> {
         let (gpu, k, n) = (&self.gpu, self.features, weight.rows);
-        assert!(weight.columns == k && plan.features == k, "in_features");
+        assert_eq!(
+            [weight.contiguous().columns, plan.features],
+            [k; 2],
+            "in_features"
+        );
         let w = gpu.scratch("weight", k * n * 4)?;
         gpu.gather_weight(w.address(), weight, &plan.channels)?;
         if let Some((carried, share)) = aim {
@@ -353,7 +358,10 @@ impl Gpu {
         a: DeviceMatrix,
         b: DeviceMatrix,
     ) -> Result<(), CudaError> {
-        let count = out.rows * out.columns;
+        let shape = [out.rows, out.columns];
+        a.contiguous().expect(shape, "rows of the first");
+        b.contiguous().expect(shape, "rows of the second");
+        let count = out.contiguous().elements();
         let args = [
             out.address.into(),
             a.address.into(),
@@ -365,15 +373,14 @@ impl Gpu {
         unsafe { self.launch(program(out), "subtract", grid, [256, 1, 1], 0, &args) }
     }
 
-    /// The same matrix in another place, which the next call reuses.
-    pub fn copied(self: &Arc<Self>, weight: DeviceMatrix) -> Result<DeviceMatrix, CudaError> {
-        let bytes = weight.rows * weight.columns * 2;
-        let place = self.scratch("copied weight", bytes)?;
-        self.copy(place.address(), weight.address, bytes)?;
-        Ok(DeviceMatrix {
-            address: place.address(),
-            ..weight
-        })
+    /// A copy of a matrix at the start of a buffer, which the next call writes over.
+    pub fn copied(self: &Arc<Self>, weight: DeviceMatrix) -> Result<Arc<Buffer>, CudaError> {
+        let place = self.scratch("copied weight", weight.bytes())?;
+        self.copy(
+            place.matrix([weight.rows, weight.columns], weight.dtype),
+            weight,
+        )?;
+        Ok(place)
     }
 
     fn gather_weight(
@@ -414,7 +421,8 @@ impl DeviceHessian {
         size: usize,
         rule: Rule,
     ) -> Result<(Cost, Option<DeviceCarried>), CudaError> {
-        let (n, k) = (weight.rows, weight.columns);
+        let (n, k) = (weight.rows, weight.contiguous().columns);
+        assert_eq!(k, self.features(), "in_features");
         let gpu = self.gpu();
         let stored: Vec<u32> = (0..k as u32).collect();
         let stored = Buffer::from_host(gpu, &stored)?;
@@ -434,7 +442,7 @@ impl DeviceHessian {
         // SAFETY: e and w are [k, n].
         unsafe { gpu.launch(program(weight), "rounding_error", grid, BLOCK, 0, &args)? };
         let rtn_error = self.weighted_square(&e, n, carried.as_ref())?;
-        gpu.copy(e.address(), w.address(), k * n * 4)?;
+        gpu.copy_bytes(e.address(), w.address(), k * n * 4)?;
         let signal = self.weighted_square(&e, n, carried.as_ref())?;
         Ok((Cost { rtn_error, signal }, carried))
     }
@@ -448,7 +456,13 @@ impl DeviceHessian {
         plan: &SweepPlan,
         carried: Option<&DeviceCarried>,
     ) -> Result<f64, CudaError> {
-        let (n, k) = (weight.rows, weight.columns);
+        let (n, k) = (weight.rows, weight.contiguous().columns);
+        assert_eq!(
+            [n, k],
+            [swept.outputs, swept.features],
+            "the weight that was swept"
+        );
+        assert_eq!([k; 2], [self.features(), plan.features], "in_features");
         let gpu = self.gpu();
         let e = gpu.scratch("weight", k * n * 4)?;
         let args = [

@@ -1,13 +1,15 @@
 //! What is computed element by element between the packed products of a pass, and the order of its rows;
-//! the kernels are described in `kernels/rows.cuh`. Addresses are of sixteen-bit row-major matrices.
+//! the kernels are described in `kernels/rows.cuh`. Matrices are sixteen-bit; inputs may be columns of wider
+//! ones.
 
-use gptq_types::{DeviceMatrix, Dtype};
+use gptq_types::Dtype;
 
 use super::Gpu;
 use super::error::CudaError;
 use super::launch::Arg;
 use super::memory::Buffer;
 use super::program::Program;
+use super::view::DeviceMatrix;
 use crate::Activation;
 
 /// Up to so many rows a gate is read where its place in the order says; a block takes a row beyond.
@@ -50,6 +52,17 @@ impl RowOrder<'_> {
             width,
         }
     }
+
+    /// Checks that it is one of rows of so many channels.
+    pub(super) fn expect(&self, features: usize) {
+        match (self.channels, self.places) {
+            (Some(channels), Some(places)) => {
+                assert_eq!(channels.bytes(), 4 * self.width, "channels of the order");
+                assert_eq!(places.bytes(), 4 * features, "channels of the rows");
+            }
+            _ => assert_eq!(self.width, features, "channels of the rows"),
+        }
+    }
 }
 
 pub(super) fn address(buffer: Option<&Buffer>) -> Arg {
@@ -60,15 +73,6 @@ pub(super) fn address(buffer: Option<&Buffer>) -> Arg {
 pub(super) fn by_eights(widths: &[usize], addresses: &[u64]) -> bool {
     widths.iter().all(|width| width.is_multiple_of(8))
         && addresses.iter().all(|address| address.is_multiple_of(16))
-}
-
-/// Rows of one linear among those of others: `pitch` elements from row to row.
-#[derive(Clone, Copy)]
-pub struct Output {
-    /// Of the first row.
-    pub address: u64,
-    /// Elements between rows.
-    pub pitch: usize,
 }
 
 /// Kernels that take one element and eight at a time where a thread reads its input from far, and where a
@@ -88,48 +92,45 @@ macro_rules! names {
 }
 
 impl Gpu {
-    /// `activation(gate) * up` of `count` rows of `columns`, written in `order`.
+    /// `activation(gate) * up`, written in `order`.
     pub fn gate_rows(
         &self,
-        out: u64,
+        out: DeviceMatrix,
         order: RowOrder,
-        [gate, up]: [Output; 2],
-        size: [usize; 2],
-        dtype: Dtype,
+        [gate, up]: [DeviceMatrix; 2],
         activation: Activation,
     ) -> Result<(), CudaError> {
+        let dtype = gate.dtype;
         let (program, names) = match activation {
             Activation::Silu => (program(dtype), names!("gate_rows")),
             Activation::GeluTanh => (others(dtype), names!("gate_rows_gelu")),
         };
-        self.write_rows(program, names, out, order, [gate, up], size)
+        self.write_rows(program, names, out, order, [gate, up])
     }
 
-    /// `activation(x)` of `count` rows of `columns`, written in `order`.
+    /// `activation(x)`, written in `order`.
     pub fn activate_rows(
         &self,
-        out: u64,
+        out: DeviceMatrix,
         order: RowOrder,
-        x: Output,
-        size: [usize; 2],
-        dtype: Dtype,
+        x: DeviceMatrix,
         activation: Activation,
     ) -> Result<(), CudaError> {
         let names = match activation {
             Activation::Silu => names!("silu_rows"),
             Activation::GeluTanh => names!("gelu_rows"),
         };
-        self.write_rows(others(dtype), names, out, order, [x, x], size)
+        self.write_rows(others(x.dtype), names, out, order, [x, x])
     }
 
     /// Rows `x` as they are, written in `order`.
-    pub fn gather_rows(&self, out: u64, order: RowOrder, x: DeviceMatrix) -> Result<(), CudaError> {
-        let rows = Output {
-            address: x.address,
-            pitch: x.columns,
-        };
-        let (names, size) = (names!("gather_rows"), [x.rows, x.columns]);
-        self.write_rows(others(x.dtype), names, out, order, [rows; 2], size)
+    pub fn gather_rows(
+        &self,
+        out: DeviceMatrix,
+        order: RowOrder,
+        x: DeviceMatrix,
+    ) -> Result<(), CudaError> {
+        self.write_rows(others(x.dtype), names!("gather_rows"), out, order, [x; 2])
     }
 
     /// `gate = activation(gate) * up`.
@@ -139,13 +140,8 @@ impl Gpu {
         up: DeviceMatrix,
         activation: Activation,
     ) -> Result<(), CudaError> {
-        let (rows, columns) = (gate.rows, gate.columns);
-        let outputs = [gate, up].map(|matrix| Output {
-            address: matrix.address,
-            pitch: columns,
-        });
-        let (order, size) = (RowOrder::natural(columns), [rows, columns]);
-        self.gate_rows(gate.address, order, outputs, size, gate.dtype, activation)
+        let order = RowOrder::natural(gate.columns);
+        self.gate_rows(gate, order, [gate, up], activation)
     }
 
     /// What a kernel makes of two inputs, or of the first one, element by element.
@@ -153,11 +149,16 @@ impl Gpu {
         &self,
         program: Program,
         names: Names,
-        out: u64,
+        out: DeviceMatrix,
         order: RowOrder,
-        [x, y]: [Output; 2],
-        [count, columns]: [usize; 2],
+        [x, y]: [DeviceMatrix; 2],
     ) -> Result<(), CudaError> {
+        let (count, columns) = (x.rows, x.columns);
+        y.expect([count, columns], "rows of both");
+        out.contiguous()
+            .expect([count, order.width], "rows of the order");
+        order.expect(columns);
+        let out = out.address;
         let widths = [columns, x.pitch, y.pitch, order.width];
         let eights = by_eights(&widths, &[out, x.address, y.address]);
         let mut args: Vec<Arg> = vec![
@@ -187,7 +188,7 @@ impl Gpu {
             args[1] = from(x.address, x.pitch);
             args[2] = from(y.address, y.pitch);
             let grid = [columns, (count - first).min(MOST_ROWS), 1];
-            // SAFETY: out has rows of the order's width; the caller vouches for the inputs.
+            // SAFETY: out has rows of the order's width; the order names channels of the inputs.
             unsafe { self.launch_behind(program, name, grid, [128, 1, 1], 0, &args)? };
         }
         Ok(())

@@ -4,8 +4,9 @@ use std::cell::RefCell;
 use std::sync::Arc;
 use std::time::Duration;
 
-use gptq_kernels::cuda::{CudaError, DeviceHessian, Gpu, Mark};
-use gptq_types::{ActivationSink, Activations, DeviceMatrix, Phase, PhaseTimes};
+use gptq_kernels::cuda::{CudaError, DeviceHessian, DeviceMatrix, Gpu, Mark};
+use gptq_kernels::{ActivationSink, Activations};
+use gptq_types::{Phase, PhaseTimes};
 
 use super::DeviceReady;
 use crate::QuantizeError;
@@ -62,7 +63,7 @@ impl DeviceSum {
 
     fn add_timed(
         &mut self,
-        x: DeviceMatrix,
+        x: DeviceMatrix<'_>,
         float: Option<Activations<'_>>,
         tokens: usize,
     ) -> Result<(), CudaError> {
