@@ -8,7 +8,7 @@ use std::sync::Arc;
 use gptq_calibration::Tokenizer;
 use gptq_hub::Checkpoint;
 use gptq_inference::{logits, open};
-use gptq_model::Device;
+use gptq_model::DeviceContext;
 use serde_json::{Value, json};
 
 use crate::support::{
@@ -21,7 +21,7 @@ fn greedy(folder: &Path, prompt: &str, count: usize) -> String {
     let checkpoint = Arc::new(Checkpoint::open(folder).unwrap());
     let config = checkpoint.config_json().unwrap();
     let model = open(checkpoint, &config, None).unwrap();
-    let mut decoder = model.decoder(Device::Cpu).unwrap();
+    let mut decoder = model.decoder(&DeviceContext::Cpu).unwrap();
     let tokenizer = Tokenizer::open(folder).unwrap();
     let mut ids = tokenizer.encode(prompt).unwrap();
     let before = tokenizer.decode(&ids, true).unwrap();

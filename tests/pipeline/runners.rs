@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use gptq_hub::Checkpoint;
 use gptq_inference::{OpenedModel, compare, logits, open};
-use gptq_model::Device;
+use gptq_model::DeviceContext;
 use gptq_types::Dtype;
 use serde_json::json;
 
@@ -26,8 +26,8 @@ fn opened(folder: &Path) -> OpenedModel {
 fn agrees(folder: &Path, ids: &[u32]) {
     let model = opened(folder);
     let vocab = model.spec.vocab_size;
-    let want = logits(model.decoder(Device::Cpu).unwrap().as_mut(), ids).unwrap();
-    let mut runner = model.runner(Device::Cpu).unwrap();
+    let want = logits(model.decoder(&DeviceContext::Cpu).unwrap().as_mut(), ids).unwrap();
+    let mut runner = model.runner(&DeviceContext::Cpu).unwrap();
     runner.reset(1, ids.len()).unwrap();
     let (prompt, steps) = ids.split_at(ids.len() - 5);
     let mut got = runner.prefill(0, prompt).unwrap();
@@ -39,7 +39,7 @@ fn agrees(folder: &Path, ids: &[u32]) {
 }
 
 fn logits_of(folder: &Path, ids: &[u32]) -> Vec<f32> {
-    let mut decoder = opened(folder).decoder(Device::Cpu).unwrap();
+    let mut decoder = opened(folder).decoder(&DeviceContext::Cpu).unwrap();
     logits(decoder.as_mut(), ids).unwrap()
 }
 

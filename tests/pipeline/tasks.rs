@@ -9,7 +9,7 @@ use std::sync::Arc;
 use gptq_calibration::{Questions, Tokenizer};
 use gptq_hub::Checkpoint;
 use gptq_inference::{Passage, weigh_choices};
-use gptq_model::Device;
+use gptq_model::DeviceContext;
 use gptq_packer::SafetensorsFile;
 use serde_json::{Value, json};
 
@@ -362,7 +362,7 @@ fn answers_as_in(file: &Path, told: &str, model: &Path) {
             answer: choice.answer,
         })
         .collect();
-    let mut decoder = opened.decoder(Device::Cpu).unwrap();
+    let mut decoder = opened.decoder(&DeviceContext::Cpu).unwrap();
     let weighed = weigh_choices(decoder.as_mut(), &passages, &mut || {}).unwrap();
     let mut rest = weighed.as_slice();
     for (row, (question, line)) in questions.questions.iter().zip(told.lines()).enumerate() {

@@ -52,27 +52,24 @@ pub fn describe(device: Device) -> String {
         Device::Cuda {
             ordinal,
             memory: usize::MAX,
-        } => format!("cuda:{ordinal}, {}", name(device)),
+        } => format!("cuda:{ordinal}, {}", name(ordinal)),
         #[cfg(feature = "cuda")]
         Device::Cuda { ordinal, memory } => {
             format!(
                 "cuda:{ordinal}, {}, {:.1} GB of its memory",
-                name(device),
+                name(ordinal),
                 memory as f64 / 1e9
             )
         }
     }
 }
 
-/// `cpu`, or the name of the GPU.
-fn name(device: Device) -> String {
-    match device {
-        Device::Cpu => "cpu".to_string(),
-        #[cfg(feature = "cuda")]
-        Device::Cuda { ordinal, .. } => (gptq_kernels::cuda::devices().into_iter())
-            .find(|found| found.ordinal == ordinal)
-            .map_or(String::new(), |found| found.name),
-    }
+/// The name of a GPU.
+#[cfg(feature = "cuda")]
+fn name(ordinal: usize) -> String {
+    (gptq_kernels::cuda::devices().into_iter())
+        .find(|found| found.ordinal == ordinal)
+        .map_or(String::new(), |found| found.name)
 }
 
 /// What the libraries of a device reach on large products.

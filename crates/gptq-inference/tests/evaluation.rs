@@ -6,8 +6,10 @@ use std::sync::Arc;
 use gptq_inference::{
     Passage, guess_last_words, score_reference, score_windows, summarise, weigh_choices,
 };
-use gptq_model::{Decoder, HeadInput, ModelError, ModelSpec, Tap};
-use gptq_types::{ActivationSink, LayerName, Weight};
+use gptq_model::{
+    ActivationSink, Decoder, DeviceContext, HeadInput, ModelError, ModelSpec, Tap, Weight,
+};
+use gptq_types::LayerName;
 
 const VOCAB: usize = 11;
 
@@ -59,6 +61,10 @@ fn after(token: usize) -> usize {
 }
 
 impl Decoder for Bigrams {
+    fn device(&self) -> &DeviceContext {
+        &DeviceContext::Cpu
+    }
+
     fn leave_room(&mut self, _: usize) {}
 
     fn spec(&self) -> &ModelSpec {
@@ -89,11 +95,11 @@ impl Decoder for Bigrams {
         Ok(())
     }
 
-    fn weight(&self, layer: &LayerName) -> Result<Weight, ModelError> {
+    fn weight(&self, layer: &LayerName) -> Result<Weight<'_>, ModelError> {
         Err(ModelError::NotResident(layer.clone()))
     }
 
-    fn replace_weight(&mut self, layer: &LayerName, _: Weight) -> Result<(), ModelError> {
+    fn replace_weight(&mut self, layer: &LayerName, _: Vec<f32>) -> Result<(), ModelError> {
         Err(ModelError::NotResident(layer.clone()))
     }
 

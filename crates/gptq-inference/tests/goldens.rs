@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use data::{fixture, shared};
 use gptq_inference::{compare, logits, open, score_reference, score_windows, summarise};
-use gptq_model::Device;
+use gptq_model::DeviceContext;
 use gptq_packer::SafetensorsFile;
 use gptq_types::TensorSource;
 
@@ -25,7 +25,7 @@ fn decoder(dir: &Path) -> Box<dyn gptq_model::Decoder> {
         quantize_config.as_deref(),
     )
     .unwrap();
-    opened.decoder(Device::Cpu).unwrap()
+    opened.decoder(&DeviceContext::Cpu).unwrap()
 }
 
 fn check(model: &Path, expected: &Path) {

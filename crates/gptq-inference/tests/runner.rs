@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use data::{fixture, shared};
 use gptq_inference::{OpenedModel, RunError, Runner, compare, logits, open};
-use gptq_model::Device;
+use gptq_model::DeviceContext;
 use gptq_packer::SafetensorsFile;
 use gptq_types::TensorSource;
 
@@ -55,11 +55,11 @@ fn close(got: &[f32], want: &[f32]) {
 }
 
 fn streamed(model: &OpenedModel, ids: &[u32]) -> Vec<f32> {
-    logits(model.decoder(Device::Cpu).unwrap().as_mut(), ids).unwrap()
+    logits(model.decoder(&DeviceContext::Cpu).unwrap().as_mut(), ids).unwrap()
 }
 
 fn runner(model: &OpenedModel, batch: usize, capacity: usize) -> Box<dyn Runner> {
-    let mut runner = model.runner(Device::Cpu).unwrap();
+    let mut runner = model.runner(&DeviceContext::Cpu).unwrap();
     runner.reset(batch, capacity).unwrap();
     runner
 }

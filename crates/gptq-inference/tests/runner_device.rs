@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use data::{Cause, fixture, skipped};
 use gptq_inference::{OpenedModel, Runner, compare, logits, open};
 use gptq_kernels::cuda::devices;
-use gptq_model::Device;
+use gptq_model::{Device, DeviceContext};
 use gptq_packer::SafetensorsFile;
 use gptq_types::{Dtype, SourceError, TensorInfo, TensorSource};
 
@@ -145,8 +145,14 @@ impl Drop for Seen {
     }
 }
 
+/// The first GPU, of which a pass may take so many bytes.
+fn opened_gpu(memory: usize) -> DeviceContext {
+    DeviceContext::open(Device::Cuda { ordinal: 0, memory }).unwrap()
+}
+
 fn wanted(model: &OpenedModel, ids: &[u32]) -> Vec<f32> {
-    logits(model.decoder(Device::Cpu).unwrap().as_mut(), ids).unwrap()
+    let mut decoder = model.decoder(&DeviceContext::Cpu).unwrap();
+    logits(decoder.as_mut(), ids).unwrap()
 }
 
 #[test]
@@ -154,11 +160,8 @@ fn the_streaming_pass_in_f16_is_no_closer() {
     let _alone = alone();
     for model in models() {
         let mut seen = Seen::of(&model);
-        let device = Device::Cuda {
-            ordinal: 0,
-            memory: 4 << 30,
-        };
-        let got = logits(model.decoder(device).unwrap().as_mut(), &IDS).unwrap();
+        let device = opened_gpu(4 << 30);
+        let got = logits(model.decoder(&device).unwrap().as_mut(), &IDS).unwrap();
         for (got, want) in got.chunks(VOCAB).zip(wanted(&model, &IDS).chunks(VOCAB)) {
             seen.close(got, want);
         }
@@ -166,11 +169,7 @@ fn the_streaming_pass_in_f16_is_no_closer() {
 }
 
 fn runner(model: &OpenedModel, batch: usize, capacity: usize) -> Box<dyn Runner> {
-    let device = Device::Cuda {
-        ordinal: 0,
-        memory: 0,
-    };
-    let mut runner = model.runner(device).unwrap();
+    let mut runner = model.runner(&opened_gpu(0)).unwrap();
     runner.reset(batch, capacity).unwrap();
     runner
 }

@@ -8,31 +8,29 @@
 
 #[cfg(feature = "cuda")]
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    use gptq_kernels::cuda::{Buffer, Gpu, PackedLinear};
-    use gptq_types::{Bits, DeviceMatrix, Dtype, SolvedLayer};
+    use gptq_kernels::cuda::{Buffer, DeviceMatrix, Gpu, PackedLinear};
+    use gptq_types::{Bits, Dtype, SolvedLayer};
     use half::f16;
 
     const CACHE: usize = 256 << 20;
     const COPIES: usize = 8;
     const RUNS: usize = 8;
+    fn matrix(buffer: &Buffer, rows: usize, columns: usize) -> DeviceMatrix<'_> {
+        buffer.matrix([rows, columns], Dtype::F16)
+    }
     let rounds = std::env::args().nth(1).map_or(Ok(21), |arg| arg.parse())?;
     let gpu = Gpu::open(0)?;
     let flush = Buffer::zeros(&gpu, CACHE)?;
     let line = Buffer::zeros(&gpu, 1 << 16)?;
-    let matrix = |address, rows, columns| DeviceMatrix {
-        address,
-        rows,
-        columns,
-        dtype: Dtype::F16,
-    };
     let time = |written: bool, work: &dyn Fn() -> Result<(), gptq_kernels::cuda::CudaError>| {
         let mut all = Vec::new();
         for _ in 0..rounds {
             match written {
                 true => flush.clear()?,
                 false => {
-                    let other = matrix(flush.address(), CACHE / 2 / 8192, 8192);
-                    gpu.project(line.address(), true, matrix(line.address(), 1, 8192), other)?;
+                    let other = matrix(&flush, CACHE / 2 / 8192, 8192);
+                    let out = line.matrix([1, other.rows()], Dtype::F32);
+                    gpu.project(out, matrix(&line, 1, 8192), other)?;
                 }
             }
             let before = gpu.mark()?;
@@ -83,8 +81,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             for rows in [1, 4, 8, 16, 32, 64, 128, 256, 1024, 4096] {
                 let x = random(rows * k)?;
                 let out = Buffer::zeros(&gpu, rows * n * 2)?;
-                let x = matrix(x.address(), rows, k);
-                let work = || linear.multiply(out.address(), x, false);
+                let (x, out) = (matrix(&x, rows, k), matrix(&out, rows, n));
+                let work = || linear.multiply(out, x, false);
                 print!(
                     " {rows}: {:.1} / {:.1}",
                     time(true, &work)?,
@@ -100,9 +98,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             for rows in [1, 4, 8, 16, 32, 64] {
                 let x = random(rows * k)?;
                 let out = Buffer::zeros(&gpu, rows * n * 2)?;
-                let x = matrix(x.address(), rows, k);
-                let each =
-                    || (linears.iter()).try_for_each(|one| one.multiply(out.address(), x, false));
+                let (x, out) = (matrix(&x, rows, k), matrix(&out, rows, n));
+                let each = || (linears.iter()).try_for_each(|one| one.multiply(out, x, false));
                 each()?;
                 let graph = gpu.record(|| (0..RUNS).try_for_each(|_| each()))?;
                 graph.run()?;
@@ -117,13 +114,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             println!(" us");
         }
         let weight = random(n * k)?;
-        let weight = matrix(weight.address(), n, k);
+        let weight = matrix(&weight, n, k);
         print!("f16 {k} x {n}, cuBLAS:");
         for rows in [1, 16, 64, 128, 256, 1024, 4096] {
             let x = random(rows * k)?;
             let out = Buffer::zeros(&gpu, rows * n * 2)?;
-            let x = matrix(x.address(), rows, k);
-            let work = || gpu.project(out.address(), false, x, weight);
+            let (x, out) = (matrix(&x, rows, k), matrix(&out, rows, n));
+            let work = || gpu.project(out, x, weight);
             print!(
                 " {rows}: {:.1} / {:.1}",
                 time(true, &work)?,

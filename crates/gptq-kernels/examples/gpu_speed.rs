@@ -8,7 +8,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     use std::time::Instant;
 
     use gptq_kernels::cuda::{Buffer, DeviceFactor, DeviceHessian, Gpu, Rule, Step, SweepPlan};
-    use gptq_types::{DeviceMatrix, Dtype};
+    use gptq_types::Dtype;
 
     let mut sizes = std::env::args().skip(1).map(|arg| arg.parse::<usize>());
     let k = sizes.next().unwrap_or(Ok(4096))?;
@@ -27,15 +27,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             })
             .collect()
     };
-    let matrix = |buffer: &Buffer, rows, columns| DeviceMatrix {
-        address: buffer.address(),
-        rows,
-        columns,
-        dtype: Dtype::F16,
-    };
     let x = Buffer::from_host(&gpu, &values(tokens * k, 1.0))?;
     let weight = Buffer::from_host(&gpu, &values(n * k, 0.05))?;
-    let there = matrix(&weight, n, k);
+    let there = weight.matrix([n, k], Dtype::F16);
     let order: Vec<u32> = (0..k as u32).rev().collect();
     let groups: Vec<u32> = order.iter().map(|&channel| channel / 128).collect();
     let steps = (0..k)
@@ -79,7 +73,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         gpu.synchronize()?;
         let start = Instant::now();
         let mut hessian = DeviceHessian::new(&gpu, k)?;
-        hessian.add(matrix(&x, tokens, k))?;
+        hessian.add(x.matrix([tokens, k], Dtype::F16))?;
         timed("hessian", start)?;
         let start = Instant::now();
         let diagonal = hessian.finish(2.0 / tokens as f32)?;

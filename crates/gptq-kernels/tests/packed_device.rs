@@ -8,7 +8,7 @@ mod common;
 use std::sync::Arc;
 
 use gptq_kernels::cuda::{Buffer, Gpu, PackedLinear};
-use gptq_types::{Bits, DeviceMatrix, Dtype, SolvedLayer};
+use gptq_types::{Bits, Dtype, SolvedLayer};
 use half::{bf16, f16};
 
 use common::{Random, gpu};
@@ -84,13 +84,9 @@ fn check(gpu: &Arc<Gpu>, case: Case, rows: usize, dtype: Dtype) {
     let there = Buffer::from_host(gpu, &halves(&x)).unwrap();
     let out = Buffer::from_host(gpu, &halves(&before)).unwrap();
     let linear = PackedLinear::new(gpu, &layer, Some(&bias), dtype).unwrap();
-    let matrix = DeviceMatrix {
-        address: there.address(),
-        rows,
-        columns: k,
-        dtype,
-    };
-    linear.multiply(out.address(), matrix, true).unwrap();
+    let given = there.matrix([rows, k], dtype);
+    let sums = out.matrix([rows, n], dtype);
+    linear.multiply(sums, given, true).unwrap();
     let got: Vec<u16> = out.to_host(rows * n).unwrap();
     let (mut worst, mut largest) = (0.0f64, 0.0f64);
     for row in 0..rows {
@@ -311,17 +307,13 @@ fn products_queued_back_to_back_do_not_disturb_each_other() {
             let others: Vec<Buffer> = (0..8)
                 .map(|_| Buffer::zeros(&gpu, rows * 11008 * 2).unwrap())
                 .collect();
-            let mut from = first.address();
+            let mut from = &first;
             for (at, out) in others.iter().enumerate() {
                 let linear = &linears[at % 4];
-                let x = DeviceMatrix {
-                    address: from,
-                    rows,
-                    columns: linear.features(),
-                    dtype: Dtype::F16,
-                };
-                linear.multiply(out.address(), x, at >= 4).unwrap();
-                from = out.address();
+                let x = from.matrix([rows, linear.features()], Dtype::F16);
+                let there = out.matrix([rows, linear.outputs()], Dtype::F16);
+                linear.multiply(there, x, at >= 4).unwrap();
+                from = out;
                 if apart {
                     gpu.synchronize().unwrap();
                 }

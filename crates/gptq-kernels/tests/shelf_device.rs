@@ -8,7 +8,8 @@ mod common;
 
 use std::sync::Arc;
 
-use gptq_kernels::cuda::{Buffer, Gpu, Shelf};
+use gptq_kernels::cuda::{Buffer, DeviceMatrix, Gpu, Shelf};
+use gptq_types::Dtype;
 
 use common::{Random, gpu};
 
@@ -21,6 +22,11 @@ const PLACES: usize = 7;
 const CONTENTS: usize = 5;
 /// Reads that are queued before they are looked at.
 const QUEUED: usize = 40;
+
+/// The first `bytes` as a matrix of one row.
+fn matrix(buffer: &Buffer, bytes: usize) -> DeviceMatrix<'_> {
+    buffer.matrix([1, bytes / 2], Dtype::F16)
+}
 
 /// A shelf, what should be at each place, and what was read.
 struct Bench {
@@ -57,9 +63,10 @@ impl Bench {
 
     fn put(&mut self, place: usize, bytes: usize) {
         let content = self.random.next() as usize % CONTENTS;
-        let there = self.contents[content].1.address();
-        self.gpu.copy(self.from.address(), there, bytes).unwrap();
-        self.shelf.put(place, self.from.address(), bytes).unwrap();
+        let from = matrix(&self.from, bytes);
+        let there = matrix(&self.contents[content].1, bytes);
+        self.gpu.copy(from, there).unwrap();
+        self.shelf.put(place, from).unwrap();
         self.from.clear().unwrap();
         self.at[place] = Some((content, bytes));
     }
@@ -67,7 +74,7 @@ impl Bench {
     fn get(&mut self, place: usize) {
         let (content, bytes) = self.at[place].expect("it was put");
         let to = Buffer::zeros(&self.gpu, bytes).unwrap();
-        self.shelf.get(place, to.address(), bytes).unwrap();
+        self.shelf.get(place, matrix(&to, bytes)).unwrap();
         self.read.push((to, content, bytes, place));
         if self.read.len() >= QUEUED {
             self.look();
@@ -147,11 +154,11 @@ fn large_matrices_have_room_on_the_gpu_alone() {
         let room: Vec<usize> = (0..PLACES).filter(|&place| shelf.has_room(place)).collect();
         assert_eq!(room.len(), if bytes == SHORT { PLACES } else { 3 });
         for &place in &room {
-            shelf.put(place, from.address(), bytes).unwrap();
+            shelf.put(place, matrix(&from, bytes)).unwrap();
         }
         for &place in &room {
             let to = Buffer::zeros(&gpu, bytes).unwrap();
-            shelf.get(place, to.address(), bytes).unwrap();
+            shelf.get(place, matrix(&to, bytes)).unwrap();
             assert!(to.to_host::<u32>(bytes / 4).unwrap() == values[..bytes / 4]);
         }
     }

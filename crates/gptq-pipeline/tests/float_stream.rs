@@ -6,9 +6,11 @@ mod data;
 
 use std::sync::Arc;
 
-use gptq_model::{CaptureGroup, Decoder, Device, FloatWeights, ModelSpec, Streams};
+use gptq_model::{
+    ActivationSink, Activations, CaptureGroup, Decoder, DeviceContext, FloatWeights, ModelSpec,
+    Streams, Weight,
+};
 use gptq_packer::SafetensorsFile;
-use gptq_types::{ActivationSink, Activations, Weight};
 
 fn decoder(streams: Streams) -> Box<dyn Decoder> {
     let model = data::fixture("verne");
@@ -16,7 +18,7 @@ fn decoder(streams: Streams) -> Box<dyn Decoder> {
     let spec = ModelSpec::parse(&config).unwrap();
     let source = Arc::new(SafetensorsFile::open(&model.join("model.safetensors")).unwrap());
     let weights = Arc::new(FloatWeights::new(source));
-    let mut decoder = gptq_model::open(weights, spec, Device::Cpu, streams).unwrap();
+    let mut decoder = gptq_model::open(weights, spec, &DeviceContext::Cpu, streams).unwrap();
     let window = |first: u32| (first..first + 48).collect::<Vec<u32>>();
     decoder.embed(&[window(3), window(20)]).unwrap();
     decoder
@@ -65,7 +67,7 @@ fn change(decoder: &mut dyn Decoder, group: &CaptureGroup) {
             unreachable!("the decoder is on the processor");
         };
         values.iter_mut().for_each(|value| *value *= 2.0);
-        decoder.replace_weight(layer, Weight::Host(values)).unwrap();
+        decoder.replace_weight(layer, values).unwrap();
     }
 }
 

@@ -10,12 +10,12 @@ use std::sync::Arc;
 
 use data::fixture;
 use gptq_calibration::Tokenizer;
-use gptq_model::{Device, FloatWeights, LinearSpec, ModelSpec, Streams};
+use gptq_model::{DeviceContext, FloatWeights, LinearSpec, ModelSpec, Streams, Weight};
 use gptq_packer::SafetensorsFile;
 use gptq_quantizer::{
     Factor, Hessian, HessianSum, output_error, reference, round_to_nearest, solve,
 };
-use gptq_types::{Bits, ColumnOrder, GroupSize, LayerName, QuantSpec, Weight};
+use gptq_types::{Bits, ColumnOrder, GroupSize, LayerName, QuantSpec};
 
 /// Where two codes or two grids are equally good the reference follows the solver.
 const RELATIVE_ERROR_TOLERANCE: f64 = 1e-3;
@@ -53,7 +53,8 @@ fn cases(model: &Path, text: &Path) -> Vec<Case> {
     let spec = ModelSpec::parse(&config).unwrap();
     let source = Arc::new(SafetensorsFile::open(&model.join("model.safetensors")).unwrap());
     let weights = Arc::new(FloatWeights::new(source));
-    let mut decoder = gptq_model::open(weights, spec.clone(), Device::Cpu, Streams::One).unwrap();
+    let mut decoder =
+        gptq_model::open(weights, spec.clone(), &DeviceContext::Cpu, Streams::One).unwrap();
     decoder.embed(&windows).unwrap();
     let mut cases = Vec::new();
     for index in 0..2 {

@@ -83,13 +83,13 @@ fn gpu() -> Option<Arc<Gpu>> {
     }
 }
 
-fn matrix(buffer: &Buffer, rows: usize, columns: usize) -> DeviceMatrix {
-    DeviceMatrix {
-        address: buffer.address(),
-        rows,
-        columns,
-        dtype: Dtype::F16,
-    }
+fn matrix(buffer: &Buffer, rows: usize, columns: usize) -> DeviceMatrix<'_> {
+    buffer.matrix([rows, columns], Dtype::F16)
+}
+
+/// Rows that the forward pass left on the GPU.
+fn rows(buffer: &Buffer, rows: usize, columns: usize) -> Activations<'_> {
+    Activations::Device(matrix(buffer, rows, columns))
 }
 
 /// A linear that has arrived.
@@ -107,19 +107,20 @@ fn on_device(gpu: &Arc<Gpu>, p: &Problem, spec: &QuantSpec) -> Solved {
     let beside_float = spec.input_mismatch != 0.0;
     let float = Buffer::from_host(gpu, &p.float)?;
     let mut sum = Box::new(DeviceSum::new(gpu, p.k, beside_float, false)?);
-    let rows = |x: &Buffer| Activations::Device(matrix(x, p.tokens, p.k));
+    let [x, float] = [&x, &float].map(|x| rows(x, p.tokens, p.k));
     match beside_float {
-        true => sum.observe_pair(rows(&x), rows(&float), p.tokens, p.k),
-        false => sum.observe(rows(&x), p.tokens, p.k),
+        true => sum.observe_pair(x, float, p.tokens, p.k),
+        false => sum.observe(x, p.tokens, p.k),
     }
     let hessian = sum.finish(&mut times)?;
     let solver = hessian.factor(spec, &mut times)?;
     let there = Weight::Device(matrix(&weight, p.n, p.k));
-    // Rounding a copy leaves the weight as it is.
-    let beside = solver.round(hessian.copied(there)?, p.n, spec, &mut times)?;
+    // A weight that is kept stays as it is.
+    let beside = solver.round(there.clone(), p.n, spec, After::Keep, &mut times)?;
     assert_eq!(weight.to_host::<f16>(p.n * p.k)?, p.weight);
-    let there = Weight::Device(matrix(&weight, p.n, p.k));
-    let rounded = solver.round(there, p.n, spec, &mut times)?;
+    let rounded = solver.round(there, p.n, spec, After::Replace, &mut times)?;
+    // On the GPU it is written over, or was a copy.
+    assert!(beside.replacement.is_none() && rounded.replacement.is_none());
     let layer = (rounded.layer)()?;
     assert_eq!(layer, (beside.layer)()?);
     // What later stages see is what the file says.
@@ -167,7 +168,8 @@ fn on_host(p: &Problem, spec: &QuantSpec) -> Solved {
     }
     let hessian = sum.finish(&mut times)?;
     let solver = hessian.factor(spec, &mut times)?;
-    let rounded = solver.round(Weight::Host(weight), p.n, spec, &mut times)?;
+    let weight = Weight::Host(weight);
+    let rounded = solver.round(weight, p.n, spec, After::Keep, &mut times)?;
     let arrived = Arrived {
         layer: (rounded.layer)()?,
         loss: rounded.loss,
@@ -288,13 +290,13 @@ fn an_order_is_chosen_as_on_the_processor() {
             let (x, float) = (part(&p.x), part(&p.float));
             let on_gpu = [&x, &float].map(|x| Buffer::from_host(&gpu, x).unwrap());
             let [x, float] = [x, float].map(|x| x.iter().map(|x| x.to_f32()).collect::<Vec<_>>());
-            let seen = |at: usize| Activations::Device(matrix(&on_gpu[at], rows, p.k));
+            let [seen, seen_float] = [0, 1].map(|at| self::rows(&on_gpu[at], rows, p.k));
             let (x, float) = (Activations::Host(&x), Activations::Host(&float));
             if beside_float {
-                there.observe_pair(seen(0), seen(1), rows, p.k);
+                there.observe_pair(seen, seen_float, rows, p.k);
                 here.observe_pair(x, float, rows, p.k);
             } else {
-                there.observe(seen(0), rows, p.k);
+                there.observe(seen, rows, p.k);
                 here.observe(x, rows, p.k);
             }
         }

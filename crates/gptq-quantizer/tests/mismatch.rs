@@ -119,7 +119,9 @@ fn all_of_the_way_is_the_weight_of_least_squares() {
             let hessian = stage.finish(&mut times).unwrap();
             let solver = hessian.factor(&spec, &mut times).unwrap();
             let weight = Weight::Host(p.weight.clone());
-            let rounded = solver.round(weight, N, &spec, &mut times).unwrap();
+            let rounded = solver
+                .round(weight, N, &spec, After::Replace, &mut times)
+                .unwrap();
             assert_eq!(rounded.loss.measure, spec.measure());
             let layer = (rounded.layer)().unwrap();
             assert!((outputs.error(&layer) / rounded.loss.error - 1.0).abs() < 1e-6);
@@ -211,7 +213,10 @@ fn held_out_tokens_are_squared_like_all_others() {
             .choose(&orders, &[(weight(), N)], &spec, &mut times)
             .unwrap();
         let solver = hessian.factor(&spec, &mut times).unwrap();
-        solver.round(weight(), N, &spec, &mut times).unwrap().loss
+        solver
+            .round(weight(), N, &spec, After::Replace, &mut times)
+            .unwrap()
+            .loss
     };
     let (all, some) = (
         loss(HostGroup::beside_float(K)),

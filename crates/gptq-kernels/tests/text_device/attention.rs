@@ -4,7 +4,9 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use gptq_kernels::AttentionShape;
-use gptq_kernels::cuda::{Buffer, DeviceKeyValues, Gpu, HeadNorms, Output, RowOrder, TextRows};
+use gptq_kernels::cuda::{
+    Buffer, DeviceKeyValues, DeviceMatrix, Gpu, HeadNorms, RowOrder, TextRows,
+};
 use gptq_types::Dtype;
 use rayon::prelude::*;
 
@@ -135,13 +137,22 @@ fn wanted(
         .collect()
 }
 
-/// Where queries, keys and values stand in fused rows.
-fn outputs(buffer: &Buffer, shape: AttentionShape) -> (Output, [Output; 2]) {
-    let (heads, kv_heads) = (shape.heads, shape.kv_heads);
-    let [q, k, v] = [0, heads, heads + kv_heads].map(|before| Output {
-        address: buffer.address() + 2 * (before * shape.head_dim) as u64,
-        pitch: (heads + 2 * kv_heads) * shape.head_dim,
-    });
+/// Columns of a fused row.
+fn width(shape: AttentionShape) -> usize {
+    (shape.heads + 2 * shape.kv_heads) * shape.head_dim
+}
+
+/// Where queries, keys and values stand in `count` fused rows.
+fn outputs(
+    buffer: &Buffer,
+    shape: AttentionShape,
+    dtype: Dtype,
+    count: usize,
+) -> (DeviceMatrix<'_>, [DeviceMatrix<'_>; 2]) {
+    let (heads, kv_heads, d) = (shape.heads, shape.kv_heads, shape.head_dim);
+    let rows = matrix(buffer, dtype, count, width(shape));
+    let [q, k, v] = [(0, heads), (heads, kv_heads), (heads + kv_heads, kv_heads)]
+        .map(|(before, heads)| rows.column_range(before * d..(before + heads) * d));
     (q, [k, v])
 }
 
@@ -154,14 +165,14 @@ fn store(
     fused: &[f64],
     rows: TextRows,
 ) -> Buffer {
-    let count = fused.len() / ((shape.heads + 2 * shape.kv_heads) * shape.head_dim);
+    let count = fused.len() / width(shape);
+    let queries = shape.heads * shape.head_dim;
     let there = upload(gpu, dtype, fused);
-    let out = poisoned(gpu, count * shape.heads * shape.head_dim);
-    let (q, kv) = outputs(&there, shape);
+    let out = poisoned(gpu, count * queries);
+    let (q, kv) = outputs(&there, shape, dtype, count);
     let norms = HeadNorms::default();
-    cache
-        .store(out.address(), q, Some(kv), count, rows, &norms, None)
-        .unwrap();
+    let to = matrix(&out, dtype, count, queries);
+    cache.store(to, q, Some(kv), rows, &norms, None).unwrap();
     out
 }
 
@@ -224,17 +235,17 @@ fn attend(gpu: &Arc<Gpu>, shape: AttentionShape, dtype: Dtype) {
             first += count;
         }
         // Nothing that is there already may be read: it is no number.
-        let width = (heads + 2 * kv_heads) * head_dim;
-        let none = vec![f64::NAN; (CAPACITY - first) * width];
+        let none = vec![f64::NAN; (CAPACITY - first) * width(shape)];
         let of = TextRows::Prompt { sequence, first };
         store(gpu, &cache, shape, dtype, &none, of);
     }
     let held = lengths.map(|[first, second]| (first + second + 1) as i32);
     let held_there = Buffer::from_host(gpu, &held).unwrap();
+    let held_there = held_there.slice(2);
     let newest: Vec<f64> = (sequences.iter().zip(held))
         .flat_map(|(own, held)| own.fused(shape, held as usize - 1..held as usize))
         .collect();
-    let of = TextRows::Newest(&held_there);
+    let of = TextRows::Newest(held_there);
     let newest = store(gpu, &cache, shape, dtype, &newest, of);
 
     for of in VARIANTS {
@@ -243,11 +254,11 @@ fn attend(gpu: &Arc<Gpu>, shape: AttentionShape, dtype: Dtype) {
         for (sequence, first, count, q) in &prompts {
             let (own, count) = (&sequences[*sequence], *count);
             let out = poisoned(gpu, count * queries);
-            let q = matrix(q, dtype, count, queries);
+            let [out, q] = [&out, q].map(|rows| matrix(rows, dtype, count, queries));
             cache
-                .attend_prompt(out.address(), q, *sequence, *first, shape)
+                .attend_prompt(out, q, *sequence, *first, shape)
                 .unwrap();
-            let got = gpu.download(matrix(&out, dtype, count, queries)).unwrap();
+            let got = gpu.download(out).unwrap();
             assert!(got.iter().all(|x| x.is_finite()), "{what}");
             for (row, want) in wanted(own, shape, *first, count) {
                 let got = &got[row * queries..][..queries];
@@ -262,10 +273,11 @@ fn attend(gpu: &Arc<Gpu>, shape: AttentionShape, dtype: Dtype) {
         }
         let out = poisoned(gpu, 2 * queries);
         let order = RowOrder::natural(queries);
+        let [out, q] = [&out, &newest].map(|rows| matrix(rows, dtype, 2, queries));
         cache
-            .attend_newest(out.address(), order, newest.address(), &held_there, shape)
+            .attend_newest(out, order, q, held_there, shape)
             .unwrap();
-        let got = gpu.download(matrix(&out, dtype, 2, queries)).unwrap();
+        let got = gpu.download(out).unwrap();
         for (row, own) in sequences.iter().enumerate() {
             let want = own.attended(shape, held[row] as usize - 1);
             let got = &got[row * queries..][..queries];
@@ -311,18 +323,16 @@ fn attend_newest(gpu: &Arc<Gpu>, shape: AttentionShape, dtype: Dtype) {
         .collect();
     let all: Vec<i32> = (0..SEQUENCES).map(|at| held[at % 4] as i32).collect();
     let all = Buffer::from_host(gpu, &all).unwrap();
-    let of = TextRows::Newest(&all);
+    let all = all.slice(SEQUENCES);
+    let of = TextRows::Newest(all);
     let q = store(gpu, &cache, shape, dtype, &newest, of);
     for of in VARIANTS {
         let shape = variant(shape, of);
         let out = poisoned(gpu, SEQUENCES * queries);
         let order = RowOrder::natural(queries);
-        cache
-            .attend_newest(out.address(), order, q.address(), &all, shape)
-            .unwrap();
-        let got = gpu
-            .download(matrix(&out, dtype, SEQUENCES, queries))
-            .unwrap();
+        let [out, q] = [&out, &q].map(|rows| matrix(rows, dtype, SEQUENCES, queries));
+        cache.attend_newest(out, order, q, all, shape).unwrap();
+        let got = gpu.download(out).unwrap();
         let want = [0, 1, 2, 3].map(|at| contents[at].attended(shape, held[at] - 1));
         for (at, got) in got.chunks(queries).enumerate() {
             let (heads, d, kv_heads) = (shape.heads, shape.head_dim, shape.kv_heads);
@@ -350,31 +360,33 @@ fn a_block_attends_to_the_cache_of_another() {
         let own = Sequence::new(&mut random, dtype, shape, tokens);
         let rows = own.fused(shape, 0..tokens);
         let there = upload(&gpu, dtype, &rows);
-        let (q, kv) = outputs(&there, shape);
-        let unused = poisoned(&gpu, tokens * 2 * head_dim);
+        let (q, kv) = outputs(&there, shape, dtype, tokens);
+        // Of the block whose cache it is.
+        let few = stored.heads * head_dim;
+        let unused = poisoned(&gpu, tokens * few);
         let of = TextRows::Prompt {
             sequence: 0,
             first: 0,
         };
         let norms = HeadNorms::default();
+        let to = matrix(&unused, dtype, tokens, few);
         cache
-            .store(unused.address(), q, Some(kv), tokens, of, &norms, None)
+            .store(to, q.column_range(0..few), Some(kv), of, &norms, None)
             .unwrap();
         let queries = shape.heads * head_dim;
         let q = upload(&gpu, dtype, &own.q);
         let out = poisoned(&gpu, tokens * queries);
-        let q_rows = matrix(&q, dtype, tokens, queries);
-        cache
-            .attend_prompt(out.address(), q_rows, 0, 0, shape)
-            .unwrap();
-        let got = gpu.download(matrix(&out, dtype, tokens, queries)).unwrap();
-        let last = q.address() + 2 * ((tokens - 1) * queries) as u64;
+        let [out, q] = [&out, &q].map(|rows| matrix(rows, dtype, tokens, queries));
+        cache.attend_prompt(out, q, 0, 0, shape).unwrap();
+        let got = gpu.download(out).unwrap();
+        let last = q.row_range(tokens - 1..tokens);
+        let first = out.row_range(0..1);
         let held = Buffer::from_host(&gpu, &[tokens as i32]).unwrap();
         let order = RowOrder::natural(queries);
         cache
-            .attend_newest(out.address(), order, last, &held, shape)
+            .attend_newest(first, order, last, held.slice(1), shape)
             .unwrap();
-        let newest = gpu.download(matrix(&out, dtype, 1, queries)).unwrap();
+        let newest = gpu.download(first).unwrap();
         for (row, got) in [(tokens / 2, &got), (tokens - 1, &got)] {
             let got = &got[row * queries..][..queries];
             near(
@@ -413,18 +425,19 @@ fn windows_attend_inside_themselves() {
             upload(gpu, dtype, &rows)
         };
         let [q, k, v] = [both(|own| &own.q), both(|own| &own.k), both(|own| &own.v)];
-        let rows =
-            |buffer: &Buffer, heads: usize| matrix(buffer, dtype, 2 * tokens, heads * head_dim);
+        let (queries, keys) = (heads * head_dim, kv_heads * head_dim);
+        let q = matrix(&q, dtype, 2 * tokens, queries);
+        let [k, v] = [&k, &v].map(|rows| matrix(rows, dtype, 2 * tokens, keys));
         for of in VARIANTS {
             let shape = variant(shape, of);
-            let out = poisoned(gpu, 2 * tokens * heads * head_dim);
-            let (q, k, v) = (rows(&q, heads), rows(&k, kv_heads), rows(&v, kv_heads));
-            gpu.attend(out.address(), q, k, v, tokens, shape).unwrap();
-            let got = gpu.download(rows(&out, heads)).unwrap();
+            let out = poisoned(gpu, 2 * tokens * queries);
+            let out = matrix(&out, dtype, 2 * tokens, queries);
+            gpu.attend(out, q, k, v, tokens, shape).unwrap();
+            let got = gpu.download(out).unwrap();
             assert!(got.iter().all(|x| x.is_finite()), "{of:?}");
-            for (window, got) in got.chunks(tokens * heads * head_dim).enumerate() {
+            for (window, got) in got.chunks(tokens * queries).enumerate() {
                 for (row, want) in wanted(&own[window], shape, 0, tokens) {
-                    let got = &got[row * heads * head_dim..][..heads * head_dim];
+                    let got = &got[row * queries..][..queries];
                     let what = format!("{head_dim}, {of:?}, row {row} of window {window}");
                     near(got, &want, dtype, 0.5, &what);
                 }

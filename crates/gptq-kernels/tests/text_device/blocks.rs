@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use gptq_kernels::cuda::{Buffer, DeviceNorm, Gpu, Output, Turn};
+use gptq_kernels::cuda::{Buffer, DeviceMatrix, DeviceNorm, Gpu, Turn};
 use gptq_kernels::{Pairing, Rotation};
-use gptq_types::{DeviceMatrix, Dtype};
+use gptq_types::Dtype;
 
 use super::common::{Random, gpu};
 use super::{BOTH, bits, layer, matrix, near, poisoned, rms, rounded, upload, values, weights};
@@ -53,18 +53,16 @@ fn runs_of_columns_are_normed_in_place() {
                 let pitch = before + runs * width + after;
                 let mut x = values(&mut random, dtype, rows * pitch);
                 let there = upload(&gpu, dtype, &x);
-                let first = Output {
-                    address: there.address() + 2 * before as u64,
-                    pitch,
-                };
-                gpu.norm_outputs(first, rows, runs, norm, dtype).unwrap();
+                let all = matrix(&there, dtype, rows, pitch);
+                let normed = before..before + runs * width;
+                gpu.norm_outputs(all.column_range(normed), norm).unwrap();
                 for row in x.chunks_mut(pitch) {
                     for run in row[before..before + runs * width].chunks_mut(width) {
                         let normed = of(run);
                         run.copy_from_slice(&normed);
                     }
                 }
-                let got = gpu.download(matrix(&there, dtype, rows, pitch)).unwrap();
+                let got = gpu.download(all).unwrap();
                 let what = format!("{runs} runs of {width} in {rows} rows, kind {kind}");
                 near(&got, &x, dtype, 0.01, &what);
             }
@@ -135,12 +133,10 @@ fn norms_and_factors_are_added_to_hidden_states() {
             values(&mut random, dtype, 30),
         );
         let (of_x, of_y) = (upload(&gpu, dtype, &x), upload(&gpu, dtype, &y));
-        let part = |buffer: &Buffer| DeviceMatrix {
-            address: buffer.address() + 2,
-            ..matrix(buffer, dtype, 1, 27)
-        };
-        gpu.add_scaled(part(&of_x), part(&of_y), 2.0).unwrap();
-        gpu.scale(part(&of_x), 0.5).unwrap();
+        let [part_x, part_y] =
+            [&of_x, &of_y].map(|buffer| matrix(buffer, dtype, 1, 30).column_range(1..28));
+        gpu.add_scaled(part_x, part_y, 2.0).unwrap();
+        gpu.scale(part_x, 0.5).unwrap();
         let want: Vec<f64> = (0..30)
             .map(|i| match (1..28).contains(&i) {
                 true => x[i] / 2.0 + y[i],
@@ -168,7 +164,8 @@ fn columns_are_copied_and_rows_are_looked_up() {
             let there = upload(&gpu, dtype, &x);
             let out = poisoned(&gpu, rows * columns);
             let from = matrix(&there, dtype, rows, width);
-            gpu.copy_columns(out.address(), from, first, columns)
+            let to = matrix(&out, dtype, rows, columns);
+            gpu.copy_columns(to, from.column_range(first..first + columns))
                 .unwrap();
             let want: Vec<u16> = (x.chunks(width))
                 .flat_map(|row| &row[first..first + columns])
@@ -186,7 +183,8 @@ fn columns_are_copied_and_rows_are_looked_up() {
         let out = poisoned(&gpu, ids.len() * 333);
         for factor in [1.0, 48.0, 0.3] {
             let from = matrix(&there, dtype, 50, 333);
-            gpu.embed(out.address(), from, &ids, factor).unwrap();
+            let to = matrix(&out, dtype, ids.len(), 333);
+            gpu.embed(to, from, &ids, factor).unwrap();
             let want: Vec<u16> = (ids.iter())
                 .flat_map(|id| &table[*id as usize * 333..][..333])
                 .map(|x| bits(dtype, f64::from(*x as f32 * factor)))
@@ -203,13 +201,27 @@ fn logits_have_a_soft_cap() {
         let mut random = Random(count as u64);
         let x: Vec<f32> = (0..count).map(|_| 90.0 * random.uniform()).collect();
         let there = Buffer::from_host(&gpu, &x).unwrap();
-        gpu.soft_cap(there.address(), count, 30.0).unwrap();
+        gpu.soft_cap(there.matrix([1, count], Dtype::F32), 30.0)
+            .unwrap();
         let got: Vec<f32> = there.to_host(count).unwrap();
         for (x, got) in x.iter().zip(got) {
             let want = 30.0 * (f64::from(*x) / 30.0).tanh();
             assert!((f64::from(got) - want).abs() < 1e-5, "{got} for {want}");
         }
     }
+}
+
+/// A matrix that begins at any element of a buffer.
+fn from_element(
+    buffer: &Buffer,
+    dtype: Dtype,
+    begin: usize,
+    [rows, columns]: [usize; 2],
+) -> DeviceMatrix<'_> {
+    let count = rows * columns;
+    let all = matrix(buffer, dtype, 1, begin + count);
+    let part = all.column_range(begin..begin + count);
+    part.reshaped([rows, columns])
 }
 
 #[test]
@@ -237,10 +249,7 @@ fn the_first_element_that_is_not_finite_is_found() {
                             continue;
                         }
                         let there = Buffer::from_host(&gpu, &x).unwrap();
-                        let part = DeviceMatrix {
-                            address: there.address() + 2 * begin as u64,
-                            ..matrix(&there, dtype, rows, columns)
-                        };
+                        let part = from_element(&there, dtype, begin, [rows, columns]);
                         assert_eq!(gpu.first_not_finite(part).unwrap(), Some(at));
                     }
                 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use gptq_kernels::cuda::{
-    Buffer, DeviceKeyValues, DeviceNorm, Gpu, HeadNorms, Output, RowOrder, TextRows, Turn,
+    Buffer, DeviceKeyValues, DeviceMatrix, DeviceNorm, Gpu, HeadNorms, RowOrder, TextRows, Turn,
 };
 use gptq_kernels::{AttentionShape, Pairing, Rotation};
 use gptq_types::Dtype;
@@ -289,11 +289,10 @@ impl Block {
         self.width(kind) + self.case.gaps[kind]
     }
 
-    fn output(&self, buffer: &Buffer, kind: usize) -> Output {
-        Output {
-            address: buffer.address(),
-            pitch: self.pitch(kind),
-        }
+    /// Heads of `count` rows that lie a pitch apart.
+    fn heads<'a>(&self, buffer: &'a Buffer, kind: usize, count: usize) -> DeviceMatrix<'a> {
+        let rows = matrix(buffer, self.dtype, count, self.pitch(kind));
+        rows.column_range(0..self.width(kind))
     }
 }
 
@@ -336,7 +335,8 @@ fn check(block: &Block, gpu: &Arc<Gpu>, random: &mut Random) {
     }
     let held = lengths.map(|[first, second]| first + second + 1);
     let held_there = Buffer::from_host(gpu, &held.map(|held| held as i32)).unwrap();
-    let rows = TextRows::Newest(&held_there);
+    let held_there = held_there.slice(2);
+    let rows = TextRows::Newest(held_there);
     let positions = held.map(|held| held - 1);
     let placed = place(block, gpu, &cache, random, &positions, 2, rows);
     let queries = block.width(0);
@@ -355,10 +355,11 @@ fn check(block: &Block, gpu: &Arc<Gpu>, random: &mut Random) {
     }
     let out = poisoned(gpu, 2 * queries);
     let order = RowOrder::natural(queries);
+    let [out, q] = [&out, &q].map(|rows| matrix(rows, dtype, 2, queries));
     cache
-        .attend_newest(out.address(), order, q.address(), &held_there, shape)
+        .attend_newest(out, order, q, held_there, shape)
         .unwrap();
-    let got = gpu.download(matrix(&out, dtype, 2, queries)).unwrap();
+    let got = gpu.download(out).unwrap();
     let want: Vec<f64> = (own.iter().zip(positions))
         .flat_map(|(own, position)| own.attended(shape, position))
         .collect();
@@ -391,15 +392,14 @@ fn place(
     let dtype = block.dtype;
     let raw = [0, 1, 2].map(|kind| values(random, dtype, count * block.pitch(kind)));
     let there = raw.each_ref().map(|rows| upload(gpu, dtype, rows));
-    let [q, k, v] = [0, 1, 2].map(|kind| block.output(&there[kind], kind));
+    let [q, k, v] = [0, 1, 2].map(|kind| block.heads(&there[kind], kind, count));
     let v = if block.case.keys_are_values { k } else { v };
     let queries = block.width(0);
     let (norms, turns) = (block.norms(), block.turns());
     let [with, alone] = [Some([k, v]), None].map(|kv| {
         let out = poisoned(gpu, count * queries);
-        cache
-            .store(out.address(), q, kv, count, rows, &norms, turns)
-            .unwrap();
+        let to = matrix(&out, dtype, count, queries);
+        cache.store(to, q, kv, rows, &norms, turns).unwrap();
         out
     });
     let placed = |kind: usize, rows: &[f64]| -> Vec<f64> {
@@ -467,10 +467,9 @@ fn check_prompt(
             ..block.shape
         };
         let out = poisoned(gpu, count * queries);
-        cache
-            .attend_prompt(out.address(), q, sequence, first, shape)
-            .unwrap();
-        let got = gpu.download(matrix(&out, dtype, count, queries)).unwrap();
+        let out = matrix(&out, dtype, count, queries);
+        cache.attend_prompt(out, q, sequence, first, shape).unwrap();
+        let got = gpu.download(out).unwrap();
         for row in (0..count).filter(|row| window.is_some() || row % 37 == 0 || row + 1 == count) {
             let want = own.attended(shape, first + row);
             let got = &got[row * queries..][..queries];

@@ -10,11 +10,12 @@ mod blocks;
 mod common;
 mod heads;
 mod rows;
+mod views;
 
 use std::sync::Arc;
 
-use gptq_kernels::cuda::{Buffer, Gpu};
-use gptq_types::{DeviceMatrix, Dtype};
+use gptq_kernels::cuda::{Buffer, DeviceMatrix, Gpu};
+use gptq_types::Dtype;
 use half::{bf16, f16};
 
 use common::Random;
@@ -58,13 +59,8 @@ fn poisoned(gpu: &Arc<Gpu>, count: usize) -> Buffer {
     Buffer::from_host(gpu, &vec![u16::MAX; count]).unwrap()
 }
 
-fn matrix(buffer: &Buffer, dtype: Dtype, rows: usize, columns: usize) -> DeviceMatrix {
-    DeviceMatrix {
-        address: buffer.address(),
-        rows,
-        columns,
-        dtype,
-    }
+fn matrix(buffer: &Buffer, dtype: Dtype, rows: usize, columns: usize) -> DeviceMatrix<'_> {
+    buffer.matrix([rows, columns], dtype)
 }
 
 /// The distance of numbers of sixteen bits around one.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use gptq_kernels::Activation;
-use gptq_kernels::cuda::{Buffer, DeviceNorm, Gpu, Output, PackedLinear, RowOrder};
+use gptq_kernels::cuda::{Buffer, DeviceMatrix, DeviceNorm, Gpu, PackedLinear, RowOrder};
 use gptq_types::{Bits, Dtype, SolvedLayer};
 use half::f16;
 
@@ -31,8 +31,8 @@ fn act_order(gpu: &Arc<Gpu>, k: usize, dtype: Dtype) -> PackedLinear {
     PackedLinear::new(gpu, &layer, None, dtype).unwrap()
 }
 
-/// Writes to an address in an order.
-type Write<'a> = &'a dyn Fn(u64, RowOrder);
+/// Writes rows in an order.
+type Write<'a> = &'a dyn Fn(DeviceMatrix<'_>, RowOrder<'_>);
 
 /// Rows in their natural order are `want`, and a linear makes the same of them as of rows in its own.
 fn check_rows(
@@ -46,20 +46,17 @@ fn check_rows(
     let k = linear.features();
     let rows = want.len() / k;
     let out = poisoned(gpu, rows * k);
-    write(out.address(), RowOrder::natural(k));
     let natural = matrix(&out, dtype, rows, k);
+    write(natural, RowOrder::natural(k));
     near(&gpu.download(natural).unwrap(), want, dtype, 0.01, what);
     let order = linear.order();
     let ordered = poisoned(gpu, rows * order.width);
-    write(ordered.address(), order);
     let ordered = matrix(&ordered, dtype, rows, order.width);
+    write(ordered, order);
     let products = [(); 2].map(|()| Buffer::new(gpu, rows * OUTPUTS * 2).unwrap());
-    linear
-        .multiply(products[0].address(), natural, false)
-        .unwrap();
-    linear
-        .multiply_ordered(products[1].address(), ordered, false)
-        .unwrap();
+    let [first, second] = [0, 1].map(|at| matrix(&products[at], dtype, rows, OUTPUTS));
+    linear.multiply(first, natural, false).unwrap();
+    linear.multiply_ordered(second, ordered, false).unwrap();
     let [natural, ordered] = products.map(|out| out.to_host::<u16>(rows * OUTPUTS).unwrap());
     assert!(natural == ordered, "{what}, {dtype}, in order");
 }
@@ -146,14 +143,8 @@ fn activations(
         .collect();
     let ups = values(random, dtype, rows * k);
     let (of_gates, of_ups) = (upload(gpu, dtype, &gates), upload(gpu, dtype, &ups));
-    let gate = Output {
-        address: of_gates.address(),
-        pitch,
-    };
-    let up = Output {
-        address: of_ups.address(),
-        pitch: k,
-    };
+    let gate = matrix(&of_gates, dtype, rows, pitch).column_range(0..k);
+    let up = matrix(&of_ups, dtype, rows, k);
     let gates: Vec<f64> = gates
         .chunks(pitch)
         .flat_map(|row| &row[..k])
@@ -170,13 +161,11 @@ fn activations(
             &gated,
             &format!("gate, {what}"),
             &|out, order| {
-                gpu.gate_rows(out, order, [gate, up], [rows, k], dtype, activation)
-                    .unwrap();
+                gpu.gate_rows(out, order, [gate, up], activation).unwrap();
             },
         );
         check_rows(gpu, linear, dtype, &activated, &what, &|out, order| {
-            gpu.activate_rows(out, order, gate, [rows, k], dtype, activation)
-                .unwrap();
+            gpu.activate_rows(out, order, gate, activation).unwrap();
         });
     }
     check_rows(
@@ -186,8 +175,7 @@ fn activations(
         &ups,
         &format!("copy of {rows} rows of {k}"),
         &|out, order| {
-            gpu.gather_rows(out, order, matrix(&of_ups, dtype, rows, k))
-                .unwrap();
+            gpu.gather_rows(out, order, up).unwrap();
         },
     );
 }
@@ -203,13 +191,9 @@ fn rows_of_long_windows_are_gated() {
         let there = [0, 1].map(|at| upload(&gpu, dtype, &both[at]));
         let [gate, up] = [0, 1].map(|at| matrix(&there[at], dtype, rows, k));
         let alone = poisoned(&gpu, rows * k);
-        let x = Output {
-            address: gate.address,
-            pitch: k,
-        };
+        let alone = matrix(&alone, dtype, rows, k);
         let order = RowOrder::natural(k);
-        gpu.activate_rows(alone.address(), order, x, [rows, k], dtype, activation)
-            .unwrap();
+        gpu.activate_rows(alone, order, gate, activation).unwrap();
         gpu.gate(gate, up, activation).unwrap();
         let activated: Vec<f64> = both[0].iter().map(|x| rounded(dtype, of(*x))).collect();
         let want: Vec<f64> = (activated.iter().zip(&both[1]))
@@ -217,7 +201,7 @@ fn rows_of_long_windows_are_gated() {
             .collect();
         let got = gpu.download(gate).unwrap();
         near(&got, &want, dtype, 1e-3, "gates of a long window");
-        let got = gpu.download(matrix(&alone, dtype, rows, k)).unwrap();
+        let got = gpu.download(alone).unwrap();
         near(&got, &activated, dtype, 1e-3, "rows of a long window");
     }
 }
