@@ -192,7 +192,7 @@ COPY_COLUMNS(1)
 
 // out [n, k] = scale * (code - zero); codes [k, n], scales (always f16) and zeros [groups, n], g_idx
 // [k]. A block takes 64 channels of 64 outputs and turns them round. Grid: (n / 64, k / 64), block 256.
-__global__ void dequantise(half16* out, const unsigned char* codes, const half16* scales,
+__global__ void dequantize(half16* out, const unsigned char* codes, const half16* scales,
                            const half16* zeros, const unsigned* g_idx, int k, int n) {
     __shared__ half16 tile[64][66];
     int column = threadIdx.x & 63, row = threadIdx.x >> 6;

@@ -55,7 +55,7 @@ __global__ void narrow_f64(float* out, const double* x, long long count) {
     if (i < count) out[i] = (float)x[i];
 }
 
-// Zeros above the diagonal: the factorisation may leave anything there. Grid: (k / 256, k).
+// Zeros above the diagonal: the factorization may leave anything there. Grid: (k / 256, k).
 __global__ void clear_above(double* a, int k) {
     int i = blockIdx.y, j = blockIdx.x * blockDim.x + threadIdx.x;
     if (j > i && j < k) a[(long long)i * k + j] = 0;

@@ -49,7 +49,7 @@ impl OpenError {
 
 /// A checkpoint whose kind is known.
 pub struct OpenedModel {
-    /// Weights, dequantised on reading where packed.
+    /// Weights, dequantized on reading where packed.
     pub weights: Arc<dyn WeightSource>,
     /// The same, where linears are packed and may be had as codes.
     pub packed: Option<Arc<PackedWeights>>,

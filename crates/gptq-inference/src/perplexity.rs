@@ -1,4 +1,4 @@
-//! Likelihoods of the windows of a text, block by block, so that a model that can be quantised on
+//! Likelihoods of the windows of a text, block by block, so that a model that can be quantized on
 //! a machine can also be evaluated there.
 
 use gptq_model::{Decoder, HeadInput, ModelError, TokenScore};

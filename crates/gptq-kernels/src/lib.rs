@@ -1,7 +1,7 @@
 //! The heavy arithmetic of quantization and inference, on plain row-major slices.
 //!
 //! Knows: matrix products, also from packed or sixteen-bit weights, Gram matrices, the Cholesky factor of an inverse, and the fused
-//! operations of a decoder block, each vectorised at run time for the processor it finds and
+//! operations of a decoder block, each vectorized at run time for the processor it finds and
 //! spread over the rayon pool it is called from. Results do not depend on the number of threads:
 //! work is split over outputs, never over a sum.
 //!
@@ -31,5 +31,5 @@ pub use product::{
     multiply_transposed, transpose,
 };
 pub use rotation::{Pairing, Rotation};
-pub use vector::{axpy, dot, exp, exp_sum, softmax, vectorised};
+pub use vector::{axpy, dot, exp, exp_sum, softmax, vectorized};
 pub use visits::{VISIT_CHANNELS, Visit, visits};

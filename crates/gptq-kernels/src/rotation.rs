@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use crate::vector::vectorised;
+use crate::vector::vectorized;
 
 /// Which components of a head turn together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -98,7 +98,7 @@ impl Rotation {
             let position = position(row) * half;
             let cos = &self.cos[position..position + half];
             let sin = &self.sin[position..position + half];
-            vectorised(|| {
+            vectorized(|| {
                 for head in x.chunks_exact_mut(self.head_dim) {
                     match self.pairing {
                         Pairing::Halves => rotate_halves(&mut head[..2 * half], cos, sin),

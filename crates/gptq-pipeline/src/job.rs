@@ -49,7 +49,7 @@ impl Job {
     /// The passes that it needs.
     pub fn streams(&self) -> Streams {
         match self.spec.measure() {
-            LossMeasure::QuantisedInputs => Streams::One,
+            LossMeasure::QuantizedInputs => Streams::One,
             LossMeasure::FloatOutputs => Streams::BesideFloat,
         }
     }
@@ -89,7 +89,7 @@ pub struct CompareError {
 pub enum Progress<'a> {
     /// Weights were checked and the output folder is ready.
     Begin { blocks: usize, resumed: usize },
-    /// A linear was quantised, written and read back.
+    /// A linear was quantized, written and read back.
     Layer { record: &'a LayerRecord },
     /// The folder to write is the result of this very run.
     AlreadyDone,
@@ -118,8 +118,8 @@ pub enum PipelineError {
         place: String,
         source: gptq_packer::ConfigError,
     },
-    #[error("{0} is quantised already")]
-    AlreadyQuantised(String),
+    #[error("{0} is quantized already")]
+    AlreadyQuantized(String),
     #[error("the record does not say in which order the channels of `{0}` are stored")]
     UnknownOrder(LayerName),
     #[error("group size {group_size} is larger than the {in_features} input channels of `{layer}`")]

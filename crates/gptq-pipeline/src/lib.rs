@@ -27,7 +27,7 @@ pub use journal::JOURNAL_FILE;
 pub use matrix::{PlanError, Preset, check_permutations, plan_matrix, read_plan};
 pub use measure::{FilesToMeasure, MeasuredLayer, measure_files};
 pub use plan::OutputPlan;
-pub use preflight::{check_shapes, check_unquantised};
+pub use preflight::{check_shapes, check_unquantized};
 pub use resume::{is_interrupted, may_be_finished};
 pub use run::{quantize, quantize_and_compare};
 pub use small_files::check_beside;

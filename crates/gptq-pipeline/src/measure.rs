@@ -65,7 +65,7 @@ pub fn measure_files(
         return Err(PipelineError::NoWindows);
     }
     let streams = match files.measure {
-        LossMeasure::QuantisedInputs => Streams::One,
+        LossMeasure::QuantizedInputs => Streams::One,
         LossMeasure::FloatOutputs => Streams::BesideFloat,
     };
     let weights = Arc::new(FloatWeights::new(files.source.clone()));
@@ -94,7 +94,7 @@ pub fn measure_files(
                     solved: &solved,
                     error,
                 });
-                decoder.replace_weight(layer, Weight::Host(unfolded.dequantise()))?;
+                decoder.replace_weight(layer, Weight::Host(unfolded.dequantize()))?;
             }
         }
         decoder.finish_block()?;

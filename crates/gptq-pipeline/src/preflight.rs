@@ -139,7 +139,7 @@ pub fn check_declared_type(source: &dyn TensorSource, model: &ModelSpec) -> Opti
 /// Refuses a model that is packed, or whose `config.json` (valid JSON) says that it is quantized and
 /// whose tensors are not all float. Floats beside such a declaration are what merging an adapter
 /// into a quantized model leaves: they are quantized, and the source's notes say so.
-pub fn check_unquantised(
+pub fn check_unquantized(
     source: &dyn TensorSource,
     config_json: &str,
 ) -> Result<(), PipelineError> {
@@ -148,7 +148,7 @@ pub fn check_unquantised(
     let is_float = |name: &String| source.info(name).is_none_or(|info| info.dtype.is_weight());
     let declared = !matches!(QuantizeConfig::from_model_config(config_json), Ok(None));
     if names.iter().any(is_packed) || (declared && !names.iter().all(is_float)) {
-        return Err(PipelineError::AlreadyQuantised(source.place()));
+        return Err(PipelineError::AlreadyQuantized(source.place()));
     }
     Ok(())
 }

@@ -18,7 +18,7 @@ use crate::fold::{Fold, Folded};
 use crate::journal::{BlockEntry, JOURNAL_FILE, Journal};
 use crate::layers::{After, LayerWork, observe};
 use crate::matrix::estimate::FOLLOWED;
-use crate::preflight::{check_declared_type, check_shapes, check_unquantised};
+use crate::preflight::{check_declared_type, check_shapes, check_unquantized};
 use crate::resume::{Begun, begin, finished, is_interrupted, settings};
 use crate::small_files::{SmallFiles, settings_text};
 use crate::weights::CheckedWeights;
@@ -250,7 +250,7 @@ pub(crate) fn read_model(job: &Job) -> Result<ModelSpec, PipelineError> {
         place: job.source.place(),
         source,
     })?;
-    check_unquantised(job.source.as_ref(), &job.config_json)?;
+    check_unquantized(job.source.as_ref(), &job.config_json)?;
     Ok(model)
 }
 
@@ -431,7 +431,7 @@ impl Run<'_> {
                     source,
                 }
             })?;
-            let weight = Weight::Host(folded.unfolded(layer, solved).dequantise());
+            let weight = Weight::Host(folded.unfolded(layer, solved).dequantize());
             self.decoder.replace_weight(layer, weight)?;
         }
         count_forward(self.model, index, self.job, times);

@@ -15,7 +15,7 @@
 use std::borrow::Cow;
 use std::ops::Range;
 
-use gptq_kernels::{VISIT_CHANNELS, Visit, axpy, multiply_add, vectorised, visits};
+use gptq_kernels::{VISIT_CHANNELS, Visit, axpy, multiply_add, vectorized, visits};
 use gptq_types::SolvedLayer;
 use half::f16;
 use rayon::prelude::*;
@@ -108,7 +108,7 @@ impl<'a> Problem<'a> {
 /// A run of outputs.
 struct Panel {
     outputs: Range<usize>,
-    error: Vec<f32>,  // [K, outputs]: target minus dequantised
+    error: Vec<f32>,  // [K, outputs]: target minus dequantized
     steps: Vec<f32>,  // [K, outputs]: code minus zero
     scales: Vec<f32>, // [G, outputs]
     zeros: Vec<f32>,  // [G, outputs]
@@ -171,7 +171,7 @@ impl Panel {
                 k,
                 n,
             );
-            vectorised(
+            vectorized(
                 #[inline(always)]
                 || {
                     self.add_damping(problem, visit, gradient);

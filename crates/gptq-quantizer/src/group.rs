@@ -71,7 +71,7 @@ pub struct Facts {
     pub tokens: usize,
     /// Share of the mean diagonal that was added in the end.
     pub damp_used: f64,
-    /// Failed factorisations before.
+    /// Failed factorizations before.
     pub escalations: u32,
     /// Channels that were zero on every token.
     pub dead_channels: usize,
@@ -107,7 +107,7 @@ pub struct Rounded {
     pub layer: Arriving,
     /// What the rounding cost.
     pub loss: LayerLoss,
-    /// The dequantised weight, for the groups that follow.
+    /// The dequantized weight, for the groups that follow.
     pub weight: Weight,
 }
 
@@ -126,7 +126,7 @@ pub trait GroupSolver {
     ) -> Result<Rounded, QuantizeError>;
 }
 
-/// A Cholesky factorisation and a triangular inverse, a third of `K^3` each.
+/// A Cholesky factorization and a triangular inverse, a third of `K^3` each.
 pub(crate) fn factor_flop(features: usize) -> f64 {
     2.0 / 3.0 * (features as f64).powi(3)
 }
@@ -408,7 +408,7 @@ impl GroupSolver for HostSolver<'_> {
             ))
         })?;
         Ok(Rounded {
-            weight: Weight::Host(solved.layer.dequantise()),
+            weight: Weight::Host(solved.layer.dequantize()),
             layer: Box::new(|| Ok(solved.layer)),
             loss,
         })

@@ -33,10 +33,10 @@ impl<'a> Outputs<'a> {
         self.carried.as_ref()
     }
 
-    /// `tr(E H E^T)` for `E` the difference of the weight and the dequantised layer, and the terms of the
+    /// `tr(E H E^T)` for `E` the difference of the weight and the dequantized layer, and the terms of the
     /// mismatch: twice the squared output error per token, summed over outputs.
     pub fn error(&self, layer: &SolvedLayer) -> f64 {
-        let mut error = layer.dequantise();
+        let mut error = layer.dequantize();
         for (q, w) in error.iter_mut().zip(self.weight) {
             *q = w - *q;
         }

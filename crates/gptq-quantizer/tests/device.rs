@@ -122,12 +122,12 @@ fn on_device(gpu: &Arc<Gpu>, p: &Problem, spec: &QuantSpec) -> Solved {
     assert_eq!(layer, (beside.layer)()?);
     // What later stages see is what the file says.
     let put_back: Vec<f16> = weight.to_host(p.n * p.k)?;
-    let dequantised = layer.dequantise();
+    let dequantized = layer.dequantize();
     for (n, row) in put_back.chunks(p.k).enumerate() {
         for (k, value) in row.iter().enumerate() {
             assert_eq!(
                 *value,
-                f16::from_f32(dequantised[k * p.n + n]),
+                f16::from_f32(dequantized[k * p.n + n]),
                 "weight [{k}, {n}]"
             );
         }

@@ -84,7 +84,7 @@ pub struct Figures {
     pub overall: Overall,
     /// How far a later run may end from these figures.
     pub tolerances: Tolerances,
-    /// A row per quantised linear, in the order of the data.
+    /// A row per quantized linear, in the order of the data.
     pub layers: Vec<LayerFigures>,
 }
 
@@ -99,7 +99,7 @@ pub struct Inputs {
     pub evaluation_tokens: String,
 }
 
-/// One quantised linear.
+/// One quantized linear.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LayerFigures {
     /// Module name.
@@ -136,7 +136,7 @@ pub struct Tolerances {
     pub file_error: Tolerance,
     /// Of the float model's log-likelihood, nats, up or down.
     pub reference_nll: Tolerance,
-    /// Of the quantised model's, nats.
+    /// Of the quantized model's, nats.
     pub nll: Tolerance,
     /// Of the divergence, as a share of the baseline's.
     pub kl: Tolerance,

@@ -136,7 +136,7 @@ pub struct BranchRecord {
     pub weights_sha256: Option<ContentHash>,
     /// Bytes of its weight files.
     pub weight_bytes: u64,
-    /// Bits for each weight of the quantised linears, grids and g_idx included.
+    /// Bits for each weight of the quantized linears, grids and g_idx included.
     pub bits_per_weight: f64,
     /// Runtimes, in a fixed order.
     pub readings: Vec<Reading>,
@@ -162,7 +162,7 @@ pub struct PlannedBranch {
     pub refusal: Option<String>,
     /// Bytes of its weight files.
     pub weight_bytes: u64,
-    /// Bits for each weight of the quantised linears, grids and g_idx included.
+    /// Bits for each weight of the quantized linears, grids and g_idx included.
     pub bits_per_weight: f64,
     /// Runtimes.
     pub readings: Vec<Reading>,

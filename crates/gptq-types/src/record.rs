@@ -89,7 +89,7 @@ impl CalibrationRecord {
     }
 }
 
-/// One quantised linear.
+/// One quantized linear.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LayerRecord {
     /// Module name.
@@ -240,12 +240,12 @@ pub struct RunRecord {
     /// Most bytes of GPU memory that were allocated at a time.
     #[serde(default)]
     pub gpu_memory_peak: Option<u64>,
-    /// A row per quantised linear.
+    /// A row per quantized linear.
     pub layers: Vec<LayerRecord>,
     /// Degradations and doubts.
     pub warnings: Vec<Warning>,
     /// The Hessians are those of the float model, one pass for several settings; else of the model
-    /// quantised up to the layer.
+    /// quantized up to the layer.
     #[serde(default, skip_serializing_if = "is_false")]
     pub shared_hessian: bool,
     /// Against the float model, on each text that was asked for: before the folder was published, from

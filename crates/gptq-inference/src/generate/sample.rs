@@ -93,7 +93,7 @@ impl Sampler {
     /// The next token; nothing where no logit is finite.
     pub fn pick(&mut self, logits: &[f32]) -> Option<u32> {
         let mut logits = logits.to_vec();
-        self.penalise(&mut logits);
+        self.penalize(&mut logits);
         let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         if !max.is_finite() {
             return None;
@@ -112,7 +112,7 @@ impl Sampler {
         Some(self.draw_one(&tokens))
     }
 
-    fn penalise(&self, logits: &mut [f32]) {
+    fn penalize(&self, logits: &mut [f32]) {
         let penalty = self.sampling.repetition_penalty;
         if penalty == 1.0 {
             return;

@@ -60,7 +60,7 @@ impl Gpu {
             )
         }
         .result()
-        .named("sizing the Cholesky factorisation")?;
+        .named("sizing the Cholesky factorization")?;
         let mut space = Workspace::new(self, on_device, on_host)?;
         // SAFETY: as above, with workspaces of the sizes asked for, which live until the wait.
         unsafe {
@@ -81,7 +81,7 @@ impl Gpu {
             )
         }
         .result()
-        .named("Cholesky factorisation")?;
+        .named("Cholesky factorization")?;
         match space.info()? {
             0 => Ok(()),
             minor @ 1.. => Err(CudaError::NotPositive {

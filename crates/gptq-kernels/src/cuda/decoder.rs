@@ -263,7 +263,7 @@ impl Gpu {
         unsafe {
             self.launch(
                 program(out.dtype),
-                "dequantise",
+                "dequantize",
                 grid,
                 [256, 1, 1],
                 0,

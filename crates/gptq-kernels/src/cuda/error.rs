@@ -35,7 +35,7 @@ pub enum CudaError {
         architecture: String,
         log: String,
     },
-    #[error("pivot {row} of the Cholesky factorisation is not positive")]
+    #[error("pivot {row} of the Cholesky factorization is not positive")]
     NotPositive { row: usize },
     #[error("{0}")]
     Invalid(String),

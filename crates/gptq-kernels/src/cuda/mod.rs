@@ -1,4 +1,4 @@
-//! The same arithmetic on NVIDIA GPUs: cuBLAS for products, cuSOLVER for factorisations, the
+//! The same arithmetic on NVIDIA GPUs: cuBLAS for products, cuSOLVER for factorizations, the
 //! sources in `kernels/` compiled by NVRTC for the rest.
 //!
 //! Libraries are opened when a [`Gpu`] is, never before: a program with this code runs on machines

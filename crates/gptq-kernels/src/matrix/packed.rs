@@ -332,7 +332,7 @@ impl PackedMatrix {
         }
     }
 
-    /// A band of tiles, dequantised and multiplied.
+    /// A band of tiles, dequantized and multiplied.
     pub(super) fn many(&self, first: usize, out: &mut [f32], rows: usize, input: &Input<'_>) {
         let outputs = out.len() / rows;
         let columns = outputs.next_multiple_of(TILE);
@@ -387,7 +387,7 @@ impl Kernel for WidenTile<'_> {
     }
 }
 
-/// The values of a tile, as [`SolvedLayer::dequantise`] has them, into `columns` from `column` on.
+/// The values of a tile, as [`SolvedLayer::dequantize`] has them, into `columns` from `column` on.
 #[inline(always)]
 fn widen_tile<const B: usize>(
     tile: &[u32],

@@ -76,7 +76,7 @@ pub(super) fn memory(model: &ModelSpec, permutation: &Permutation) -> u64 {
     let activations = activations.saturating_add(kept_for_blocks(model, tokens));
     // Hidden states, a block, two sums and what is carried of a weight.
     let beside = match permutation.spec.measure() {
-        LossMeasure::QuantisedInputs => 0,
+        LossMeasure::QuantizedInputs => 0,
         LossMeasure::FloatOutputs => (tokens.saturating_mul(model.hidden_size as u128))
             .saturating_add(block)
             .saturating_add(widest.saturating_mul(widest).saturating_mul(2))
@@ -85,7 +85,7 @@ pub(super) fn memory(model: &ModelSpec, permutation: &Permutation) -> u64 {
     };
     // The Hessian of what is held out, with its sums beside a float stream.
     let held_out = match (permutation.spec.order, permutation.spec.measure()) {
-        (ColumnOrder::Auto, LossMeasure::QuantisedInputs) => widest.saturating_mul(widest * 4),
+        (ColumnOrder::Auto, LossMeasure::QuantizedInputs) => widest.saturating_mul(widest * 4),
         (ColumnOrder::Auto, LossMeasure::FloatOutputs) => widest.saturating_mul(widest * 12),
         _ => 0,
     };
