@@ -106,7 +106,7 @@ impl Gpu {
             unsafe {
                 self.launch(
                     Program::Hessian,
-                    "narrow_f64",
+                    "f64_to_f32",
                     [count.div_ceil(256), 1, 1],
                     [256, 1, 1],
                     0,

@@ -103,8 +103,8 @@ impl Gpu {
             (tokens as i32).into(),
         ];
         let name = match turn.pairing {
-            Pairing::Halves => "rotate",
-            Pairing::Interleaved => "rotate_pairs",
+            Pairing::Halves => "rope",
+            Pairing::Interleaved => "rope_interleaved",
         };
         let (grid, block) = ([x.rows, 1, 1], [LINE, 1, 1]);
         // SAFETY: the table has `tokens` positions, the caller made it for this window length.

@@ -78,7 +78,7 @@ impl DeviceHessian {
         unsafe {
             gpu.launch(
                 Program::Descent,
-                "subtract_rounded",
+                "subtract_dequantized",
                 grid,
                 [256, 1, 1],
                 0,
@@ -110,7 +110,16 @@ impl DeviceHessian {
                 ];
                 let (grid, block) = ([n.div_ceil(OUTPUTS), 1, 1], [LANES, OUTPUTS, 1]);
                 // SAFETY: the rows of a visit are at most VISIT_CHANNELS and lie inside the weight.
-                unsafe { gpu.launch(Program::Descent, "descend", grid, block, SHARED, &args)? };
+                unsafe {
+                    gpu.launch(
+                        Program::Descent,
+                        "coordinate_descent",
+                        grid,
+                        block,
+                        SHARED,
+                        &args,
+                    )?
+                };
             }
         }
         Ok(())

@@ -217,7 +217,7 @@ impl DeviceHessian {
             unsafe {
                 let program = Program::Hessian;
                 self.gpu
-                    .launch(program, "multiply_by", grid, [256, 1, 1], 0, &args)?
+                    .launch(program, "scale_in_place", grid, [256, 1, 1], 0, &args)?
             };
         }
         self.diagonal()
@@ -278,14 +278,8 @@ impl DeviceHessian {
         let grid = [elements.div_ceil(256), 1, 1];
         // SAFETY: both are [features, features].
         unsafe {
-            self.gpu.launch(
-                Program::Hessian,
-                "move_towards",
-                grid,
-                [256, 1, 1],
-                0,
-                &args,
-            )
+            self.gpu
+                .launch(Program::Hessian, "update_mean", grid, [256, 1, 1], 0, &args)
         }
     }
 
@@ -297,7 +291,7 @@ impl DeviceHessian {
         unsafe {
             self.gpu.launch(
                 Program::Hessian,
-                "finish_sum",
+                "symmetrize_and_scale",
                 [tiles, tiles, 1],
                 [32, 8, 1],
                 0,
@@ -373,7 +367,7 @@ impl DeviceHessian {
         unsafe {
             gpu.launch(
                 Program::Hessian,
-                "damp",
+                "permute_and_damp",
                 [k.div_ceil(256), k, 1],
                 [256, 1, 1],
                 0,

@@ -1,5 +1,5 @@
 //! Attention of a pass that reads or writes text, over the keys and values of earlier tokens; the
-//! kernels are described in `kernels/text.cu`. Addresses are of sixteen-bit row-major matrices.
+//! kernels are described in `kernels/llama_block.cu`. Addresses are of sixteen-bit row-major matrices.
 
 use std::sync::Arc;
 
@@ -229,8 +229,8 @@ impl DeviceKeyValues {
             &[q.address, k.address, v.address],
         );
         let (name, values) = match eights {
-            true => ("place_heads_8", 8),
-            false => ("place_heads_1", 1),
+            true => ("qk_norm_rope_cache_8", 8),
+            false => ("qk_norm_rope_cache_1", 1),
         };
         let lanes = Placed::lanes(head_dim, values);
         let (cosine, sine) = turn.addresses();
@@ -288,10 +288,10 @@ impl DeviceKeyValues {
             &[q.address, k.address, v.address],
         );
         let name = match (pairing, eights) {
-            (Pairing::Halves, true) => "place_any_heads_8",
-            (Pairing::Halves, false) => "place_any_heads_1",
-            (Pairing::Interleaved, true) => "place_paired_heads_8",
-            (Pairing::Interleaved, false) => "place_paired_heads_1",
+            (Pairing::Halves, true) => "qk_norm_rope_cache_any_8",
+            (Pairing::Halves, false) => "qk_norm_rope_cache_any_1",
+            (Pairing::Interleaved, true) => "qk_norm_rope_cache_interleaved_8",
+            (Pairing::Interleaved, false) => "qk_norm_rope_cache_interleaved_1",
         };
         let lanes = Placed::lanes(head_dim, if eights { 8 } else { 1 });
         let stored = placed.kv.map_or(0, |_| kv_heads);
@@ -394,7 +394,7 @@ impl DeviceKeyValues {
         ];
         let (grid, block) = ([heads, self.sequences, 1], [d.next_multiple_of(32), 1, 1]);
         // SAFETY: out has a row of the order's width a sequence.
-        unsafe { (self.gpu).launch_behind(program, "merge_shares", grid, block, 0, &args) }
+        unsafe { (self.gpu).launch_behind(program, "merge_splits", grid, block, 0, &args) }
     }
 
     fn newest(&self, shape: AttentionShape) -> Result<Newest, CudaError> {
@@ -409,9 +409,9 @@ impl DeviceKeyValues {
             let over = kv_heads * of.div_ceil(TOGETHER);
             return Ok(Newest {
                 name: if d == 64 {
-                    "attend_heads_64"
+                    "attention_decode_gqa_64"
                 } else {
-                    "attend_heads_128"
+                    "attention_decode_gqa_128"
                 },
                 over,
                 last: of,
@@ -420,12 +420,12 @@ impl DeviceKeyValues {
             });
         }
         let name = match d {
-            64 => "attend_share_8_1",
-            128 => "attend_share_8_2",
-            256 => "attend_share_8_4",
-            ..=128 => "attend_share_2_8",
-            129..=256 => "attend_share_2_16",
-            257..=512 if d.is_multiple_of(8) => "attend_share_8_8",
+            64 => "attention_decode_8_1",
+            128 => "attention_decode_8_2",
+            256 => "attention_decode_8_4",
+            ..=128 => "attention_decode_2_8",
+            129..=256 => "attention_decode_2_16",
+            257..=512 if d.is_multiple_of(8) => "attention_decode_8_8",
             _ => {
                 return Err(CudaError::Invalid(format!(
                     "attention heads of {d} are wider than 256, and no multiple of 8 up to 512"
@@ -529,10 +529,10 @@ impl Gpu {
             false => (64, 128, 4 * 64 * (d + 8) * 2),
         };
         let name = match (by_groups, d) {
-            (true, 64) => "attend_group_64",
-            (true, 128) => "attend_group_128",
-            (false, 64) => "attend_prompt_64",
-            (false, 128) => "attend_prompt_128",
+            (true, 64) => "attention_prefill_wgmma_64",
+            (true, 128) => "attention_prefill_wgmma_128",
+            (false, 64) => "attention_prefill_64",
+            (false, 128) => "attention_prefill_128",
             _ => return Ok(false),
         };
         let shape = among(shape, first + q.rows);

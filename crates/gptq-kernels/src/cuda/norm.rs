@@ -116,7 +116,7 @@ impl Gpu {
         args.push((order.width as i32).into());
         args.push(norm.eps.into());
         let names = [
-            ["norm_rows_1", "norm_rows_8"],
+            ["rms_norm_rows_1", "rms_norm_rows_8"],
             ["layer_norm_rows_1", "layer_norm_rows_8"],
         ];
         let (name, grid) = (norm.pick(names, eights), [x.rows, 1, 1]);
@@ -157,7 +157,7 @@ impl Gpu {
         args.push((norm.width as i32).into());
         args.push(norm.eps.into());
         let names = [
-            ["norm_outputs_1", "norm_outputs_8"],
+            ["rms_norm_outputs_1", "rms_norm_outputs_8"],
             ["layer_norm_outputs_1", "layer_norm_outputs_8"],
         ];
         let (name, grid) = (norm.pick(names, eights), [rows * runs, 1, 1]);
@@ -184,7 +184,7 @@ impl Gpu {
         args.push(norm.eps.into());
         args.push(factor.into());
         let names = [
-            ["add_normed_1", "add_normed_8"],
+            ["add_rms_normed_1", "add_rms_normed_8"],
             ["add_layer_normed_1", "add_layer_normed_8"],
         ];
         let (name, grid) = (norm.pick(names, eights), [hidden.rows, 1, 1]);

@@ -235,7 +235,14 @@ impl PackedLinear {
         let (program, shared) = (self.program(), of_block * row);
         // SAFETY: the place holds rows x stride elements, a channel for each of stride.
         unsafe {
-            (self.gpu).launch_behind(program, "arrange", grid, [threads, 1, 1], shared, &args)?
+            (self.gpu).launch_behind(
+                program,
+                "gather_columns",
+                grid,
+                [threads, 1, 1],
+                shared,
+                &args,
+            )?
         };
         Ok(DeviceMatrix {
             address: place.address(),

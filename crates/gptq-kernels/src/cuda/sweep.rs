@@ -463,7 +463,7 @@ impl DeviceHessian {
         ];
         let grid = [k.div_ceil(32), n.div_ceil(32), 1];
         // SAFETY: codes and e are [k, n], the grids [groups, n], g_idx below groups.
-        unsafe { gpu.launch(program(weight), "put_back", grid, [32, 8, 1], 0, &args)? };
+        unsafe { gpu.launch(program(weight), "write_back", grid, [32, 8, 1], 0, &args)? };
         self.weighted_square(&e, n, carried)
     }
 }

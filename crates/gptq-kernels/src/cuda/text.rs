@@ -82,7 +82,7 @@ macro_rules! names {
     ($name:literal) => {
         Names {
             scattered: [concat!($name, "_1"), concat!($name, "_8")],
-            in_order: [concat!($name, "_in_order_1"), concat!($name, "_in_order_8")],
+            in_order: [concat!($name, "_gathered_1"), concat!($name, "_gathered_8")],
         }
     };
 }
@@ -99,8 +99,8 @@ impl Gpu {
         activation: Activation,
     ) -> Result<(), CudaError> {
         let (program, names) = match activation {
-            Activation::Silu => (program(dtype), names!("gate_rows")),
-            Activation::GeluTanh => (others(dtype), names!("gate_rows_gelu")),
+            Activation::Silu => (program(dtype), names!("swiglu_rows")),
+            Activation::GeluTanh => (others(dtype), names!("geglu_rows")),
         };
         self.write_rows(program, names, out, order, [gate, up], size)
     }
@@ -128,7 +128,7 @@ impl Gpu {
             address: x.address,
             pitch: x.columns,
         };
-        let (names, size) = (names!("gather_rows"), [x.rows, x.columns]);
+        let (names, size) = (names!("gather_columns"), [x.rows, x.columns]);
         self.write_rows(others(x.dtype), names, out, order, [rows; 2], size)
     }
 
