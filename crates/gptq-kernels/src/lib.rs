@@ -11,16 +11,17 @@ mod attention;
 mod cache;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+mod descent_blocks;
 mod elementwise;
 mod factor;
 mod matrix;
 mod product;
 mod rotation;
 mod vector;
-mod visits;
 
 pub use attention::{AttentionShape, causal_attention};
 pub use cache::KeyValueCache;
+pub use descent_blocks::{DESCENT_CHANNELS, DescentBlock, descent_blocks};
 pub use elementwise::{
     Activation, activate, add_scaled, gated, layer_norm, rms_norm, scale, soft_cap,
 };
@@ -32,4 +33,3 @@ pub use product::{
 };
 pub use rotation::{Pairing, Rotation};
 pub use vector::{axpy, dot, exp, exp_sum, softmax, vectorized};
-pub use visits::{VISIT_CHANNELS, Visit, visits};

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use gptq_model::Device;
 use gptq_packer::{PackedLayer, StagedCheckpoint, pack, verify_layer};
-use gptq_quantizer::Arriving;
+use gptq_quantizer::PendingLayer;
 use gptq_types::{ContentHash, LayerName, Phase, PhaseTimes, SolvedLayer};
 use serde_json::{Map, Value};
 
@@ -22,7 +22,7 @@ const WAITING: usize = 7;
 
 /// What is to be written, in order.
 pub enum Message {
-    Layer(LayerName, Arriving),
+    Layer(LayerName, PendingLayer),
     Block(BlockEntry),
     Plain(Vec<String>),
     /// A bias, element `n` of which is what was the one at `outputs[n]`.
@@ -47,7 +47,7 @@ pub trait Output {
     fn send(&self, message: Message) -> Result<(), PipelineError>;
 
     /// Hands a linear over.
-    fn store(&self, layer: LayerName, solved: Arriving) -> Result<(), PipelineError> {
+    fn store(&self, layer: LayerName, solved: PendingLayer) -> Result<(), PipelineError> {
         self.send(Message::Layer(layer, solved))
     }
 

@@ -9,8 +9,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use gptq_kernels::cuda::{
-    CudaError, DeviceCarried, DeviceFactor, DeviceHessian, Gpu, Rule, SWEEP_CHANNELS, Step,
-    SweepPlan, Swept, SweptHost,
+    CudaError, DeviceFactor, DeviceHessian, DeviceOutputMismatch, Gpu, RawGridRule, SWEEP_CHANNELS,
+    Step, SweepPlan, Swept, SweptHost,
 };
 use gptq_types::{Bits, DeviceMatrix, Phase, PhaseTimes, QuantSpec, SolvedLayer, Weight};
 use half::f16;
@@ -19,7 +19,7 @@ pub use sum::DeviceSum;
 
 use crate::factor::{Damping, importance};
 use crate::group::{
-    Facts, GroupHessian, GroupSolver, Rounded, count, factor_flop, least, outputs_of_a_trial,
+    FactorStats, GroupHessian, GroupSolver, Rounded, count, factor_flop, least, outputs_of_a_trial,
 };
 use crate::search::SearchRule;
 use crate::{Order, QuantizeError};
@@ -41,7 +41,7 @@ struct Damped {
     channels: Vec<u32>,
     damp_percent: f64,
     factor: DeviceFactor,
-    facts: Facts,
+    stats: FactorStats,
 }
 
 impl GroupHessian for DeviceReady {
@@ -136,11 +136,11 @@ impl DeviceReady {
             };
             let size = spec.group_size.resolve(part.columns);
             let rule = rule(spec);
-            let (_, carried) = self.hessian.rounding_cost(part, size, rule)?;
-            let swept = group.swept(part, rule, carried.as_ref(), spec)?;
-            let (_, carried) = held_out.rounding_cost(part, size, rule)?;
+            let (_, output_mismatch) = self.hessian.rounding_cost(part, size, rule)?;
+            let swept = group.swept(part, rule, output_mismatch.as_ref(), spec)?;
+            let (_, output_mismatch) = held_out.rounding_cost(part, size, rule)?;
             let copy = self.gpu.copied(part)?;
-            error += held_out.put_back(copy, &swept, &group.plan, carried.as_ref())?;
+            error += held_out.write_back(copy, &swept, &group.plan, output_mismatch.as_ref())?;
         }
         times.add(Phase::Sweep, start.elapsed());
         Ok(error)
@@ -176,7 +176,7 @@ impl DeviceReady {
             channels,
             damp_percent,
             factor,
-            facts: Facts {
+            stats: FactorStats {
                 tokens: self.tokens,
                 damp_used,
                 escalations,
@@ -225,16 +225,16 @@ fn steps(order: &Order) -> Vec<Step> {
     steps
 }
 
-fn rule(spec: &QuantSpec) -> Rule {
+fn rule(spec: &QuantSpec) -> RawGridRule {
     let search = SearchRule::new(spec);
-    Rule {
+    RawGridRule {
         max_code: spec.bits.max_code() as f32,
         min_zero: spec.min_zero() as f32,
-        least: search.least,
+        min_share: search.least,
         sym: spec.sym.into(),
         full_range: spec.full_range.into(),
         shares: search.shares as i32,
-        ways: search.ways as i32,
+        variants: search.ways as i32,
     }
 }
 
@@ -243,11 +243,12 @@ impl DeviceGroup<'_> {
     fn swept(
         &self,
         weight: DeviceMatrix,
-        rule: Rule,
-        carried: Option<&DeviceCarried>,
+        rule: RawGridRule,
+        output_mismatch: Option<&DeviceOutputMismatch>,
         spec: &QuantSpec,
     ) -> Result<Swept, CudaError> {
-        let aim = carried.map(|carried| (carried, spec.input_mismatch as f32));
+        let aim =
+            output_mismatch.map(|output_mismatch| (output_mismatch, spec.input_mismatch as f32));
         let target = match spec.descent_passes {
             0 => None,
             _ => Some(self.hessian.target(weight.rows)?),
@@ -264,8 +265,8 @@ impl DeviceGroup<'_> {
 }
 
 impl GroupSolver for DeviceGroup<'_> {
-    fn facts(&self) -> Facts {
-        self.damped.facts
+    fn stats(&self) -> FactorStats {
+        self.damped.stats
     }
 
     fn round(
@@ -280,24 +281,26 @@ impl GroupSolver for DeviceGroup<'_> {
         let size = spec.group_size.resolve(there.columns);
         let rule = rule(spec);
         count(times, there.columns, out_features, spec);
-        let (cost, carried) = times.time(Phase::Measure, || {
+        let (cost, output_mismatch) = times.time(Phase::Measure, || {
             self.hessian.rounding_cost(there, size, rule)
         })?;
-        let carried = carried.as_ref();
+        let output_mismatch = output_mismatch.as_ref();
         let start = Instant::now();
         let before = self.hessian.gpu().mark()?;
-        let swept = self.swept(there, rule, carried, spec)?;
+        let swept = self.swept(there, rule, output_mismatch, spec)?;
         let after = self.hessian.gpu().mark()?;
-        let home = swept.send_home()?;
-        let error = self.hessian.put_back(there, &swept, &self.plan, carried)?;
-        home.hold(self.hessian.gpu())?;
+        let download = swept.start_download()?;
+        let error = self
+            .hessian
+            .write_back(there, &swept, &self.plan, output_mismatch)?;
+        download.order_after(self.hessian.gpu())?;
         let sweep = Duration::from_secs_f64(before.seconds_to(&after)?);
         times.add(Phase::Sweep, sweep);
         times.add(Phase::Measure, start.elapsed().saturating_sub(sweep));
         let (bits, g_idx) = (spec.bits, self.order.g_idx());
         Ok(Rounded {
-            layer: Box::new(move || layer(home.receive()?, bits, g_idx, out_features)),
-            loss: (self.facts()).loss(spec.measure(), error, cost.rtn_error, cost.signal),
+            layer: Box::new(move || layer(download.receive()?, bits, g_idx, out_features)),
+            loss: (self.stats()).loss(spec.measure(), error, cost.rtn_error, cost.signal),
             weight,
         })
     }

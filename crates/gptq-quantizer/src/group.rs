@@ -66,7 +66,7 @@ pub trait GroupHessian {
 
 /// What a factor says about its group.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Facts {
+pub struct FactorStats {
     /// Tokens that went into the Hessian.
     pub tokens: usize,
     /// Share of the mean diagonal that was added in the end.
@@ -77,7 +77,7 @@ pub struct Facts {
     pub dead_channels: usize,
 }
 
-impl Facts {
+impl FactorStats {
     /// The loss of a linear that the factor rounded.
     pub(crate) fn loss(
         &self,
@@ -99,12 +99,12 @@ impl Facts {
 }
 
 /// Codes and grids that may still be on their way: waits for them, on any thread.
-pub type Arriving = Box<dyn FnOnce() -> Result<SolvedLayer, QuantizeError> + Send>;
+pub type PendingLayer = Box<dyn FnOnce() -> Result<SolvedLayer, QuantizeError> + Send>;
 
 /// A rounded linear.
 pub struct Rounded {
     /// Codes and grids.
-    pub layer: Arriving,
+    pub layer: PendingLayer,
     /// What the rounding cost.
     pub loss: LayerLoss,
     /// The dequantized weight, for the groups that follow.
@@ -114,7 +114,7 @@ pub struct Rounded {
 /// Solves linears with the factor that they share.
 pub trait GroupSolver {
     /// About the factor.
-    fn facts(&self) -> Facts;
+    fn stats(&self) -> FactorStats;
 
     /// Rounds one linear; adds the time of the sweep and of measuring to `times`.
     fn round(
@@ -361,8 +361,10 @@ impl HostSolver<'_> {
         spec: &QuantSpec,
     ) -> Result<Solved, QuantizeError> {
         let alpha = spec.input_mismatch as f32;
-        let aimed = (outputs.carried())
-            .map(|carried| self.factor.aimed(weight, carried, alpha, out_features));
+        let aimed = (outputs.output_mismatch()).map(|output_mismatch| {
+            self.factor
+                .aimed(weight, output_mismatch, alpha, out_features)
+        });
         let aim = aimed.as_deref().unwrap_or(weight);
         let mut solved = solve(aim, out_features, &self.factor, spec)?;
         if spec.descent_passes != 0 {
@@ -374,8 +376,8 @@ impl HostSolver<'_> {
 }
 
 impl GroupSolver for HostSolver<'_> {
-    fn facts(&self) -> Facts {
-        Facts {
+    fn stats(&self) -> FactorStats {
+        FactorStats {
             tokens: self.hessian.tokens(),
             damp_used: self.factor.damp_used,
             escalations: self.factor.escalations,
@@ -400,7 +402,7 @@ impl GroupSolver for HostSolver<'_> {
         count(times, self.hessian.features(), out_features, spec);
         let loss = times.time(Phase::Measure, || {
             let rounded = round_to_nearest(weight, out_features, spec)?;
-            Ok::<_, QuantizeError>(self.facts().loss(
+            Ok::<_, QuantizeError>(self.stats().loss(
                 spec.measure(),
                 outputs.error(&solved.layer),
                 outputs.error(&rounded),

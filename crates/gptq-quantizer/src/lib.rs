@@ -38,10 +38,12 @@ pub use descent::descend;
 pub use device::DeviceSum;
 pub use factor::Factor;
 pub use grid::Grid;
-pub use group::{Arriving, Facts, GroupHessian, GroupSolver, GroupSum, HostGroup, Rounded};
+pub use group::{
+    FactorStats, GroupHessian, GroupSolver, GroupSum, HostGroup, PendingLayer, Rounded,
+};
 pub use hessian::{Hessian, HessianSum};
 pub use measure::{Outputs, output_error, signal};
-pub use mismatch::{Carried, Mismatch};
+pub use mismatch::{Mismatch, OutputMismatch};
 pub use order::Order;
 pub use round::round_to_nearest;
 pub use solve::{Solved, solve};

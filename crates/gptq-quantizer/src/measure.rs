@@ -5,7 +5,7 @@ use gptq_types::SolvedLayer;
 use rayon::prelude::*;
 
 use crate::Hessian;
-use crate::mismatch::Carried;
+use crate::mismatch::OutputMismatch;
 
 /// A weight and the outputs that a rounded one is compared with: its own on the quantized inputs, or on
 /// those of the float model where the Hessian knows of them.
@@ -13,7 +13,7 @@ pub struct Outputs<'a> {
     hessian: &'a Hessian,
     weight: &'a [f32],
     n: usize,
-    carried: Option<Carried>,
+    output_mismatch: Option<OutputMismatch>,
 }
 
 impl<'a> Outputs<'a> {
@@ -24,13 +24,13 @@ impl<'a> Outputs<'a> {
             hessian,
             weight,
             n,
-            carried: mismatch.map(|mismatch| mismatch.carried(weight, n)),
+            output_mismatch: mismatch.map(|mismatch| mismatch.output_mismatch(weight, n)),
         }
     }
 
     /// What the mismatch of the inputs does to them.
-    pub fn carried(&self) -> Option<&Carried> {
-        self.carried.as_ref()
+    pub fn output_mismatch(&self) -> Option<&OutputMismatch> {
+        self.output_mismatch.as_ref()
     }
 
     /// `tr(E H E^T)` for `E` the difference of the weight and the dequantized layer, and the terms of the
@@ -41,18 +41,25 @@ impl<'a> Outputs<'a> {
             *q = w - *q;
         }
         let own = weighted_square(self.hessian, &error, self.n);
-        let beside = self.carried.as_ref().map_or(0.0, |carried| {
-            2.0 * inner_product(&carried.cross, &error, self.n) + carried.square
-        });
+        let beside = self
+            .output_mismatch
+            .as_ref()
+            .map_or(0.0, |output_mismatch| {
+                2.0 * inner_product(&output_mismatch.cross, &error, self.n) + output_mismatch.square
+            });
         (own + beside).max(0.0)
     }
 
     /// The same for the whole output of the weight.
     pub fn signal(&self) -> f64 {
         let own = weighted_square(self.hessian, self.weight, self.n);
-        let beside = self.carried.as_ref().map_or(0.0, |carried| {
-            2.0 * inner_product(&carried.cross, self.weight, self.n) + carried.square
-        });
+        let beside = self
+            .output_mismatch
+            .as_ref()
+            .map_or(0.0, |output_mismatch| {
+                2.0 * inner_product(&output_mismatch.cross, self.weight, self.n)
+                    + output_mismatch.square
+            });
         (own + beside).max(0.0)
     }
 }

@@ -77,7 +77,7 @@ pub struct Mismatch {
 }
 
 /// What the mismatch does to the outputs of one weight.
-pub struct Carried {
+pub struct OutputMismatch {
     /// `G^T w`, `[K, N]`.
     pub cross: Vec<f32>,
     /// `tr(w^T F w)`: the error of the weight itself, were it not rounded.
@@ -94,13 +94,13 @@ impl Mismatch {
     }
 
     /// Of `weight [K, N]`.
-    pub fn carried(&self, weight: &[f32], n: usize) -> Carried {
+    pub fn output_mismatch(&self, weight: &[f32], n: usize) -> OutputMismatch {
         let k = weight.len() / n;
         let mut product = vec![0.0; k * n];
         multiply(&mut product, &self.square, weight, k, k, n);
         let square = inner_product(&product, weight, n);
         multiply_left_transposed(&mut product, &self.cross, weight, k, k, n);
-        Carried {
+        OutputMismatch {
             cross: product,
             square,
         }
@@ -115,12 +115,18 @@ pub(crate) fn merge(mean: &mut [f32], count: usize, other: &[f32], more: usize) 
 
 impl Factor {
     /// `w + alpha (H + lambda I)^-1 G^T w`, `[K, N]`: what the sweep rounds in the place of `weight`.
-    pub fn aimed(&self, weight: &[f32], carried: &Carried, alpha: f32, n: usize) -> Vec<f32> {
+    pub fn aimed(
+        &self,
+        weight: &[f32],
+        output_mismatch: &OutputMismatch,
+        alpha: f32,
+        n: usize,
+    ) -> Vec<f32> {
         let channels = &self.order.channels;
         let k = channels.len();
         // (H + lambda I)^-1 = U^T U in processing order.
         let ordered: Vec<f32> = (channels.iter())
-            .flat_map(|&channel| &carried.cross[channel * n..][..n])
+            .flat_map(|&channel| &output_mismatch.cross[channel * n..][..n])
             .copied()
             .collect();
         let mut half = vec![0.0; k * n];

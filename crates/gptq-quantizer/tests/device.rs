@@ -96,7 +96,7 @@ struct Arrived {
     loss: LayerLoss,
 }
 
-type Solved = Result<(Arrived, gptq_quantizer::Facts), QuantizeError>;
+type Solved = Result<(Arrived, gptq_quantizer::FactorStats), QuantizeError>;
 
 fn on_device(gpu: &Arc<Gpu>, p: &Problem, spec: &QuantSpec) -> Solved {
     let mut times = PhaseTimes::default();
@@ -133,7 +133,7 @@ fn on_device(gpu: &Arc<Gpu>, p: &Problem, spec: &QuantSpec) -> Solved {
         }
     }
     let loss = rounded.loss;
-    Ok((Arrived { layer, loss }, solver.facts()))
+    Ok((Arrived { layer, loss }, solver.stats()))
 }
 
 /// The weight as the processor has it, `[k, n]`.
@@ -170,7 +170,7 @@ fn on_host(p: &Problem, spec: &QuantSpec) -> Solved {
         layer: (rounded.layer)()?,
         loss: rounded.loss,
     };
-    Ok((arrived, solver.facts()))
+    Ok((arrived, solver.stats()))
 }
 
 fn close(got: f64, want: f64, what: &str) {

@@ -171,7 +171,7 @@ fn half_of_the_way_lowers_the_error_at_every_width_and_in_every_order() {
             let factor = Factor::new(&hessian, &plain).unwrap();
             let outputs = Outputs::new(&hessian, &p.weight, N);
             let without = solve(&p.weight, N, &factor, &plain).unwrap();
-            let aimed = factor.aimed(&p.weight, outputs.carried().unwrap(), 0.5, N);
+            let aimed = factor.aimed(&p.weight, outputs.output_mismatch().unwrap(), 0.5, N);
             let with = solve(&aimed, N, &factor, &plain).unwrap();
             let (before, after) = (outputs.error(&without.layer), outputs.error(&with.layer));
             assert!(after < before, "{bits} {order:?}: {after} against {before}");

@@ -39,7 +39,7 @@ struct DeviceMismatch {
 }
 
 /// What the mismatch does to the outputs of one weight.
-pub struct DeviceCarried {
+pub struct DeviceOutputMismatch {
     /// `G^T w`, f32 `[features, outputs]` in stored order.
     pub(super) cross: Buffer,
     /// `tr(w^T F w)`.
@@ -302,7 +302,11 @@ impl DeviceHessian {
 
     /// What the mismatch of the inputs does to the outputs of `w`, f32 `[features, n]` in stored order;
     /// nothing where no float stream was seen. Products to about three digits.
-    pub fn carried(&self, w: &Buffer, n: usize) -> Result<Option<DeviceCarried>, CudaError> {
+    pub fn output_mismatch(
+        &self,
+        w: &Buffer,
+        n: usize,
+    ) -> Result<Option<DeviceOutputMismatch>, CudaError> {
         let Some(mismatch) = &self.mismatch else {
             return Ok(None);
         };
@@ -325,7 +329,7 @@ impl DeviceHessian {
                 Precision::Tf32,
             )?;
         }
-        Ok(Some(DeviceCarried { cross, square }))
+        Ok(Some(DeviceOutputMismatch { cross, square }))
     }
 
     /// Input channels.
@@ -392,12 +396,13 @@ impl DeviceHessian {
         &self,
         e: &Buffer,
         n: usize,
-        carried: Option<&DeviceCarried>,
+        output_mismatch: Option<&DeviceOutputMismatch>,
     ) -> Result<f64, CudaError> {
         let own = self.quadratic(&self.values, e, n)?.max(0.0);
-        let beside = match carried {
-            Some(carried) => {
-                2.0 * self.inner_product(carried.cross.address(), e, n)? + carried.square
+        let beside = match output_mismatch {
+            Some(output_mismatch) => {
+                2.0 * self.inner_product(output_mismatch.cross.address(), e, n)?
+                    + output_mismatch.square
             }
             None => 0.0,
         };

@@ -35,7 +35,7 @@ argument!(
     i64,
     f32,
     super::packed::Packed,
-    super::sweep::Rule,
+    super::sweep::RawGridRule,
     super::key_values::RawRows
 );
 

@@ -38,7 +38,7 @@ pub use decoder::Turn;
 pub use device::{Gpu, KeptOpen, Mark, MemoryUse, WorkingSpace};
 pub use error::CudaError;
 pub use graph::Recorded;
-pub use hessian::{DeviceCarried, DeviceFactor, DeviceHessian};
+pub use hessian::{DeviceFactor, DeviceHessian, DeviceOutputMismatch};
 pub use key_values::{DeviceKeyValues, HeadNorms, TextRows};
 pub use memory::{Buffer, Pinned};
 pub use norm::DeviceNorm;
@@ -46,5 +46,7 @@ pub use packed::PackedLinear;
 pub use probe::{Found, check, devices, libraries};
 pub use score::{DeviceHead, RowScore, States};
 pub use shelf::Shelf;
-pub use sweep::{Cost, Rule, SWEEP_CHANNELS, Step, SweepPlan, Swept, SweptHome, SweptHost};
+pub use sweep::{
+    Cost, RawGridRule, SWEEP_CHANNELS, Step, SweepPlan, Swept, SweptDownload, SweptHost,
+};
 pub use text::{Output, RowOrder};
