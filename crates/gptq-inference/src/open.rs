@@ -55,7 +55,7 @@ pub struct OpenedModel {
     pub packed: Option<Arc<PackedWeights>>,
     /// The architecture.
     pub spec: ModelSpec,
-    /// How it is packed; absent for a float checkpoint.
+    /// The packing; absent for a float checkpoint.
     pub quantization: Option<QuantizeConfig>,
 }
 

@@ -8,7 +8,7 @@ use crate::perplexity::{Divergence, WindowScore};
 /// Parts of the window that the divergence is shown for, at most.
 const POSITION_PARTS: usize = 32;
 
-/// Of a thousand positions, those that the tail leaves below it.
+/// The percentile that marks the tail, per mille of all positions.
 const TAIL_PER_MILLE: usize = 999;
 
 /// Scores of one model on one text.

@@ -3,8 +3,8 @@
 
 use std::ops::Range;
 
-/// Channels of a block at most. The gradient is computed for one block at a time, and the kernel's shared memory
-/// is sized for it.
+/// Channels of a block at most. The gradient is computed for one block at a time, and the kernel's shared
+/// memory is sized for it.
 pub const DESCENT_CHANNELS: usize = 128;
 
 /// Consecutive channels of one group in the order of the descent, at most [`DESCENT_CHANNELS`].
@@ -20,8 +20,8 @@ pub struct DescentBlock {
     pub channel: Option<usize>,
 }
 
-/// The order of the descent, as stored channels sorted by group, and its blocks. `g_idx [K]` is the group of each
-/// stored channel. A group of more than [`DESCENT_CHANNELS`] channels becomes several blocks.
+/// The order of the descent, as stored channels sorted by group, and its blocks. `g_idx [K]` is the group of
+/// each stored channel. A group of more than [`DESCENT_CHANNELS`] channels becomes several blocks.
 pub fn descent_blocks(g_idx: &[u32]) -> (Vec<u32>, Vec<DescentBlock>) {
     let group_of = |channel: &u32| g_idx[*channel as usize];
     let mut channels: Vec<u32> = (0..g_idx.len() as u32).collect();

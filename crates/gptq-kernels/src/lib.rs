@@ -1,9 +1,9 @@
 //! The heavy arithmetic of quantization and inference, on plain row-major slices.
 //!
-//! Knows: matrix products, also from packed or sixteen-bit weights, Gram matrices, the Cholesky factor of an inverse, and the fused
-//! operations of a decoder block, each vectorized at run time for the processor it finds and
-//! spread over the rayon pool it is called from. Results do not depend on the number of threads:
-//! work is split over outputs, never over a sum.
+//! Knows: matrix products, also from packed or sixteen-bit weights, Gram matrices, the Cholesky factor of an
+//! inverse, and the fused operations of a decoder block, each vectorized at run time for the processor it finds
+//! and spread over the rayon pool it is called from. Results do not depend on the number of threads: work is
+//! split over outputs, never over a sum.
 //!
 //! Does not know: tensors with names, models, what a Hessian is for.
 

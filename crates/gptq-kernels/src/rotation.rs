@@ -55,7 +55,7 @@ impl Rotation {
         }
     }
 
-    /// The same with cosines and sines of each position multiplied by a factor: what turns is scaled too.
+    /// Multiplies the cosines and sines of each position by a factor, which scales the rotated components.
     pub fn scaled(mut self, factors: &[f32]) -> Self {
         for table in [&mut self.cos, &mut self.sin] {
             for (row, factor) in table.chunks_exact_mut(self.half).zip(factors) {
@@ -91,7 +91,7 @@ impl Rotation {
         self.apply_at(x, width, |row| row % tokens);
     }
 
-    /// The same with row `r` at `position(r)` of the table.
+    /// Applies the rotation with row `r` at `position(r)` of the table.
     pub fn apply_at(&self, x: &mut [f32], width: usize, position: impl Fn(usize) -> usize + Sync) {
         let half = self.half;
         x.par_chunks_mut(width).enumerate().for_each(|(row, x)| {

@@ -21,7 +21,7 @@ pub fn vectorized<R>(op: impl FnOnce() -> R) -> R {
 /// A large closure given to [`vectorized`] may be left out of line, where it is compiled for the
 /// oldest processor (measured: a fifth of the speed). A method can say that it must not be.
 pub(crate) trait Kernel {
-    /// What it computes.
+    /// The result.
     type Output;
 
     /// To be `#[inline(always)]`.

@@ -37,9 +37,9 @@ pub(crate) trait DecoderBackend: Backend + 'static {
     type Turn;
     /// The embedding.
     type Table;
-    /// Room for activations that wait.
+    /// A store for activations that are needed later.
     type Shelf;
-    /// An activation on a shelf.
+    /// An activation in a store.
     type Kept;
     /// The head and the norm before it.
     type Head;
@@ -48,13 +48,13 @@ pub(crate) trait DecoderBackend: Backend + 'static {
     const BATCH_TOKENS: usize;
     /// Whether the next block is read from its files while this one is worked on.
     const PREFETCH: bool;
-    /// Whether what several branches of a step leave for their outputs may wait; else that of the first.
+    /// Whether the inputs of all output linears of a step are stored; else only that of the first branch.
     const EVERY_INNER: bool;
 
     /// The first thing that went wrong since the last call.
     fn check() -> Result<(), ModelError>;
 
-    /// Gives memory of past operations back, before much of it is needed for something else.
+    /// Frees the memory of past operations, before much of it is needed for something else.
     fn tidy();
 
     /// Reads a linear of `[in_features, out_features]` in the form that [`DecoderBackend::weight`] takes.
@@ -68,8 +68,8 @@ pub(crate) trait DecoderBackend: Backend + 'static {
     /// A weight of `in_features` and `out_features`; its layout is the backend's own.
     fn weight(values: LinearValues, in_features: usize, out_features: usize) -> Tensor<Self, 2>;
 
-    /// A weight that stays when solvers write over this one; in the place of one that nobody needs any
-    /// more, where its shape is the same: a GPU waits for all work when memory is given back.
+    /// A copy of a weight, for when solvers overwrite this one. It reuses the memory of `place` if the shape is
+    /// the same: freeing memory makes a GPU wait for all work.
     fn copied(weight: &Tensor<Self, 2>, place: Option<Tensor<Self, 2>>) -> Tensor<Self, 2>;
 
     /// The weight as solvers see it.
@@ -108,22 +108,22 @@ pub(crate) trait DecoderBackend: Backend + 'static {
     /// Shows the rows without copying them.
     fn show(x: &Tensor<Self, 2>, look: &mut dyn FnMut(Activations<'_>));
 
-    /// Shelves for the activations of all batches.
+    /// The stores for the activations of all batches.
     fn shelves(need: &ShelfNeed) -> Shelves<Self::Shelf>;
 
-    /// Forgets what is on a shelf, which takes activations of up to `rows` and `columns` from now on.
+    /// Empties a store, which takes activations of up to `rows` and `columns` from now on.
     fn clear(shelf: &Self::Shelf, rows: usize, columns: usize);
 
-    /// Whether an activation as large as the shelf takes now can be kept at a place.
+    /// Whether the slot `place` has room for an activation of that size.
     fn has_room(shelf: &Self::Shelf, place: usize) -> bool;
 
-    /// Puts an activation at a place of a shelf that has room.
+    /// Stores an activation in a slot that has room.
     fn keep(shelf: &Self::Shelf, place: usize, x: &Tensor<Self, 2>) -> Self::Kept;
 
-    /// Takes it back.
+    /// Takes an activation out of its store.
     fn recall(kept: Self::Kept) -> Tensor<Self, 2>;
 
-    /// Looks at it and leaves it there.
+    /// Fetches an activation and leaves it in its store.
     fn peek(kept: &Self::Kept) -> Tensor<Self, 2>;
 
     /// `x [T, K]` times a weight, plus a bias.
@@ -174,25 +174,25 @@ pub(crate) trait DecoderBackend: Backend + 'static {
     fn head_input(head: &Self::Head, hidden: Tensor<Self, 2>) -> Result<HeadInput, ModelError>;
 }
 
-/// Where activations wait.
+/// The activation stores of a run.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Shelves<S> {
     /// Hidden states.
     pub hidden: S,
     /// Hidden states of the float stream.
     pub float: S,
-    /// Keys and values that later blocks read: a pair for each lender, of each batch, then of each batch
+    /// Keys and values that later blocks read: a pair for each donor block of each batch, then of each batch
     /// that the float stream follows.
     pub lent: S,
     /// Inputs looked up by token id, of each block of each batch.
     pub by_token: S,
-    /// Inputs of the linear whose output is due.
+    /// Inputs of the output linear of the current step.
     pub inner: S,
-    /// Blocks that lend keys and values.
+    /// Donor blocks: those whose keys and values later blocks read.
     pub lenders: usize,
 }
 
-/// What the activations of a pass take, in rows and columns.
+/// The sizes of the activations of a pass, in rows and columns.
 #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
 #[derive(Clone, Copy)]
 pub(crate) struct ShelfNeed {
@@ -206,9 +206,9 @@ pub(crate) struct ShelfNeed {
     pub attention: usize,
     /// Columns of the widest inner activation.
     pub inner: usize,
-    /// Blocks that lend keys and values, and columns of the widest of these.
+    /// Number of donor blocks, and columns of their widest keys.
     pub lent: (usize, usize),
-    /// Blocks, and columns of what each looks up by token id.
+    /// Number of blocks, and columns of the input that each looks up by token id.
     pub by_token: (usize, usize),
     /// Elements of the weights of one block.
     pub block_elements: usize,
@@ -219,7 +219,7 @@ pub(crate) struct ShelfNeed {
 }
 
 impl ShelfNeed {
-    /// That of a model, for batches of at most `rows` and as many of them as `float` says in a float stream.
+    /// The sizes for a model, with batches of at most `rows`; `float` batches are in the float stream.
     pub fn of(spec: &ModelSpec, batches: usize, rows: usize, float: Option<usize>) -> Self {
         let attentions = || spec.blocks.iter().flat_map(BlockSpec::attention);
         let lenders = || attentions().filter(|attention| attention.keys == KeySource::Donor);
@@ -273,7 +273,7 @@ fn wrap(values: Vec<f32>, columns: usize) -> Tensor<Flex, 2> {
     Tensor::from_primitive(TensorPrimitive::Float(FlexTensor::from_data(data)))
 }
 
-/// Changes a tensor in place; it is copied first only where someone else still holds it.
+/// Changes a tensor in place; it is copied first only if it is shared.
 fn change(x: Tensor<Flex, 2>, change: impl FnOnce(&mut [f32])) -> Tensor<Flex, 2> {
     let mut tensor = x.into_primitive().tensor();
     if tensor.as_slice::<f32>().is_none() {

@@ -8,7 +8,7 @@ use crate::config::{ConfigError, Fields};
 use crate::config_keys;
 use crate::spec::{QueryFactor, RotarySpec};
 
-/// How the rotary frequencies differ from `theta^(-2i/d)`.
+/// RoPE scaling: how frequencies are derived from `theta^(-2i/d)`.
 #[derive(Clone, Debug, PartialEq)]
 #[allow(missing_docs)]
 pub enum RopeScaling {
@@ -57,7 +57,7 @@ pub(crate) struct Rope {
     pub unread_keys: Vec<String>,
 }
 
-/// What a family reads beyond base and scaling, for others an error, and its defaults.
+/// Rotary keys that a family reads beyond base and scaling, with defaults; for other families they are errors.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Reads {
     /// The base where the file has none.
@@ -417,7 +417,7 @@ fn has_alpha(block: &Fields<'_>, reads: &Reads) -> Result<bool, ConfigError> {
     Ok(reads.alpha.is_some() && alpha.is_some_and(|alpha| alpha != 0.0))
 }
 
-/// What Hunyuan multiplies the base by: `alpha^(d / (d - 2))`, whatever the length of the text.
+/// The factor that Hunyuan applies to the base: `alpha^(d / (d - 2))`, whatever the length of the text.
 fn growth_by_alpha(block: &Fields<'_>, reads: &Reads) -> Result<f64, ConfigError> {
     let alpha = above_zero(block, "alpha")?.unwrap_or(1.0);
     let width = reads.alpha.unwrap_or(0).max(4) as f64;

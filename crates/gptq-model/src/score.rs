@@ -31,7 +31,7 @@ pub(crate) struct HeadRows {
     pub soft_cap: Option<f32>,
 }
 
-/// What the model says about one next token.
+/// The score of one next-token prediction.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct TokenScore {
     /// `-ln p(target)`, nats.

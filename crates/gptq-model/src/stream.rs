@@ -97,21 +97,21 @@ impl<B: DecoderBackend> Linears<B> {
 }
 
 impl<B: DecoderBackend> Block<OnBackend<B>> {
-    /// Its linears, in the order of the data.
+    /// The linears of the block, in the order of the data.
     pub fn linears(&self) -> impl Iterator<Item = &Linear<B>> {
         (self.branches())
             .flat_map(|branch| branch.input.linears.iter().chain(&branch.output.linears))
     }
 
-    /// The same, to be changed.
+    /// The linears of the block, mutable, in the order of the data.
     pub fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear<B>> {
         let branches = self.steps.iter_mut().flat_map(|step| &mut step.branches);
         branches
             .flat_map(|branch| (branch.input.linears.iter_mut()).chain(&mut branch.output.linears))
     }
 
-    /// The same block, which stays as it is when linears of this one are replaced or written over; in the
-    /// place of another one, where there is one.
+    /// A copy of the block, which stays as it is when linears of this one are replaced or overwritten. It
+    /// reuses the memory of `place`.
     pub fn copied(&self, place: Option<Self>) -> Self {
         let mut places = place.into_iter().flat_map(Self::into_weights);
         let mut steps = Vec::with_capacity(self.steps.len());
@@ -163,7 +163,7 @@ impl<B: DecoderBackend> Branch<OnBackend<B>> {
 pub(crate) struct Tables<B: DecoderBackend>(Vec<(Option<B::Turn>, B::Turn)>);
 
 impl<B: DecoderBackend> Tables<B> {
-    /// Those of `positions` in texts that are `tokens` long.
+    /// Rotary tables of `positions` in texts that are `tokens` long.
     pub fn new(spec: &ModelSpec, positions: Range<usize>, tokens: usize) -> Self {
         let table = |rotary: &crate::spec::RotarySpec| {
             let queries = rotary.queries(positions.clone(), tokens);
@@ -175,16 +175,16 @@ impl<B: DecoderBackend> Tables<B> {
 }
 
 /// Keys and values `[tokens, kv_heads * head_dim]` that later blocks read, by the block that made them.
-pub(crate) type Lent<B> = BTreeMap<usize, [Tensor<B, 2>; 2]>;
+pub(crate) type SharedKeyValues<B> = BTreeMap<usize, [Tensor<B, 2>; 2]>;
 
 /// A batch of windows on its way through a block.
 pub(crate) struct Windows<'a, B: DecoderBackend> {
     pub tables: &'a Tables<B>,
-    /// Of a window.
+    /// Tokens of a window.
     pub tokens: usize,
     /// Keys and values of earlier blocks, and of this one where later ones read them.
-    pub lent: Lent<B>,
-    /// What this block looked up by token id, `[tokens, width]`.
+    pub lent: SharedKeyValues<B>,
+    /// The input that this block looks up by token id, `[tokens, width]`.
     pub by_token: Option<Tensor<B, 2>>,
 }
 
@@ -196,8 +196,8 @@ impl<B: DecoderBackend> Windows<'_, B> {
         }
     }
 
-    /// Queries or keys: normed and turned, in the order of the model.
-    fn turned(
+    /// Applies the norm and RoPE to queries or keys, in the order of the model.
+    fn with_rope(
         &self,
         x: Tensor<B, 2>,
         attention: &Attention<OnBackend<B>>,
@@ -234,7 +234,7 @@ impl<B: DecoderBackend> Windows<'_, B> {
         }
         let mut next = || operands.next().expect("the spec names keys and values");
         let (k, v) = (next(), next());
-        let k = self.turned(k, attention, true);
+        let k = self.with_rope(k, attention, true);
         let v = Self::normed(v, attention.norms[2].as_ref());
         if attention.spec.keys == KeySource::Donor {
             self.lent.insert(attention.block, [k.clone(), v.clone()]);
@@ -268,7 +268,7 @@ impl<B: DecoderBackend> BlockOps<OnBackend<B>> for Windows<'_, B> {
         let mut operands = input.project(&x).into_iter();
         drop(x);
         let q = operands.next().expect("the spec names queries");
-        let q = self.turned(q, attention, false);
+        let q = self.with_rope(q, attention, false);
         let [k, v] = self.keys_and_values(operands, attention);
         Ok(B::attend(&q, &k, &v, self.tokens, attention.spec.shape))
     }

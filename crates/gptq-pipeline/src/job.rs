@@ -1,4 +1,4 @@
-//! What is asked of a run, what it reports on the way, how it can fail.
+//! The settings of a run, its progress reports and its errors.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -26,7 +26,7 @@ pub struct Job {
     pub spec: QuantSpec,
     /// Token windows and how they were made; empty for `method rtn`.
     pub windows: Vec<Vec<u32>>,
-    /// What the record keeps of them.
+    /// The description of the windows for the run record.
     pub calibration: Option<CalibrationRecord>,
     /// Files copied beside the weights: tokenizer, generation settings.
     pub companions: Vec<PathBuf>,
@@ -77,7 +77,7 @@ pub type Compare<'a> = dyn FnMut(&Path) -> Result<Vec<Divergence>, CompareError>
 #[derive(Debug, thiserror::Error)]
 #[error("{text}")]
 pub struct CompareError {
-    /// What failed, where, with the value.
+    /// The error, its place and the value.
     pub text: String,
     /// Advice, apart from the cause.
     pub hint: Option<String>,
@@ -207,7 +207,7 @@ pub enum PipelineError {
 }
 
 impl PipelineError {
-    /// What went wrong, without what was kept.
+    /// The underlying error, without the note that work was kept.
     pub(crate) fn cause(self) -> Self {
         match self {
             PipelineError::Kept { source, .. } => source.cause(),

@@ -14,7 +14,7 @@ use crate::matrix::estimate::{FOLLOWED, SQUARED};
 use crate::write::Output;
 use crate::{Job, PipelineError, Progress};
 
-/// What becomes of a weight after it was rounded.
+/// The fate of a weight after rounding.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum After {
     /// The rounded one takes its place: later groups see it.

@@ -1,9 +1,9 @@
 //! The block loop: from an opened model and token windows to a published checkpoint folder.
 //!
-//! Knows: which permutations a matrix has and what each will be, which tensors a result has, the order of work (one forward per block, each group of
-//! linears solved as its inputs arrive), the journal by which an interrupted run goes on, what a
-//! reader of the result must be told, and what the files of a finished checkpoint cost at each
-//! linear's output.
+//! Knows: which permutations a matrix has and what each will be, which tensors a result has, the order of work
+//! (one forward per block, each group of linears solved as its inputs arrive), the journal by which an
+//! interrupted run goes on, what a reader of the result must be told, and what the files of a finished
+//! checkpoint cost at each linear's output.
 //!
 //! Does not know: where models and texts come from, how progress is shown, bit order.
 

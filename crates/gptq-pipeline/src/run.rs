@@ -150,7 +150,7 @@ pub(crate) fn publish(staged: StagedCheckpoint, blocks: usize) -> Result<(), Pip
     })
 }
 
-/// What is left of a run that failed: its finished blocks, else nothing.
+/// Keeps the finished blocks of a failed run, or discards the folder if there are none.
 pub(crate) fn kept_or_discarded(
     staged: StagedCheckpoint,
     blocks: usize,
@@ -183,7 +183,7 @@ pub(crate) fn beside_shards(model: &ModelSpec, files: &SmallFiles) -> u64 {
     files.bytes() + linears as u64 * 2048 + (1 << 16)
 }
 
-/// What a finished run leaves; the Hessians are its own.
+/// The record of a finished run with Hessians of its own.
 pub(crate) fn record(
     job: &Job,
     checked: &CheckedWeights,

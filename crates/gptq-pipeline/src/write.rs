@@ -20,7 +20,7 @@ use crate::{Job, PipelineError};
 /// burst.
 const WAITING: usize = 7;
 
-/// What is to be written, in order.
+/// A message to the writer thread, in order.
 pub enum Message {
     Layer(LayerName, PendingLayer),
     Block(BlockEntry),
@@ -166,7 +166,7 @@ pub struct Writing<'a> {
     settings: &'a Map<String, Value>,
     /// From the first block on.
     journal: Option<Journal>,
-    /// Of the block at hand, as they were written.
+    /// Hashes of the current block's tensors, as they were written.
     tensors: BTreeMap<String, ContentHash>,
     /// Tells that a block ended.
     hash_ahead: SyncSender<()>,

@@ -28,7 +28,7 @@ use crate::{Order, QuantizeError};
 struct DeviceReady {
     gpu: Arc<Gpu>,
     hessian: DeviceHessian,
-    /// That of the tokens held out, and how many they are.
+    /// The Hessian of the held-out tokens, and their number.
     held_out: Option<(DeviceHessian, usize)>,
     diagonal: Vec<f32>,
     tokens: usize,

@@ -77,9 +77,9 @@ pub(crate) fn importance(
     channels.map(damped).collect()
 }
 
-/// What is added to the diagonal of a Hessian.
+/// The damping that is added to the diagonal of a Hessian.
 pub(crate) struct Damping {
-    /// Of the live channels' diagonal.
+    /// Mean of the diagonal over live channels.
     mean: f64,
     /// Channels that were zero on every token.
     pub dead_channels: usize,

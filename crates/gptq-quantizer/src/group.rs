@@ -49,7 +49,7 @@ pub trait GroupHessian {
         times: &mut PhaseTimes,
     ) -> Result<Box<dyn GroupSolver + '_>, QuantizeError>;
 
-    /// The same in the order of the spec.
+    /// Damps and factors in the order of the spec.
     fn factor(
         &self,
         spec: &QuantSpec,
@@ -64,7 +64,7 @@ pub trait GroupHessian {
     fn copied(&self, weight: Weight) -> Result<Weight, QuantizeError>;
 }
 
-/// What a factor says about its group.
+/// Statistics of a capture group's factor.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct FactorStats {
     /// Tokens that went into the Hessian.
@@ -98,14 +98,14 @@ impl FactorStats {
     }
 }
 
-/// Codes and grids that may still be on their way: waits for them, on any thread.
+/// A rounded layer whose codes and grids may still be downloading. Calling it waits, on any thread.
 pub type PendingLayer = Box<dyn FnOnce() -> Result<SolvedLayer, QuantizeError> + Send>;
 
 /// A rounded linear.
 pub struct Rounded {
     /// Codes and grids.
     pub layer: PendingLayer,
-    /// What the rounding cost.
+    /// The error of the rounding.
     pub loss: LayerLoss,
     /// The dequantized weight, for the groups that follow.
     pub weight: Weight,
@@ -113,7 +113,7 @@ pub struct Rounded {
 
 /// Solves linears with the factor that they share.
 pub trait GroupSolver {
-    /// About the factor.
+    /// Statistics of the factor.
     fn stats(&self) -> FactorStats;
 
     /// Rounds one linear; adds the time of the sweep and of measuring to `times`.
@@ -145,8 +145,7 @@ pub(crate) fn count(
     times.add_flop(Phase::Measure, 6.0 * square);
 }
 
-/// Of every eight batches one is held out where an order is to be chosen; the second, so that few
-/// batches are enough.
+/// One batch in eight is held out if an order is to be chosen: the second one, so that few batches are enough.
 const HELD_OUT: usize = 1;
 
 /// Whether the batch of this number is held out.

@@ -1,4 +1,4 @@
-//! What a rounding costs at the layer's output, in the Hessian's own measure.
+//! The error of a rounding at the layer's output, measured with the Hessian.
 
 use gptq_kernels::multiply;
 use gptq_types::SolvedLayer;
@@ -17,7 +17,7 @@ pub struct Outputs<'a> {
 }
 
 impl<'a> Outputs<'a> {
-    /// Of `weight [K, N]`.
+    /// The outputs of `weight [K, N]`.
     pub fn new(hessian: &'a Hessian, weight: &'a [f32], n: usize) -> Self {
         let mismatch = hessian.mismatch();
         Outputs {
@@ -28,7 +28,7 @@ impl<'a> Outputs<'a> {
         }
     }
 
-    /// What the mismatch of the inputs does to them.
+    /// The effect of the input mismatch on them, if a float stream was seen.
     pub fn output_mismatch(&self) -> Option<&OutputMismatch> {
         self.output_mismatch.as_ref()
     }
@@ -50,7 +50,7 @@ impl<'a> Outputs<'a> {
         (own + beside).max(0.0)
     }
 
-    /// The same for the whole output of the weight.
+    /// The norm of the whole output of the weight, in the same measure.
     pub fn signal(&self) -> f64 {
         let own = weighted_square(self.hessian, self.weight, self.n);
         let beside = self
@@ -81,7 +81,8 @@ fn weighted_square(hessian: &Hessian, x: &[f32], n: usize) -> f64 {
     inner_product(&product, x, n).max(0.0)
 }
 
-/// Of two matrices `[K, n]`. Rows summed apart and in order: the same bits for any number of threads.
+/// Inner product of two matrices `[K, n]`. Rows are summed apart and in order: the same bits for any number of
+/// threads.
 pub(crate) fn inner_product(a: &[f32], b: &[f32], n: usize) -> f64 {
     let rows: Vec<f64> = a
         .par_chunks(n)

@@ -113,7 +113,8 @@ pub struct LayerLoss {
     pub error: f64,
     /// Error of rounding the same weights to nearest on the same kind of grid.
     pub rtn_error: f64,
-    /// The whole output of the float weight, on the same inputs as it has in `measure`, so that `error / signal` is the squared relative output error.
+    /// The whole output of the float weight, on the same inputs as it has in `measure`, so that `error /
+    /// signal` is the squared relative output error.
     pub signal: f64,
     /// Diagonal share that was added in the end, at least the requested `damp_percent`.
     pub damp_used: f64,

@@ -12,7 +12,7 @@ use super::program::Program;
 /// Rows of the factor that are narrowed at a time.
 const NARROW_ROWS: usize = 512;
 
-/// What a routine of cuSOLVER works in; to be kept until its result was read.
+/// Workspace of a cuSOLVER routine, to be kept until its result was read.
 struct Workspace {
     device: Buffer,
     host: Vec<u8>,

@@ -1,4 +1,4 @@
-//! What can go wrong on a GPU.
+//! Errors of the GPU, its driver and its libraries.
 
 use cudarc::cublas::result::CublasError;
 use cudarc::cusolver::result::CusolverError;

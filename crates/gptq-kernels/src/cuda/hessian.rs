@@ -28,7 +28,7 @@ pub struct DeviceHessian {
     mismatch: Option<DeviceMismatch>,
 }
 
-/// How the rows differ from their float partners: with `D = X - X~` the sums `D X~^T` and `D D^T`, f32
+/// The mismatch between quantized and float inputs: with `D = X - X~` the sums `D X~^T` and `D D^T`, f32
 /// `[features, features]`.
 struct DeviceMismatch {
     cross: Buffer,
@@ -38,7 +38,7 @@ struct DeviceMismatch {
     squared: usize,
 }
 
-/// What the mismatch does to the outputs of one weight.
+/// The effect of the input mismatch on the outputs of one weight.
 pub struct DeviceOutputMismatch {
     /// `G^T w`, f32 `[features, outputs]` in stored order.
     pub(super) cross: Buffer,
@@ -52,9 +52,9 @@ pub struct DeviceFactor {
     pub(super) gpu: Arc<Gpu>,
     pub(super) features: usize,
     pub(super) values: Buffer,
-    /// How much the squared error of each row counts in the scale search.
+    /// Weight of each row's squared error in the grid search.
     pub(super) importance: Buffer,
-    /// What was added to the diagonal, f64 `[features]` in stored order.
+    /// The damping added to the diagonal, f64 `[features]` in stored order.
     pub(super) added: Buffer,
 }
 
@@ -300,8 +300,8 @@ impl DeviceHessian {
         }
     }
 
-    /// What the mismatch of the inputs does to the outputs of `w`, f32 `[features, n]` in stored order;
-    /// nothing where no float stream was seen. Products to about three digits.
+    /// The effect of the input mismatch on the outputs of `w`, f32 `[features, n]` in stored order; `None` if
+    /// no float stream was seen. The products have about three digits.
     pub fn output_mismatch(
         &self,
         w: &Buffer,
@@ -432,7 +432,7 @@ impl DeviceHessian {
         self.inner_product(out, e, n)
     }
 
-    /// Of two matrices f32 `[features, n]`.
+    /// Inner product of two matrices f32 `[features, n]`.
     fn inner_product(&self, a: u64, b: &Buffer, n: usize) -> Result<f64, CudaError> {
         let (gpu, k) = (&self.gpu, self.features);
         let parts = k.div_ceil(DOT_ROWS);

@@ -1,4 +1,4 @@
-//! What a machine has, without touching what it lacks.
+//! Finds the GPUs and CUDA libraries of a machine, without loading those that are missing.
 
 use super::error::CudaError;
 use cudarc::driver::result;

@@ -60,7 +60,7 @@ fn field<const B: usize>(word: u32, at: usize) -> f32 {
     }
 }
 
-/// What a code of one is as [`field`].
+/// The value of [`field`] for a code of one.
 fn place_value(bits: usize, at: usize) -> f32 {
     match bits * (at + 1) == 32 {
         true => 1.0,

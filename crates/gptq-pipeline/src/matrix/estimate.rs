@@ -1,4 +1,4 @@
-//! What a branch will cost, about.
+//! Estimates of the time and memory that a branch takes.
 
 use gptq_model::spec::KeySource;
 use gptq_model::{CaptureGroup, LinearSpec, ModelSpec};
@@ -31,7 +31,7 @@ pub(super) fn flop(model: &ModelSpec, permutation: &Permutation) -> f64 {
     (0..model.blocks.len()).map(block).sum()
 }
 
-/// Those of a capture group's Hessian, factor and sweeps.
+/// Floating-point operations of a capture group's Hessian, factor and sweeps.
 fn group_flop(group: &CaptureGroup, permutation: &Permutation) -> f64 {
     let calibration = &permutation.calibration;
     let tokens = calibration.samples as f64 * calibration.seq_len as f64;
