@@ -65,7 +65,7 @@ impl Rotation {
         self
     }
 
-    /// Width of the heads it turns.
+    /// Width of the heads that it rotates.
     pub fn head_dim(&self) -> usize {
         self.head_dim
     }

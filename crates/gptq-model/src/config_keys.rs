@@ -1,7 +1,7 @@
 //! Which keys of `config.json` mean what: honoured, harmless, or refused by name.
 //!
 //! A key that changes the function and is passed over gives other numbers without a word: a head of
-//! which half is turned, logits that are capped, a residual that is scaled. So every key is in one of
+//! which half is rotated, logits that are capped, a residual that is scaled. So every key is in one of
 //! these tables, or it is named to the user.
 
 use serde_json::Value;
@@ -170,7 +170,7 @@ const SILU: Only = Only::Text(&["silu", "swish"]);
 
 /// Keys by which relatives of Llama differ from it, each with the value under which they do not.
 const CHANGES: &[(&str, Only)] = &[
-    // How much of a head is turned, and which layers.
+    // How much of a head is rotated, and which layers.
     ("partial_rotary_factor", Only::Number(1.0)),
     ("rotary_pct", Only::Number(1.0)),
     ("rotary_percent", Only::Number(1.0)),

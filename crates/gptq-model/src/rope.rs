@@ -49,7 +49,7 @@ pub enum RopeScaling {
 pub(crate) struct Rope {
     pub theta: f64,
     pub scaling: RopeScaling,
-    /// The part of a head that turns.
+    /// The part of a head that is rotated.
     pub partial: f64,
     /// `llama_4_scaling_beta`, and the positions that go with it.
     pub query_factor: Option<QueryFactor>,
@@ -236,7 +236,7 @@ fn base(fields: &Fields<'_>) -> Result<Option<f64>, ConfigError> {
 }
 
 fn base_of(fields: &Fields<'_>, key: &'static str) -> Result<Option<f64>, ConfigError> {
-    // A base of 1 turns all channels alike; yarn divides by its logarithm.
+    // A base of 1 rotates all channels alike; yarn divides by its logarithm.
     match fields.optional_number(key)? {
         Some(theta) if theta <= 1.0 => Err(ConfigError::value(key, theta, "a number above 1")),
         theta => Ok(theta),
@@ -613,7 +613,7 @@ mod tests {
         (rope.theta, rope.scaling)
     }
 
-    /// Half a head was turned whole, the base of a block inside the block fell back to 10000, and a
+    /// Half a head was rotated whole, the base of a block inside the block fell back to 10000, and a
     /// factor of 0 made frequencies that are not finite.
     #[test]
     fn settings_that_would_be_lost_or_divide_by_zero_are_refused() {

@@ -33,11 +33,11 @@ pub(super) fn read(reader: &Reader<'_>) -> Result<ModelSpec, ConfigError> {
         Some(_) => windows::all_but_each(reader, blocks, "sliding_window_pattern", 4)?,
         None => windows::layer_types(reader, blocks)?.unwrap_or(vec![false; blocks]),
     };
-    let turns = windowed
+    let has_rope = windowed
         .clone()
         .into_iter()
         .map(|windowed| windowed || default.is_none());
-    let rotaries = Rotaries::one(reader, &sizes)?.only_where(turns);
+    let rotaries = Rotaries::one(reader, &sizes)?.only_where(has_rope);
     let relative = Relative {
         layout: Layout::AFTER,
         head_norms: norms_of_heads,

@@ -205,7 +205,7 @@ fn check_block(block: &BlockSpec) -> Result<(), ConfigError> {
 fn check_rotary(table: &RotarySpec) -> Result<(), ConfigError> {
     let pairs = table.rotary_dim / 2;
     if pairs == 0 || table.rotary_dim > table.head_dim {
-        let expected = "a part of a head that turns";
+        let expected = "a part of a head that is rotated";
         return Err(ConfigError::value(
             "partial_rotary_factor",
             table.rotary_dim,
@@ -220,7 +220,7 @@ fn check_rotary(table: &RotarySpec) -> Result<(), ConfigError> {
             Err(ConfigError::value(
                 "long_factor",
                 found,
-                "a factor for each pair that turns",
+                "a factor for each pair that is rotated",
             ))
         }
         _ => Ok(()),
