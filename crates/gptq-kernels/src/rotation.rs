@@ -4,7 +4,7 @@ use rayon::prelude::*;
 
 use crate::vector::vectorized;
 
-/// Which components of a head turn together.
+/// The components of a head that are rotated together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pairing {
     /// `i` and `i + rotary_dim / 2`, as Hugging Face stores Llama.
@@ -13,7 +13,7 @@ pub enum Pairing {
     Interleaved,
 }
 
-/// Cosines and sines `[positions, rotary_dim / 2]` each. The first `rotary_dim` components of a head turn,
+/// Cosines and sines `[positions, rotary_dim / 2]` each. The first `rotary_dim` components of a head are rotated,
 /// the others pass.
 #[derive(Clone, Debug)]
 pub struct Rotation {
@@ -70,12 +70,12 @@ impl Rotation {
         self.head_dim
     }
 
-    /// Components of a head that turn.
+    /// Components of a head that are rotated.
     pub fn rotary_dim(&self) -> usize {
         2 * self.half
     }
 
-    /// Which of them turn together.
+    /// The components that are rotated together.
     pub fn pairing(&self) -> Pairing {
         self.pairing
     }

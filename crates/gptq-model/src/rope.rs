@@ -505,7 +505,7 @@ fn yarn_attention_factor(block: &Fields<'_>, factor: f64) -> Result<f64, ConfigE
 }
 
 impl RopeScaling {
-    /// A frequency for each pair of components that turn, and the factor of cosines and sines, for texts
+    /// A frequency for each pair of rotated components, and the factor of cosines and sines, for texts
     /// that are `tokens` long.
     pub(crate) fn frequencies(
         &self,

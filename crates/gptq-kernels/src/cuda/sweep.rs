@@ -158,7 +158,7 @@ impl Swept {
             (&self.zeros, grids * 4),
         ];
         Ok(match self.codes.gpu().start_download(&parts)? {
-            Some(arrival) => SweptDownload::Pending(arrival),
+            Some(download) => SweptDownload::Pending(download),
             None => SweptDownload::Ready(SweptHost {
                 codes: self.codes.to_host(codes)?,
                 scales: self.scales.to_host(grids)?,
@@ -181,7 +181,7 @@ impl SweptDownload {
     pub fn order_after(&self, gpu: &Gpu) -> Result<(), CudaError> {
         match self {
             SweptDownload::Ready(_) => Ok(()),
-            SweptDownload::Pending(arrival) => arrival.order_after(gpu),
+            SweptDownload::Pending(download) => download.order_after(gpu),
         }
     }
 
@@ -189,10 +189,10 @@ impl SweptDownload {
     pub fn receive(self) -> Result<SweptHost, CudaError> {
         match self {
             SweptDownload::Ready(swept) => Ok(swept),
-            SweptDownload::Pending(arrival) => Ok(SweptHost {
-                codes: arrival.values(0)?,
-                scales: arrival.values(1)?,
-                zeros: arrival.values(2)?,
+            SweptDownload::Pending(download) => Ok(SweptHost {
+                codes: download.values(0)?,
+                scales: download.values(1)?,
+                zeros: download.values(2)?,
             }),
         }
     }

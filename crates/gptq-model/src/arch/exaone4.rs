@@ -1,5 +1,5 @@
 //! EXAONE 4 (`Exaone4ForCausalLM`, arXiv:2507.11407): norms behind attention and feed-forward only and on
-//! every query and key head; where some blocks have a window, only those turn queries and keys.
+//! every query and key head; where some blocks have a window, only those have RoPE.
 
 use super::parts::norms_of_heads;
 use super::relative::{Layout, Relative, name_unlike};
@@ -50,7 +50,7 @@ pub(super) fn read(reader: &Reader<'_>) -> Result<ModelSpec, ConfigError> {
 mod tests {
     use crate::arch;
 
-    /// Windows and whether heads turn, of four blocks.
+    /// Windows and whether there is RoPE, of four blocks.
     fn blocks(settings: &str) -> Vec<(Option<usize>, bool)> {
         let text = format!(
             r#"{{"model_type": "exaone4", "hidden_size": 64, "intermediate_size": 96,

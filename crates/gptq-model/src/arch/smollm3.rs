@@ -1,4 +1,4 @@
-//! SmolLM3 (`SmolLM3ForCausalLM`): Llama in which every fourth block does not turn queries and keys.
+//! SmolLM3 (`SmolLM3ForCausalLM`): Llama in which every fourth block has no RoPE.
 
 use gptq_kernels::Pairing;
 
@@ -30,7 +30,7 @@ pub(super) fn read(reader: &Reader<'_>) -> Result<ModelSpec, ConfigError> {
         ..Reads::LLAMA
     };
     let rotaries = Rotaries::one_of(reader, &sizes, &reads, Pairing::Halves)?;
-    // Where the file does not say which blocks have a window, those that do not turn.
+    // Where the file does not say which blocks have a window, those without RoPE.
     let has_window = fields.flag("use_sliding_window", false)?
         && fields.optional_size("sliding_window")?.is_some();
     let windowed = match windows::layer_types(reader, sizes.blocks)? {
@@ -72,7 +72,7 @@ mod tests {
     use crate::arch;
     use crate::config::ConfigError;
 
-    /// Windows and whether heads turn, of four blocks.
+    /// Windows and whether there is RoPE, of four blocks.
     fn blocks(settings: &str) -> Result<Vec<(Option<usize>, bool)>, ConfigError> {
         let text = format!(
             r#"{{"model_type": "smollm3", "hidden_size": 64, "intermediate_size": 96,
