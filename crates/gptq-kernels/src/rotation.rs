@@ -13,8 +13,8 @@ pub enum Pairing {
     Interleaved,
 }
 
-/// Cosines and sines `[positions, rotary_dim / 2]` each. The first `rotary_dim` components of a head are rotated,
-/// the others pass.
+/// Cosines and sines `[positions, rotary_dim / 2]` each. The first `rotary_dim` components of a head are
+/// rotated, the others pass.
 #[derive(Clone, Debug)]
 pub struct Rotation {
     head_dim: usize,

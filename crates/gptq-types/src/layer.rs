@@ -72,7 +72,7 @@ pub trait ActivationSink {
     /// `x` has `tokens` rows of `in_features`; padding is never among the tokens.
     fn observe(&mut self, x: Activations<'_>, tokens: usize, in_features: usize);
 
-    /// The same rows with their float partners: what they would be had no linear before been rounded.
+    /// Observes rows together with their float partners: the rows of the float model.
     fn observe_pair(
         &mut self,
         x: Activations<'_>,

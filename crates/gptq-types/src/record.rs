@@ -1,4 +1,4 @@
-//! What a run leaves behind for machines to read.
+//! Run records: the machine-readable results of a run.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -47,7 +47,7 @@ pub struct CalibrationRecord {
     /// Name of the local copy that a named dataset was read from; where it lay is not told.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub file: Option<String>,
-    /// What logits were divided by while the model wrote its own text, where that was not 1.
+    /// Sampling temperature while the model wrote its own text, if not 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub temperature: Option<f32>,
     /// Each window begins with the beginning-of-sequence token. `false` where that was refused for a
@@ -162,7 +162,7 @@ pub struct Divergence {
 pub struct Warning {
     /// The module it concerns, or empty for the run.
     pub module: String,
-    /// What was seen, with the value.
+    /// The warning, with the value.
     pub text: String,
 }
 
@@ -269,12 +269,12 @@ pub struct RunRecord {
 pub struct FileRecord {
     /// Length.
     pub bytes: u64,
-    /// Of all bytes.
+    /// Hash of all bytes.
     pub sha256: ContentHash,
 }
 
 impl FileRecord {
-    /// Of a file that holds `bytes`.
+    /// The record of a file that holds `bytes`.
     pub fn of(bytes: &[u8]) -> Self {
         FileRecord {
             bytes: bytes.len() as u64,

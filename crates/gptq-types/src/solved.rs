@@ -1,4 +1,4 @@
-//! What the solver hands to the packer: integers, never re-derived from rounded floats.
+//! The result of the solver for the packer: integers, never re-derived from rounded floats.
 
 use half::f16;
 use serde::{Deserialize, Serialize};
@@ -81,7 +81,7 @@ fn permuted_columns<T: Copy>(rows: &[T], order: &[u32]) -> Vec<T> {
         .collect()
 }
 
-/// What an error is measured against.
+/// The reference that an error is measured against.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LossMeasure {
@@ -105,8 +105,7 @@ impl LossMeasure {
 /// `H = 2/tokens * X^T X`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct LayerLoss {
-    /// What the three that follow are measured against. Absent in records from before there was a
-    /// choice.
+    /// The reference of the three errors that follow. Absent in records from before there was a choice.
     #[serde(default, skip_serializing_if = "LossMeasure::is_default")]
     pub measure: LossMeasure,
     /// Error of the chosen codes.

@@ -364,7 +364,7 @@ impl QuantSpec {
             .find(|effort| (effort.input_mismatch(), effort.descent_passes()) == parts)
     }
 
-    /// What the errors of its layers are measured against.
+    /// The reference of the errors of its layers.
     pub fn measure(&self) -> LossMeasure {
         match self.input_mismatch == 0.0 {
             true => LossMeasure::QuantizedInputs,

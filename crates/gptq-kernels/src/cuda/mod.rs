@@ -1,9 +1,9 @@
-//! The same arithmetic on NVIDIA GPUs: cuBLAS for products, cuSOLVER for factorizations, the
-//! sources in `kernels/` compiled by NVRTC for the rest.
+//! The arithmetic of this crate on NVIDIA GPUs: cuBLAS for products, cuSOLVER for factorizations, and for the
+//! rest the sources in `kernels/`, compiled by NVRTC.
 //!
 //! Libraries are opened when a [`Gpu`] is, never before: a program with this code runs on machines
-//! without any of them. All work of a [`Gpu`] is queued on one stream, but for copies that cross the
-//! bus beside it. Matrices come as addresses ([`gptq_types::DeviceMatrix`]), so that tensors of other
+//! without any of them. All work of a [`Gpu`] is queued on one stream, except for copies over the bus
+//! that overlap with it. Matrices come as addresses ([`gptq_types::DeviceMatrix`]), so that tensors of other
 //! libraries need no copy; whoever passes an address vouches for it.
 
 // The one place in the workspace that calls foreign code.

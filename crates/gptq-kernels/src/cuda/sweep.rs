@@ -365,7 +365,7 @@ impl Gpu {
         unsafe { self.launch(program(out), "subtract", grid, [256, 1, 1], 0, &args) }
     }
 
-    /// The same matrix in another place, which the next call reuses.
+    /// A copy of the matrix in scratch memory, which the next call reuses.
     pub fn copied(self: &Arc<Self>, weight: DeviceMatrix) -> Result<DeviceMatrix, CudaError> {
         let bytes = weight.rows * weight.columns * 2;
         let place = self.scratch("copied weight", bytes)?;

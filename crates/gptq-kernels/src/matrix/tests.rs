@@ -167,7 +167,7 @@ fn a_row_is_the_same_alone_and_among_others() {
     }
 }
 
-/// What a processor without vectors would compute, which this one does not choose by itself.
+/// The results of a processor without vector instructions, which this one does not choose by itself.
 #[test]
 fn the_portable_path_is_as_exact() {
     let (k, n) = (83, 101);
