@@ -165,7 +165,7 @@ __device__ __forceinline__ void few_rows(half16* out, const half16* x, const flo
 #pragma unroll
             for (int i = 0; i < 2 * WORDS; i++)
                 codes[j][i] = ((const uint4*)(current + j * TILE_BYTES))[i * 32 + lane];
-        static_assert(ROW_TILES == 1 || ROW_TILES % 2 == 0, "eights come in pairs");
+        static_assert(ROW_TILES == 1 || ROW_TILES % 2 == 0, "row tiles come in pairs");
         // B fragments of two row tiles, or of one row tile for two K tiles.
         unsigned b[ROW_TILES == 1 ? 1 : ROW_TILES / 2][4];
         // A granule is summed with integer weights (code - zero), exact in 16 bits; its scale is applied to

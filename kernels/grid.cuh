@@ -3,6 +3,7 @@
 // CPU.
 #pragma once
 
+// The rules by which a grid is chosen; `RawGridRule` in cuda/sweep.rs is the same struct.
 struct GridRule {
     float max_code;
     float min_zero;
