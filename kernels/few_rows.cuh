@@ -1,219 +1,237 @@
-// Products of up to 32 rows, by the tensor cores of every GPU from Ampere on. A block reads all
-// positions of its outputs, so that sums need not leave it, and takes most of a multiprocessor: what
-// counts is how much of the weight is on its way at any time, and next to that the instructions that
-// turn codes into numbers.
+// out [rows, n] = x [rows, k] W^T with packed W, for up to 32 rows (decode), by mma.m16n8k16 on every GPU
+// from Ampere on.
+//
+// A block computes 32 WARPS outputs over all of K, so no sums leave it. It is split along K inside the block
+// (sliced-K): K_SLICES groups of warps each walk over their own part of K, with a cp.async pipeline of their
+// own, and their sums are added in shared memory at the end. Bound by memory bandwidth: what counts are the
+// bytes in flight, then the instructions that dequantize.
 #pragma once
 #include "packed.cuh"
 
-#define TILES 2 // sixteens of outputs of a warp: they share what is read of x
+#define OUTPUT_TILES 2 // tiles of 16 outputs of a warp; they share the fragments of x
 
-// A block is TEAMS of WARPS warps. Warps of a team stand side by side in outputs and share x; teams
-// share the positions. SLOTS steps of a team are in shared memory, or on their way there, each part of
-// them from a multiple of 128 bytes on: with copies to places that are not, products took up to a fourth
-// longer. Hopper has room for more than the smallest; `Few` in cuda/multiply.rs computes the same.
+// Shape of a block: K_SLICES groups of WARPS warps. Warps of a slice take neighbouring outputs and share x. A
+// slice has STAGES pipeline stages of K_STEP positions in shared memory. Each part of a stage starts at a
+// multiple of 128 bytes; with unaligned copies products took up to a fourth longer. `Few` in cuda/multiply.rs
+// computes the same.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define ROOM (216 << 10)
+#define SHARED_BYTES (216 << 10)
 #else
-#define ROOM (96 << 10)
+#define SHARED_BYTES (96 << 10)
 #endif
-template <int BITS, int EIGHTS, int WARPS>
-struct Few {
-    static constexpr int X = EIGHTS * 8 * STEP * 2, OF_TILE = BITS * 256 + 256; // bytes of a step
-    static constexpr int SLOT = X + WARPS * TILES * OF_TILE;
-    __device__ static constexpr int teams() {
-        int most = WARPS == 1 ? 8 : WARPS == 6 ? 2 : 4;
-        while (most > 1 && ROOM / (most * SLOT) < 2) most /= 2;
-        return most;
+template <int BITS, int ROW_TILES, int WARPS>
+struct FewRowsShape {
+    static constexpr int X_BYTES = ROW_TILES * 8 * K_STEP * 2,
+                         TILE_BYTES = BITS * 256 + 256; // bytes of a K step
+    static constexpr int STAGE_BYTES = X_BYTES + WARPS * OUTPUT_TILES * TILE_BYTES;
+    __device__ static constexpr int k_slices() {
+        int count = WARPS == 1 ? 8 : WARPS == 6 ? 2 : 4;
+        while (count > 1 && SHARED_BYTES / (count * STAGE_BYTES) < 2) count /= 2;
+        return count;
     }
-    static constexpr int TEAMS = teams(), MOST = EIGHTS == 1 || WARPS == 1 ? 4 : 3;
-    static constexpr int SLOTS = ROOM / (TEAMS * SLOT) < MOST ? ROOM / (TEAMS * SLOT) : MOST;
-    static constexpr int THREADS = 32 * WARPS; // of a team
+    static constexpr int K_SLICES = k_slices(), MAX_STAGES = ROW_TILES == 1 || WARPS == 1 ? 4 : 3;
+    static constexpr int STAGES = SHARED_BYTES / (K_SLICES * STAGE_BYTES) < MAX_STAGES
+                                      ? SHARED_BYTES / (K_SLICES * STAGE_BYTES)
+                                      : MAX_STAGES;
+    static constexpr int THREADS = 32 * WARPS; // of a slice
 };
 
-// As it is, in a register: the compiler would rather compute it anew, or carry pointers along.
-__device__ __forceinline__ unsigned kept(unsigned x) {
+// Keeps a value in its register: the compiler would rather recompute it, or keep more pointers.
+__device__ __forceinline__ unsigned pin_register(unsigned x) {
     asm volatile("" : "+r"(x));
     return x;
 }
-__device__ __forceinline__ const char* kept(const char* x) {
+__device__ __forceinline__ const char* pin_register(const char* x) {
     asm volatile("" : "+l"(x));
     return x;
 }
 
 template <int WARPS>
-__device__ __forceinline__ void wait_for_team(int team) {
+__device__ __forceinline__ void sync_slice(int slice) {
     if (WARPS == 1) __syncwarp();
-    else asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(32 * WARPS) : "memory");
+    else asm volatile("bar.sync %0, %1;" ::"r"(slice + 1), "n"(32 * WARPS) : "memory");
 }
 
-// Grid: n / (32 WARPS); threads: TEAMS THREADS; shared: TEAMS SLOTS SLOT.
-template <int BITS, int EIGHTS, int WARPS, Kind KIND>
-__device__ __forceinline__ void few_rows(half16* out, const half16* x, const float* bias, Packed w,
-                                         int rows, int stride, int add) {
-    using Shape = Few<BITS, EIGHTS, WARPS>;
-    constexpr int TEAMS = Shape::TEAMS, SLOTS = Shape::SLOTS, THREADS = Shape::THREADS, X = Shape::X;
-    constexpr int OF_TILE = Shape::OF_TILE, OF_WARP = TILES * OF_TILE, OF_TEAM = SLOTS * Shape::SLOT;
+// Launch grid: n / (32 WARPS); block: K_SLICES * THREADS; shared memory: K_SLICES * STAGES * STAGE_BYTES.
+template <int BITS, int ROW_TILES, int WARPS, Kind KIND>
+__device__ __forceinline__ void few_rows(half16* out, const half16* x, const float* bias, Packed w, int rows,
+                                         int stride, int add) {
+    using Shape = FewRowsShape<BITS, ROW_TILES, WARPS>;
+    constexpr int K_SLICES = Shape::K_SLICES, STAGES = Shape::STAGES, THREADS = Shape::THREADS,
+                  X_BYTES = Shape::X_BYTES;
+    constexpr int TILE_BYTES = Shape::TILE_BYTES, WARP_BYTES = OUTPUT_TILES * TILE_BYTES,
+                  SLICE_BYTES = STAGES * Shape::STAGE_BYTES;
     constexpr int CODES = BITS * 16, SCALES_AT = BITS * 256, ZEROS_AT = SCALES_AT + 128;
-    constexpr int PIECES = (8 * EIGHTS + 2 * WARPS - 1) / (2 * WARPS), OF_SUMS = 4 * EIGHTS;
-    constexpr int SUMS = TILES * OF_SUMS, WORDS = BITS / 4; // of a run
-    extern __shared__ __align__(1024) char memory[]; // of a team: [SLOTS][X], [WARPS][SLOTS][OF_WARP]
-    unsigned team = threadIdx.x / THREADS, member = threadIdx.x % THREADS;
-    unsigned lane = member & 31, warp = member >> 5;
-    unsigned first = w.steps * team / TEAMS;
-    int steps = w.steps * (team + 1) / TEAMS - first;
-    int tile0 = (blockIdx.x * WARPS + warp) * TILES, granules = KIND == PLAIN ? 1 : 4 >> w.shift;
-    char* of_team = memory + team * OF_TEAM;
-    char* own = of_team + SLOTS * X + warp * SLOTS * OF_WARP;
-    unsigned x_place = (unsigned)__cvta_generic_to_shared(of_team);
-    unsigned own_place = (unsigned)__cvta_generic_to_shared(own);
+    constexpr int X_COPIES = (8 * ROW_TILES + 2 * WARPS - 1) / (2 * WARPS), TILE_SUMS = 4 * ROW_TILES;
+    // 16-byte words of a lane in K_RUN positions.
+    constexpr int SUMS = OUTPUT_TILES * TILE_SUMS, WORDS = BITS / 4;
+    // Of a slice: [STAGES][X_BYTES], [WARPS][STAGES][WARP_BYTES].
+    extern __shared__ __align__(1024) char stage_memory[];
+    unsigned slice = threadIdx.x / THREADS, slice_thread = threadIdx.x % THREADS;
+    unsigned lane = slice_thread & 31, warp = slice_thread >> 5;
+    unsigned first = w.steps * slice / K_SLICES;
+    int steps = w.steps * (slice + 1) / K_SLICES - first;
+    int tile0 = (blockIdx.x * WARPS + warp) * OUTPUT_TILES, granules = KIND == PLAIN ? 1 : 4 >> w.shift;
+    char* slice_memory = stage_memory + slice * SLICE_BYTES;
+    char* own = slice_memory + STAGES * X_BYTES + warp * STAGES * WARP_BYTES;
+    unsigned x_address = (unsigned)__cvta_generic_to_shared(slice_memory);
+    unsigned own_address = (unsigned)__cvta_generic_to_shared(own);
 
-    const char *codes_from[TILES], *scales_from[TILES];
+    const char *codes_from[OUTPUT_TILES], *scales_from[OUTPUT_TILES];
     long long to_zeros = (const char*)w.zeros - (const char*)w.scales;
     bool has_scales = (int)lane < 2 * granules;
 #pragma unroll
-    for (int j = 0; j < TILES; j++) {
-        unsigned begin = min(tile0 + j, (w.n - 1) / 16) * w.steps + first; // in steps
-        codes_from[j] = kept((const char*)(w.codes + lane) + (long long)begin * (CODES * 16));
-        scales_from[j] = kept((const char*)w.scales + lane * 16 + (long long)begin * (granules * 32));
+    for (int j = 0; j < OUTPUT_TILES; j++) {
+        unsigned begin = min(tile0 + j, (w.n - 1) / 16) * w.steps + first; // in K steps
+        codes_from[j] = pin_register((const char*)(w.codes + lane) + (long long)begin * (CODES * 16));
+        scales_from[j] = pin_register((const char*)w.scales + lane * 16 + (long long)begin * (granules * 32));
     }
-    auto load_weight = [&](int slot, int step) {
-        unsigned to = own_place + slot * OF_WARP + lane * 16;
-        unsigned codes_on = kept(step * CODES * 16), scales_on = kept(step * granules * 32);
+    auto load_weight = [&](int stage, int step) {
+        unsigned to = own_address + stage * WARP_BYTES + lane * 16;
+        unsigned codes_offset = pin_register(step * CODES * 16),
+                 scales_offset = pin_register(step * granules * 32);
 #pragma unroll
-        for (int j = 0; j < TILES; j++) {
-            const char *codes = codes_from[j] + codes_on, *scales = scales_from[j] + scales_on;
+        for (int j = 0; j < OUTPUT_TILES; j++) {
+            const char *codes = codes_from[j] + codes_offset, *scales = scales_from[j] + scales_offset;
 #pragma unroll
-            for (int i = 0; i < CODES / 32; i++) copy_once(to + j * OF_TILE + i * 512, codes + i * 512);
-            if (has_scales) copy_once(to + j * OF_TILE + SCALES_AT, scales);
+            for (int i = 0; i < CODES / 32; i++)
+                cp_async_evict_first(to + j * TILE_BYTES + i * 512, codes + i * 512);
+            if (has_scales) cp_async_evict_first(to + j * TILE_BYTES + SCALES_AT, scales);
             if (KIND == ANY && w.zeros && has_scales)
-                copy_once(to + j * OF_TILE + ZEROS_AT, scales + to_zeros);
+                cp_async_evict_first(to + j * TILE_BYTES + ZEROS_AT, scales + to_zeros);
         }
     };
-    // The first weights may come before the kernel ahead of this one is done; more of them would come
-    // before x and keep everybody waiting.
+    // The first weights do not depend on the kernel before, so they are loaded ahead of `pdl_wait`. More than
+    // one stage would delay x, which everything waits for.
     if (steps) load_weight(0, 0);
 
-    // x of a step: [rows][256 bytes], sixteen bytes c of row r at c ^ (r & 7), so that eight rows meet
-    // no bank twice. Rows beyond the last are whatever is there; nobody reads their products.
-    const char* x_from[PIECES];
-    unsigned x_to[PIECES];
+    // x of a K step: [rows][256 bytes], XOR-swizzled: 16-byte chunk c of row r is at c ^ (r & 7), so that
+    // ldmatrix has no bank conflicts. Rows beyond the last are not loaded; their products are not stored.
+    const char* x_from[X_COPIES];
+    unsigned x_to[X_COPIES];
 #pragma unroll
-    for (int i = 0; i < PIECES; i++) {
-        int row = (member >> 4) + i * 2 * WARPS, sixteen = member & 15;
-        x_from[i] = kept((const char*)(x + (long long)row * stride + first * STEP) + sixteen * 16);
-        x_to[i] = kept(x_place + row * 256 + (sixteen ^ (row & 7)) * 16);
+    for (int i = 0; i < X_COPIES; i++) {
+        int row = (slice_thread >> 4) + i * 2 * WARPS, chunk = slice_thread & 15;
+        x_from[i] = pin_register((const char*)(x + (long long)row * stride + first * K_STEP) + chunk * 16);
+        x_to[i] = pin_register(x_address + row * 256 + (chunk ^ (row & 7)) * 16);
     }
-    auto load_x = [&](int slot, int step) {
-        unsigned on = kept(step * STEP * 2);
+    auto load_x = [&](int stage, int step) {
+        unsigned offset = pin_register(step * K_STEP * 2);
 #pragma unroll
-        for (int i = 0; i < PIECES; i++)
-            if ((member >> 4) + i * 2 * WARPS < rows) copy_to(x_to[i] + slot * X, x_from[i] + on);
+        for (int i = 0; i < X_COPIES; i++)
+            if ((slice_thread >> 4) + i * 2 * WARPS < rows)
+                cp_async(x_to[i] + stage * X_BYTES, x_from[i] + offset);
     };
-    wait_for_it();
-    let_next_start();
+    pdl_wait();
+    pdl_trigger();
 #pragma unroll
-    for (int s = 0; s < SLOTS - 1; s++) {
+    for (int s = 0; s < STAGES - 1; s++) {
         if (s < steps) {
             load_x(s, s);
             if (s) load_weight(s, s);
         }
         asm volatile("cp.async.commit_group;");
     }
-    // Two eights: rows 0 to 7 of positions 0 to 7, of 8 to 15, then rows 8 to 15. One: positions 0 to 31.
-    int own_row = EIGHTS == 1 ? lane & 7 : (lane >> 4) * 8 + (lane & 7), within = EIGHTS == 1 ? 4 : 6;
-    int sixteen = EIGHTS == 1 ? lane >> 3 : lane >> 3 & 1;
-    unsigned turned[4];
+    // ldmatrix addresses. Two row tiles: rows 0 to 7 at positions 0 to 7 and 8 to 15, then rows 8 to 15. One
+    // row tile: positions 0 to 31.
+    int own_row = ROW_TILES == 1 ? lane & 7 : (lane >> 4) * 8 + (lane & 7), within = ROW_TILES == 1 ? 4 : 6;
+    int chunk = ROW_TILES == 1 ? lane >> 3 : lane >> 3 & 1;
+    unsigned b_address[4];
 #pragma unroll
     for (int q = 0; q < 4; q++)
-        turned[q] = kept(x_place + own_row * 256 + ((2 * q & within) ^ sixteen ^ (own_row & 7)) * 16);
+        b_address[q] =
+            pin_register(x_address + own_row * 256 + ((2 * q & within) ^ chunk ^ (own_row & 7)) * 16);
 
     float sum[SUMS], part_sum[SUMS];
-    unsigned less[TILES][2];
+    unsigned minus_zero[OUTPUT_TILES][2];
 #pragma unroll
     for (int i = 0; i < SUMS; i++) sum[i] = 0;
 #pragma unroll
-    for (int j = 0; j < TILES; j++) zeros_of<BITS>(less[j], 0, w.zero);
-    int slot = 0, free = SLOTS - 1;
+    for (int j = 0; j < OUTPUT_TILES; j++) load_negative_zeros<BITS>(minus_zero[j], 0, w.zero);
+    int stage = 0, free_stage = STAGES - 1;
 #pragma unroll 1
     for (int step = 0; step < steps; step++) {
-        asm volatile("cp.async.wait_group %0;" ::"n"(SLOTS - 2) : "memory");
-        wait_for_team<WARPS>(team); // copies of this step are there, and the slot before is free
-        if (step + SLOTS - 1 < steps) {
-            load_weight(free, step + SLOTS - 1);
-            load_x(free, step + SLOTS - 1);
+        asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
+        sync_slice<WARPS>(slice); // the copies of this step have arrived, and the previous stage is free
+        if (step + STAGES - 1 < steps) {
+            load_weight(free_stage, step + STAGES - 1);
+            load_x(free_stage, step + STAGES - 1);
         }
         asm volatile("cp.async.commit_group;");
-        const char* now = own + slot * OF_WARP;
-        uint4 codes[TILES][2 * WORDS];
+        const char* current = own + stage * WARP_BYTES;
+        uint4 codes[OUTPUT_TILES][2 * WORDS];
 #pragma unroll
-        for (int j = 0; j < TILES; j++)
+        for (int j = 0; j < OUTPUT_TILES; j++)
 #pragma unroll
             for (int i = 0; i < 2 * WORDS; i++)
-                codes[j][i] = ((const uint4*)(now + j * OF_TILE))[i * 32 + lane];
-        static_assert(EIGHTS == 1 || EIGHTS % 2 == 0, "eights come in pairs");
-        unsigned b[EIGHTS == 1 ? 1 : EIGHTS / 2][4]; // of one eight for two tiles
-        // Sums of a granule are of whole numbers times x; its scale comes last.
+                codes[j][i] = ((const uint4*)(current + j * TILE_BYTES))[i * 32 + lane];
+        static_assert(ROW_TILES == 1 || ROW_TILES % 2 == 0, "row tiles come in pairs");
+        // B fragments of two row tiles, or of one row tile for two K tiles.
+        unsigned b[ROW_TILES == 1 ? 1 : ROW_TILES / 2][4];
+        // A granule is summed with integer weights (code - zero), exact in 16 bits; its scale is applied to
+        // the sum.
 #pragma unroll
         for (int tile = 0; tile < 8; tile++) {
             int granule = KIND == PLAIN ? 0 : (tile >> 1) >> w.shift;
-            int of_granule = KIND == PLAIN ? 8 : 2 << w.shift; // in tiles
-            bool begins = (tile & (of_granule - 1)) == 0, ends = ((tile + 1) & (of_granule - 1)) == 0;
+            int granule_tiles = KIND == PLAIN ? 8 : 2 << w.shift; // K tiles of 16
+            bool begins = (tile & (granule_tiles - 1)) == 0, ends = ((tile + 1) & (granule_tiles - 1)) == 0;
             auto pairs = [&](int j, int at) {
-                return (const unsigned*)(now + j * OF_TILE + at) + granule * 8 + (lane >> 2);
+                return (const unsigned*)(current + j * TILE_BYTES + at) + granule * 8 + (lane >> 2);
             };
             if (KIND == ANY && begins) {
 #pragma unroll
                 for (int i = 0; i < SUMS; i++) part_sum[i] = 0;
 #pragma unroll
-                for (int j = 0; j < TILES; j++)
-                    if (w.zeros) zeros_of<BITS>(less[j], pairs(j, ZEROS_AT), 0);
+                for (int j = 0; j < OUTPUT_TILES; j++)
+                    if (w.zeros) load_negative_zeros<BITS>(minus_zero[j], pairs(j, ZEROS_AT), 0);
             }
 #pragma unroll
-            for (int e = 0; e < EIGHTS; e += 2)
-                if (EIGHTS > 1 || tile % 2 == 0)
-                    load_four(b[e / 2], turned[tile & 3] + slot * X + e * 2048 + (tile >> 2) * 128);
+            for (int e = 0; e < ROW_TILES; e += 2)
+                if (ROW_TILES > 1 || tile % 2 == 0)
+                    ldmatrix_x4(b[e / 2],
+                                b_address[tile & 3] + stage * X_BYTES + e * 2048 + (tile >> 2) * 128);
 #pragma unroll
-            for (int j = 0; j < TILES; j++) {
+            for (int j = 0; j < OUTPUT_TILES; j++) {
                 unsigned a[4];
-                codes_of<BITS>(a, codes[j] + (tile >> 2) * WORDS, tile & 3, less[j]);
+                dequantize_tile<BITS>(a, codes[j] + (tile >> 2) * WORDS, tile & 3, minus_zero[j]);
 #pragma unroll
-                for (int e = 0; e < EIGHTS; e++) {
-                    float* c = part_sum + j * OF_SUMS + e * 4;
-                    const unsigned* of_b = b[e / 2] + 2 * (EIGHTS == 1 ? tile & 1 : e & 1);
-                    if (KIND == PLAIN && tile == 0) multiply_anew(c, a, of_b[0], of_b[1]);
-                    else multiply(c, a, of_b[0], of_b[1]);
+                for (int e = 0; e < ROW_TILES; e++) {
+                    float* c = part_sum + j * TILE_SUMS + e * 4;
+                    const unsigned* b_pair = b[e / 2] + 2 * (ROW_TILES == 1 ? tile & 1 : e & 1);
+                    if (KIND == PLAIN && tile == 0) mma_from_zero(c, a, b_pair[0], b_pair[1]);
+                    else mma(c, a, b_pair[0], b_pair[1]);
                 }
             }
             if (ends) {
 #pragma unroll
-                for (int j = 0; j < TILES; j++) {
+                for (int j = 0; j < OUTPUT_TILES; j++) {
                     unsigned pair = *pairs(j, SCALES_AT);
-                    float of_g = widen((half16)(pair & 0xffff)), of_g8 = widen((half16)(pair >> 16));
+                    float scale_g = widen((half16)(pair & 0xffff)), scale_g8 = widen((half16)(pair >> 16));
 #pragma unroll
-                    for (int i = j * OF_SUMS; i < (j + 1) * OF_SUMS; i++)
-                        sum[i] += ((i & 3) < 2 ? of_g : of_g8) * part_sum[i];
+                    for (int i = j * TILE_SUMS; i < (j + 1) * TILE_SUMS; i++)
+                        sum[i] += ((i & 3) < 2 ? scale_g : scale_g8) * part_sum[i];
                 }
             }
         }
-        free = slot;
-        slot = slot + 1 == SLOTS ? 0 : slot + 1;
+        free_stage = stage;
+        stage = stage + 1 == STAGES ? 0 : stage + 1;
     }
 
-    // A warp leaves its sums where its weights were: [SUMS][32]. Teams are added up in the order of
-    // their positions.
-    static_assert(SUMS * 128 <= SLOTS * OF_WARP, "room for the sums of a warp");
+    // Each warp stores its sums over its own stages: [SUMS][32]. The slices are added in the order of K.
+    static_assert(SUMS * 128 <= STAGES * WARP_BYTES, "room for the sums of a warp");
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < SUMS; i++) ((float*)own)[i * 32 + lane] = sum[i];
     __syncthreads();
-    const float* of_first = (const float*)(own - team * OF_TEAM) + lane;
+    const float* first_slice = (const float*)(own - slice * SLICE_BYTES) + lane;
 #pragma unroll 4
-    for (int i = team; i < SUMS; i += TEAMS) {
+    for (int i = slice; i < SUMS; i += K_SLICES) {
         float total = 0;
 #pragma unroll
-        for (int other = 0; other < TEAMS; other++) total += of_first[other * (OF_TEAM / 4) + i * 32];
-        int output = (tile0 + i / OF_SUMS) * 16 + (lane >> 2) + (i >> 1 & 1) * 8;
-        int row = 8 * (i / 4 % EIGHTS) + 2 * (lane & 3) + (i & 1);
-        if (output < w.n && row < rows) put(out, total, bias, w.n, output, row, add);
+        for (int other = 0; other < K_SLICES; other++)
+            total += first_slice[other * (SLICE_BYTES / 4) + i * 32];
+        int output = (tile0 + i / TILE_SUMS) * 16 + (lane >> 2) + (i >> 1 & 1) * 8;
+        int row = 8 * (i / 4 % ROW_TILES) + 2 * (lane & 3) + (i & 1);
+        if (output < w.n && row < rows) store_output(out, total, bias, w.n, output, row, add);
     }
 }

@@ -1,11 +1,13 @@
-// From the sum of x^T x to the damped matrix that is factored, and back to the factor in f32.
-// H is symmetric; only tiles on and below the diagonal of the sum are filled.
+// The Hessian of a linear, H = sum of x^T x over calibration rows: symmetrize, scale, permute and damp it for
+// cuSOLVER's Cholesky factorization, then invert the factor and convert it to f32.
+//
+// cuBLAS fills only the tiles on and below the diagonal. H [k, k] is row-major. Bound by memory bandwidth.
 #include "half.cuh"
 
 extern "C" {
 
 // Mirrors the lower triangle and scales. h [k, k] row-major. Grid: (k / 32, k / 32), block (32, 8).
-__global__ void finish_sum(float* h, int k, float scale) {
+__global__ void symmetrize_and_scale(float* h, int k, float scale) {
     __shared__ float tile[32][33];
     int row0 = blockIdx.y * 32, col0 = blockIdx.x * 32;
     if (col0 > row0) return;
@@ -23,13 +25,13 @@ __global__ void finish_sum(float* h, int k, float scale) {
     }
 }
 
-__global__ void multiply_by(float* x, long long count, float factor) {
+__global__ void scale_in_place(float* x, long long count, float factor) {
     long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     if (i < count) x[i] *= factor;
 }
 
 // mean += share * (other - mean).
-__global__ void move_towards(float* mean, const float* other, long long count, float share) {
+__global__ void update_mean(float* mean, const float* other, long long count, float share) {
     long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     if (i < count) mean[i] += share * (other[i] - mean[i]);
 }
@@ -39,8 +41,10 @@ __global__ void diagonal(float* out, const float* h, int k) {
     if (i < k) out[i] = h[(long long)i * k + i];
 }
 
-// a[i][j] = h[order[i]][order[j]] + (i == j) * added[order[i]] for j <= i. Grid: (k / 256, k).
-__global__ void damp(double* a, const float* h, const unsigned* order, const double* added, int k) {
+// a[i][j] = h[order[i]][order[j]] + (i == j) * added[order[i]] for j <= i: permuted to act-order and damped.
+// Launch grid: (k / 256, k).
+__global__ void permute_and_damp(double* a, const float* h, const unsigned* order, const double* added,
+                                 int k) {
     int i = blockIdx.y, j = blockIdx.x * blockDim.x + threadIdx.x;
     if (j >= k) return;
     double value = 0;
@@ -49,21 +53,21 @@ __global__ void damp(double* a, const float* h, const unsigned* order, const dou
     a[(long long)i * k + j] = value;
 }
 
-// f32 of `count` elements; in place only through a buffer of its own.
-__global__ void narrow_f64(float* out, const double* x, long long count) {
+// f64 to f32, `count` elements; the buffers do not overlap.
+__global__ void f64_to_f32(float* out, const double* x, long long count) {
     long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     if (i < count) out[i] = (float)x[i];
 }
 
-// Zeros above the diagonal: the factorisation may leave anything there. Grid: (k / 256, k).
-__global__ void clear_above(double* a, int k) {
+// Zeroes the upper triangle, where the factorization leaves anything. Launch grid: (k / 256, k).
+__global__ void zero_above_diagonal(double* a, int k) {
     int i = blockIdx.y, j = blockIdx.x * blockDim.x + threadIdx.x;
     if (j > i && j < k) a[(long long)i * k + j] = 0;
 }
 
-// Inverts lower triangles of up to 32 rows on the diagonal of a [k, k], row-major, in place. A thread
-// solves for a column of its inverse, first row to last. Grid: (k / 32), block 32.
-__global__ void invert_tiles(double* a, int k) {
+// Inverts the lower-triangular 32 x 32 tiles on the diagonal of a [k, k] in place. A thread solves for one
+// column of the inverse by forward substitution. Launch grid: k / 32; block: 32.
+__global__ void invert_diagonal_tiles(double* a, int k) {
     __shared__ double tile[32][33], inverse[32][32];
     int first = blockIdx.x * 32, rows = min(32, k - first), c = threadIdx.x;
     double* corner = a + (long long)first * k + first;
@@ -79,8 +83,8 @@ __global__ void invert_tiles(double* a, int k) {
     for (int r = c; r < rows; r++) corner[(long long)r * k + c] = inverse[r][c];
 }
 
-// Column sums of a * b, [k, n] row-major, over `rows` rows of each part. out [parts, n].
-// Grid: (n / 128, parts).
+// out [parts, n]: column sums of a * b, both [k, n], over `rows` rows of each part; f32 products, f64 sums.
+// Launch grid: (n / 128, parts).
 __global__ void column_dot(double* out, const float* a, const float* b, int k, int n, int rows) {
     int col = blockIdx.x * blockDim.x + threadIdx.x;
     if (col >= n) return;
@@ -94,5 +98,4 @@ __global__ void column_dot(double* out, const float* a, const float* b, int k, i
     }
     out[(long long)blockIdx.y * n + col] = sum;
 }
-
 }

@@ -1,12 +1,13 @@
-// The GPTQ sweep (Frantar et al. 2022, algorithm 1) over at most 128 input channels.
+// The GPTQ sweep (Frantar et al. 2022, algorithm 1) over at most 128 input channels: round a channel, add its
+// error, weighted by the factor, to the channels that follow.
 //
-// Rows of w, l and codes stand in reversed processing order: with J the reversal and
-// J H J = L L^T, row a of L^-1 holds what the error of the channel at position K-1-a does to the
-// channels after it, which are the rows b < a. So a sweep runs from the last row to the first and
-// the factor is used as the solver library leaves it.
+// Rows of w, l and codes are in reversed processing order. With J the reversal and J H J = L L^T, row a of l
+// = L^-1 holds the effect of the error of channel K-1-a on the channels after it, which are the rows b < a.
+// So a sweep runs from the last row to the first and reads l in the layout that the factorization leaves.
 //
-// A block of threads serves 32 outputs; its 8 lanes share the rows of each output. All lanes of an
-// output compute its codes alike, so one barrier a channel is enough.
+// A block serves 32 outputs with 8 lanes each; the lanes share the rows of their output. All lanes of an
+// output compute its codes redundantly, so one barrier per channel suffices. Bound by latency: the channels
+// are sequential.
 #include "grid.cuh"
 #include "half.cuh"
 
@@ -14,10 +15,10 @@
 #define LANES 8
 #define CHANNELS 128
 
-// Grid of `count` weights w[rows ? rows[i] : i] * stride] that the lanes of one output share.
-// weight[i] says how much the squared error of row i counts. All threads of the block call it.
-__device__ float2 fit(const float* w, long long stride, const unsigned* rows, const float* importance,
-                      int count, Rule rule, bool live) {
+// Fits the grid of `count` weights w[(rows ? rows[i] : i) * stride], shared by the lanes of one output.
+// importance[i] weights the squared error of row i in the grid search. All threads of the block call it.
+__device__ float2 fit_grid(const float* w, long long stride, const unsigned* rows, const float* importance,
+                           int count, GridRule rule, bool live) {
     __shared__ float part[3][LANES][OUTPUTS];
     int x = threadIdx.x, lane = threadIdx.y;
     float low = 0, high = 0;
@@ -35,17 +36,17 @@ __device__ float2 fit(const float* w, long long stride, const unsigned* rows, co
         low = fminf(low, part[0][l][x]);
         high = fmaxf(high, part[1][l][x]);
     }
-    float2 whole = fit_range(low, high, rule);
+    float2 whole = grid_of_range(low, high, rule);
     if (rule.shares == 1) return whole;
     float best = INFINITY, best_c = 0;
     if (live)
-        for (int c = lane; c < rule.shares * rule.ways; c += LANES) {
+        for (int c = lane; c < rule.shares * rule.variants; c += LANES) {
             float2 grid = candidate(low, high, c, rule);
             float inverse = 1.0f / grid.x, error = 0;
             for (int i = count - 1; i >= 0; i--) {
                 unsigned row = rows ? rows[i] : i;
                 float v = w[row * stride];
-                float e = v - nearest(v * inverse, grid.y, rule.max_code) * grid.x;
+                float e = v - nearest_step(v * inverse, grid.y, rule.max_code) * grid.x;
                 error += importance[row] * e * e;
             }
             if (error < best) {
@@ -64,18 +65,19 @@ __device__ float2 fit(const float* w, long long stride, const unsigned* rows, co
             best_c = c;
         }
     }
-    // A smaller share would clip the largest weight in silence.
+    // A range that overflows f16 is kept, so that the host reports it; a smaller share would silently clip.
     if (fabsf(whole.x) > 65504.0f) return whole;
     return candidate(low, high, (int)best_c, rule);
 }
 
 extern "C" {
 
-// Grids of groups that do not lie inside one sweep: the rows of group first_group + blockIdx.y are
-// rows[starts[g]..starts[g + 1]], or first_row.. without a list. Grid: (n / 32, groups).
+// Fits grids of groups that span several sweeps. The rows of group g = first_group + blockIdx.y are
+// rows[starts[g]..starts[g + 1]], or first_row.. where rows is null.
+// Launch grid: (n / 32, groups); block: (32, 8).
 __global__ void fit_groups(float* scales, float* zeros, const float* w, const float* weight,
                            const unsigned* rows, const unsigned* starts, int first_row, int count,
-                           int first_group, int n, Rule rule) {
+                           int first_group, int n, GridRule rule) {
     int col = blockIdx.x * OUTPUTS + threadIdx.x;
     bool live = col < n;
     int group = first_group + blockIdx.y;
@@ -88,23 +90,25 @@ __global__ void fit_groups(float* scales, float* zeros, const float* w, const fl
         from += (long long)first_row * n;
         importance += first_row;
     }
-    float2 grid = fit(from, n, list, importance, count, rule, live);
+    float2 grid = fit_grid(from, n, list, importance, count, rule, live);
     if (live && threadIdx.y == 0) {
         scales[(long long)group * n + col] = grid.x;
         zeros[(long long)group * n + col] = grid.y;
     }
 }
 
-// Rows last-1 down to first (last - first <= 128) of w [k, n]; errors [128, n] gets row a's
-// (w - q) / l_aa at a - first. groups[a] is the group of row a. With `inside` a grid is fitted
-// where a group begins, which then ends inside the sweep; else scales and zeros hold it already.
-// codes [k, n] in stored order, channel[a] the stored channel of row a.
-__global__ void sweep(unsigned char* codes, float* scales, float* zeros, float* errors,
-                      const float* w, const float* l, const float* weight, const unsigned* groups,
-                      const unsigned* channel, int k, int n, int first, int last, int inside,
-                      Rule rule) {
+// Sweeps rows last - 1 down to first of w [k, n], at most 128.
+//   errors [128, n]     (w - q) / l_aa of row a, at row a - first
+//   codes [k, n]        in stored order; channel[a] is the stored channel of row a
+//   groups [k]          the group of each row
+// `fit_inside`: fit the grid where a group begins, which then ends inside this sweep. Else scales and zeros
+// hold it.
+// Launch grid: n / 32; block: (32, 8).
+__global__ void sweep(unsigned char* codes, float* scales, float* zeros, float* errors, const float* w,
+                      const float* l, const float* weight, const unsigned* groups, const unsigned* channel,
+                      int k, int n, int first, int last, int fit_inside, GridRule rule) {
     extern __shared__ float shared[];
-    float* tile = shared;                       // [CHANNELS][OUTPUTS]
+    float* tile = shared;                        // [CHANNELS][OUTPUTS]
     float* factor = shared + CHANNELS * OUTPUTS; // [CHANNELS][CHANNELS]
     int x = threadIdx.x, lane = threadIdx.y, rows = last - first;
     int col = blockIdx.x * OUTPUTS + x;
@@ -123,11 +127,11 @@ __global__ void sweep(unsigned char* codes, float* scales, float* zeros, float* 
         unsigned group = groups[first + r];
         if (group != current) {
             current = group;
-            if (inside) {
+            if (fit_inside) {
                 int begin = r;
                 while (begin > 0 && groups[first + begin - 1] == group) begin--;
-                float2 grid = fit(tile + begin * OUTPUTS + x, OUTPUTS, 0, weight + first + begin,
-                                  r + 1 - begin, rule, live);
+                float2 grid = fit_grid(tile + begin * OUTPUTS + x, OUTPUTS, 0, weight + first + begin,
+                                       r + 1 - begin, rule, live);
                 scale = grid.x;
                 zero = grid.y;
                 if (live && lane == 0) {
@@ -140,38 +144,37 @@ __global__ void sweep(unsigned char* codes, float* scales, float* zeros, float* 
             }
         }
         float v = tile[r * OUTPUTS + x];
-        float steps = nearest(__fdiv_rn(v, scale), zero, rule.max_code);
+        float steps = nearest_step(__fdiv_rn(v, scale), zero, rule.max_code);
         float error = __fdiv_rn(v - steps * scale, factor[r * CHANNELS + r]);
         if (lane == (r & (LANES - 1)) && live) {
             codes[(long long)channel[first + r] * n + col] = (unsigned char)(int)(steps + zero);
             errors[(long long)r * n + col] = error;
         }
-        for (int b = lane; b < r; b += LANES)
-            tile[b * OUTPUTS + x] -= error * factor[r * CHANNELS + b];
+        for (int b = lane; b < r; b += LANES) tile[b * OUTPUTS + x] -= error * factor[r * CHANNELS + b];
         __syncthreads();
     }
 }
 
-// e = w - round_to_nearest(w) for w [k, n] in stored order, groups of `size` channels.
-// Grid: (n / 32, groups).
-__global__ void rounding_error(float* e, const float* w, int k, int n, int size, Rule rule) {
+// e = w - round_to_nearest(w), w [k, n] in stored order, groups of `size` channels.
+// Launch grid: (n / 32, groups); block: (32, 8).
+__global__ void rounding_error(float* e, const float* w, int k, int n, int size, GridRule rule) {
     int col = blockIdx.x * OUTPUTS + threadIdx.x;
     bool live = col < n;
     int first = blockIdx.y * size, count = min(size, k - first);
     const float* from = w + (long long)first * n + col;
     rule.shares = 1;
     rule.full_range = 0;
-    float2 grid = fit(from, n, 0, 0, count, rule, live);
+    float2 grid = fit_grid(from, n, 0, 0, count, rule, live);
     if (!live) return;
     for (int i = threadIdx.y; i < count; i += LANES) {
         float v = from[(long long)i * n];
-        float steps = nearest(__fdiv_rn(v, grid.x), grid.y, rule.max_code);
+        float steps = nearest_step(__fdiv_rn(v, grid.x), grid.y, rule.max_code);
         e[(long long)(first + i) * n + col] = v - steps * grid.x;
     }
 }
 
-// out[a][n] = weight[n][channel[a]]: sixteen-bit [n, k] to f32 [k, n]. Grid: (k / 32, n / 32),
-// block (32, 8). Reads are scattered only where the order is.
+// out[a][n] = weight[n][channel[a]]: transposes and permutes 16-bit [n, k] to f32 [k, n]. Reads are scattered
+// only where the permutation is. Launch grid: (k / 32, n / 32); block: (32, 8).
 __global__ void gather_weight(float* out, const half16* weight, const unsigned* channel, int k, int n) {
     __shared__ float tile[32][33];
     int a0 = blockIdx.x * 32, n0 = blockIdx.y * 32;
@@ -185,22 +188,22 @@ __global__ void gather_weight(float* out, const half16* weight, const unsigned* 
             out[(long long)(a0 + i) * n + n0 + threadIdx.x] = tile[threadIdx.x][i];
 }
 
-// out = a - b, sixteen-bit.
+// out = a - b, 16-bit.
 __global__ void subtract(half16* out, const half16* a, const half16* b, long long count) {
     long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     if (i < count) out[i] = narrow(widen(a[i]) - widen(b[i]));
 }
 
-// out[a][n] = x[channel[a]][n], f32 [k, n]. Grid: (n / 256, k).
+// out[a][n] = x[channel[a]][n], f32 [k, n]. Launch grid: (n / 256, k).
 __global__ void gather_rows(float* out, const float* x, const unsigned* channel, int n) {
     int col = blockIdx.x * blockDim.x + threadIdx.x;
     if (col < n) out[(long long)blockIdx.y * n + col] = x[(long long)channel[blockIdx.y] * n + col];
 }
 
-// weight[n][c] = scale * (code - zero) rounded to sixteen bits, e[c][n] = the f32 weight before
-// minus scale * (code - zero). Grid: (k / 32, n / 32), block (32, 8).
-__global__ void put_back(half16* weight, float* e, const unsigned char* codes, const float* scales,
-                         const float* zeros, const unsigned* g_idx, int k, int n) {
+// Replaces the weight by its quantized values: weight[n][c] = scale * (code - zero) rounded to 16 bits, and
+// e[c][n] = the weight before - scale * (code - zero) in f32. Launch grid: (k / 32, n / 32); block: (32, 8).
+__global__ void write_back(half16* weight, float* e, const unsigned char* codes, const float* scales,
+                           const float* zeros, const unsigned* g_idx, int k, int n) {
     __shared__ float tile[32][33];
     int c0 = blockIdx.x * 32, n0 = blockIdx.y * 32;
     for (int i = threadIdx.y; i < 32; i += 8) {
@@ -226,5 +229,4 @@ __global__ void put_back(half16* weight, float* e, const unsigned char* codes, c
         if (c < k && col < n) e[(long long)c * n + col] = tile[i][threadIdx.x];
     }
 }
-
 }

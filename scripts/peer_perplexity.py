@@ -3,7 +3,7 @@
 
 usage: peer_perplexity.py TEXT FOLDER...        (needs CUDA, torch and GPTQModel)
 
-TEXT is tokenised as one string with the first folder's tokenizer.json, no special tokens, cut into windows of 2048 without
+TEXT is tokenized as one string with the first folder's tokenizer.json, no special tokens, cut into windows of 2048 without
 overlap; each counts its mean over 2047 predictions. A line a folder.
 """
 import gc

@@ -1,4 +1,4 @@
-//! Models that cannot be quantised: each is refused by name, and nothing is left behind.
+//! Models that cannot be quantized: each is refused by name, and nothing is left behind.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -494,7 +494,7 @@ fn shapes_that_3_bit_codes_cannot_fill() {
 }
 
 #[test]
-fn a_model_that_is_quantised_already() {
+fn a_model_that_is_quantized_already() {
     let place = Place::single();
     run(&mut place.quantize()).done();
     let packed = place.path().join("out");
@@ -508,7 +508,7 @@ fn a_model_that_is_quantised_already() {
     refused(
         &mut again,
         place.path(),
-        &[&packed_name, "quantised already"],
+        &[&packed_name, "quantized already"],
     );
 
     // Floats beside such a declaration are what merging an adapter leaves: they are quantized.

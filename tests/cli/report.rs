@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::support::{entries, gptq, quantize, refused, run, small_model};
 
-/// A model, a rounded and a quantised checkpoint, and the scores of all three.
+/// A model, a rounded and a quantized checkpoint, and the scores of all three.
 struct Made {
     folder: tempfile::TempDir,
     scores: PathBuf,

@@ -1,4 +1,4 @@
-//! Every family is quantised and evaluated; what is not quantised passes through unchanged.
+//! Every family is quantized and evaluated; what is not quantized passes through unchanged.
 
 use gptq_types::Dtype;
 
@@ -9,7 +9,7 @@ const SMALL_KL: f64 = 0.01;
 
 #[test]
 fn llama_in_f16_tied() {
-    quantised(&TinyModel {
+    quantized(&TinyModel {
         dtype: Dtype::F16,
         tied: true,
         ..TinyModel::new(Family::Llama)
@@ -18,7 +18,7 @@ fn llama_in_f16_tied() {
 
 #[test]
 fn mistral_in_f32_sharded() {
-    quantised(&TinyModel {
+    quantized(&TinyModel {
         dtype: Dtype::F32,
         shards: 3,
         ..TinyModel::new(Family::Mistral)
@@ -27,12 +27,12 @@ fn mistral_in_f32_sharded() {
 
 #[test]
 fn qwen2_in_bf16_with_biases() {
-    quantised(&TinyModel::new(Family::Qwen2));
+    quantized(&TinyModel::new(Family::Qwen2));
 }
 
 #[test]
 fn qwen3_in_bf16_tied_and_sharded_with_a_head_width_of_its_own() {
-    quantised(&TinyModel {
+    quantized(&TinyModel {
         tied: true,
         shards: 2,
         ..TinyModel::new(Family::Qwen3)
@@ -51,7 +51,7 @@ fn every_family_is_known_by_its_name() {
     }
 }
 
-fn quantised(shapes: &TinyModel) {
+fn quantized(shapes: &TinyModel) {
     let folder = tempfile::tempdir().unwrap();
     let place = |name: &str| folder.path().join(name);
     let (model, text, out) = (place("model"), place("text.txt"), place("out"));

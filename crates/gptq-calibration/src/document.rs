@@ -11,7 +11,7 @@ use crate::json::BYTE_ORDER_MARK;
 use crate::rows::limit;
 use crate::source::Packing;
 
-/// A single text is tokenised whole: measured 80 to 150 bytes of memory per byte of text (Llama's
+/// A single text is tokenized whole: measured 80 to 150 bytes of memory per byte of text (Llama's
 /// BPE, byte-level BPE) and 1 to 2 seconds per megabyte, so that this one needs up to 10 GB.
 pub(crate) const MAX_TEXT_BYTES: usize = 1 << 26;
 

@@ -23,7 +23,7 @@ pub enum CalibrationError {
     TokenizerForeign { path: String, reason: String },
     #[error("{path}: {reason}")]
     TokenizerInvalid { path: String, reason: String },
-    #[error("a text of {bytes} bytes could not be tokenised: {reason}")]
+    #[error("a text of {bytes} bytes could not be tokenized: {reason}")]
     Encode { bytes: usize, reason: String },
     #[error("{tokens} tokens could not be decoded: {reason}")]
     Decode { tokens: usize, reason: String },

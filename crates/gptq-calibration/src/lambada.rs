@@ -1,8 +1,8 @@
 //! LAMBADA: passages of which the last word is to be guessed (Paperno et al. 2016,
 //! arXiv:1606.06031), in the version of OpenAI that the field's tables show.
 //!
-//! Cut and tokenised as the task `lambada_openai` of lm-evaluation-harness does it: the word is
-//! what follows the last blank, blanks before it belong to it, the whole passage is tokenised as
+//! Cut and tokenized as the task `lambada_openai` of lm-evaluation-harness does it: the word is
+//! what follows the last blank, blanks before it belong to it, the whole passage is tokenized as
 //! one string, and the word's tokens are those by which it is longer than its context.
 
 use crate::CalibrationError;
@@ -22,7 +22,7 @@ const REVISION: &str = "900124bf3b8235c6daf21033af9948b3f07346c4";
 const FILE: &str = "data/lambada_test_en.jsonl";
 const SHA256: &str = "4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226";
 
-/// A tokenised passage; its last tokens are the word.
+/// A tokenized passage; its last tokens are the word.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Passage {
     /// Context and word.
@@ -87,7 +87,7 @@ impl Passages {
                     path: place.clone(),
                     reason: format!("row {}: {reason}", row + 1),
                 };
-                tokenise(rows.get(row), &front, tokenizer)?.map_err(malformed)
+                tokenize(rows.get(row), &front, tokenizer)?.map_err(malformed)
             })
             .collect::<Result<Vec<_>, _>>()?;
         Ok(Passages {
@@ -143,7 +143,7 @@ fn wrong_kind(path: &str, format: &'static str) -> CalibrationError {
 }
 
 /// Context and word; an inner error says why a text is no passage.
-fn tokenise(
+fn tokenize(
     text: &str,
     front: &[u32],
     tokenizer: &Tokenizer,

@@ -21,8 +21,8 @@ use crate::tokenizer::Tokenizer;
 /// Tokens in all windows of one request: 16,000 times the papers' 128 windows of 2048.
 const MAX_TOKENS: usize = 1 << 32;
 
-/// Documents tokenised at once while one is looked for. Few documents of C4 hold 2048
-/// tokens, so most of what is tokenised ahead is needed.
+/// Documents tokenized at once while one is looked for. Few documents of C4 hold 2048
+/// tokens, so most of what is tokenized ahead is needed.
 const LOOK_AHEAD: usize = 32;
 
 /// The words of the rule for a file without a name.
@@ -129,7 +129,7 @@ impl Windows {
 
 /// Calibration windows of `source` under its rule.
 ///
-/// A named dataset keeps the rule of its manifest. A file without a name is tokenised as one
+/// A named dataset keeps the rule of its manifest. A file without a name is tokenized as one
 /// string (rows joined with a blank line) and windows start anywhere in it. Of stored windows the
 /// first `samples` are taken as they are, all where there are fewer: nothing is drawn then, and the
 /// record shows what there was.
@@ -297,7 +297,7 @@ pub(crate) struct Search<'a> {
     rows: &'a Rows,
     seq_len: usize,
     random: PythonRandom,
-    /// Documents known to be too short, or not to be drawn again: not tokenised, and all of them means
+    /// Documents known to be too short, or not to be drawn again: not tokenized, and all of them means
     /// no answer.
     passed_over: HashSet<usize>,
     longest: usize,

@@ -1,4 +1,4 @@
-//! Questions of multiple choice, tokenised as lm-evaluation-harness 0.4.13 does it for the causal
+//! Questions of multiple choice, tokenized as lm-evaluation-harness 0.4.13 does it for the causal
 //! models of transformers: text and choice as one string, of whose tokens those count that it is
 //! longer by than the text alone.
 
@@ -32,7 +32,7 @@ pub struct Choice {
     pub characters: usize,
 }
 
-/// A tokenised question.
+/// A tokenized question.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Question {
     /// In the order of the file.

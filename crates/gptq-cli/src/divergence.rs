@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use gptq_calibration::{EvaluationWindows, Source};
 use gptq_hub::Checkpoint;
-use gptq_inference::{Journal, Request, evaluate, group_tokens, summarise};
+use gptq_inference::{Journal, Request, evaluate, group_tokens, summarize};
 use gptq_model::{DeviceContext, ModelSpec};
 use gptq_pipeline::CompareError;
 use gptq_types::{Divergence, RunRecord};
@@ -123,7 +123,7 @@ impl Texts {
                 let range = start..start + text.windows.ids.len();
                 start = range.end;
                 let [float, own] = [&scores[0], &scores[1]].map(|of| &of.windows[range.clone()]);
-                let (float, own) = (summarise(float, &[]), summarise(own, float));
+                let (float, own) = (summarize(float, &[]), summarize(own, float));
                 let lengths = || text.windows.ids.iter().map(Vec::len);
                 let compared = (own.comparison.as_ref())
                     .ok_or_else(|| Failure::new("no window was compared"))?;

@@ -6,7 +6,7 @@ use std::time::Instant;
 use gptq_calibration::{EvaluationWindows, Means, Source, Tokenizer, evaluation_windows};
 use gptq_inference::{
     OpenedModel, Reference, ScoreError, WindowScore, group_tokens, groups, score_reference,
-    score_windows, summarise,
+    score_windows, summarize,
 };
 use gptq_model::{DeviceContext, ModelSpec};
 use gptq_types::EvalRecord;
@@ -79,7 +79,7 @@ pub fn record(
     own: &[WindowScore],
     first: &[WindowScore],
 ) -> EvalRecord {
-    let evaluation = summarise(own, first);
+    let evaluation = summarize(own, first);
     let record = EvalRecord {
         model: name.to_string(),
         kind: opened.kind(),

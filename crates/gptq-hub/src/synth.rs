@@ -1,7 +1,7 @@
 //! A model folder of random weights, for measurements of speed and memory: how long a step takes
 //! and what it holds depends on shapes, and these need no download.
 //!
-//! The weights are normal with the deviation that the family is initialised with, norms are one; those
+//! The weights are normal with the deviation that the family is initialized with, norms are one; those
 //! of Gemma, which are added to one, are normal too.
 //! Quality cannot be measured on them: the model says nothing, its channels are alike, and GPTQ
 //! gains less over rounding than it does on trained weights.

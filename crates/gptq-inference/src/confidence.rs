@@ -1,4 +1,4 @@
-//! How far a mean over windows can be trusted.
+//! Confidence intervals of means over windows.
 
 use std::f64::consts::{FRAC_PI_2, PI};
 

@@ -21,8 +21,8 @@ use crate::perplexity::{Reference, ScoreError, WindowScore, score_reference, sco
 /// spends about one percent on it; more cores make it more.
 const GROUP_TOKENS: usize = 32_768;
 
-/// The same on a GPU: 96 windows of 2048, three quarters of what a default calibration keeps. A GPU
-/// is so much faster than the disk that it would wait for blocks with fewer.
+/// Tokens of a chunk on a GPU: 96 windows of 2048, three quarters of what a default calibration keeps. With
+/// fewer the GPU, which is so much faster than the disk, would wait for blocks.
 #[cfg(feature = "cuda")]
 const GPU_GROUP_TOKENS: usize = 196_608;
 
@@ -55,7 +55,7 @@ pub fn groups(lengths: impl IntoIterator<Item = usize>, tokens: usize) -> Vec<Ra
     groups
 }
 
-/// What is to be scored.
+/// The models and texts to score.
 pub struct Request<'a> {
     /// The first is the reference.
     pub models: &'a [OpenedModel],
@@ -71,7 +71,7 @@ pub struct Request<'a> {
     pub group_tokens: usize,
 }
 
-/// What one model said.
+/// The scores of one model.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Scores {
     /// A row per window; all models but the first are compared with it.
@@ -84,7 +84,7 @@ pub struct Scores {
     pub seconds: f64,
 }
 
-/// How far an evaluation is.
+/// Progress of an evaluation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Step {
     /// Passes through a block or a head that are behind us.
@@ -220,7 +220,7 @@ impl ByLength {
         }
     }
 
-    /// What was found out about each, in the order in which they were given.
+    /// The values in the order in which the items were given.
     fn as_given(&self, found: &[f64]) -> Vec<f64> {
         let mut given = vec![0.0; found.len()];
         for (&at, &value) in self.order.iter().zip(found) {

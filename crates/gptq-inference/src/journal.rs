@@ -1,4 +1,4 @@
-//! What an evaluation has found out so far; in a file if it is to outlive a kill.
+//! The journal of an evaluation: scores so far, in a file if they are to survive a kill.
 //!
 //! Lines of a sha256 and JSON: the first says of which evaluation, each further one is a group of
 //! windows, passages or choices that one model has scored. A line is synced before the next group begins. The
@@ -59,7 +59,7 @@ impl JournalError {
     }
 }
 
-/// What was scored.
+/// The kind of a scored group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Part {
@@ -76,7 +76,7 @@ pub(crate) struct Place {
     pub model: usize,
 }
 
-/// What it said.
+/// The scores of a group.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Entry {
@@ -91,7 +91,7 @@ pub(crate) struct Entry {
     pub likelihoods: Vec<f64>,
 }
 
-/// What a group is made of: how much an entry of it must say.
+/// The shape of a group, which determines how many values its entry holds.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct GroupShape {
     /// Predictions of each window.
@@ -115,7 +115,7 @@ struct Stored {
     file: File,
     /// All whole lines.
     bytes: u64,
-    /// Of the first line; part of every other line's check.
+    /// Hash of the first line, part of every other line's check.
     evaluation: ContentHash,
     /// Where the entries that were read stand, from 1.
     lines: BTreeMap<Place, usize>,
@@ -345,7 +345,7 @@ fn read_settings(
     Ok(check)
 }
 
-/// Of a setting that an error repeats.
+/// Characters of a setting that an error shows.
 const SHOWN_CHARACTERS: usize = 90;
 const CHANGED: &str = "was changed after it was written: its check does not fit";
 

@@ -1,8 +1,8 @@
 //! Reads what users read: checkpoints as they lie on disk, packed or not.
 //!
-//! Knows: packed linears as weights of the forward pass; perplexity, divergence from another
-//! checkpoint with its tail and its place in the window, paired confidence intervals, last words
-//! guessed by greedy tokens, choices weighed by their likelihood; the journal by which an evaluation goes on after a kill; logits of
+//! Knows: packed linears as weights of the forward pass; perplexity, divergence from another checkpoint with
+//! its tail and its place in the window, paired confidence intervals, last words guessed by greedy tokens,
+//! choices weighed by their likelihood; the journal by which an evaluation goes on after a kill; logits of
 //! given tokens; runners that keep all weights as the file has them, text and windows sampled from them, and
 //! their speed.
 //!
@@ -47,4 +47,4 @@ pub use run::{RunError, Runner};
 pub use sample_windows::{SampleSpec, sample_windows};
 pub use speed::measure_speed;
 pub use stored::{StoredLinear, StoredMatrix, StoredWeight};
-pub use summary::{Comparison, Evaluation, accuracy, summarise};
+pub use summary::{Comparison, Evaluation, accuracy, summarize};

@@ -49,13 +49,13 @@ impl OpenError {
 
 /// A checkpoint whose kind is known.
 pub struct OpenedModel {
-    /// Weights, dequantised on reading where packed.
+    /// Weights, dequantized on reading where packed.
     pub weights: Arc<dyn WeightSource>,
     /// The same, where linears are packed and may be had as codes.
     pub packed: Option<Arc<PackedWeights>>,
     /// The architecture.
     pub spec: ModelSpec,
-    /// How it is packed; absent for a float checkpoint.
+    /// The packing; absent for a float checkpoint.
     pub quantization: Option<QuantizeConfig>,
 }
 

@@ -6,7 +6,7 @@ use gptq_model::{FloatWeights, LinearValues, LinearWeights, WeightSource};
 use gptq_packer::{QuantizeConfig, ReadError, check_layer, read_layer};
 use gptq_types::{Dtype, LayerName, SolvedLayer, SourceError, TensorSource};
 
-/// A GPTQ checkpoint: linears with a `qweight` are dequantised as they are read, everything else
+/// A GPTQ checkpoint: linears with a `qweight` are dequantized as they are read, everything else
 /// is plain.
 pub struct PackedWeights {
     source: Arc<dyn TensorSource>,
@@ -91,7 +91,7 @@ impl WeightSource for PackedWeights {
             return self.float.linear(layer, shape, bias);
         }
         Ok(LinearWeights {
-            weight: LinearValues::InputMajor(self.read(layer, shape)?.dequantise()),
+            weight: LinearValues::InputMajor(self.read(layer, shape)?.dequantize()),
             bias: self.bias(layer, bias)?,
         })
     }

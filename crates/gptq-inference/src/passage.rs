@@ -16,7 +16,7 @@ pub struct Passage {
 }
 
 impl Passage {
-    /// What the model sees: nothing follows the last token.
+    /// The tokens that the model reads: all but the last, which nothing follows.
     pub(crate) fn seen(&self) -> &[u32] {
         &self.ids[..self.ids.len() - 1]
     }

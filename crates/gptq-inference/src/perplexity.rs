@@ -1,4 +1,4 @@
-//! Likelihoods of the windows of a text, block by block, so that a model that can be quantised on
+//! Likelihoods of the windows of a text, block by block, so that a model that can be quantized on
 //! a machine can also be evaluated there.
 
 use gptq_model::{Decoder, HeadInput, ModelError, TokenScore};
@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 /// memory, and its head where it scores.
 pub struct Reference(Vec<HeadInput>);
 
-/// What a model says about one window.
+/// The score of one window.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct WindowScore {
     /// Mean negative log-likelihood over the `seq_len - 1` predictions, nats.
@@ -18,7 +18,7 @@ pub struct WindowScore {
     pub divergence: Option<Divergence>,
 }
 
-/// How far a model is from the reference on one window.
+/// The divergence of a model from the reference on one window.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Divergence {
     /// Mean KL divergence, `sum p ln(p/q)` with `p` the reference, nats.
@@ -50,7 +50,7 @@ pub fn score_windows(
     score_each(decoder, windows, reference, progress, &mut |_| Ok(()))
 }
 
-/// The same of the model that others are compared with; keeps its final hidden states.
+/// Scores the windows of the reference, and keeps its final hidden states for the comparison with other models.
 pub fn score_reference(
     decoder: &mut dyn Decoder,
     windows: &[Vec<u32>],

@@ -97,7 +97,7 @@ impl OpenedModel {
     }
 }
 
-/// What both runners refuse alike, before they touch the cache.
+/// The lengths of sequences, and the checks that both runners make before they touch the cache.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Lengths {
     capacity: usize,

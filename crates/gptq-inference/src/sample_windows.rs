@@ -11,7 +11,7 @@ use crate::{OpenedModel, RunError, Runner};
 /// Sequences that grow in step: one read of the weights serves them all.
 const SEQUENCES: usize = 32;
 
-/// What to sample.
+/// Settings of the sampled windows.
 #[derive(Clone, Copy, Debug)]
 pub struct SampleSpec {
     /// Windows.
@@ -20,7 +20,7 @@ pub struct SampleSpec {
     pub seq_len: usize,
     /// Divides the logits; 1 samples from the model's own distribution.
     pub temperature: f32,
-    /// Of the random draws; windows do not depend on the number of threads.
+    /// Seed of the random draws; windows do not depend on the number of threads.
     pub seed: u64,
     /// The token that every window begins with, where the family needs one.
     pub bos: Option<u32>,

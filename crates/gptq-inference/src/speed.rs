@@ -1,4 +1,4 @@
-//! How fast a runner reads prompts and writes tokens.
+//! Measures the throughput of prefill and decode.
 
 use std::time::Instant;
 

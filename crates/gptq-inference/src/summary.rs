@@ -8,7 +8,7 @@ use crate::perplexity::{Divergence, WindowScore};
 /// Parts of the window that the divergence is shown for, at most.
 const POSITION_PARTS: usize = 32;
 
-/// Of a thousand positions, those that the tail leaves below it.
+/// The percentile that marks the tail, per mille of all positions.
 const TAIL_PER_MILLE: usize = 999;
 
 /// Scores of one model on one text.
@@ -49,7 +49,7 @@ impl Evaluation {
 }
 
 /// Sums up the windows of one model; `first` holds the reference's scores of the same windows.
-pub fn summarise(own: &[WindowScore], first: &[WindowScore]) -> Evaluation {
+pub fn summarize(own: &[WindowScore], first: &[WindowScore]) -> Evaluation {
     let likelihoods =
         |scores: &[WindowScore]| -> Vec<f64> { scores.iter().map(|score| score.nll).collect() };
     let (nll, nll_stderr) = mean_and_error(&likelihoods(own));
@@ -151,7 +151,7 @@ mod tests {
 
     fn compared(own: &[WindowScore]) -> Comparison {
         let first: Vec<WindowScore> = own.iter().map(|_| plain(1.0)).collect();
-        summarise(own, &first).comparison.unwrap()
+        summarize(own, &first).comparison.unwrap()
     }
 
     /// A window without positions divided by none of them: `0 * 0 / 0` panicked.
@@ -159,7 +159,7 @@ mod tests {
     fn a_window_without_positions_has_no_parts() {
         let parts = compared(&[window(1.0, &[]), window(1.0, &[0.5])]).kl_by_position;
         assert_eq!(parts, [0.0; 0]);
-        assert!(summarise(&[], &[]).comparison.is_none());
+        assert!(summarize(&[], &[]).comparison.is_none());
     }
 
     /// By hand: of 0, 1, ..., 2000, shuffled over windows, 99.9 % of 2000 steps is 1998; of
@@ -198,7 +198,7 @@ mod tests {
 
     #[test]
     fn the_first_has_nothing_to_compare() {
-        let found = summarise(&[plain(2.0), plain(4.0)], &[]);
+        let found = summarize(&[plain(2.0), plain(4.0)], &[]);
         assert_eq!((found.nll, found.windows), (3.0, 2));
         assert_eq!(found.nll_stderr, 1.0);
         assert_eq!(found.perplexity(), 3.0f64.exp());

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use gptq_inference::{
-    Passage, guess_last_words, score_reference, score_windows, summarise, weigh_choices,
+    Passage, guess_last_words, score_reference, score_windows, summarize, weigh_choices,
 };
 use gptq_model::{
     ActivationSink, Decoder, DeviceContext, HeadInput, ModelError, ModelSpec, Tap, Weight,
@@ -148,7 +148,7 @@ fn divergence_by_position_is_that_of_plain_softmaxes() {
     let (of_first, hidden) = score_reference(&mut first, &windows, quiet).unwrap();
     let scored = score_windows(&mut second, &windows, Some(&hidden), quiet);
     let of_second = scored.unwrap();
-    let found = summarise(&of_second, &of_first);
+    let found = summarize(&of_second, &of_first);
     let compared = found.comparison.unwrap();
 
     let mut all = Vec::new();
@@ -188,7 +188,7 @@ fn divergence_by_position_is_that_of_plain_softmaxes() {
     // 0.999 of 199 steps is 198.801
     close(compared.kl_p999, all[198] + 0.801 * (all[199] - all[198]));
     let difference = compared.nll_difference.unwrap();
-    let direct = found.nll - summarise(&of_first, &[]).nll;
+    let direct = found.nll - summarize(&of_first, &[]).nll;
     close(difference.mean, direct);
     assert!(difference.low < direct && direct < difference.high);
 }
@@ -199,7 +199,7 @@ fn a_model_with_itself_differs_by_nothing() {
     let windows = windows(0..4, 20);
     let (first, hidden) = score_reference(&mut model, &windows, &mut || {}).unwrap();
     let again = score_windows(&mut model, &windows, Some(&hidden), &mut || {});
-    let compared = summarise(&again.unwrap(), &first).comparison.unwrap();
+    let compared = summarize(&again.unwrap(), &first).comparison.unwrap();
     assert!(compared.kl.abs() < 1e-9 && compared.kl_p999.abs() < 1e-6);
     assert_eq!(compared.top1_agreement, 1.0);
     let difference = compared.nll_difference.unwrap();

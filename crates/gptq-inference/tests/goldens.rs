@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use data::{fixture, shared};
-use gptq_inference::{compare, logits, open, score_reference, score_windows, summarise};
+use gptq_inference::{compare, logits, open, score_reference, score_windows, summarize};
 use gptq_model::DeviceContext;
 use gptq_packer::SafetensorsFile;
 use gptq_types::TensorSource;
@@ -104,8 +104,8 @@ fn evaluation_agrees_with_the_logits() {
     let (first, hidden) = score_reference(model.as_mut(), &windows, &mut count).unwrap();
     assert_eq!(passes, 5 + 1);
     let again = score_windows(model.as_mut(), &windows, Some(&hidden), &mut || {});
-    let again = summarise(&again.unwrap(), &first);
-    let first = summarise(&first, &[]);
+    let again = summarize(&again.unwrap(), &first);
+    let first = summarize(&first, &[]);
     assert_eq!(first.nll, again.nll);
     let compared = again.comparison.unwrap();
     assert!(compared.kl.abs() < 1e-9);

@@ -7,7 +7,9 @@
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     use std::time::Instant;
 
-    use gptq_kernels::cuda::{Buffer, DeviceFactor, DeviceHessian, Gpu, Rule, Step, SweepPlan};
+    use gptq_kernels::cuda::{
+        Buffer, DeviceFactor, DeviceHessian, Gpu, RawGridRule, Step, SweepPlan,
+    };
     use gptq_types::Dtype;
 
     let mut sizes = std::env::args().skip(1).map(|arg| arg.parse::<usize>());
@@ -41,14 +43,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         })
         .collect();
     let plan = SweepPlan::new(&gpu, &order, &groups, k.div_ceil(128), false, steps)?;
-    let rule = Rule {
+    let rule = RawGridRule {
         max_code: 15.0,
         min_zero: 1.0,
-        least: 0.55,
+        min_share: 0.55,
         sym: 1,
         full_range: 0,
         shares: 1,
-        ways: 1,
+        variants: 1,
     };
     for round in 0..rounds {
         let timed = |name: &str, start: Instant| -> Result<(), gptq_kernels::cuda::CudaError> {
@@ -66,7 +68,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 values[row] = 1.0;
             }
             let factor = DeviceFactor::from_host(&gpu, &values, &vec![1.0; k])?;
-            factor.sweep(there, &plan, Rule { shares: 46, ..rule }, None, None)?;
+            factor.sweep(there, &plan, RawGridRule { shares: 46, ..rule }, None, None)?;
             timed("sweep alone, searched", Instant::now())?;
             continue;
         }
@@ -85,7 +87,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         timed("factor", start)?;
         for shares in [1, 46] {
             let start = Instant::now();
-            let swept = factor.sweep(there, &plan, Rule { shares, ..rule }, None, None)?;
+            let swept = factor.sweep(there, &plan, RawGridRule { shares, ..rule }, None, None)?;
             timed(
                 if shares > 1 {
                     "sweep, searched"
@@ -95,9 +97,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 start,
             )?;
             let start = Instant::now();
-            let home = swept.send_home()?;
-            home.hold(&gpu)?;
-            home.receive()?;
+            let download = swept.start_download()?;
+            download.order_after(&gpu)?;
+            download.receive()?;
             timed("codes to host", start)?;
         }
         let start = Instant::now();

@@ -4,7 +4,7 @@
 
 use std::time::Instant;
 
-use gptq_kernels::{Matrix, multiply, vectorised};
+use gptq_kernels::{Matrix, multiply, vectorized};
 use gptq_types::{Bits, Dtype, SolvedLayer};
 use half::f16;
 use rayon::prelude::*;
@@ -60,7 +60,7 @@ fn layer(bits: Bits, k: usize, n: usize) -> SolvedLayer {
 fn read_rate() -> f64 {
     let data = vec![1.0f32; WORKING_SET / 4];
     let sum = |part: &[f32]| {
-        vectorised(|| {
+        vectorized(|| {
             let mut lanes = [0.0f32; 64];
             for chunk in part.as_chunks::<64>().0 {
                 lanes.iter_mut().zip(chunk).for_each(|(l, x)| *l += x);

@@ -4,7 +4,7 @@ use pulp::Simd;
 use rayon::prelude::*;
 
 use crate::vector::{
-    Kernel, axpy, cap_each, exp, run_widest, square_distance_sum, square_sum, sum, tanh, vectorised,
+    Kernel, axpy, cap_each, exp, run_widest, square_distance_sum, square_sum, sum, tanh, vectorized,
 };
 
 /// Rows handed to one task: enough work to hide the cost of scheduling it.
@@ -20,7 +20,7 @@ pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
     out.par_chunks_mut(width * ROWS_PER_TASK)
         .zip(x.par_chunks(width * ROWS_PER_TASK))
         .for_each(|(out, x)| {
-            vectorised(|| {
+            vectorized(|| {
                 for (out, x) in out.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
                     norm_row(out, x, weight, eps);
                 }
@@ -202,13 +202,13 @@ impl Kernel for Capped<'_> {
 pub fn add_scaled(x: &mut [f32], y: &[f32], factor: f32) {
     x.par_chunks_mut(CHUNK)
         .zip(y.par_chunks(CHUNK))
-        .for_each(|(x, y)| vectorised(|| axpy(x, factor, y)));
+        .for_each(|(x, y)| vectorized(|| axpy(x, factor, y)));
 }
 
 /// `x *= factor`, element by element.
 pub fn scale(x: &mut [f32], factor: f32) {
     x.par_chunks_mut(CHUNK).for_each(|x| {
-        vectorised(|| {
+        vectorized(|| {
             for x in x {
                 *x *= factor;
             }

@@ -8,7 +8,7 @@ use rayon::prelude::*;
 
 /// The matrix has no Cholesky factor.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("pivot {pivot} of the Cholesky factorisation is not positive")]
+#[error("pivot {pivot} of the Cholesky factorization is not positive")]
 pub struct FactorError {
     /// Row and column in the caller's numbering.
     pub pivot: usize,
@@ -16,9 +16,9 @@ pub struct FactorError {
 
 /// `U`, upper triangular with `H^-1 = U^T U`, for a symmetric positive definite `h [n, n]`.
 ///
-/// One factorisation and one triangular inverse instead of the textbook's three steps: with `J`
-/// the reversal of rows and columns and `J H J = L L^T`, `U = J L^-1 J`. Everything in f64, which
-/// on CPUs costs no more than the f32 products around it. `h(i, j)` is read along `j`. Returns `U` row-major in f32.
+/// One factorization and one triangular inverse instead of the textbook's three steps: with `J` the reversal of
+/// rows and columns and `J H J = L L^T`, `U = J L^-1 J`. Everything in f64, which on CPUs costs no more than
+/// the f32 products around it. `h(i, j)` is read along `j`. Returns `U` row-major in f32.
 pub fn inverse_cholesky(
     n: usize,
     h: impl Fn(usize, usize) -> f64 + Sync,

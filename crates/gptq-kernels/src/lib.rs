@@ -1,9 +1,9 @@
 //! The heavy arithmetic of quantization and inference, on plain row-major slices.
 //!
-//! Knows: matrix products, also from packed or sixteen-bit weights, Gram matrices, the Cholesky factor of an inverse, and the fused
-//! operations of a decoder block, each vectorised at run time for the processor it finds and
-//! spread over the rayon pool it is called from. Results do not depend on the number of threads:
-//! work is split over outputs, never over a sum.
+//! Knows: matrix products, also from packed or sixteen-bit weights, Gram matrices, the Cholesky factor of an
+//! inverse, and the fused operations of a decoder block, each vectorized at run time for the processor it finds
+//! and spread over the rayon pool it is called from. Results do not depend on the number of threads: work is
+//! split over outputs, never over a sum.
 //!
 //! Does not know: tensors with names, models, what a Hessian is for.
 
@@ -21,6 +21,7 @@ pub mod cuda {
     #[derive(Clone, Copy, Debug)]
     pub struct DeviceMatrix<'a>(std::convert::Infallible, PhantomData<&'a [u8]>);
 }
+mod descent_blocks;
 mod elementwise;
 mod factor;
 mod matrix;
@@ -28,10 +29,10 @@ mod operand;
 mod product;
 mod rotation;
 mod vector;
-mod visits;
 
 pub use attention::{AttentionShape, causal_attention};
 pub use cache::KeyValueCache;
+pub use descent_blocks::{DESCENT_CHANNELS, DescentBlock, descent_blocks};
 pub use elementwise::{
     Activation, activate, add_scaled, gated, layer_norm, rms_norm, scale, soft_cap,
 };
@@ -43,5 +44,4 @@ pub use product::{
     multiply_transposed, transpose,
 };
 pub use rotation::{Pairing, Rotation};
-pub use vector::{axpy, dot, exp, exp_sum, softmax, vectorised};
-pub use visits::{VISIT_CHANNELS, Visit, visits};
+pub use vector::{axpy, dot, exp, exp_sum, softmax, vectorized};

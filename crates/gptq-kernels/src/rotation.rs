@@ -2,9 +2,9 @@
 
 use rayon::prelude::*;
 
-use crate::vector::vectorised;
+use crate::vector::vectorized;
 
-/// Which components of a head turn together.
+/// The components of a head that are rotated together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pairing {
     /// `i` and `i + rotary_dim / 2`, as Hugging Face stores Llama.
@@ -13,8 +13,8 @@ pub enum Pairing {
     Interleaved,
 }
 
-/// Cosines and sines `[positions, rotary_dim / 2]` each. The first `rotary_dim` components of a head turn,
-/// the others pass.
+/// Cosines and sines `[positions, rotary_dim / 2]` each. The first `rotary_dim` components of a head are
+/// rotated, the others pass.
 #[derive(Clone, Debug)]
 pub struct Rotation {
     head_dim: usize,
@@ -55,7 +55,7 @@ impl Rotation {
         }
     }
 
-    /// The same with cosines and sines of each position multiplied by a factor: what turns is scaled too.
+    /// Multiplies the cosines and sines of each position by a factor, which scales the rotated components.
     pub fn scaled(mut self, factors: &[f32]) -> Self {
         for table in [&mut self.cos, &mut self.sin] {
             for (row, factor) in table.chunks_exact_mut(self.half).zip(factors) {
@@ -65,17 +65,17 @@ impl Rotation {
         self
     }
 
-    /// Width of the heads it turns.
+    /// Width of the heads that it rotates.
     pub fn head_dim(&self) -> usize {
         self.head_dim
     }
 
-    /// Components of a head that turn.
+    /// Components of a head that are rotated.
     pub fn rotary_dim(&self) -> usize {
         2 * self.half
     }
 
-    /// Which of them turn together.
+    /// The components that are rotated together.
     pub fn pairing(&self) -> Pairing {
         self.pairing
     }
@@ -91,14 +91,14 @@ impl Rotation {
         self.apply_at(x, width, |row| row % tokens);
     }
 
-    /// The same with row `r` at `position(r)` of the table.
+    /// Applies the rotation with row `r` at `position(r)` of the table.
     pub fn apply_at(&self, x: &mut [f32], width: usize, position: impl Fn(usize) -> usize + Sync) {
         let half = self.half;
         x.par_chunks_mut(width).enumerate().for_each(|(row, x)| {
             let position = position(row) * half;
             let cos = &self.cos[position..position + half];
             let sin = &self.sin[position..position + half];
-            vectorised(|| {
+            vectorized(|| {
                 for head in x.chunks_exact_mut(self.head_dim) {
                     match self.pairing {
                         Pairing::Halves => rotate_halves(&mut head[..2 * half], cos, sin),

@@ -1,10 +1,10 @@
 //! Run-time choice of the instruction set, and the scalar functions written so that the compiler
-//! vectorises them.
+//! vectorizes them.
 
 /// Runs `op` compiled for the widest vector instructions of this processor.
 ///
 /// Only what is inlined into `op` profits: pass a closure around `#[inline(always)]` functions.
-pub fn vectorised<R>(op: impl FnOnce() -> R) -> R {
+pub fn vectorized<R>(op: impl FnOnce() -> R) -> R {
     struct Op<F>(F);
     impl<R, F: FnOnce() -> R> pulp::NullaryFnOnce for Op<F> {
         type Output = R;
@@ -18,10 +18,10 @@ pub fn vectorised<R>(op: impl FnOnce() -> R) -> R {
 
 /// Work that is compiled once for each instruction set.
 ///
-/// A large closure given to [`vectorised`] may be left out of line, where it is compiled for the
+/// A large closure given to [`vectorized`] may be left out of line, where it is compiled for the
 /// oldest processor (measured: a fifth of the speed). A method can say that it must not be.
 pub(crate) trait Kernel {
-    /// What it computes.
+    /// The result.
     type Output;
 
     /// To be `#[inline(always)]`.
@@ -63,7 +63,7 @@ pub(crate) fn multiply_sum<S: pulp::Simd>(a: f32, b: f32, c: f32) -> f32 {
 /// `e^x` to 2 ulp for `x <= 88`, flushed to 0 below -87.
 ///
 /// Range reduction by `ln 2` in two parts and a polynomial of degree 6 (Cephes `expf`), without
-/// branches or calls, which is what lets the loop around it vectorise.
+/// branches or calls, which is what lets the loop around it vectorize.
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {
     const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to the nearest integer
@@ -210,7 +210,7 @@ mod tests {
         for i in -8700..8800 {
             let x = i as f32 / 100.0 + 0.0037;
             let want = f64::from(x).exp();
-            let got = f64::from(vectorised(|| exp(x)));
+            let got = f64::from(vectorized(|| exp(x)));
             assert!((got - want).abs() <= want * 2.4e-7, "exp({x}) = {got}");
         }
         assert_eq!(exp(-1000.0), 0.0);
@@ -224,7 +224,7 @@ mod tests {
         let steps = (1..20_000).map(|i| i as f32 * 6.1e-4);
         for x in ends.into_iter().chain(steps).flat_map(|x| [x, -x]) {
             let want = f64::from(x).tanh();
-            let got = f64::from(vectorised(|| tanh(x)));
+            let got = f64::from(vectorized(|| tanh(x)));
             assert!(
                 (got - want).abs() <= want.abs() * 4.8e-7,
                 "tanh({x}) = {got}"

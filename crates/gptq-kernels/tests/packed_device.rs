@@ -79,7 +79,7 @@ fn check(gpu: &Arc<Gpu>, case: Case, rows: usize, dtype: Dtype) {
     let x: Vec<f32> = (0..rows * k).map(|_| round(random.uniform())).collect();
     let before: Vec<f32> = (0..rows * n).map(|_| round(random.uniform())).collect();
     let bias: Vec<f32> = (0..n).map(|_| random.uniform()).collect();
-    let weight = layer.dequantise();
+    let weight = layer.dequantize();
     let halves = |values: &[f32]| values.iter().map(|&x| bits_of(x)).collect::<Vec<u16>>();
     let there = Buffer::from_host(gpu, &halves(&x)).unwrap();
     let out = Buffer::from_host(gpu, &halves(&before)).unwrap();

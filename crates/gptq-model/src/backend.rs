@@ -39,9 +39,9 @@ pub(crate) trait DecoderBackend: Backend + 'static {
     type Turn;
     /// The embedding.
     type Table;
-    /// Room for activations that wait.
+    /// A store for activations that are needed later.
     type Shelf;
-    /// An activation on a shelf.
+    /// An activation in a store.
     type Kept;
     /// The head and the norm before it.
     type Head;
@@ -50,7 +50,7 @@ pub(crate) trait DecoderBackend: Backend + 'static {
     const BATCH_TOKENS: usize;
     /// Whether the next block is read from its files while this one is worked on.
     const PREFETCH: bool;
-    /// Whether what several branches of a step leave for their outputs may wait; else that of the first.
+    /// Whether the inputs of all output linears of a step are stored; else only that of the first branch.
     const EVERY_INNER: bool;
 
     /// The first thing that went wrong since the last call.
@@ -124,10 +124,10 @@ pub(crate) trait DecoderBackend: Backend + 'static {
     /// Shelves for the activations of all batches.
     fn shelves(on: &Self::Context, need: &ShelfNeed) -> Shelves<Self::Shelf>;
 
-    /// Forgets what is on a shelf, which takes activations of up to `rows` and `columns` from now on.
+    /// Empties a store, which takes activations of up to `rows` and `columns` from now on.
     fn clear(shelf: &Self::Shelf, rows: usize, columns: usize);
 
-    /// Whether an activation as large as the shelf takes now can be kept at a place.
+    /// Whether the slot `place` has room for an activation of that size.
     fn has_room(shelf: &Self::Shelf, place: usize) -> bool;
 
     /// Puts an activation at a place of a shelf that has room.
@@ -208,25 +208,25 @@ pub(crate) trait DecoderBackend: Backend + 'static {
     fn head_input(head: &Self::Head, hidden: Tensor<Self, 2>) -> Result<HeadInput, ModelError>;
 }
 
-/// Where activations wait.
+/// The activation stores of a run.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Shelves<S> {
     /// Hidden states.
     pub hidden: S,
     /// Hidden states of the float stream.
     pub float: S,
-    /// Keys and values that later blocks read: a pair for each lender, of each batch, then of each batch
+    /// Keys and values that later blocks read: a pair for each donor block of each batch, then of each batch
     /// that the float stream follows.
     pub lent: S,
     /// Inputs looked up by token id, of each block of each batch.
     pub by_token: S,
-    /// Inputs of the linear whose output is due.
+    /// Inputs of the output linear of the current step.
     pub inner: S,
-    /// Blocks that lend keys and values.
+    /// Donor blocks: those whose keys and values later blocks read.
     pub lenders: usize,
 }
 
-/// What the activations of a pass take, in rows and columns.
+/// The sizes of the activations of a pass, in rows and columns.
 #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
 #[derive(Clone, Copy)]
 pub(crate) struct ShelfNeed {
@@ -240,9 +240,9 @@ pub(crate) struct ShelfNeed {
     pub attention: usize,
     /// Columns of the widest inner activation.
     pub inner: usize,
-    /// Blocks that lend keys and values, and columns of the widest of these.
+    /// Number of donor blocks, and columns of their widest keys.
     pub lent: (usize, usize),
-    /// Blocks, and columns of what each looks up by token id.
+    /// Number of blocks, and columns of the input that each looks up by token id.
     pub by_token: (usize, usize),
     /// Elements of the weights of one block.
     pub block_elements: usize,
@@ -253,7 +253,7 @@ pub(crate) struct ShelfNeed {
 }
 
 impl ShelfNeed {
-    /// That of a model, for batches of at most `rows` and as many of them as `float` says in a float stream.
+    /// The sizes for a model, with batches of at most `rows`; `float` batches are in the float stream.
     pub fn of(spec: &ModelSpec, batches: usize, rows: usize, float: Option<usize>) -> Self {
         let attentions = || spec.blocks.iter().flat_map(BlockSpec::attention);
         let lenders = || attentions().filter(|attention| attention.keys == KeySource::Donor);
@@ -307,7 +307,7 @@ fn wrap(values: Vec<f32>, columns: usize) -> Tensor<Flex, 2> {
     Tensor::from_primitive(TensorPrimitive::Float(FlexTensor::from_data(data)))
 }
 
-/// Changes a tensor in place; it is copied first only where someone else still holds it.
+/// Changes a tensor in place; it is copied first only if it is shared.
 fn change(x: Tensor<Flex, 2>, change: impl FnOnce(&mut [f32])) -> Tensor<Flex, 2> {
     let mut tensor = x.into_primitive().tensor();
     if tensor.as_slice::<f32>().is_none() {

@@ -1,4 +1,4 @@
-//! A batch of windows between the taps of a block, and what of it waits there.
+//! A batch of windows between the taps of a block, and its activations that are stored meanwhile.
 
 use std::collections::BTreeMap;
 
@@ -8,13 +8,13 @@ use crate::ModelError;
 use crate::backend::{DecoderBackend, Shelves};
 use crate::forward::Block;
 use crate::spec::{KeySource, ModelSpec, Tap};
-use crate::stream::{Lent, OnBackend, Tables, Windows};
+use crate::stream::{OnBackend, SharedKeyValues, Tables, Windows};
 
 /// Windows of one length that go through a block together.
 pub(crate) struct Batch<B: DecoderBackend> {
     pub windows: Vec<Vec<u32>>,
     pub state: RowState<B>,
-    /// What each block looked up by token id, for all streams.
+    /// Inputs that each block looks up by token id, for all streams.
     pub by_token: Vec<B::Kept>,
 }
 
@@ -36,12 +36,12 @@ impl<B: DecoderBackend> Batch<B> {
     }
 }
 
-/// What of a batch waits, in one stream.
+/// The state of a batch in one stream.
 pub(crate) struct RowState<B: DecoderBackend> {
     hidden: Option<B::Kept>, // [tokens, hidden_size]; out only while it is changed
     /// Steps of the resident block that were added to the hidden states.
     done: usize,
-    /// What the output of a branch of the step under way reads.
+    /// Inputs of the output linears of the current step, by branch.
     inner: BTreeMap<usize, B::Kept>,
     /// Keys and values for later blocks.
     lent: BTreeMap<usize, [B::Kept; 2]>,
@@ -67,7 +67,7 @@ impl<B: DecoderBackend> RowState<B> {
 }
 
 /// Where a batch waits, and what its windows share.
-pub(crate) struct Track<'a, B: DecoderBackend> {
+pub(crate) struct BatchContext<'a, B: DecoderBackend> {
     pub on: &'a B::Context,
     pub hidden: &'a B::Shelf,
     /// For the input of an output linear; a stream that adds outputs at once needs none.
@@ -75,17 +75,17 @@ pub(crate) struct Track<'a, B: DecoderBackend> {
     /// For keys and values that later blocks read.
     pub lent: &'a B::Shelf,
     pub tables: &'a Tables<B>,
-    /// Of the batch, on each of the shelves.
+    /// Slot of the batch in each activation store.
     pub place: usize,
-    /// Of a window.
+    /// Tokens of a window.
     pub tokens: usize,
     pub by_token: &'a [B::Kept],
-    /// Of the first lender's keys, on its shelf.
-    first_lent: usize,
+    /// Slot of the first shared keys.
+    first_shared: usize,
 }
 
-impl<'a, B: DecoderBackend> Track<'a, B> {
-    /// That of the stream whose weights are replaced.
+impl<'a, B: DecoderBackend> BatchContext<'a, B> {
+    /// The context of the calibration stream, whose weights are replaced.
     pub fn quantized(
         on: &'a B::Context,
         shelves: &'a Shelves<B::Shelf>,
@@ -94,7 +94,7 @@ impl<'a, B: DecoderBackend> Track<'a, B> {
         place: usize,
         by_token: &'a [B::Kept],
     ) -> Self {
-        Track {
+        BatchContext {
             on,
             hidden: &shelves.hidden,
             inner: Some(&shelves.inner),
@@ -103,18 +103,19 @@ impl<'a, B: DecoderBackend> Track<'a, B> {
             place,
             tokens,
             by_token,
-            first_lent: 2 * shelves.lenders * place,
+            first_shared: 2 * shelves.lenders * place,
         }
     }
 
-    /// That of the float stream, whose batch has `place` on its own shelf, beside `batches` of the other.
+    /// The context of the float stream, whose batch has slot `place` in its own store; the calibration stream
+    /// has `batches` batches.
     pub fn beside(&self, shelves: &'a Shelves<B::Shelf>, place: usize, batches: usize) -> Self {
-        Track {
+        BatchContext {
             on: self.on,
             hidden: &shelves.float,
             inner: None,
             place,
-            first_lent: 2 * shelves.lenders * (batches + place),
+            first_shared: 2 * shelves.lenders * (batches + place),
             lent: self.lent,
             tables: self.tables,
             tokens: self.tokens,
@@ -127,9 +128,9 @@ impl<'a, B: DecoderBackend> Track<'a, B> {
 pub(crate) struct BlockState<B: DecoderBackend> {
     pub block: Block<OnBackend<B>>,
     pub index: usize,
-    /// Blocks whose keys and values this one reads, and whether later ones read those of this one.
-    borrows: Vec<usize>,
-    lends: Option<usize>, // the how-manieth block that lends
+    /// Blocks whose keys and values this one reads, and its index among the blocks that share theirs.
+    reads_from: Vec<usize>,
+    donor_index: Option<usize>,
 }
 
 impl<B: DecoderBackend> BlockState<B> {
@@ -139,55 +140,60 @@ impl<B: DecoderBackend> BlockState<B> {
                 .attention()
                 .map(|attention| attention.keys)
         };
-        let lends = |index: usize| keys(index).any(|keys| keys == KeySource::Donor);
-        let borrowed = keys(index).filter_map(|keys| match keys {
+        let is_donor = |index: usize| keys(index).any(|keys| keys == KeySource::Donor);
+        let shared = keys(index).filter_map(|keys| match keys {
             KeySource::Block(block) => Some(block),
             KeySource::Own | KeySource::Donor => None,
         });
         BlockState {
             block,
             index,
-            borrows: borrowed.collect(),
-            lends: lends(index).then(|| (0..index).filter(|&block| lends(block)).count()),
+            reads_from: shared.collect(),
+            donor_index: is_donor(index)
+                .then(|| (0..index).filter(|&block| is_donor(block)).count()),
         }
     }
 
-    /// Columns of what the first branch of a step leaves for its output.
+    /// Columns of the first branch's input to its output linear, in a step.
     pub fn inner_columns(&self, step: usize) -> usize {
         self.block.steps[step].branches[0].output.linears[0]
             .spec
             .in_features
     }
 
-    fn ops<'a>(&self, state: &RowState<B>, track: &Track<'a, B>) -> Windows<'a, B> {
-        let borrowed = self.borrows.iter().map(|block| {
+    fn ops<'a>(&self, state: &RowState<B>, context: &BatchContext<'a, B>) -> Windows<'a, B> {
+        let shared = self.reads_from.iter().map(|block| {
             let pair = &state.lent[block];
-            (*block, pair.each_ref().map(|kept| B::peek(track.on, kept)))
+            (
+                *block,
+                pair.each_ref().map(|kept| B::peek(context.on, kept)),
+            )
         });
-        let by_token = track.by_token.get(self.index);
+        let by_token = context.by_token.get(self.index);
         Windows {
-            on: track.on,
-            tables: track.tables,
-            tokens: track.tokens,
-            lent: borrowed.collect(),
-            by_token: by_token.map(|kept| B::peek(track.on, kept)),
+            on: context.on,
+            tables: context.tables,
+            tokens: context.tokens,
+            lent: shared.collect(),
+            by_token: by_token.map(|kept| B::peek(context.on, kept)),
         }
     }
 
-    /// What is at `tap`. Taps are reached in the order of the data, each once; some may be left out.
+    /// Advances the batch to `tap` and returns the rows there. Taps are reached in the order of the data, each
+    /// once; some may be left out.
     pub fn reach(
         &self,
         tap: Tap,
         state: &mut RowState<B>,
-        track: &Track<'_, B>,
+        context: &BatchContext<'_, B>,
     ) -> Result<Tensor<B, 2>, ModelError> {
-        let mut ops = self.ops(state, track);
+        let mut ops = self.ops(state, context);
         let hidden = match state.done < tap.step {
-            false => state.hidden(track.on),
+            false => state.hidden(context.on),
             true => {
-                let hidden = state.take_hidden(track.on);
+                let hidden = state.take_hidden(context.on);
                 let hidden = self.advance(&mut ops, state, hidden, tap.step)?;
-                state.hidden = Some(B::keep(track.on, track.hidden, track.place, &hidden));
+                state.hidden = Some(B::keep(context.on, context.hidden, context.place, &hidden));
                 hidden
             }
         };
@@ -197,21 +203,21 @@ impl<B: DecoderBackend> BlockState<B> {
         };
         let x = step.branches[at].input(&mut ops, &hidden)?;
         let inner = step.branches[at].mix(&mut ops, x)?;
-        self.lend(&mut ops.lent, state, track);
+        self.store_shared(&mut ops.lent, state, context);
         let last = at + 1 == step.branches.len();
-        match track.inner {
-            // The first branch's waits where there is room for it; what does not is computed again, from
+        match context.inner {
+            // The input of the first branch is stored if there is room. Otherwise it is computed again, from
             // the same values to the same bits.
-            Some(shelf) if (at == 0 || B::EVERY_INNER) && B::has_room(shelf, track.place) => {
+            Some(shelf) if (at == 0 || B::EVERY_INNER) && B::has_room(shelf, context.place) => {
                 state
                     .inner
-                    .insert(at, B::keep(track.on, shelf, track.place, &inner));
+                    .insert(at, B::keep(context.on, shelf, context.place, &inner));
             }
             None if last => {
                 drop(hidden);
-                let hidden = state.take_hidden(track.on);
+                let hidden = state.take_hidden(context.on);
                 let hidden = self.add_step(&mut ops, state, hidden, Some(inner.clone()))?;
-                state.hidden = Some(B::keep(track.on, track.hidden, track.place, &hidden));
+                state.hidden = Some(B::keep(context.on, context.hidden, context.place, &hidden));
             }
             Some(_) | None => {}
         }
@@ -219,13 +225,17 @@ impl<B: DecoderBackend> BlockState<B> {
     }
 
     /// Brings the batch behind the block.
-    pub fn finish(&self, state: &mut RowState<B>, track: &Track<'_, B>) -> Result<(), ModelError> {
-        let mut ops = self.ops(state, track);
-        let hidden = state.take_hidden(track.on);
+    pub fn finish(
+        &self,
+        state: &mut RowState<B>,
+        context: &BatchContext<'_, B>,
+    ) -> Result<(), ModelError> {
+        let mut ops = self.ops(state, context);
+        let hidden = state.take_hidden(context.on);
         let hidden = self.advance(&mut ops, state, hidden, self.block.steps.len())?;
         let hidden = self.block.finish(&mut ops, hidden)?;
-        self.lend(&mut ops.lent, state, track);
-        state.hidden = Some(B::keep(track.on, track.hidden, track.place, &hidden));
+        self.store_shared(&mut ops.lent, state, context);
+        state.hidden = Some(B::keep(context.on, context.hidden, context.place, &hidden));
         state.done = 0;
         Ok(())
     }
@@ -245,7 +255,7 @@ impl<B: DecoderBackend> BlockState<B> {
         Ok(hidden)
     }
 
-    /// Adds the step that is due; `last` is what its last branch mixed, where that is at hand.
+    /// Adds the current step; `last` is the mixed input of its last branch, if known.
     fn add_step(
         &self,
         ops: &mut Windows<'_, B>,
@@ -275,14 +285,19 @@ impl<B: DecoderBackend> BlockState<B> {
         Ok(hidden)
     }
 
-    /// Keeps the keys and values that later blocks read.
-    fn lend(&self, made: &mut Lent<B>, state: &mut RowState<B>, track: &Track<'_, B>) {
-        let Some((lender, [k, v])) = self.lends.zip(made.remove(&self.index)) else {
+    /// Stores the keys and values that later blocks read.
+    fn store_shared(
+        &self,
+        made: &mut SharedKeyValues<B>,
+        state: &mut RowState<B>,
+        context: &BatchContext<'_, B>,
+    ) {
+        let Some((donor, [k, v])) = self.donor_index.zip(made.remove(&self.index)) else {
             return;
         };
-        let place = track.first_lent + 2 * lender;
+        let place = context.first_shared + 2 * donor;
         let pair = [(&k, place), (&v, place + 1)];
-        let pair = pair.map(|(x, place)| B::keep(track.on, track.lent, place, x));
+        let pair = pair.map(|(x, place)| B::keep(context.on, context.lent, place, x));
         state.lent.insert(self.index, pair);
     }
 }

@@ -1,4 +1,4 @@
-//! How much of a run's activations fits on the GPU, in bytes.
+//! Divides GPU memory among the activation stores of a run.
 
 use gptq_kernels::cuda::CudaError;
 
@@ -8,17 +8,16 @@ use crate::backend::{ShelfNeed, Shelves};
 /// allocated: 0.6 GB on an H200, and some room.
 const LIBRARIES: usize = 850 << 20;
 
-/// What a shelf has on the GPU.
+/// The part of an activation store that is on the GPU.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Fit {
-    /// Places.
+    /// Slots on the GPU.
     pub places: usize,
-    /// As large as a place in host memory, for copies beside the work of the GPU; none where every place is
-    /// there.
+    /// Staging buffers for copies that overlap with the work of the GPU; none if every slot is on the GPU.
     pub slots: usize,
 }
 
-/// What a shelf would have.
+/// The size that an activation store would like to have.
 #[derive(Clone, Copy)]
 struct Wish {
     bytes: usize, // of a place
@@ -27,7 +26,7 @@ struct Wish {
     slot_bytes: usize,
 }
 
-/// How much of each shelf fits on the GPU beside everything else that a run needs there.
+/// The part of each activation store that fits on the GPU beside everything else that a run needs there.
 pub(crate) fn places_on_device(need: &ShelfNeed, memory: usize) -> Result<Shelves<Fit>, CudaError> {
     let fixed = fixed_bytes(need);
     let Some(left) = memory.checked_sub(fixed) else {
@@ -74,7 +73,7 @@ pub(crate) fn places_on_device(need: &ShelfNeed, memory: usize) -> Result<Shelve
     })
 }
 
-/// Bytes that a run needs whatever waits elsewhere.
+/// Bytes that a run needs on the GPU apart from activation stores.
 fn fixed_bytes(need: &ShelfNeed) -> usize {
     let row = |columns: usize| need.rows * columns * 2;
     let widest = need.inner.max(need.hidden);
@@ -100,8 +99,8 @@ fn fixed_bytes(need: &ShelfNeed) -> usize {
         + temporaries.max(solving)
 }
 
-/// Divides `left` bytes among wishes, the first of them first. Those that are not granted as a whole
-/// get their slots, which are worth more than as many places; with too little for these there are none.
+/// Divides `left` bytes among wishes in order. A wish that is not granted as a whole gets its staging buffers
+/// first, which are worth more than as many slots on the GPU; with too little memory for them there are none.
 fn divide<const N: usize>(wishes: [Wish; N], left: usize) -> [Fit; N] {
     let whole = |wish: &Wish| wish.places * wish.bytes;
     let slots = |wish: &Wish| match wish.places {

@@ -56,7 +56,7 @@ impl<'a, B: DecoderBackend> RowsByToken<'a, B> {
         })
     }
 
-    /// Those of all blocks, `[ids, blocks * width]`, from the embeddings of the ids.
+    /// The inputs of all blocks, `[ids, blocks * width]`, from the embeddings of the ids.
     pub fn of(&self, ids: &[u32], embedded: &Tensor<B, 2>) -> Tensor<B, 2> {
         let mut rows = Vec::with_capacity(ids.len() * self.columns);
         for id in ids {

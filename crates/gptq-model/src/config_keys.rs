@@ -1,14 +1,14 @@
 //! Which keys of `config.json` mean what: honoured, harmless, or refused by name.
 //!
 //! A key that changes the function and is passed over gives other numbers without a word: a head of
-//! which half is turned, logits that are capped, a residual that is scaled. So every key is in one of
+//! which half is rotated, logits that are capped, a residual that is scaled. So every key is in one of
 //! these tables, or it is named to the user.
 
 use serde_json::Value;
 
 use crate::config::{ConfigError, Fields};
 
-/// What `arch` and `rope` read.
+/// Keys that `arch` and `rope` read.
 const READ: [&str; 24] = [
     "model_type",
     "hidden_size",
@@ -37,7 +37,7 @@ const READ: [&str; 24] = [
     "v_head_dim",
 ];
 
-/// What says nothing about the logits: how a model is stored, trained, sampled from and named.
+/// Keys without an effect on the logits: how a model is stored, trained, sampled from and named.
 const HARMLESS: [&str; 76] = [
     "_attn_implementation",
     "_attn_implementation_autoset",
@@ -170,7 +170,7 @@ const SILU: Only = Only::Text(&["silu", "swish"]);
 
 /// Keys by which relatives of Llama differ from it, each with the value under which they do not.
 const CHANGES: &[(&str, Only)] = &[
-    // How much of a head is turned, and which layers.
+    // How much of a head is rotated, and which layers.
     ("partial_rotary_factor", Only::Number(1.0)),
     ("rotary_pct", Only::Number(1.0)),
     ("rotary_percent", Only::Number(1.0)),
@@ -373,12 +373,12 @@ pub(crate) fn check(fields: &Fields<'_>, honoured: &Honoured) -> Result<Vec<Stri
     Ok(unread)
 }
 
-/// Of a key that nobody knows.
+/// Characters of an unknown key that an error shows.
 const SHOWN_CHARACTERS: usize = 40;
-/// Of a file that holds nothing else, these stand for all.
+/// Unknown keys that an error shows at most.
 const SHOWN_KEYS: usize = 100;
 
-/// The same of the block of rotary settings: `read` are the keys that its kind reads.
+/// Checks the keys of the rotary settings; `read` are those that their kind reads.
 pub(crate) fn check_rope(fields: &Fields<'_>, read: &[&str]) -> Result<Vec<String>, ConfigError> {
     const ROPE_CHANGES: &[(&str, Only)] = &[
         ("partial_rotary_factor", Only::Number(1.0)),

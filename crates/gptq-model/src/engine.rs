@@ -9,7 +9,7 @@ use gptq_kernels::{ActivationSink, Weight};
 use gptq_types::{LayerName, SourceError};
 
 use crate::backend::{DecoderBackend, ShelfNeed, Shelves};
-use crate::batch::{Batch, BlockState, Track};
+use crate::batch::{Batch, BatchContext, BlockState};
 use crate::by_token::RowsByToken;
 use crate::float_stream::FloatStream;
 use crate::forward::Block;
@@ -166,9 +166,10 @@ impl<B: DecoderBackend> Engine<B> {
         let count = self.batches.len();
         for (place, batch) in self.batches.iter_mut().enumerate() {
             let (tables, tokens) = (&self.tables[&batch.tokens()], batch.tokens());
-            let track = Track::quantized(&self.on, shelves, tables, tokens, place, &batch.by_token);
-            let input = state.reach(tap, &mut batch.state, &track)?;
-            let beside = |place| track.beside(shelves, place, count);
+            let context =
+                BatchContext::quantized(&self.on, shelves, tables, tokens, place, &batch.by_token);
+            let input = state.reach(tap, &mut batch.state, &context)?;
+            let beside = |place| context.beside(shelves, place, count);
             let float = match &mut self.float {
                 None => None,
                 Some(stream) => stream.reach(tap, place, beside)?,
@@ -275,10 +276,11 @@ impl<B: DecoderBackend> Decoder for Engine<B> {
         let count = self.batches.len();
         for (place, batch) in self.batches.iter_mut().enumerate() {
             let (tables, tokens) = (&self.tables[&batch.tokens()], batch.tokens());
-            let track = Track::quantized(&self.on, shelves, tables, tokens, place, &batch.by_token);
-            state.finish(&mut batch.state, &track)?;
+            let context =
+                BatchContext::quantized(&self.on, shelves, tables, tokens, place, &batch.by_token);
+            state.finish(&mut batch.state, &context)?;
             if let Some(stream) = &mut self.float {
-                stream.finish(place, |place| track.beside(shelves, place, count))?;
+                stream.finish(place, |place| context.beside(shelves, place, count))?;
             }
         }
         B::tidy(&self.on);

@@ -1,21 +1,21 @@
 //! The pass of the float model beside that of the quantized one: what each linear's input would be had no
 //! linear before been rounded.
 //!
-//! Its weights are never replaced, so an output is added as soon as its input was seen, and nothing but
-//! hidden states waits between two taps. It follows six of eight stretches of the tokens: the other two
-//! would cost as much as any other and tell little more.
+//! Its weights are never replaced, so an output is added as soon as its input was seen, and only hidden states
+//! are stored between two taps. It follows six of eight stretches of the tokens; the other two would cost as
+//! much and add little information.
 
 use burn::tensor::Tensor;
 use gptq_kernels::stretch_of;
 
 use crate::ModelError;
 use crate::backend::DecoderBackend;
-use crate::batch::{BlockState, RowState, Track};
+use crate::batch::{BatchContext, BlockState, RowState};
 use crate::spec::Tap;
 
 /// A batch that is followed.
 struct Followed<B: DecoderBackend> {
-    place: usize, // on the stream's own shelf, which has none for other batches
+    place: usize, // slot in the stream's own store, which has none for other batches
     state: RowState<B>,
 }
 
@@ -55,31 +55,31 @@ impl<B: DecoderBackend> FloatStream<B> {
         }));
     }
 
-    /// What is at `tap` for a batch that is followed. `track` is that of the batch, but for its place.
+    /// The rows at `tap` for a batch that is followed. `context` makes the batch's context for a slot.
     pub fn reach<'a>(
         &mut self,
         tap: Tap,
         batch: usize,
-        track: impl FnOnce(usize) -> Track<'a, B>,
+        context: impl FnOnce(usize) -> BatchContext<'a, B>,
     ) -> Result<Option<Tensor<B, 2>>, ModelError> {
         let Some(followed) = self.batches[batch].as_mut() else {
             return Ok(None);
         };
         let block = self.block.as_ref().expect("a block is resident");
-        let track = track(followed.place);
-        block.reach(tap, &mut followed.state, &track).map(Some)
+        let context = context(followed.place);
+        block.reach(tap, &mut followed.state, &context).map(Some)
     }
 
-    /// Brings a batch behind the block.
+    /// Completes the block for a batch.
     pub fn finish<'a>(
         &mut self,
         batch: usize,
-        track: impl FnOnce(usize) -> Track<'a, B>,
+        context: impl FnOnce(usize) -> BatchContext<'a, B>,
     ) -> Result<(), ModelError> {
         let Some(followed) = self.batches[batch].as_mut() else {
             return Ok(());
         };
         let block = self.block.as_ref().expect("a block is resident");
-        block.finish(&mut followed.state, &track(followed.place))
+        block.finish(&mut followed.state, &context(followed.place))
     }
 }

@@ -12,7 +12,7 @@ use gptq_kernels::Activation;
 use crate::ModelError;
 use crate::spec::{AttentionSpec, BlockSpec, BranchSpec, LinearSpec, Mixer, NormSpec, Piece};
 
-/// What a device makes of weights.
+/// The form of weights on a device.
 pub trait Weights {
     /// Linears that read the same rows, and where operands lie in their outputs.
     type Linears;
@@ -121,11 +121,11 @@ pub struct Step<W: Weights> {
 pub struct Branch<W: Weights> {
     /// The norm of its step, once for each branch.
     pub norm: Option<W::Norm>,
-    /// What reads the normed hidden states.
+    /// Linears that read the normalized hidden states.
     pub input: W::Linears,
-    /// What is between the linears.
+    /// The mixer between the linears.
     pub mix: Mix<W>,
-    /// What reads the mixed rows.
+    /// Linear that reads the mixed rows.
     pub output: W::Linears,
     /// The norm of the output.
     pub after: Option<W::Norm>,
@@ -141,7 +141,7 @@ pub enum Mix<W: Weights> {
     Plain(Activation),
     /// A gate by the rows of a block's own table.
     ByToken {
-        /// Of the gate.
+        /// Activation of the gate.
         activation: Activation,
         /// The block.
         block: usize,
@@ -154,7 +154,7 @@ pub struct Attention<W: Weights> {
     pub block: usize,
     /// Heads, rotary table, whose keys.
     pub spec: AttentionSpec,
-    /// Of queries, keys and values.
+    /// Norms of queries, keys and values.
     pub norms: [Option<W::Norm>; 3],
 }
 
@@ -202,7 +202,7 @@ impl<W: Weights> Block<W> {
         self.finish(ops, hidden)
     }
 
-    /// What is left behind the last step.
+    /// The operations after the last step.
     pub fn finish<O: BlockOps<W>>(
         &self,
         ops: &mut O,
@@ -259,7 +259,7 @@ impl<W: Weights> Branch<W> {
         })
     }
 
-    /// What `input` reads.
+    /// Computes the rows that `input` reads.
     pub fn input<O: BlockOps<W>>(
         &self,
         ops: &mut O,
@@ -268,7 +268,7 @@ impl<W: Weights> Branch<W> {
         ops.input(hidden, self.norm.as_ref(), &self.input)
     }
 
-    /// What `output` reads, from what `input` reads.
+    /// Computes the rows that `output` reads from those that `input` reads.
     pub fn mix<O: BlockOps<W>>(&self, ops: &mut O, x: O::Rows) -> Result<O::Rows, ModelError> {
         let (input, reader) = (&self.input, &self.output);
         match &self.mix {

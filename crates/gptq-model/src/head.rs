@@ -14,7 +14,7 @@ use crate::weights::WeightSource;
 /// scores has its own.
 pub(crate) struct HostHead {
     pub source: Arc<dyn WeightSource>,
-    /// Of the tensor: the embedding's where they are one.
+    /// Name of the tensor; the embedding's if they are tied.
     pub name: String,
     pub norm: HeadNorm,
     pub soft_cap: Option<f32>,

@@ -54,11 +54,11 @@ pub use weights::{FloatWeights, LinearValues, LinearWeights, WeightSource, hash_
 /// Which forward passes a decoder makes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Streams {
-    /// That of the weights as they are replaced.
+    /// The calibration stream alone: it passes through weights as they are replaced.
     One,
-    /// The same, and beside it that of the weights as they were: sinks see both inputs of a capture group,
-    /// [`ActivationSink::observe_pair`]. It takes the time of a pass, a copy of the block and of the hidden
-    /// states.
+    /// The calibration stream, and a float stream through the original weights: sinks see both inputs of a
+    /// capture group, [`ActivationSink::observe_pair`]. It takes the time of a pass, a copy of the block and of
+    /// the hidden states.
     BesideFloat,
 }
 

@@ -8,7 +8,7 @@ use crate::config::{ConfigError, Fields};
 use crate::config_keys;
 use crate::spec::{QueryFactor, RotarySpec};
 
-/// How the rotary frequencies differ from `theta^(-2i/d)`.
+/// RoPE scaling: how frequencies are derived from `theta^(-2i/d)`.
 #[derive(Clone, Debug, PartialEq)]
 #[allow(missing_docs)]
 pub enum RopeScaling {
@@ -49,7 +49,7 @@ pub enum RopeScaling {
 pub(crate) struct Rope {
     pub theta: f64,
     pub scaling: RopeScaling,
-    /// The part of a head that turns.
+    /// The part of a head that is rotated.
     pub partial: f64,
     /// `llama_4_scaling_beta`, and the positions that go with it.
     pub query_factor: Option<QueryFactor>,
@@ -57,7 +57,7 @@ pub(crate) struct Rope {
     pub unread_keys: Vec<String>,
 }
 
-/// What a family reads beyond base and scaling, for others an error, and its defaults.
+/// Rotary keys that a family reads beyond base and scaling, with defaults; for other families they are errors.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Reads {
     /// The base where the file has none.
@@ -236,7 +236,7 @@ fn base(fields: &Fields<'_>) -> Result<Option<f64>, ConfigError> {
 }
 
 fn base_of(fields: &Fields<'_>, key: &'static str) -> Result<Option<f64>, ConfigError> {
-    // A base of 1 turns all channels alike; yarn divides by its logarithm.
+    // A base of 1 rotates all channels alike; yarn divides by its logarithm.
     match fields.optional_number(key)? {
         Some(theta) if theta <= 1.0 => Err(ConfigError::value(key, theta, "a number above 1")),
         theta => Ok(theta),
@@ -417,7 +417,7 @@ fn has_alpha(block: &Fields<'_>, reads: &Reads) -> Result<bool, ConfigError> {
     Ok(reads.alpha.is_some() && alpha.is_some_and(|alpha| alpha != 0.0))
 }
 
-/// What Hunyuan multiplies the base by: `alpha^(d / (d - 2))`, whatever the length of the text.
+/// The factor that Hunyuan applies to the base: `alpha^(d / (d - 2))`, whatever the length of the text.
 fn growth_by_alpha(block: &Fields<'_>, reads: &Reads) -> Result<f64, ConfigError> {
     let alpha = above_zero(block, "alpha")?.unwrap_or(1.0);
     let width = reads.alpha.unwrap_or(0).max(4) as f64;
@@ -505,7 +505,7 @@ fn yarn_attention_factor(block: &Fields<'_>, factor: f64) -> Result<f64, ConfigE
 }
 
 impl RopeScaling {
-    /// A frequency for each pair of components that turn, and the factor of cosines and sines, for texts
+    /// A frequency for each pair of rotated components, and the factor of cosines and sines, for texts
     /// that are `tokens` long.
     pub(crate) fn frequencies(
         &self,
@@ -613,7 +613,7 @@ mod tests {
         (rope.theta, rope.scaling)
     }
 
-    /// Half a head was turned whole, the base of a block inside the block fell back to 10000, and a
+    /// Half a head was rotated whole, the base of a block inside the block fell back to 10000, and a
     /// factor of 0 made frequencies that are not finite.
     #[test]
     fn settings_that_would_be_lost_or_divide_by_zero_are_refused() {

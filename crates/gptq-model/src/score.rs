@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use gptq_kernels::{exp, exp_sum, multiply_transposed, soft_cap, vectorised};
+use gptq_kernels::{exp, exp_sum, multiply_transposed, soft_cap, vectorized};
 use rayon::prelude::*;
 
 use crate::ModelError;
@@ -31,7 +31,7 @@ pub(crate) struct HeadRows {
     pub soft_cap: Option<f32>,
 }
 
-/// What the model says about one next token.
+/// The score of one next-token prediction.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct TokenScore {
     /// `-ln p(target)`, nats.
@@ -182,7 +182,7 @@ impl HeadRows {
             for (row, (running, &(_, target))) in running.iter_mut().zip(targets).enumerate() {
                 let q = &q[row * count..(row + 1) * count];
                 let p = p.get(row * count..(row + 1) * count);
-                vectorised(|| running.add(q, p, first));
+                vectorized(|| running.add(q, p, first));
                 if let Some(at) = (target as usize)
                     .checked_sub(first)
                     .filter(|&at| at < count)

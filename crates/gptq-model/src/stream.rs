@@ -94,13 +94,13 @@ impl<B: DecoderBackend> Linears<B> {
 }
 
 impl<B: DecoderBackend> Block<OnBackend<B>> {
-    /// Its linears, in the order of the data.
+    /// The linears of the block, in the order of the data.
     pub fn linears(&self) -> impl Iterator<Item = &Linear<B>> {
         (self.branches())
             .flat_map(|branch| branch.input.linears.iter().chain(&branch.output.linears))
     }
 
-    /// The same, to be changed.
+    /// The linears of the block, mutable, in the order of the data.
     pub fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear<B>> {
         let branches = self.steps.iter_mut().flat_map(|step| &mut step.branches);
         branches
@@ -172,17 +172,17 @@ impl<B: DecoderBackend> Tables<B> {
 }
 
 /// Keys and values `[tokens, kv_heads * head_dim]` that later blocks read, by the block that made them.
-pub(crate) type Lent<B> = BTreeMap<usize, [Tensor<B, 2>; 2]>;
+pub(crate) type SharedKeyValues<B> = BTreeMap<usize, [Tensor<B, 2>; 2]>;
 
 /// A batch of windows on its way through a block.
 pub(crate) struct Windows<'a, B: DecoderBackend> {
     pub on: &'a B::Context,
     pub tables: &'a Tables<B>,
-    /// Of a window.
+    /// Tokens of a window.
     pub tokens: usize,
     /// Keys and values of earlier blocks, and of this one where later ones read them.
-    pub lent: Lent<B>,
-    /// What this block looked up by token id, `[tokens, width]`.
+    pub lent: SharedKeyValues<B>,
+    /// The input that this block looks up by token id, `[tokens, width]`.
     pub by_token: Option<Tensor<B, 2>>,
 }
 
@@ -194,8 +194,8 @@ impl<B: DecoderBackend> Windows<'_, B> {
         }
     }
 
-    /// Queries or keys: normed and turned, in the order of the model.
-    fn turned(
+    /// Applies the norm and RoPE to queries or keys, in the order of the model.
+    fn with_rope(
         &self,
         x: Tensor<B, 2>,
         attention: &Attention<OnBackend<B>>,
@@ -232,7 +232,7 @@ impl<B: DecoderBackend> Windows<'_, B> {
         }
         let mut next = || operands.next().expect("the spec names keys and values");
         let (k, v) = (next(), next());
-        let k = self.turned(k, attention, true);
+        let k = self.with_rope(k, attention, true);
         let v = self.normed(v, attention.norms[2].as_ref());
         if attention.spec.keys == KeySource::Donor {
             self.lent.insert(attention.block, [k.clone(), v.clone()]);
@@ -266,7 +266,7 @@ impl<B: DecoderBackend> BlockOps<OnBackend<B>> for Windows<'_, B> {
         let mut operands = input.project(self.on, &x).into_iter();
         drop(x);
         let q = operands.next().expect("the spec names queries");
-        let q = self.turned(q, attention, false);
+        let q = self.with_rope(q, attention, false);
         let [k, v] = self.keys_and_values(operands, attention);
         Ok(B::attend(
             self.on,

@@ -31,7 +31,7 @@ pub enum LinearValues {
         /// All of them.
         bytes: Vec<u8>,
     },
-    /// Codes, to be dequantised where they are used.
+    /// Codes, to be dequantized where they are used.
     Packed(SolvedLayer),
 }
 
@@ -50,7 +50,7 @@ impl LinearValues {
                 let values = to_f32(dtype, &bytes).expect("stored weights are floats");
                 transpose(&values, out_features, in_features)
             }
-            LinearValues::Packed(layer) => layer.dequantise(),
+            LinearValues::Packed(layer) => layer.dequantize(),
         }
     }
 }
@@ -63,7 +63,7 @@ pub trait WeightSource: Send + Sync {
     /// All stored names.
     fn names(&self) -> Vec<String>;
 
-    /// A tensor that is never quantised, row-major as stored.
+    /// A tensor that is never quantized, row-major as stored.
     fn plain(&self, name: &str) -> Result<Vec<f32>, SourceError>;
 
     /// The bias of a linear that has one, `[out_features]`.
@@ -93,7 +93,7 @@ pub trait WeightSource: Send + Sync {
         self.linear(layer, shape, bias)
     }
 
-    /// A tensor that is never quantised, in its stored type: F16, BF16 or F32, finite.
+    /// A tensor that is never quantized, in its stored type: F16, BF16 or F32, finite.
     fn plain_as_stored(&self, name: &str) -> Result<(Dtype, Vec<u8>), SourceError>;
 
     /// Some rows of a plain tensor of rows of `columns`, in f32.
@@ -133,7 +133,7 @@ pub trait WeightSource: Send + Sync {
     ) -> Result<(), SourceError>;
 }
 
-/// An unquantised checkpoint: f16, bf16 or f32.
+/// An unquantized checkpoint: f16, bf16 or f32.
 #[derive(Clone)]
 pub struct FloatWeights(Arc<dyn TensorSource>);
 
@@ -368,7 +368,7 @@ fn not_finite(
 
 /// Nothing for a type that holds no weights.
 pub(crate) fn to_f32(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
-    // Long enough to amortise a task, short enough to stay in cache between the two casts.
+    // Long enough to amortize a task, short enough to stay in cache between the two casts.
     const CHUNK: usize = 1 << 16;
     let mut out = vec![0.0f32; bytes.len() / dtype.size()];
     let parts = || bytes.par_chunks(CHUNK * dtype.size());

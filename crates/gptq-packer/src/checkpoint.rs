@@ -11,7 +11,7 @@ use crate::pack::{PackError, PackedLayer};
 use crate::unpack::unpack;
 use crate::words::{unpack_columns, word_count};
 
-/// A quantised linear that could not be read.
+/// A quantized linear that could not be read.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)]
 pub enum ReadError {
@@ -32,7 +32,7 @@ pub enum ReadError {
     },
 }
 
-/// Names of the quantised linears of a checkpoint, sorted: those that have a `qweight`.
+/// Names of the quantized linears of a checkpoint, sorted: those that have a `qweight`.
 pub fn packed_layers(source: &dyn TensorSource) -> Vec<LayerName> {
     source
         .names()
@@ -76,7 +76,7 @@ pub fn check_layer(
     Ok(())
 }
 
-/// Reads one quantised linear of `[in_features, out_features]`, checked by [`check_layer`] first.
+/// Reads one quantized linear of `[in_features, out_features]`, checked by [`check_layer`] first.
 ///
 /// A `g_idx` that is absent, or all zero though there are several groups, means `k / group_size`,
 /// as in ExLlama. Scales in bf16 or f32 are taken if every one is an f16 number.

@@ -99,13 +99,13 @@ pub struct QuantizeConfig {
     /// Zero-point convention as declared; the data may say otherwise
     /// ([`crate::zero_convention`]).
     pub format: CheckpointFormat,
-    /// Whether the output head is quantised too.
+    /// Whether the output head is quantized too.
     pub lm_head: bool,
     /// Group grids were fixed before the columns were ordered, if known.
     pub static_groups: Option<bool>,
     /// Scales were searched for the least error, if known.
     pub scale_search: Option<bool>,
-    /// Stages of a block were quantised one after the other, if known.
+    /// Stages of a block were quantized one after the other, if known.
     pub true_sequential: Option<bool>,
     /// Share of the mean Hessian diagonal that was added, if known.
     pub damp_percent: Option<f64>,

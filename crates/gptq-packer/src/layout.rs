@@ -223,10 +223,10 @@ fn lay_out_shard(
     Ok((shard, placed))
 }
 
-/// The tensors of every quantised linear, behind its name.
+/// The tensors of every quantized linear, behind its name.
 pub const PACKED_SUFFIXES: [&str; 4] = ["qweight", "qzeros", "scales", "g_idx"];
 
-/// The tensors of one quantised linear: `qweight`, `qzeros`, `scales`, `g_idx` and, if it has one,
+/// The tensors of one quantized linear: `qweight`, `qzeros`, `scales`, `g_idx` and, if it has one,
 /// `bias` (f16 `[N]`). Shapes are those of [`crate::PackedLayer`].
 pub fn packed_tensors(
     name: &LayerName,

@@ -47,7 +47,7 @@ pub enum PackError {
     },
 }
 
-/// The tensors of one quantised linear as they lie in the file; `docs/FORMAT.md` draws the bits.
+/// The tensors of one quantized linear as they lie in the file; `docs/FORMAT.md` draws the bits.
 ///
 /// `K` = in_features, `N` = out_features, `G` = groups, `b` = bits; all row-major.
 #[derive(Clone, Debug, PartialEq)]

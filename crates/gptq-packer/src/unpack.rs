@@ -136,7 +136,7 @@ mod tests {
         let v1 = unpack(&packed(), CheckpointFormat::Gptq).unwrap();
         assert_eq!(v1.zeros, [4, 2]);
         assert_eq!(v1.codes, [2, 3]);
-        assert_eq!(v1.dequantise(), [0.0, -1.0]);
+        assert_eq!(v1.dequantize(), [0.0, -1.0]);
         let v2 = unpack(&packed(), CheckpointFormat::GptqV2).unwrap();
         assert_eq!(v2.zeros, [3, 1]);
     }

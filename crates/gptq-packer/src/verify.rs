@@ -38,7 +38,7 @@ pub enum VerifyError {
 }
 
 /// Reads the layer back from `source` and compares codes, scales, zeros, group indices and the
-/// dequantised weights with `solved`, to the bit.
+/// dequantized weights with `solved`, to the bit.
 ///
 /// # Errors
 /// The first difference, or the reason why the layer cannot be read.
@@ -178,7 +178,7 @@ impl Verifier<'_> {
     }
 }
 
-/// The formula of [`SolvedLayer::dequantise`], one row at a time, with scales widened once.
+/// The formula of [`SolvedLayer::dequantize`], one row at a time, with scales widened once.
 struct Weights<'a> {
     layer: &'a SolvedLayer,
     scales: Vec<f32>,

@@ -7,7 +7,7 @@
 //!
 //! Along rows ([`pack_rows`]) each output column is a stream of its own, so 32 rows of codes become
 //! `b` rows of words, and every inner loop runs over the columns, where memory is contiguous and
-//! the compiler vectorises. Reading four rows of codes at a time rather than all rows of a word
+//! the compiler vectorizes. Reading four rows of codes at a time rather than all rows of a word
 //! keeps the lines, which lie a power of two apart, from evicting each other.
 
 use std::sync::atomic::{AtomicU8, Ordering};

@@ -15,13 +15,13 @@ use gptq_types::{ColumnOrder, GroupSize, LayerName, LayerRecord, QuantSpec, Solv
 
 use crate::PipelineError;
 
-/// How the channels of a capture group's input may be permuted.
+/// A permutation of a capture group's input channels that its producers can absorb.
 pub struct Fold {
     /// Channels that may be sorted among themselves.
     run: usize,
     /// Runs, one after the other, that take the same permutation.
     sharing: usize,
-    /// Whose outputs they are.
+    /// The linears whose outputs are these channels.
     pub before: Vec<Before>,
 }
 
@@ -30,14 +30,14 @@ pub struct Before {
     /// Its name.
     pub layer: LayerName,
     outputs: usize,
-    /// Of its outputs, those that are channels: one range for each time they are all there (both halves of
-    /// a fused gate and up).
+    /// Ranges of its outputs that are the channels: one range for each copy of all of them (both halves of a
+    /// fused gate and up).
     columns: Vec<Range<usize>>,
 }
 
 impl Fold {
-    /// Of the rows at `tap` of block `index`; nothing where folding changes no group (with one group a row,
-    /// and in heads that are no longer than a group), and where other linears or blocks read the outputs too.
+    /// The fold for the rows at `tap` of block `index`. `None` if folding changes no group (with one group a
+    /// row, and in heads that are no longer than a group), or if other linears or blocks read the outputs too.
     pub fn of(model: &ModelSpec, index: usize, tap: Tap, group_size: GroupSize) -> Option<Self> {
         let GroupSize::Channels(size) = group_size else {
             return None;
@@ -84,8 +84,9 @@ impl Fold {
         Order::folded(group_size, diagonal, self.run, self.sharing)
     }
 
-    /// How the outputs before are permuted where the inputs are by `channels`: output `n` becomes what was
-    /// the one at `n`. Nothing where heads that share values are permuted otherwise, which no run writes.
+    /// The permutation of the producers' outputs that belongs to the permutation `channels` of the inputs: new
+    /// output `n` is old output `outputs[n]`. `None` if heads that share values are permuted differently, which
+    /// no run writes.
     pub fn outputs(&self, channels: &[u32]) -> Option<Vec<u32>> {
         let (run, bundle) = (self.run, self.run * self.sharing);
         let mut outputs = Vec::with_capacity(channels.len() / self.sharing);
@@ -106,7 +107,7 @@ impl Fold {
         Some(outputs)
     }
 
-    /// Those of a block, by tap.
+    /// The folds of a block, by tap.
     pub fn all(
         model: &ModelSpec,
         index: usize,
@@ -132,7 +133,7 @@ impl Fold {
 }
 
 impl Before {
-    /// How all its outputs are permuted where channels are by `channels`.
+    /// The permutation of all its outputs that belongs to the permutation `channels`.
     pub fn outputs(&self, channels: &[u32]) -> Vec<u32> {
         let mut outputs: Vec<u32> = (0..self.outputs as u32).collect();
         for columns in &self.columns {
@@ -144,12 +145,12 @@ impl Before {
     }
 }
 
-/// How the linears of a finished block are permuted in the file.
+/// The permutations of a finished block's linears in the file.
 #[derive(Default)]
 pub struct Folded {
     /// Input channel of the float model at each place, by linear.
     inputs: BTreeMap<LayerName, Vec<u32>>,
-    /// The same for outputs.
+    /// Output channel of the float model at each place, by linear.
     outputs: BTreeMap<LayerName, Vec<u32>>,
 }
 

@@ -1,4 +1,4 @@
-//! What is asked of a run, what it reports on the way, how it can fail.
+//! The settings of a run, its progress reports and its errors.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -26,7 +26,7 @@ pub struct Job {
     pub spec: QuantSpec,
     /// Token windows and how they were made; empty for `method rtn`.
     pub windows: Vec<Vec<u32>>,
-    /// What the record keeps of them.
+    /// The description of the windows for the run record.
     pub calibration: Option<CalibrationRecord>,
     /// Files copied beside the weights: tokenizer, generation settings.
     pub companions: Vec<PathBuf>,
@@ -49,7 +49,7 @@ impl Job {
     /// The passes that it needs.
     pub fn streams(&self) -> Streams {
         match self.spec.measure() {
-            LossMeasure::QuantisedInputs => Streams::One,
+            LossMeasure::QuantizedInputs => Streams::One,
             LossMeasure::FloatOutputs => Streams::BesideFloat,
         }
     }
@@ -77,7 +77,7 @@ pub type Compare<'a> = dyn FnMut(&Path) -> Result<Vec<Divergence>, CompareError>
 #[derive(Debug, thiserror::Error)]
 #[error("{text}")]
 pub struct CompareError {
-    /// What failed, where, with the value.
+    /// The error, its place and the value.
     pub text: String,
     /// Advice, apart from the cause.
     pub hint: Option<String>,
@@ -89,7 +89,7 @@ pub struct CompareError {
 pub enum Progress<'a> {
     /// Weights were checked and the output folder is ready.
     Begin { blocks: usize, resumed: usize },
-    /// A linear was quantised, written and read back.
+    /// A linear was quantized, written and read back.
     Layer { record: &'a LayerRecord },
     /// The folder to write is the result of this very run.
     AlreadyDone,
@@ -118,8 +118,8 @@ pub enum PipelineError {
         place: String,
         source: gptq_packer::ConfigError,
     },
-    #[error("{0} is quantised already")]
-    AlreadyQuantised(String),
+    #[error("{0} is quantized already")]
+    AlreadyQuantized(String),
     #[error("the record does not say in which order the channels of `{0}` are stored")]
     UnknownOrder(LayerName),
     #[error("group size {group_size} is larger than the {in_features} input channels of `{layer}`")]
@@ -207,7 +207,7 @@ pub enum PipelineError {
 }
 
 impl PipelineError {
-    /// What went wrong, without what was kept.
+    /// The underlying error, without the note that work was kept.
     pub(crate) fn cause(self) -> Self {
         match self {
             PipelineError::Kept { source, .. } => source.cause(),

@@ -28,7 +28,7 @@ pub struct BlockEntry {
     pub block: usize,
     /// Its linears.
     pub layers: Vec<LayerRecord>,
-    /// What was seen in it.
+    /// Warnings about the block.
     pub warnings: Vec<Warning>,
     /// The packed tensors of its linears, as they lie on disk.
     #[serde(default)]
@@ -39,7 +39,7 @@ pub struct BlockEntry {
 pub struct Journal {
     path: PathBuf,
     file: File,
-    /// That of the line before.
+    /// The seal of the line before.
     seal: Option<ContentHash>,
 }
 
@@ -119,7 +119,7 @@ impl Journal {
     }
 }
 
-/// What stands before the seal, the last member of a line.
+/// The text before the seal, which is the last member of a line.
 const SEAL: &str = ",\"sha256\":\"";
 
 fn seal_of(body: &str, before: Option<&ContentHash>) -> ContentHash {

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use gptq_model::{CaptureGroup, Decoder, DeviceContext, LinearSpec, ModelSpec, Streams};
 use gptq_quantizer::{
-    After, Arriving, Facts, GroupHessian, GroupSum, HostGroup, Order, QuantizeError,
+    After, FactorStats, GroupHessian, GroupSum, HostGroup, Order, PendingLayer, QuantizeError,
 };
 use gptq_types::{ColumnOrder, LayerName, LayerRecord, Phase, PhaseTimes, QuantSpec, Warning};
 
@@ -22,7 +22,7 @@ pub struct LayerWork<'a> {
     writer: &'a dyn Output,
     all_tokens: usize,
     /// Rounded linears whose outputs a later group may permute.
-    waiting: Vec<(LayerName, Arriving)>,
+    waiting: Vec<(LayerName, PendingLayer)>,
     pub layers: Vec<LayerRecord>,
     pub warnings: Vec<Warning>,
 }
@@ -67,8 +67,8 @@ impl<'a> LayerWork<'a> {
         };
         let solver = hessian.factor_in(order, self.spec, times);
         let solver = solver.map_err(named(first))?;
-        let facts = solver.facts();
-        self.warn_about(facts, first, in_features);
+        let stats = solver.stats();
+        self.warn_about(stats, first, in_features);
 
         for linear in linears {
             let LinearSpec {
@@ -89,8 +89,8 @@ impl<'a> LayerWork<'a> {
                 layer: layer.clone(),
                 in_features: *in_features,
                 out_features: *out_features,
-                tokens: facts.tokens,
-                token_share: facts.tokens as f64 / self.all_tokens as f64,
+                tokens: stats.tokens,
+                token_share: stats.tokens as f64 / self.all_tokens as f64,
                 loss: Some(rounded.loss),
                 solve_seconds: start.elapsed().as_secs_f64(),
                 order: (self.spec.order == ColumnOrder::Auto).then_some(name),
@@ -177,10 +177,10 @@ impl<'a> LayerWork<'a> {
     fn store(
         &mut self,
         layer: &LayerName,
-        solved: Arriving,
+        solved: PendingLayer,
         folded: Option<Arc<[u32]>>,
     ) -> Result<(), PipelineError> {
-        let solved: Arriving = match folded {
+        let solved: PendingLayer = match folded {
             None => solved,
             Some(channels) => Box::new(move || {
                 let mut solved = solved()?;
@@ -204,7 +204,7 @@ impl<'a> LayerWork<'a> {
             let before = fold.before.iter().find(|before| before.layer == *layer)?;
             Some(before.outputs(outputs.as_ref()?))
         };
-        type Waiting = Vec<(LayerName, Arriving)>;
+        type Waiting = Vec<(LayerName, PendingLayer)>;
         let (ready, waiting): (Waiting, Waiting) = (self.waiting.drain(..))
             .partition(|(layer, _)| fold.before.iter().any(|before| before.layer == *layer));
         self.waiting = waiting;
@@ -226,26 +226,26 @@ impl<'a> LayerWork<'a> {
         Ok(())
     }
 
-    fn warn_about(&mut self, facts: Facts, layer: &LayerName, in_features: usize) {
-        if facts.tokens < in_features {
+    fn warn_about(&mut self, stats: FactorStats, layer: &LayerName, in_features: usize) {
+        if stats.tokens < in_features {
             let text = format!(
                 "{} calibration tokens are fewer than the {in_features} input channels: \
                  the Hessian is singular but for damping",
-                facts.tokens
+                stats.tokens
             );
             self.warn(layer, text);
         }
-        if facts.escalations > 0 {
+        if stats.escalations > 0 {
             let text = format!(
                 "the Hessian was singular: damp percent {} instead of {}",
-                facts.damp_used, self.spec.damp_percent
+                stats.damp_used, self.spec.damp_percent
             );
             self.warn(layer, text);
         }
-        if facts.dead_channels > 0 {
+        if stats.dead_channels > 0 {
             let text = format!(
                 "{} input channels were zero on every calibration token",
-                facts.dead_channels
+                stats.dead_channels
             );
             self.warn(layer, text);
         }

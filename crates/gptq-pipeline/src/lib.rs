@@ -1,9 +1,9 @@
 //! The block loop: from an opened model and token windows to a published checkpoint folder.
 //!
-//! Knows: which permutations a matrix has and what each will be, which tensors a result has, the order of work (one forward per block, each group of
-//! linears solved as its inputs arrive), the journal by which an interrupted run goes on, what a
-//! reader of the result must be told, and what the files of a finished checkpoint cost at each
-//! linear's output.
+//! Knows: which permutations a matrix has and what each will be, which tensors a result has, the order of work
+//! (one forward per block, each group of linears solved as its inputs arrive), the journal by which an
+//! interrupted run goes on, what a reader of the result must be told, and what the files of a finished
+//! checkpoint cost at each linear's output.
 //!
 //! Does not know: where models and texts come from, how progress is shown, bit order.
 
@@ -27,7 +27,7 @@ pub use journal::JOURNAL_FILE;
 pub use matrix::{PlanError, Preset, check_permutations, plan_matrix, read_plan};
 pub use measure::{FilesToMeasure, MeasuredLayer, measure_files};
 pub use plan::OutputPlan;
-pub use preflight::{check_shapes, check_unquantised};
+pub use preflight::{check_shapes, check_unquantized};
 pub use resume::{is_interrupted, may_be_finished};
 pub use run::{quantize, quantize_and_compare};
 pub use small_files::check_beside;

@@ -1,4 +1,4 @@
-//! What the files of a finished checkpoint cost at the output of each linear.
+//! Measures the output error of each linear from the files of a finished checkpoint.
 //!
 //! The loss in a run record is the solver's word on codes in memory. Here the codes come from the
 //! files, and their inputs from a forward pass through the files' own weights, which are the inputs
@@ -23,11 +23,11 @@ pub struct FilesToMeasure<'a> {
     pub config_json: &'a str,
     /// The packed one.
     pub packed: &'a dyn TensorSource,
-    /// How it is packed.
+    /// The packing of the files.
     pub settings: &'a QuantizeConfig,
     /// The calibration windows.
     pub windows: &'a [Vec<u32>],
-    /// What errors are measured against: as in the record that they are compared with.
+    /// The reference of the errors: as in the record that they are compared with.
     pub measure: LossMeasure,
     /// The settings that the files were made with.
     pub spec: &'a QuantSpec,
@@ -63,7 +63,7 @@ pub fn measure_files(
         return Err(PipelineError::NoWindows);
     }
     let streams = match files.measure {
-        LossMeasure::QuantisedInputs => Streams::One,
+        LossMeasure::QuantizedInputs => Streams::One,
         LossMeasure::FloatOutputs => Streams::BesideFloat,
     };
     let weights = Arc::new(FloatWeights::new(files.source.clone()));
@@ -92,7 +92,7 @@ pub fn measure_files(
                     solved: &solved,
                     error,
                 });
-                decoder.replace_weight(layer, unfolded.dequantise())?;
+                decoder.replace_weight(layer, unfolded.dequantize())?;
             }
         }
         decoder.finish_block()?;

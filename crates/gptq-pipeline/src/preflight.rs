@@ -1,4 +1,4 @@
-//! What can be known before the first hour is spent.
+//! Checks before a run begins, so that an error costs no computing time.
 
 use std::collections::BTreeSet;
 
@@ -81,7 +81,7 @@ fn kind_of(path: &str) -> &str {
     parts.map_or(path, |(at, _)| &path[at + 1..])
 }
 
-/// What readers refuse whatever the shapes are, by their source.
+/// Settings that readers refuse whatever the shapes are, according to their sources.
 fn refused_settings(spec: &QuantSpec) -> Vec<Warning> {
     let group = i64::from(spec.group_size);
     let mut texts = Vec::new();
@@ -117,7 +117,7 @@ fn refused_settings(spec: &QuantSpec) -> Vec<Warning> {
     texts.into_iter().map(warning).collect()
 }
 
-/// What to know of a bf16 model, whose checkpoint is declared float16;
+/// A warning for a bf16 model, whose checkpoint is declared float16;
 /// [`gptq_packer::config_json_with_quantization`] says why.
 pub fn check_declared_type(source: &dyn TensorSource, model: &ModelSpec) -> Option<Warning> {
     if declared_type(source, model) == DeclaredType::Bf16 {
@@ -139,7 +139,7 @@ pub fn check_declared_type(source: &dyn TensorSource, model: &ModelSpec) -> Opti
 /// Refuses a model that is packed, or whose `config.json` (valid JSON) says that it is quantized and
 /// whose tensors are not all float. Floats beside such a declaration are what merging an adapter
 /// into a quantized model leaves: they are quantized, and the source's notes say so.
-pub fn check_unquantised(
+pub fn check_unquantized(
     source: &dyn TensorSource,
     config_json: &str,
 ) -> Result<(), PipelineError> {
@@ -148,7 +148,7 @@ pub fn check_unquantised(
     let is_float = |name: &String| source.info(name).is_none_or(|info| info.dtype.is_weight());
     let declared = !matches!(QuantizeConfig::from_model_config(config_json), Ok(None));
     if names.iter().any(is_packed) || (declared && !names.iter().all(is_float)) {
-        return Err(PipelineError::AlreadyQuantised(source.place()));
+        return Err(PipelineError::AlreadyQuantized(source.place()));
     }
     Ok(())
 }

@@ -1,5 +1,5 @@
-//! What an interrupted run left: whether it is of the same job, and whether it is still what its
-//! journal vouches for.
+//! Resuming an interrupted run: checks that the journal belongs to the same job, and that the files are still
+//! those that it vouches for.
 
 use std::path::Path;
 
@@ -67,8 +67,8 @@ pub fn begin(
     })
 }
 
-/// What must not change between an interrupted run and its continuation, but for the weights. On
-/// the thread that opened the device, which alone knows its name.
+/// The settings that must not change between an interrupted run and its continuation, apart from the weights.
+/// Call it on the thread that opened the device, which alone knows the device's name.
 pub fn settings(job: &Job, shared_hessian: bool) -> Map<String, Value> {
     let tokens = job.calibration.as_ref().map(|record| &record.token_sha256);
     let entries = [

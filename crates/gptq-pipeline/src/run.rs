@@ -16,7 +16,7 @@ use crate::fold::{Fold, Folded};
 use crate::journal::{BlockEntry, JOURNAL_FILE, Journal};
 use crate::layers::{LayerWork, observe};
 use crate::matrix::estimate::FOLLOWED;
-use crate::preflight::{check_declared_type, check_shapes, check_unquantised};
+use crate::preflight::{check_declared_type, check_shapes, check_unquantized};
 use crate::resume::{Begun, begin, finished, is_interrupted, settings};
 use crate::small_files::{SmallFiles, settings_text};
 use crate::weights::CheckedWeights;
@@ -148,7 +148,7 @@ pub(crate) fn publish(staged: StagedCheckpoint, blocks: usize) -> Result<(), Pip
     })
 }
 
-/// What is left of a run that failed: its finished blocks, else nothing.
+/// Keeps the finished blocks of a failed run, or discards the folder if there are none.
 pub(crate) fn kept_or_discarded(
     staged: StagedCheckpoint,
     blocks: usize,
@@ -181,7 +181,7 @@ pub(crate) fn beside_shards(model: &ModelSpec, files: &SmallFiles) -> u64 {
     files.bytes() + linears as u64 * 2048 + (1 << 16)
 }
 
-/// What a finished run leaves; the Hessians are its own.
+/// The record of a finished run with Hessians of its own.
 pub(crate) fn record(
     job: &Job,
     checked: &CheckedWeights,
@@ -230,7 +230,7 @@ pub(crate) fn read_model(job: &Job) -> Result<ModelSpec, PipelineError> {
         place: job.source.place(),
         source,
     })?;
-    check_unquantised(job.source.as_ref(), &job.config_json)?;
+    check_unquantized(job.source.as_ref(), &job.config_json)?;
     Ok(model)
 }
 
@@ -411,7 +411,7 @@ impl Run<'_> {
                     source,
                 }
             })?;
-            let weight = folded.unfolded(layer, solved).dequantise();
+            let weight = folded.unfolded(layer, solved).dequantize();
             self.decoder.replace_weight(layer, weight)?;
         }
         count_forward(self.model, index, self.job, times);

@@ -16,7 +16,7 @@ use serde_json::{Map, Value};
 
 use crate::journal::{BlockEntry, Journal};
 use crate::layers::{LayerWork, observe};
-use crate::preflight::{check_declared_type, check_shapes, check_unquantised};
+use crate::preflight::{check_declared_type, check_shapes, check_unquantized};
 use crate::resume::{begin, settings};
 use crate::run::{
     add_files, add_record, beside_shards, copy_permuted_biases, count_forward, kept_or_discarded,
@@ -66,7 +66,7 @@ pub fn quantize_together(
         "no job that holds tokens out"
     );
     let model = read_model(first)?;
-    check_unquantised(first.source.as_ref(), &first.config_json)?;
+    check_unquantized(first.source.as_ref(), &first.config_json)?;
     if first.windows.is_empty() {
         return Err(PipelineError::NoWindows);
     }

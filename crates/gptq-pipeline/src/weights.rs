@@ -54,7 +54,7 @@ impl WeightCheck {
     /// Waits for its end.
     ///
     /// # Errors
-    /// Those of [`check_weights`], to everyone who waits.
+    /// The result of [`check_weights`], for everyone who waits.
     pub fn wait(&self) -> Outcome {
         let end = || {
             let mut running = self

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use gptq_model::Device;
 use gptq_packer::{PackedLayer, StagedCheckpoint, pack, verify_layer};
-use gptq_quantizer::Arriving;
+use gptq_quantizer::PendingLayer;
 use gptq_types::{
     CheckpointFormat, ContentHash, LayerName, Phase, PhaseTimes, SolvedLayer, TensorSource,
 };
@@ -23,9 +23,9 @@ use crate::{Job, PipelineError};
 /// burst.
 const WAITING: usize = 7;
 
-/// What is to be written, in order.
+/// A message to the writer thread, in order.
 pub enum Message {
-    Layer(LayerName, Arriving),
+    Layer(LayerName, PendingLayer),
     Block(BlockEntry),
     Plain(Vec<String>),
     /// A bias, element `n` of which is what was the one at `outputs[n]`.
@@ -50,7 +50,7 @@ pub trait Output {
     fn send(&self, message: Message) -> Result<(), PipelineError>;
 
     /// Hands a linear over.
-    fn store(&self, layer: LayerName, solved: Arriving) -> Result<(), PipelineError> {
+    fn store(&self, layer: LayerName, solved: PendingLayer) -> Result<(), PipelineError> {
         self.send(Message::Layer(layer, solved))
     }
 
@@ -173,7 +173,7 @@ pub struct Writing<'a> {
     settings: &'a Map<String, Value>,
     /// From the first block on.
     journal: Option<Journal>,
-    /// Of the block at hand, as they were written.
+    /// Hashes of the current block's tensors, as they were written.
     tensors: BTreeMap<String, ContentHash>,
     /// Tells that a block ended.
     hash_ahead: SyncSender<()>,

@@ -15,7 +15,9 @@
 use std::borrow::Cow;
 use std::ops::Range;
 
-use gptq_kernels::{VISIT_CHANNELS, Visit, axpy, multiply_add, vectorised, visits};
+use gptq_kernels::{
+    DESCENT_CHANNELS, DescentBlock, axpy, descent_blocks, multiply_add, vectorized,
+};
 use gptq_types::SolvedLayer;
 use half::f16;
 use rayon::prelude::*;
@@ -50,15 +52,15 @@ pub fn descend(
         })
         .collect();
     for panel in panels {
-        panel.put_back(&problem, layer);
+        panel.write_back(&problem, layer);
     }
 }
 
-/// What all outputs share; channels stand group by group.
+/// The data that all outputs share, with channels sorted by group.
 struct Problem<'a> {
-    /// `[K]`: the stored channel at each place.
+    /// `[K]`: the stored channel at each position.
     channels: Vec<usize>,
-    visits: Vec<Visit>,
+    blocks: Vec<DescentBlock>,
     /// `[K, K]`, without damping.
     hessian: Cow<'a, [f32]>,
     /// `[K]`: the damped diagonal.
@@ -69,7 +71,7 @@ struct Problem<'a> {
 impl<'a> Problem<'a> {
     fn new(layer: &SolvedLayer, hessian: &'a Hessian, factor: &Factor) -> Self {
         let k = layer.in_features;
-        let (channels, visits) = visits(&layer.g_idx);
+        let (channels, blocks) = descent_blocks(&layer.g_idx);
         let channels: Vec<usize> = channels.iter().map(|&channel| channel as usize).collect();
         let is_stored = channels.iter().enumerate().all(|(at, &c)| at == c);
         let values = match is_stored {
@@ -83,7 +85,7 @@ impl<'a> Problem<'a> {
             damped[channel] = value;
         }
         Problem {
-            visits,
+            blocks,
             diagonal: channels.iter().map(|&channel| damped[channel]).collect(),
             channels,
             hessian: values,
@@ -108,7 +110,7 @@ impl<'a> Problem<'a> {
 /// A run of outputs.
 struct Panel {
     outputs: Range<usize>,
-    error: Vec<f32>,  // [K, outputs]: target minus dequantised
+    error: Vec<f32>,  // [K, outputs]: target minus dequantized
     steps: Vec<f32>,  // [K, outputs]: code minus zero
     scales: Vec<f32>, // [G, outputs]
     zeros: Vec<f32>,  // [G, outputs]
@@ -150,15 +152,15 @@ impl Panel {
         }
     }
 
-    /// Visits every code, and every scale whose group is one block.
+    /// Updates every code, and every scale whose group is one block.
     fn pass(&mut self, problem: &Problem<'_>) {
         let (k, n) = (problem.features(), self.outputs.len());
-        let mut gradient = vec![0.0; VISIT_CHANNELS * n];
-        for visit in &problem.visits {
-            let count = visit.places.len();
+        let mut gradient = vec![0.0; DESCENT_CHANNELS * n];
+        for block in &problem.blocks {
+            let count = block.range.len();
             let gradient = &mut gradient[..count * n];
             gradient.fill(0.0);
-            let first = visit.places.start;
+            let first = block.range.start;
             // H is symmetric: its columns are its rows.
             multiply_add(
                 gradient,
@@ -171,13 +173,13 @@ impl Panel {
                 k,
                 n,
             );
-            vectorised(
+            vectorized(
                 #[inline(always)]
                 || {
-                    self.add_damping(problem, visit, gradient);
-                    self.move_codes(problem, visit, gradient);
-                    if visit.is_whole {
-                        self.move_scales(problem, visit, gradient);
+                    self.add_damping(problem, block, gradient);
+                    self.move_codes(problem, block, gradient);
+                    if block.is_whole {
+                        self.move_scales(problem, block, gradient);
                     }
                 },
             );
@@ -186,29 +188,29 @@ impl Panel {
 
     /// The product was made with the undamped Hessian.
     #[inline(always)]
-    fn add_damping(&self, problem: &Problem<'_>, visit: &Visit, gradient: &mut [f32]) {
+    fn add_damping(&self, problem: &Problem<'_>, block: &DescentBlock, gradient: &mut [f32]) {
         let (k, n) = (problem.features(), self.outputs.len());
-        for (place, gradient) in visit.places.clone().zip(gradient.chunks_exact_mut(n)) {
-            let added = problem.diagonal[place] - problem.hessian[place * k + place];
-            axpy(gradient, added, &self.error[place * n..][..n]);
+        for (position, gradient) in block.range.clone().zip(gradient.chunks_exact_mut(n)) {
+            let added = problem.diagonal[position] - problem.hessian[position * k + position];
+            axpy(gradient, added, &self.error[position * n..][..n]);
         }
     }
 
     /// Each code to the best one, all others as they are.
     #[inline(always)]
-    fn move_codes(&mut self, problem: &Problem<'_>, visit: &Visit, gradient: &mut [f32]) {
+    fn move_codes(&mut self, problem: &Problem<'_>, block: &DescentBlock, gradient: &mut [f32]) {
         let n = self.outputs.len();
-        let first = visit.places.start;
+        let first = block.range.start;
         let mut moved = [0.0; PANEL];
         let moved = &mut moved[..n];
         let (scales, zeros) = (
-            &self.scales[visit.group * n..][..n],
-            &self.zeros[visit.group * n..][..n],
+            &self.scales[block.group * n..][..n],
+            &self.zeros[block.group * n..][..n],
         );
-        for place in visit.places.clone() {
-            let inverse = 1.0 / problem.diagonal[place];
-            let steps = &mut self.steps[place * n..][..n];
-            let at = &gradient[(place - first) * n..][..n];
+        for position in block.range.clone() {
+            let inverse = 1.0 / problem.diagonal[position];
+            let steps = &mut self.steps[position * n..][..n];
+            let at = &gradient[(position - first) * n..][..n];
             for column in 0..n {
                 let scale = scales[column];
                 let best = steps[column] * scale + at[column] * inverse;
@@ -216,52 +218,52 @@ impl Panel {
                 moved[column] = (new - steps[column]) * scale;
                 steps[column] = new;
             }
-            axpy(&mut self.error[place * n..][..n], -1.0, moved);
+            axpy(&mut self.error[position * n..][..n], -1.0, moved);
             for (other, row) in gradient.chunks_exact_mut(n).enumerate() {
-                axpy(row, -problem.at(first + other, place), moved);
+                axpy(row, -problem.at(first + other, position), moved);
             }
         }
     }
 
     /// The scale of a group to the least squares on its codes.
     #[inline(always)]
-    fn move_scales(&mut self, problem: &Problem<'_>, visit: &Visit, gradient: &[f32]) {
+    fn move_scales(&mut self, problem: &Problem<'_>, block: &DescentBlock, gradient: &[f32]) {
         let n = self.outputs.len();
         let (mut along, mut curvature) = ([0.0; PANEL], [0.0; PANEL]);
         let mut product = [0.0; PANEL];
-        for (place, gradient) in visit.places.clone().zip(gradient.chunks_exact(n)) {
+        for (position, gradient) in block.range.clone().zip(gradient.chunks_exact(n)) {
             let product = &mut product[..n];
             product.fill(0.0);
-            for other in visit.places.clone() {
+            for other in block.range.clone() {
                 axpy(
                     product,
-                    problem.at(place, other),
+                    problem.at(position, other),
                     &self.steps[other * n..][..n],
                 );
             }
-            let steps = &self.steps[place * n..][..n];
+            let steps = &self.steps[position * n..][..n];
             for column in 0..n {
                 along[column] += steps[column] * gradient[column];
                 curvature[column] += steps[column] * product[column];
             }
         }
-        let scales = &mut self.scales[visit.group * n..][..n];
+        let scales = &mut self.scales[block.group * n..][..n];
         let mut moved = [0.0; PANEL];
         for column in 0..n {
             let new = refitted(scales[column], along[column], curvature[column]);
             moved[column] = new - scales[column];
             scales[column] = new;
         }
-        for place in visit.places.clone() {
-            let error = &mut self.error[place * n..][..n];
-            let steps = &self.steps[place * n..][..n];
+        for position in block.range.clone() {
+            let error = &mut self.error[position * n..][..n];
+            let steps = &self.steps[position * n..][..n];
             for column in 0..n {
                 error[column] -= steps[column] * moved[column];
             }
         }
     }
 
-    fn put_back(self, problem: &Problem<'_>, layer: &mut SolvedLayer) {
+    fn write_back(self, problem: &Problem<'_>, layer: &mut SolvedLayer) {
         let (n, width) = (layer.out_features, self.outputs.len());
         for (&channel, steps) in problem.channels.iter().zip(self.steps.chunks_exact(width)) {
             let zeros = &self.zeros[layer.g_idx[channel] as usize * width..][..width];

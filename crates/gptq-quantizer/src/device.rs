@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use gptq_kernels::Weight;
 use gptq_kernels::cuda::{
-    CudaError, DeviceCarried, DeviceFactor, DeviceHessian, DeviceMatrix, Gpu, Rule, SWEEP_CHANNELS,
-    Step, SweepPlan, Swept, SweptHost,
+    CudaError, DeviceFactor, DeviceHessian, DeviceMatrix, DeviceOutputMismatch, Gpu, RawGridRule,
+    SWEEP_CHANNELS, Step, SweepPlan, Swept, SweptHost,
 };
 use gptq_types::{Bits, Phase, PhaseTimes, QuantSpec, SolvedLayer};
 use half::f16;
@@ -20,7 +20,8 @@ pub use sum::DeviceSum;
 
 use crate::factor::{Damping, importance};
 use crate::group::{
-    After, Facts, GroupHessian, GroupSolver, Rounded, count, factor_flop, least, outputs_of_a_trial,
+    After, FactorStats, GroupHessian, GroupSolver, Rounded, count, factor_flop, least,
+    outputs_of_a_trial,
 };
 use crate::search::SearchRule;
 use crate::{Order, QuantizeError};
@@ -29,7 +30,7 @@ use crate::{Order, QuantizeError};
 struct DeviceReady {
     gpu: Arc<Gpu>,
     hessian: DeviceHessian,
-    /// That of the tokens held out, and how many they are.
+    /// The Hessian of the held-out tokens, and their number.
     held_out: Option<(DeviceHessian, usize)>,
     diagonal: Vec<f32>,
     tokens: usize,
@@ -42,7 +43,7 @@ struct Damped {
     channels: Vec<u32>,
     damp_percent: f64,
     factor: DeviceFactor,
-    facts: Facts,
+    stats: FactorStats,
 }
 
 impl GroupHessian for DeviceReady {
@@ -130,12 +131,12 @@ impl DeviceReady {
             let part = there(weight).row_range(0..outputs_of_a_trial(*outputs));
             let size = spec.group_size.resolve(part.columns());
             let rule = rule(spec);
-            let (_, carried) = self.hessian.rounding_cost(part, size, rule)?;
-            let swept = group.swept(part, rule, carried.as_ref(), spec)?;
-            let (_, carried) = held_out.rounding_cost(part, size, rule)?;
+            let (_, output_mismatch) = self.hessian.rounding_cost(part, size, rule)?;
+            let swept = group.swept(part, rule, output_mismatch.as_ref(), spec)?;
+            let (_, output_mismatch) = held_out.rounding_cost(part, size, rule)?;
             let copy = self.gpu.copied(part)?;
             let copy = copy.matrix([part.rows(), part.columns()], part.dtype());
-            error += held_out.put_back(copy, &swept, &group.plan, carried.as_ref())?;
+            error += held_out.write_back(copy, &swept, &group.plan, output_mismatch.as_ref())?;
         }
         times.add(Phase::Sweep, start.elapsed());
         Ok(error)
@@ -171,7 +172,7 @@ impl DeviceReady {
             channels,
             damp_percent,
             factor,
-            facts: Facts {
+            stats: FactorStats {
                 tokens: self.tokens,
                 damp_used,
                 escalations,
@@ -220,16 +221,16 @@ fn steps(order: &Order) -> Vec<Step> {
     steps
 }
 
-fn rule(spec: &QuantSpec) -> Rule {
+fn rule(spec: &QuantSpec) -> RawGridRule {
     let search = SearchRule::new(spec);
-    Rule {
+    RawGridRule {
         max_code: spec.bits.max_code() as f32,
         min_zero: spec.min_zero() as f32,
-        least: search.least,
+        min_share: search.least,
         sym: spec.sym.into(),
         full_range: spec.full_range.into(),
         shares: search.shares as i32,
-        ways: search.ways as i32,
+        variants: search.ways as i32,
     }
 }
 
@@ -238,11 +239,12 @@ impl DeviceGroup<'_> {
     fn swept(
         &self,
         weight: DeviceMatrix,
-        rule: Rule,
-        carried: Option<&DeviceCarried>,
+        rule: RawGridRule,
+        output_mismatch: Option<&DeviceOutputMismatch>,
         spec: &QuantSpec,
     ) -> Result<Swept, CudaError> {
-        let aim = carried.map(|carried| (carried, spec.input_mismatch as f32));
+        let aim =
+            output_mismatch.map(|output_mismatch| (output_mismatch, spec.input_mismatch as f32));
         let target = match spec.descent_passes {
             0 => None,
             _ => Some(self.hessian.target(weight.rows())?),
@@ -259,8 +261,8 @@ impl DeviceGroup<'_> {
 }
 
 impl GroupSolver for DeviceGroup<'_> {
-    fn facts(&self) -> Facts {
-        self.damped.facts
+    fn stats(&self) -> FactorStats {
+        self.damped.stats
     }
 
     fn round(
@@ -284,24 +286,26 @@ impl GroupSolver for DeviceGroup<'_> {
         let size = spec.group_size.resolve(there.columns());
         let rule = rule(spec);
         count(times, there.columns(), out_features, spec);
-        let (cost, carried) = times.time(Phase::Measure, || {
+        let (cost, output_mismatch) = times.time(Phase::Measure, || {
             self.hessian.rounding_cost(there, size, rule)
         })?;
-        let carried = carried.as_ref();
+        let output_mismatch = output_mismatch.as_ref();
         let start = Instant::now();
-        let before = self.hessian.gpu().mark()?;
-        let swept = self.swept(there, rule, carried, spec)?;
-        let after = self.hessian.gpu().mark()?;
-        let home = swept.send_home()?;
-        let error = self.hessian.put_back(there, &swept, &self.plan, carried)?;
-        home.hold(self.hessian.gpu())?;
-        let sweep = Duration::from_secs_f64(before.seconds_to(&after)?);
+        let begin = self.hessian.gpu().mark()?;
+        let swept = self.swept(there, rule, output_mismatch, spec)?;
+        let end = self.hessian.gpu().mark()?;
+        let download = swept.start_download()?;
+        let error = self
+            .hessian
+            .write_back(there, &swept, &self.plan, output_mismatch)?;
+        download.order_after(self.hessian.gpu())?;
+        let sweep = Duration::from_secs_f64(begin.seconds_to(&end)?);
         times.add(Phase::Sweep, sweep);
         times.add(Phase::Measure, start.elapsed().saturating_sub(sweep));
         let (bits, g_idx) = (spec.bits, self.order.g_idx());
         Ok(Rounded {
-            layer: Box::new(move || layer(home.receive()?, bits, g_idx, out_features)),
-            loss: (self.facts()).loss(spec.measure(), error, cost.rtn_error, cost.signal),
+            layer: Box::new(move || layer(download.receive()?, bits, g_idx, out_features)),
+            loss: (self.stats()).loss(spec.measure(), error, cost.rtn_error, cost.signal),
             replacement: None,
         })
     }

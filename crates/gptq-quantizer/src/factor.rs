@@ -1,11 +1,11 @@
-//! Damping and factorisation: from a Hessian to the `U` that the solver sweeps with.
+//! Damping and factorization: from a Hessian to the `U` that the solver sweeps with.
 
 use gptq_kernels::inverse_cholesky;
 use gptq_types::QuantSpec;
 
 use crate::{Hessian, Order, QuantizeError};
 
-/// Damping grows by this factor after a failed factorisation.
+/// Damping grows by this factor after a failed factorization.
 const ESCALATION: f64 = 2.0;
 /// Beyond this share of the mean diagonal the result would be rounding to nearest in disguise.
 const MAX_DAMP_PERCENT: f64 = 2.0;
@@ -22,7 +22,7 @@ pub struct Factor {
     pub importance: Vec<f32>,
     /// Share of the mean diagonal that was added in the end.
     pub damp_used: f64,
-    /// Failed factorisations before.
+    /// Failed factorizations before.
     pub escalations: u32,
     /// Channels without any signal: they get the mean diagonal, so that their weights are rounded
     /// to nearest and pass no error on. (The original code sets such weights to zero, which is
@@ -77,9 +77,9 @@ pub(crate) fn importance(
     channels.map(damped).collect()
 }
 
-/// What is added to the diagonal of a Hessian.
+/// The damping that is added to the diagonal of a Hessian.
 pub(crate) struct Damping {
-    /// Of the live channels' diagonal.
+    /// Mean of the diagonal over live channels.
     mean: f64,
     /// Channels that were zero on every token.
     pub dead_channels: usize,
@@ -104,7 +104,7 @@ impl Damping {
         diagonal.iter().map(of).collect()
     }
 
-    /// Tries with growing damping until a factorisation succeeds; the inner error of `attempt` is
+    /// Tries with growing damping until a factorization succeeds; the inner error of `attempt` is
     /// the pivot that was not positive. Returns the factor, the share and the failures before.
     pub fn escalate<F>(
         &self,

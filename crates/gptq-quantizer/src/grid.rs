@@ -16,7 +16,7 @@ pub struct Grid {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct ScaleOverflow(pub f32);
 
-/// What a spec says about grids, in the types the inner loop wants.
+/// The rules by which a grid is chosen, from a [`QuantSpec`], in the types of the inner loop.
 #[derive(Clone, Copy, Debug)]
 pub struct GridRule {
     max_code: f32,
@@ -79,9 +79,9 @@ impl GridRule {
 
     /// Scale and zero for weights in `low..=high`, with `low <= 0 <= high`.
     ///
-    /// Symmetric: `scale = 2 max|w| / max_code`, also where all weights have one sign; the
-    /// original code then halves the range. Codes reach one step further below the zero than above
-    /// it: with `full_range` the scale is negative where the largest weight is positive. Asymmetric: `scale = (high - low) / max_code` and
+    /// Symmetric: `scale = 2 max|w| / max_code`, also where all weights have one sign; the original code then
+    /// halves the range. Codes reach one step further below the zero than above it: with `full_range` the scale
+    /// is negative where the largest weight is positive. Asymmetric: `scale = (high - low) / max_code` and
     /// `zero = -low / scale`, at least what the format can store.
     ///
     /// # Errors
@@ -145,7 +145,7 @@ pub struct Extent {
 }
 
 impl Extent {
-    /// Of `outputs` columns of `weights`, row by row.
+    /// The extents of `outputs` columns of `weights`, row by row.
     #[inline(always)]
     pub fn of<'a>(weights: impl Iterator<Item = &'a [f32]>, outputs: usize) -> Self {
         let mut low = vec![0.0f32; outputs];

@@ -47,7 +47,7 @@ pub trait GroupHessian {
         times: &mut PhaseTimes,
     ) -> Result<Box<dyn GroupSolver + '_>, QuantizeError>;
 
-    /// The same in the order of the spec.
+    /// Damps and factors in the order of the spec.
     fn factor(
         &self,
         spec: &QuantSpec,
@@ -67,20 +67,20 @@ pub enum After {
     Keep,
 }
 
-/// What a factor says about its group.
+/// Statistics of a capture group's factor.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Facts {
+pub struct FactorStats {
     /// Tokens that went into the Hessian.
     pub tokens: usize,
     /// Share of the mean diagonal that was added in the end.
     pub damp_used: f64,
-    /// Failed factorisations before.
+    /// Failed factorizations before.
     pub escalations: u32,
     /// Channels that were zero on every token.
     pub dead_channels: usize,
 }
 
-impl Facts {
+impl FactorStats {
     /// The loss of a linear that the factor rounded.
     pub(crate) fn loss(
         &self,
@@ -101,14 +101,14 @@ impl Facts {
     }
 }
 
-/// Codes and grids that may still be on their way: waits for them, on any thread.
-pub type Arriving = Box<dyn FnOnce() -> Result<SolvedLayer, QuantizeError> + Send>;
+/// A rounded layer whose codes and grids may still be downloading. Calling it waits, on any thread.
+pub type PendingLayer = Box<dyn FnOnce() -> Result<SolvedLayer, QuantizeError> + Send>;
 
 /// A rounded linear.
 pub struct Rounded {
     /// Codes and grids.
-    pub layer: Arriving,
-    /// What the rounding cost.
+    pub layer: PendingLayer,
+    /// The error of the rounding.
     pub loss: LayerLoss,
     /// The dequantized weight `[in_features, out_features]`, for the groups that follow. None where the
     /// weight stays, and where the rounded one was written over it on a GPU.
@@ -117,8 +117,8 @@ pub struct Rounded {
 
 /// Solves linears with the factor that they share.
 pub trait GroupSolver {
-    /// About the factor.
-    fn facts(&self) -> Facts;
+    /// Statistics of the factor.
+    fn stats(&self) -> FactorStats;
 
     /// Rounds one linear; adds the time of the sweep and of measuring to `times`.
     fn round(
@@ -131,7 +131,7 @@ pub trait GroupSolver {
     ) -> Result<Rounded, QuantizeError>;
 }
 
-/// A Cholesky factorisation and a triangular inverse, a third of `K^3` each.
+/// A Cholesky factorization and a triangular inverse, a third of `K^3` each.
 pub(crate) fn factor_flop(features: usize) -> f64 {
     2.0 / 3.0 * (features as f64).powi(3)
 }
@@ -150,8 +150,7 @@ pub(crate) fn count(
     times.add_flop(Phase::Measure, 6.0 * square);
 }
 
-/// Of every eight batches one is held out where an order is to be chosen; the second, so that few
-/// batches are enough.
+/// One batch in eight is held out if an order is to be chosen: the second one, so that few batches are enough.
 const HELD_OUT: usize = 1;
 
 /// Whether the batch of this number is held out.
@@ -362,8 +361,10 @@ impl HostSolver<'_> {
         spec: &QuantSpec,
     ) -> Result<Solved, QuantizeError> {
         let alpha = spec.input_mismatch as f32;
-        let aimed = (outputs.carried())
-            .map(|carried| self.factor.aimed(weight, carried, alpha, out_features));
+        let aimed = (outputs.output_mismatch()).map(|output_mismatch| {
+            self.factor
+                .aimed(weight, output_mismatch, alpha, out_features)
+        });
         let aim = aimed.as_deref().unwrap_or(weight);
         let mut solved = solve(aim, out_features, &self.factor, spec)?;
         if spec.descent_passes != 0 {
@@ -375,8 +376,8 @@ impl HostSolver<'_> {
 }
 
 impl GroupSolver for HostSolver<'_> {
-    fn facts(&self) -> Facts {
-        Facts {
+    fn stats(&self) -> FactorStats {
+        FactorStats {
             tokens: self.hessian.tokens(),
             damp_used: self.factor.damp_used,
             escalations: self.factor.escalations,
@@ -402,7 +403,7 @@ impl GroupSolver for HostSolver<'_> {
         count(times, self.hessian.features(), out_features, spec);
         let loss = times.time(Phase::Measure, || {
             let rounded = round_to_nearest(weight, out_features, spec)?;
-            Ok::<_, QuantizeError>(self.facts().loss(
+            Ok::<_, QuantizeError>(self.stats().loss(
                 spec.measure(),
                 outputs.error(&solved.layer),
                 outputs.error(&rounded),
@@ -411,7 +412,7 @@ impl GroupSolver for HostSolver<'_> {
         })?;
         Ok(Rounded {
             replacement: match after {
-                After::Replace => Some(solved.layer.dequantise()),
+                After::Replace => Some(solved.layer.dequantize()),
                 After::Keep => None,
             },
             layer: Box::new(|| Ok(solved.layer)),

@@ -145,7 +145,7 @@ impl Hessian {
         }
     }
 
-    /// How the inputs differ from those of the float model, where a float stream was seen.
+    /// The mismatch between these inputs and those of the float model, if a float stream was seen.
     pub fn mismatch(&self) -> Option<&Mismatch> {
         self.mismatch.as_ref()
     }

@@ -39,10 +39,12 @@ pub use device::DeviceSum;
 pub use factor::Factor;
 pub use gptq_kernels::{ActivationSink, Activations, Weight};
 pub use grid::Grid;
-pub use group::{After, Arriving, Facts, GroupHessian, GroupSolver, GroupSum, HostGroup, Rounded};
+pub use group::{
+    After, FactorStats, GroupHessian, GroupSolver, GroupSum, HostGroup, PendingLayer, Rounded,
+};
 pub use hessian::{Hessian, HessianSum};
 pub use measure::{Outputs, output_error, signal};
-pub use mismatch::{Carried, Mismatch};
+pub use mismatch::{Mismatch, OutputMismatch};
 pub use order::Order;
 pub use round::round_to_nearest;
 pub use solve::{Solved, solve};

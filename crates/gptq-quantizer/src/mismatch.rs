@@ -20,8 +20,9 @@ use gptq_kernels::{Cross, Gram, multiply, multiply_left_transposed};
 use crate::Factor;
 use crate::measure::inner_product;
 
-/// Of the tokens that a float stream follows, those that go into `F`: it is one number of a layer's
-/// error, the same for every rounding of it, and its product would take half as long as that of `G`.
+/// Whether the batch that begins at token `start` goes into `F`. A part of the tokens suffices: `F` gives one
+/// number of a layer's error, the same for every rounding, and its product would take half as long as that of
+/// `G`.
 pub(crate) fn is_squared(start: usize) -> bool {
     stretch_of(start) == 0
 }
@@ -76,8 +77,8 @@ pub struct Mismatch {
     squared: usize,
 }
 
-/// What the mismatch does to the outputs of one weight.
-pub struct Carried {
+/// The effect of the input mismatch on the outputs of one weight.
+pub struct OutputMismatch {
     /// `G^T w`, `[K, N]`.
     pub cross: Vec<f32>,
     /// `tr(w^T F w)`: the error of the weight itself, were it not rounded.
@@ -85,7 +86,7 @@ pub struct Carried {
 }
 
 impl Mismatch {
-    /// Becomes that of the tokens of `other` too.
+    /// Adds the tokens of `other`.
     pub(crate) fn merge(&mut self, other: &Mismatch) {
         merge(&mut self.cross, self.crossed, &other.cross, other.crossed);
         merge(&mut self.square, self.squared, &other.square, other.squared);
@@ -93,34 +94,40 @@ impl Mismatch {
         self.squared += other.squared;
     }
 
-    /// Of `weight [K, N]`.
-    pub fn carried(&self, weight: &[f32], n: usize) -> Carried {
+    /// The output mismatch of `weight [K, N]`.
+    pub fn output_mismatch(&self, weight: &[f32], n: usize) -> OutputMismatch {
         let k = weight.len() / n;
         let mut product = vec![0.0; k * n];
         multiply(&mut product, &self.square, weight, k, k, n);
         let square = inner_product(&product, weight, n);
         multiply_left_transposed(&mut product, &self.cross, weight, k, k, n);
-        Carried {
+        OutputMismatch {
             cross: product,
             square,
         }
     }
 }
 
-/// A mean over `count` tokens becomes that over `more` others too.
+/// Merges a mean over `count` tokens with one over `more` other tokens.
 pub(crate) fn merge(mean: &mut [f32], count: usize, other: &[f32], more: usize) {
     let share = more as f32 / (count + more).max(1) as f32;
     (mean.iter_mut().zip(other)).for_each(|(mean, other)| *mean += share * (other - *mean));
 }
 
 impl Factor {
-    /// `w + alpha (H + lambda I)^-1 G^T w`, `[K, N]`: what the sweep rounds in the place of `weight`.
-    pub fn aimed(&self, weight: &[f32], carried: &Carried, alpha: f32, n: usize) -> Vec<f32> {
+    /// `w + alpha (H + lambda I)^-1 G^T w`, `[K, N]`: the weight that the sweep rounds instead of `weight`.
+    pub fn aimed(
+        &self,
+        weight: &[f32],
+        output_mismatch: &OutputMismatch,
+        alpha: f32,
+        n: usize,
+    ) -> Vec<f32> {
         let channels = &self.order.channels;
         let k = channels.len();
         // (H + lambda I)^-1 = U^T U in processing order.
         let ordered: Vec<f32> = (channels.iter())
-            .flat_map(|&channel| &carried.cross[channel * n..][..n])
+            .flat_map(|&channel| &output_mismatch.cross[channel * n..][..n])
             .copied()
             .collect();
         let mut half = vec![0.0; k * n];

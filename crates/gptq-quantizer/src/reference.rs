@@ -124,7 +124,7 @@ pub fn gptq(
 /// `tr(E H E^T)` in f64, as [`crate::output_error`] but in plain loops.
 pub fn output_error(w: &[f64], h: &[f64], layer: &SolvedLayer) -> f64 {
     let (k, n) = (layer.in_features, layer.out_features);
-    let q = layer.dequantise();
+    let q = layer.dequantize();
     let e: Vec<f64> = w.iter().zip(&q).map(|(w, &q)| w - f64::from(q)).collect();
     let mut sum = 0.0;
     for i in 0..k {

@@ -1,6 +1,6 @@
 //! Rounding to nearest: the baseline that looks at no data.
 
-use gptq_kernels::vectorised;
+use gptq_kernels::vectorized;
 use gptq_types::{QuantSpec, SolvedLayer};
 use half::f16;
 
@@ -34,12 +34,12 @@ pub fn round_to_nearest(
         g_idx: (0..k).map(|channel| (channel / size) as u32).collect(),
     };
     for (group, rows) in weight.chunks(size * n).enumerate() {
-        let grid = vectorised(
+        let grid = vectorized(
             #[inline(always)]
             || rule.fit(rows.chunks_exact(n), n),
         )
         .map_err(|ScaleOverflow(scale)| QuantizeError::ScaleOverflow { group, scale })?;
-        vectorised(
+        vectorized(
             #[inline(always)]
             || {
                 for row in rows.chunks_exact(n) {

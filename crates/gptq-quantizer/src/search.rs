@@ -17,19 +17,19 @@ use crate::grid::{Extent, Grid, GridRule, ScaleOverflow, steps};
 
 /// Shares tried for every group and output.
 const SHARES: usize = 46;
-/// The same where every grid of the file may be chosen; a multiple of the eight lanes that share the
-/// work on a GPU.
+/// Shares of the range that are tried with `full_range`; a multiple of the eight lanes that divide the search
+/// on a GPU.
 const SHARES_OF_FULL_RANGE: usize = 48;
-/// Steps between a zero that is tried and the one that follows from the scale.
+/// Offsets of the zero points that are tried, from the one that follows from the scale.
 const SHIFTS: [f32; 5] = [0.0, -1.0, 1.0, -2.0, 2.0];
 
 /// A grid that is tried; the first of equals is kept.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Candidate {
-    /// Of the group's extent.
+    /// Share of the group's range that the grid spans.
     pub share: f32,
-    /// 0 is the grid that follows from the share. Beyond it, of a symmetric grid the one with the other
-    /// sign, of an asymmetric one those whose zeros lie beside.
+    /// Variant of the grid. 0: the grid that follows from the share. Others: of a symmetric grid the one with
+    /// the opposite sign, of an asymmetric grid those with neighbouring zero points.
     pub way: usize,
 }
 
@@ -49,7 +49,7 @@ impl Candidate {
     }
 }
 
-/// How many grids are tried, and between which of them.
+/// The number of grids that a search tries, and their range.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SearchRule {
     /// Shares from 1 down to `least`, evenly.

@@ -4,10 +4,10 @@
 //! panels of outputs and every panel is swept from first to last channel on its own: no thread
 //! waits for another, and the codes are the same for any number of threads.
 //!
-//! Closures given to `vectorised` are marked `inline(always)`: one that the compiler finds too long
+//! Closures given to `vectorized` are marked `inline(always)`: one that the compiler finds too long
 //! to inline would silently be compiled for the oldest processor.
 
-use gptq_kernels::{axpy, multiply_add, vectorised};
+use gptq_kernels::{axpy, multiply_add, vectorized};
 use gptq_types::{QuantSpec, SolvedLayer};
 use half::f16;
 use rayon::prelude::*;
@@ -23,14 +23,14 @@ const BLOCK: usize = 128;
 
 /// Codes and what they cost.
 pub struct Solved {
-    /// The quantised layer.
+    /// The quantized layer.
     pub layer: SolvedLayer,
     /// `sum of ((w - q) / U_ii)^2` over all weights, in the paper's measure: equal to
     /// `tr(E H E^T)` with the damped `H`.
     pub compensated_error: f64,
 }
 
-/// Quantises `weight [K, N]` (input channel first) with the factor of its Hessian.
+/// Quantizes `weight [K, N]` (input channel first) with the factor of its Hessian.
 pub fn solve(
     weight: &[f32],
     out_features: usize,
@@ -108,7 +108,7 @@ impl<'a> Panel<'a> {
             members[group as usize].push(position);
         }
         for (group, members) in members.into_iter().enumerate() {
-            let grid = vectorised(
+            let grid = vectorized(
                 #[inline(always)]
                 || self.fit_grid(members.into_iter()),
             );
@@ -139,7 +139,7 @@ impl<'a> Panel<'a> {
             let last = self.factor.order.block_end(first, BLOCK);
             errors.clear();
             errors.resize((last - first) * self.outputs, 0.0);
-            vectorised(
+            vectorized(
                 #[inline(always)]
                 || self.sweep_block(first, last, &mut errors),
             )?;
@@ -149,7 +149,7 @@ impl<'a> Panel<'a> {
         Ok(())
     }
 
-    /// Lines 5 to 10 of algorithm 1: quantise a channel, pass its error on inside the block.
+    /// Lines 5 to 10 of algorithm 1: quantize a channel, pass its error on inside the block.
     #[inline(always)]
     fn sweep_block(
         &mut self,

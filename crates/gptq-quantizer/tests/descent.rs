@@ -45,10 +45,10 @@ fn damped(hessian: &Hessian, factor: &Factor) -> Vec<f64> {
     h
 }
 
-/// `H E` and, of each output, `E^T H E`, with `E = weight - dequantised`.
+/// `H E` and, of each output, `E^T H E`, with `E = weight - dequantized`.
 fn gradient(h: &[f64], weight: &[f32], layer: &SolvedLayer) -> (Vec<f64>, Vec<f64>) {
     let (k, n) = (layer.in_features, layer.out_features);
-    let q = layer.dequantise();
+    let q = layer.dequantize();
     let e: Vec<f64> = (weight.iter().zip(&q))
         .map(|(w, q)| f64::from(*w) - f64::from(*q))
         .collect();

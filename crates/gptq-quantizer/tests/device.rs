@@ -98,7 +98,7 @@ struct Arrived {
     loss: LayerLoss,
 }
 
-type Solved = Result<(Arrived, gptq_quantizer::Facts), QuantizeError>;
+type Solved = Result<(Arrived, gptq_quantizer::FactorStats), QuantizeError>;
 
 fn on_device(gpu: &Arc<Gpu>, p: &Problem, spec: &QuantSpec) -> Solved {
     let mut times = PhaseTimes::default();
@@ -125,18 +125,18 @@ fn on_device(gpu: &Arc<Gpu>, p: &Problem, spec: &QuantSpec) -> Solved {
     assert_eq!(layer, (beside.layer)()?);
     // What later stages see is what the file says.
     let put_back: Vec<f16> = weight.to_host(p.n * p.k)?;
-    let dequantised = layer.dequantise();
+    let dequantized = layer.dequantize();
     for (n, row) in put_back.chunks(p.k).enumerate() {
         for (k, value) in row.iter().enumerate() {
             assert_eq!(
                 *value,
-                f16::from_f32(dequantised[k * p.n + n]),
+                f16::from_f32(dequantized[k * p.n + n]),
                 "weight [{k}, {n}]"
             );
         }
     }
     let loss = rounded.loss;
-    Ok((Arrived { layer, loss }, solver.facts()))
+    Ok((Arrived { layer, loss }, solver.stats()))
 }
 
 /// The weight as the processor has it, `[k, n]`.
@@ -174,7 +174,7 @@ fn on_host(p: &Problem, spec: &QuantSpec) -> Solved {
         layer: (rounded.layer)()?,
         loss: rounded.loss,
     };
-    Ok((arrived, solver.facts()))
+    Ok((arrived, solver.stats()))
 }
 
 fn close(got: f64, want: f64, what: &str) {

@@ -91,7 +91,7 @@ fn the_error_is_that_of_the_outputs_of_the_float_model() {
     let outputs = Outputs::new(&hessian, &p.weight, N);
     for bits in [Bits::Two, Bits::Four, Bits::Eight] {
         let layer = round_to_nearest(&p.weight, N, &spec(bits, ColumnOrder::Natural, 0.5)).unwrap();
-        let want = difference(&p.float, &p.weight, &p.x, &layer.dequantise());
+        let want = difference(&p.float, &p.weight, &p.x, &layer.dequantize());
         let got = outputs.error(&layer);
         assert!((got / want - 1.0).abs() < 1e-4, "{got} against {want}");
     }
@@ -134,7 +134,7 @@ fn all_of_the_way_is_the_weight_of_least_squares() {
         // A step from the least of a quadratic function costs its square: a quarter at half the way.
         assert!((half - whole) / (none - whole) < 0.26);
         // No direction leads further down: X~^T (X W - X~ Q) vanishes but for rounding and damping.
-        let q = layer.dequantise();
+        let q = layer.dequantize();
         let gradient = |w: &[f32], k: usize, n: usize| -> f64 {
             (0..TOKENS)
                 .map(|row| {
@@ -173,7 +173,7 @@ fn half_of_the_way_lowers_the_error_at_every_width_and_in_every_order() {
             let factor = Factor::new(&hessian, &plain).unwrap();
             let outputs = Outputs::new(&hessian, &p.weight, N);
             let without = solve(&p.weight, N, &factor, &plain).unwrap();
-            let aimed = factor.aimed(&p.weight, outputs.carried().unwrap(), 0.5, N);
+            let aimed = factor.aimed(&p.weight, outputs.output_mismatch().unwrap(), 0.5, N);
             let with = solve(&aimed, N, &factor, &plain).unwrap();
             let (before, after) = (outputs.error(&without.layer), outputs.error(&with.layer));
             assert!(after < before, "{bits} {order:?}: {after} against {before}");

@@ -213,7 +213,7 @@ fn compensated_error_is_the_damped_trace() {
     let solved = solve(&problem.weight, problem.n, &factor, &spec).unwrap();
     let diagonal = problem.hessian.diagonal();
     let damp = 0.1 * diagonal.iter().map(|&d| f64::from(d)).sum::<f64>() / 128.0;
-    let squares: f64 = (solved.layer.dequantise().iter())
+    let squares: f64 = (solved.layer.dequantize().iter())
         .zip(&problem.weight)
         .map(|(q, w)| f64::from(q - w).powi(2))
         .sum();
@@ -255,7 +255,7 @@ fn rtn_codes_are_the_nearest_grid_points() {
     spec.method = Method::Rtn;
     let layer = round_to_nearest(&problem.weight, problem.n, &spec).unwrap();
     assert_eq!(layer.groups(), 3);
-    for (at, (q, w)) in layer.dequantise().iter().zip(&problem.weight).enumerate() {
+    for (at, (q, w)) in layer.dequantize().iter().zip(&problem.weight).enumerate() {
         let (channel, output) = (at / problem.n, at % problem.n);
         let scale = layer.scales[channel / 16 * problem.n + output].to_f32();
         // The largest positive weight lies half a step outside the symmetric grid.
@@ -287,7 +287,7 @@ fn a_dead_channel_is_rounded_to_nearest_and_counted() {
     for output in 0..n {
         let at = 10 * n + output;
         let scale = layer.scales[output].to_f32();
-        assert!((layer.dequantise()[at] - weight[at]).abs() <= scale * 0.6);
+        assert!((layer.dequantize()[at] - weight[at]).abs() <= scale * 0.6);
     }
 }
 
@@ -436,7 +436,7 @@ fn zero_and_one_sided_groups_are_searched_too() {
             check(&problem, &spec);
             let factor = Factor::new(&problem.hessian, &spec).unwrap();
             let layer = solve(&problem.weight, 24, &factor, &spec).unwrap().layer;
-            assert!(layer.dequantise()[..16 * 24].iter().all(|&w| w == 0.0));
+            assert!(layer.dequantize()[..16 * 24].iter().all(|&w| w == 0.0));
         }
     }
 }

@@ -6,7 +6,7 @@ use gptq_types::{Divergence, LossMeasure, RunRecord};
 /// among themselves alone.
 pub(crate) fn measured(record: &RunRecord) -> &'static str {
     match record.spec.measure() {
-        LossMeasure::QuantisedInputs => "",
+        LossMeasure::QuantizedInputs => "",
         LossMeasure::FloatOutputs => " (both against the float model's outputs)",
     }
 }

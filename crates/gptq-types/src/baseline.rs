@@ -1,5 +1,4 @@
-//! What a quantization was worth once, and how far from it a later one may end: the file that
-//! `gptq regress` judges by.
+//! The baseline file of `gptq regress`: the accuracy of a past quantization, and the tolerances for later ones.
 
 use std::collections::BTreeMap;
 
@@ -19,9 +18,9 @@ pub const BASELINE_SCHEMA: u32 = 1;
 pub struct Baseline {
     /// [`BASELINE_SCHEMA`].
     pub schema: u32,
-    /// What is run again.
+    /// The quantization to run again.
     pub recipe: Recipe,
-    /// What came of it; absent until it ran once.
+    /// Its results; absent until it ran once.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub figures: Option<Figures>,
 }
@@ -71,35 +70,35 @@ pub struct EvaluationRequest {
     pub window_bos: Option<bool>,
 }
 
-/// What a recipe gave.
+/// The results of a recipe.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Figures {
     /// Name and version of the tool.
     pub tool: String,
     /// Instruction set of the processor: another one may round otherwise.
     pub processor: String,
-    /// What the figures are figures of.
+    /// The inputs that the figures belong to.
     pub inputs: Inputs,
-    /// Of the whole model.
+    /// Figures of the whole model.
     pub overall: Overall,
-    /// How far a later run may end from these figures.
+    /// Tolerances for a later run.
     pub tolerances: Tolerances,
-    /// A row per quantised linear, in the order of the data.
+    /// A row per quantized linear, in the order of the data.
     pub layers: Vec<LayerFigures>,
 }
 
 /// Hashes of all that a recipe reads, sha256 in lower-case hex.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Inputs {
-    /// Of the files of the float model, by name: `config.json` and every weight file.
+    /// Hashes of the float model's files, by name: `config.json` and every weight file.
     pub model: BTreeMap<String, String>,
-    /// Of the calibration tokens, as little-endian u32.
+    /// Hash of the calibration tokens, as little-endian u32.
     pub calibration_tokens: String,
-    /// Of the evaluated tokens, likewise.
+    /// Hash of the evaluated tokens, likewise.
     pub evaluation_tokens: String,
 }
 
-/// One quantised linear.
+/// One quantized linear.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LayerFigures {
     /// Module name.
@@ -117,7 +116,7 @@ pub struct LayerFigures {
 pub struct Overall {
     /// Mean negative log-likelihood of the float model, nats per token.
     pub reference_nll: f64,
-    /// Of the files.
+    /// Mean negative log-likelihood of the files, nats per token.
     pub nll: f64,
     /// `exp(nll)`, for people.
     pub perplexity: f64,
@@ -130,17 +129,17 @@ pub struct Overall {
 /// How far each figure may move for the worse. What moves as far for the better is told too.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Tolerances {
-    /// Of a layer's output error, as a share of the baseline's.
+    /// Tolerance of a layer's output error, as a share of the baseline's.
     pub layer_error: Tolerance,
     /// Between the error that the solver reported and that of the files, as a share of the first.
     pub file_error: Tolerance,
-    /// Of the float model's log-likelihood, nats, up or down.
+    /// Tolerance of the float model's log-likelihood, nats, up or down.
     pub reference_nll: Tolerance,
-    /// Of the quantised model's, nats.
+    /// Tolerance of the quantized model's log-likelihood, nats.
     pub nll: Tolerance,
-    /// Of the divergence, as a share of the baseline's.
+    /// Tolerance of the divergence, as a share of the baseline's.
     pub kl: Tolerance,
-    /// Of the share of equal top tokens.
+    /// Tolerance of the share of equal top tokens.
     pub top1_agreement: Tolerance,
 }
 
@@ -157,7 +156,7 @@ impl Baseline {
     /// Refuses settings outside their range, and a recipe that would have no layer errors.
     ///
     /// # Errors
-    /// What is wrong, in words.
+    /// Checks the baseline; the error says what is wrong.
     pub fn check(&self) -> Result<(), String> {
         if self.recipe.spec.method == crate::Method::Rtn {
             let text = "method rtn has no layer errors to compare: it looks at no data";

@@ -20,7 +20,7 @@ pub struct ContentHash(String);
 pub struct NotAHash(String);
 
 impl ContentHash {
-    /// Of bytes at hand.
+    /// The hash of bytes.
     pub fn of(bytes: &[u8]) -> Self {
         let mut hasher = ContentHasher::default();
         hasher.update(bytes);

@@ -79,7 +79,7 @@ pub fn plan_branch_name(spec: &QuantSpec, usual: Effort) -> String {
     name
 }
 
-/// What the settings mean to someone who chooses a branch.
+/// Describes the settings for someone who chooses a branch.
 pub fn describe(spec: &QuantSpec) -> String {
     let order = match spec.order {
         ColumnOrder::Natural => "without act-order",
@@ -126,17 +126,17 @@ pub struct BranchEvaluation {
     pub branch: EvalRecord,
 }
 
-/// What a branch holds; with its run record all that a card says of it.
+/// The contents of a branch; a card is made from it and the run record.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct BranchRecord {
-    /// What was asked for.
+    /// The settings that were asked for.
     pub permutation: Permutation,
     /// [`crate::model_identity`] of the float weights; absent in older records.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub weights_sha256: Option<ContentHash>,
     /// Bytes of its weight files.
     pub weight_bytes: u64,
-    /// Bits for each weight of the quantised linears, grids and g_idx included.
+    /// Bits for each weight of the quantized linears, grids and g_idx included.
     pub bits_per_weight: f64,
     /// Runtimes, in a fixed order.
     pub readings: Vec<Reading>,
@@ -147,7 +147,7 @@ pub struct BranchRecord {
 /// A finished branch: its record and that of its run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Branch {
-    /// What it is.
+    /// The contents of the branch.
     pub record: BranchRecord,
     /// How it was made.
     pub run: RunRecord,
@@ -156,13 +156,13 @@ pub struct Branch {
 /// A branch before it is made.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct PlannedBranch {
-    /// What is asked for.
+    /// The settings that are asked for.
     pub permutation: Permutation,
     /// Why it cannot be made; the numbers below are zero then.
     pub refusal: Option<String>,
     /// Bytes of its weight files.
     pub weight_bytes: u64,
-    /// Bits for each weight of the quantised linears, grids and g_idx included.
+    /// Bits for each weight of the quantized linears, grids and g_idx included.
     pub bits_per_weight: f64,
     /// Runtimes.
     pub readings: Vec<Reading>,

@@ -19,7 +19,7 @@ const SHOWN_CHARACTERS: usize = 80;
 pub struct OutsideNameError {
     /// The name, escaped and cut short.
     pub name: String,
-    /// What is wrong with it.
+    /// The reason why it is refused.
     pub reason: &'static str,
 }
 

@@ -18,7 +18,7 @@ thread_local! {
     static IS_QUIET: Cell<bool> = const { Cell::new(false) };
 }
 
-/// What a library said when it panicked, cut short and on one line.
+/// The panic message of a library, cut short and on one line.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PanicMessage(String);
 

@@ -1,4 +1,4 @@
-//! What a run leaves behind for machines to read.
+//! Run records: the machine-readable results of a run.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -47,7 +47,7 @@ pub struct CalibrationRecord {
     /// Name of the local copy that a named dataset was read from; where it lay is not told.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub file: Option<String>,
-    /// What logits were divided by while the model wrote its own text, where that was not 1.
+    /// Sampling temperature while the model wrote its own text, if not 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub temperature: Option<f32>,
     /// Each window begins with the beginning-of-sequence token. `false` where that was refused for a
@@ -89,7 +89,7 @@ impl CalibrationRecord {
     }
 }
 
-/// One quantised linear.
+/// One quantized linear.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LayerRecord {
     /// Module name.
@@ -162,7 +162,7 @@ pub struct Divergence {
 pub struct Warning {
     /// The module it concerns, or empty for the run.
     pub module: String,
-    /// What was seen, with the value.
+    /// The warning, with the value.
     pub text: String,
 }
 
@@ -240,12 +240,12 @@ pub struct RunRecord {
     /// Most bytes of GPU memory that were allocated at a time.
     #[serde(default)]
     pub gpu_memory_peak: Option<u64>,
-    /// A row per quantised linear.
+    /// A row per quantized linear.
     pub layers: Vec<LayerRecord>,
     /// Degradations and doubts.
     pub warnings: Vec<Warning>,
     /// The Hessians are those of the float model, one pass for several settings; else of the model
-    /// quantised up to the layer.
+    /// quantized up to the layer.
     #[serde(default, skip_serializing_if = "is_false")]
     pub shared_hessian: bool,
     /// Against the float model, on each text that was asked for: before the folder was published, from
@@ -269,12 +269,12 @@ pub struct RunRecord {
 pub struct FileRecord {
     /// Length.
     pub bytes: u64,
-    /// Of all bytes.
+    /// Hash of all bytes.
     pub sha256: ContentHash,
 }
 
 impl FileRecord {
-    /// Of a file that holds `bytes`.
+    /// The record of a file that holds `bytes`.
     pub fn of(bytes: &[u8]) -> Self {
         FileRecord {
             bytes: bytes.len() as u64,

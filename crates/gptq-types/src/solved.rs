@@ -1,11 +1,11 @@
-//! What the solver hands to the packer: integers, never re-derived from rounded floats.
+//! The result of the solver for the packer: integers, never re-derived from rounded floats.
 
 use half::f16;
 use serde::{Deserialize, Serialize};
 
 use crate::Bits;
 
-/// One quantised linear. `K` = in_features, `N` = out_features, `G` = groups.
+/// One quantized linear. `K` = in_features, `N` = out_features, `G` = groups.
 ///
 /// `W[k, n] = scales[g_idx[k], n] * (codes[k, n] - zeros[g_idx[k], n])`, evaluated in f32.
 #[derive(Clone, Debug, PartialEq)]
@@ -32,8 +32,8 @@ impl SolvedLayer {
         self.scales.len() / self.out_features.max(1)
     }
 
-    /// The dequantised weight, `[K, N]` row-major.
-    pub fn dequantise(&self) -> Vec<f32> {
+    /// The dequantized weight, `[K, N]` row-major.
+    pub fn dequantize(&self) -> Vec<f32> {
         let n = self.out_features;
         let all_scales: Vec<f32> = self.scales.iter().map(|scale| scale.to_f32()).collect();
         let mut weight = vec![0.0f32; self.in_features * n];
@@ -81,13 +81,14 @@ fn permuted_columns<T: Copy>(rows: &[T], order: &[u32]) -> Vec<T> {
         .collect()
 }
 
-/// What an error is measured against.
+/// The reference that an error is measured against.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LossMeasure {
-    /// The float weight on the quantised inputs, `|W X~ - Q X~|^2`.
+    /// The float weight on the quantized inputs, `|W X~ - Q X~|^2`.
     #[default]
-    QuantisedInputs,
+    #[serde(rename = "quantised_inputs")] // as records have it
+    QuantizedInputs,
     /// The float weight on the float inputs, `|W X - Q X~|^2`: what rounding the linears before cost
     /// is counted too.
     FloatOutputs,
@@ -100,23 +101,23 @@ impl LossMeasure {
 }
 
 /// How well a layer was rounded. Losses are twice the mean squared output error per token, summed over
-/// outputs: on quantised inputs the trace `tr(E H E^T)` with the undamped Hessian
+/// outputs: on quantized inputs the trace `tr(E H E^T)` with the undamped Hessian
 /// `H = 2/tokens * X^T X`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct LayerLoss {
-    /// What the three that follow are measured against. Absent in records from before there was a
-    /// choice.
+    /// The reference of the three errors that follow. Absent in records from before there was a choice.
     #[serde(default, skip_serializing_if = "LossMeasure::is_default")]
     pub measure: LossMeasure,
     /// Error of the chosen codes.
     pub error: f64,
     /// Error of rounding the same weights to nearest on the same kind of grid.
     pub rtn_error: f64,
-    /// The whole output of the float weight, on the same inputs as it has in `measure`, so that `error / signal` is the squared relative output error.
+    /// The whole output of the float weight, on the same inputs as it has in `measure`, so that `error /
+    /// signal` is the squared relative output error.
     pub signal: f64,
     /// Diagonal share that was added in the end, at least the requested `damp_percent`.
     pub damp_used: f64,
-    /// How often damping had to grow before the factorisation succeeded.
+    /// How often damping had to grow before the factorization succeeded.
     pub damp_escalations: u32,
     /// Input channels that were zero on every calibration token.
     pub dead_channels: usize,

@@ -168,7 +168,7 @@ pub trait TensorSource: Send + Sync {
         }
     }
 
-    /// What was read otherwise than it is stored, a sentence each, for the record of a run.
+    /// Notes on tensors that were not read as they are stored, a sentence each, for the run record.
     fn notes(&self) -> Vec<String> {
         Vec::new()
     }

@@ -299,7 +299,7 @@ pub struct QuantSpec {
     #[serde(default)]
     pub full_range: bool,
     /// Share, 0 to 1, of the way from the float weight to the one that comes nearest to the float
-    /// outputs on quantised inputs; the sweep rounds what lies there. 0 in records from before there was
+    /// outputs on quantized inputs; the sweep rounds what lies there. 0 in records from before there was
     /// a choice.
     #[serde(default)]
     pub input_mismatch: f64,
@@ -364,10 +364,10 @@ impl QuantSpec {
             .find(|effort| (effort.input_mismatch(), effort.descent_passes()) == parts)
     }
 
-    /// What the errors of its layers are measured against.
+    /// The reference of the errors of its layers.
     pub fn measure(&self) -> LossMeasure {
         match self.input_mismatch == 0.0 {
-            true => LossMeasure::QuantisedInputs,
+            true => LossMeasure::QuantizedInputs,
             false => LossMeasure::FloatOutputs,
         }
     }

@@ -1,4 +1,4 @@
-//! What lies where a file should be when the file itself never arrived.
+//! Stand-ins: content in the place of a file that was never downloaded.
 
 use std::fmt;
 
@@ -10,7 +10,7 @@ pub const STAND_IN_BYTES: usize = 64;
 pub enum StandIn {
     /// No bytes at all.
     Empty,
-    /// What a git clone without LFS leaves in place of a large file.
+    /// The pointer that a git clone without LFS leaves in place of a large file.
     LfsPointer,
     /// An HTML page: the address of a viewer was saved, or a proxy answered.
     WebPage,
@@ -36,7 +36,7 @@ impl StandIn {
         (begins("<!doctype") || begins("<html")).then_some(StandIn::WebPage)
     }
 
-    /// What to do about it.
+    /// Advice to the user.
     pub fn hint(self) -> &'static str {
         match self {
             StandIn::Empty => "fetch the file again",

@@ -7,7 +7,7 @@ use std::thread;
 use gptq_calibration::{EvaluationWindows, Windows};
 use gptq_model::{Device, ModelSpec};
 use gptq_pipeline::{
-    Preset, check_permutations, check_unquantised, check_weights, plan_matrix, read_plan,
+    Preset, check_permutations, check_unquantized, check_weights, plan_matrix, read_plan,
 };
 use gptq_repository::{Repository, check_branch_names, check_signature};
 use gptq_types::{
@@ -43,7 +43,7 @@ pub fn run(args: &MatrixArgs) -> Result<Verdict, Failure> {
     let config = ModelSpec::read(&model.config_json, &model.checkpoint.names())
         .map_err(|error| Failure::new(format!("{}: {error}", model.dir().display())))?;
     unread_keys::heed(&args.strict, &args.model, &config)?;
-    check_unquantised(model.checkpoint.as_ref(), &model.config_json)?;
+    check_unquantized(model.checkpoint.as_ref(), &model.config_json)?;
     let companions = model.companions();
     let source = model.checkpoint.as_ref();
     let planned = plan_matrix(source, &config, asked, max_shard_bytes)?;

@@ -5,7 +5,7 @@ use std::path::Path;
 use gptq_model::{DeviceContext, ModelSpec};
 use gptq_packer::{ClaimedPlace, StageError};
 use gptq_pipeline::{
-    Compare, Job, PipelineError, WeightCheck, check_beside, check_shapes, check_unquantised,
+    Compare, Job, PipelineError, WeightCheck, check_beside, check_shapes, check_unquantized,
     may_be_finished,
 };
 use gptq_report::quoted;
@@ -33,7 +33,7 @@ pub fn run(args: &QuantizeArgs) -> Result<Verdict, Failure> {
     let config = ModelSpec::read(&model.config_json, &model.checkpoint.names())
         .map_err(|error| Failure::new(format!("{}: {error}", model.dir().display())))?;
     unread_keys::refuse(&args.strict, &args.model, &config)?;
-    check_unquantised(model.checkpoint.as_ref(), &model.config_json)?;
+    check_unquantized(model.checkpoint.as_ref(), &model.config_json)?;
     check_shapes(&config, &spec)?;
     // Rounding to nearest looks at no activations: there is nothing for a GPU to do but to compare.
     let solves = spec.method == Method::Gptq;

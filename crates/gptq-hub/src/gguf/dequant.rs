@@ -203,7 +203,7 @@ impl fmt::Display for BlockType {
 /// Decodes whole blocks; bytes beyond the last whole block, or beyond `out`, are left alone.
 ///
 /// `blocks` holds `n * block_bytes` bytes, `out` `n * block_elements` values.
-pub fn dequantise(kind: BlockType, blocks: &[u8], out: &mut [f32]) {
+pub fn dequantize(kind: BlockType, blocks: &[u8], out: &mut [f32]) {
     match kind {
         BlockType::F32 => plain(blocks, out, f32::from_le_bytes),
         BlockType::F16 => plain(blocks, out, |bytes| f16::from_le_bytes(bytes).to_f32()),

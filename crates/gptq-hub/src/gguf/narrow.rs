@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use crate::HalfType;
-use crate::gguf::dequant::{BlockType, dequantise};
+use crate::gguf::dequant::{BlockType, dequantize};
 
 /// What rounding to a half did to the values of a kind.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -56,7 +56,7 @@ pub fn to_half_bytes(
         .map(|(chunk, (out, blocks))| {
             let mut values = [0.0f32; CHUNK];
             let values = &mut values[..out.len() / 2];
-            dequantise(kind, blocks, values);
+            dequantize(kind, blocks, values);
             if shift != 0.0 {
                 values.iter_mut().for_each(|value| *value += shift);
             }

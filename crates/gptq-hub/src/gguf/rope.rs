@@ -4,7 +4,7 @@ use serde_json::{Value as Json, json};
 
 use crate::HubError;
 use crate::gguf::architecture::Architecture;
-use crate::gguf::dequant::dequantise;
+use crate::gguf::dequant::dequantize;
 use crate::gguf::read::GgufFile;
 
 /// The frequency divisors of Llama 3.
@@ -74,7 +74,7 @@ fn list(file: &GgufFile, name: &str, count: usize) -> Result<Option<Vec<f32>>, H
         return Err(file.tensor_error(name, reason));
     }
     let mut values = vec![0.0; count];
-    dequantise(tensor.block_type, &file.read(tensor)?, &mut values);
+    dequantize(tensor.block_type, &file.read(tensor)?, &mut values);
     match values.iter().find(|value| !value.is_finite()) {
         Some(value) => Err(file.tensor_error(name, format!("holds {value}"))),
         None => Ok(Some(values)),
@@ -247,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn llama3_divisors_are_recognised_and_others_are_not() {
+    fn llama3_divisors_are_recognized_and_others_are_not() {
         let divisors: Vec<f32> = llama3_divisors(64, 500_000.0, 8.0)
             .map(|d| d as f32)
             .collect();

@@ -105,7 +105,7 @@ fn byte_level_parts(vocabulary: &Vocabulary) -> Result<Parts, HubError> {
 
 fn sentencepiece_parts(vocabulary: &Vocabulary) -> Result<Parts, HubError> {
     let file = vocabulary.file;
-    refuse_normalisation(file)?;
+    refuse_normalization(file)?;
     if let Some(byte) = sentencepiece::missing_byte(&vocabulary.ids) {
         return Err(file.metadata_error(TOKENS, format!("lacks the byte token `{byte}`")));
     }
@@ -140,7 +140,7 @@ fn sentencepiece_parts(vocabulary: &Vocabulary) -> Result<Parts, HubError> {
 }
 
 /// Llama's SentencePiece models leave the text as it is; others do not.
-fn refuse_normalisation(file: &GgufFile) -> Result<(), HubError> {
+fn refuse_normalization(file: &GgufFile) -> Result<(), HubError> {
     let spaces = "tokenizer.ggml.remove_extra_whitespaces";
     if file.optional_bool(spaces)? == Some(true) {
         return Err(file.metadata_error(spaces, "is true, which is not supported"));

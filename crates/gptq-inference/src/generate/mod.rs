@@ -130,7 +130,7 @@ impl<'a> Session<'a> {
         self.runner.reset(1, self.capacity)
     }
 
-    /// What of `text` is not held yet. The cache is emptied where it holds something else.
+    /// The part of `text` that is not in the cache yet. A cache that holds something else is cleared.
     fn unread<'t>(&mut self, text: &'t [u32]) -> Result<&'t [u32], RunError> {
         match text.strip_prefix(self.held.as_slice()) {
             Some(rest) if self.cached && !rest.is_empty() => Ok(rest),
@@ -261,7 +261,7 @@ impl Output<'_, '_> {
         })
     }
 
-    /// What was held back; a stop string in it is cut off all the same.
+    /// Shows the text that was held back, cut at a stop string as well.
     fn end(&mut self, reply: &mut Reply) -> Result<(), GenerateError> {
         let rest = self.stream.finish(self.decode);
         let stopped = self.text(&rest.map_err(GenerateError::Text)?, reply)?;

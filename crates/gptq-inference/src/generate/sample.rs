@@ -5,7 +5,7 @@ use crate::draw::Draw;
 /// Candidates that top-p looks at first; four times as many until they hold the mass.
 const FIRST_CANDIDATES: usize = 256;
 
-/// How the next token is chosen. Settings apply in the order of the fields.
+/// Sampling settings, applied in the order of the fields.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Sampling {
     /// Logits of tokens that occurred, in the prompt too, are divided by it where positive and
@@ -15,10 +15,10 @@ pub struct Sampling {
     pub temperature: f32,
     /// Only so many likeliest tokens remain, and those as likely as the last of them; 0 keeps all.
     pub top_k: usize,
-    /// Of these only the likeliest that together reach this probability (Holtzman et al. 2020);
+    /// Nucleus sampling: only the likeliest tokens that together reach this probability (Holtzman et al. 2020);
     /// 1 keeps all.
     pub top_p: f32,
-    /// Of the random stream.
+    /// Seed of the random stream.
     pub seed: u64,
 }
 
@@ -93,7 +93,7 @@ impl Sampler {
     /// The next token; nothing where no logit is finite.
     pub fn pick(&mut self, logits: &[f32]) -> Option<u32> {
         let mut logits = logits.to_vec();
-        self.penalise(&mut logits);
+        self.penalize(&mut logits);
         let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         if !max.is_finite() {
             return None;
@@ -112,7 +112,7 @@ impl Sampler {
         Some(self.draw_one(&tokens))
     }
 
-    fn penalise(&self, logits: &mut [f32]) {
+    fn penalize(&self, logits: &mut [f32]) {
         let penalty = self.sampling.repetition_penalty;
         if penalty == 1.0 {
             return;

@@ -52,7 +52,7 @@ impl<'a> StopStrings<'a> {
         }
     }
 
-    /// What is held when no more text comes.
+    /// The text that is still held back when the reply ends.
     pub fn finish(&mut self) -> String {
         std::mem::take(&mut self.held)
     }

@@ -41,7 +41,7 @@ impl TextStream {
         Ok(text)
     }
 
-    /// What was held back, when no more tokens come.
+    /// The text that is still held back when no more tokens come.
     pub fn finish(&mut self, decode: &Decode<'_>) -> Result<String, String> {
         let text = self.unshown(decode)?;
         self.from = self.shown;

@@ -60,7 +60,7 @@ pub fn fill_prompt(template: &str, prompt: &str) -> Result<String, TemplateError
 pub struct Message {
     /// `system`, `user` or `assistant`.
     pub role: String,
-    /// What was said.
+    /// The text of the message.
     pub content: String,
 }
 
@@ -248,7 +248,7 @@ mod tests {
         assert_eq!(render(source, &system), want);
     }
 
-    /// What templates of Llama 2 and 3, Mistral and Qwen use: methods of Python strings, macros,
+    /// Features that the templates of Llama 2 and 3, Mistral and Qwen use: methods of Python strings, macros,
     /// namespaces, loop controls, slices, blocks on lines of their own.
     #[test]
     fn python_and_jinja_as_templates_use_them() {

@@ -247,8 +247,8 @@ struct Pass<'a> {
 }
 
 impl Pass<'_> {
-    /// Queries or keys: normed and turned, in the order of the model.
-    fn turned(&self, x: Vec<f32>, attention: &Attention<Resident>, of_keys: bool) -> Vec<f32> {
+    /// Applies the norm and RoPE to queries or keys, in the order of the model.
+    fn with_rope(&self, x: Vec<f32>, attention: &Attention<Resident>, of_keys: bool) -> Vec<f32> {
         let norm = attention.norms[usize::from(of_keys)].as_ref();
         let after = attention.spec.norms.after_rotation;
         let mut x = Norm::optional(norm.filter(|_| !after), x);
@@ -302,11 +302,11 @@ impl BlockOps<Resident> for Pass<'_> {
     ) -> Result<Vec<f32>, ModelError> {
         let mut operands = input.project(&x, self.count).into_iter();
         let mut next = || operands.next().expect("the spec names the operands");
-        let q = self.turned(next(), attention, false);
+        let q = self.with_rope(next(), attention, false);
         let block = match attention.spec.keys {
             KeySource::Block(block) => block,
             KeySource::Own | KeySource::Donor => {
-                let k = self.turned(next(), attention, true);
+                let k = self.with_rope(next(), attention, true);
                 let v = Norm::optional(attention.norms[2].as_ref(), next());
                 self.store(attention.block, &k, &v);
                 attention.block
@@ -436,7 +436,7 @@ impl CpuRunner {
     }
 
     /// The widest moment of a pass of `rows`: the outputs of linears that share an input, once more before
-    /// they are turned row-major, and the hidden states with their norm.
+    /// they are transposed to row-major, and the hidden states with their norm.
     fn note_peak(&mut self, rows: usize) {
         let widest = memory::widest_outputs(&self.spec);
         let workspace = rows * (2 * widest + 3 * self.spec.hidden_size) * 4;

@@ -164,7 +164,7 @@ impl GpuRunner {
             .map(|(index, block)| Block::load(block, index, &mut loader))
             .collect::<Result<_, _>>()?;
         let widths: Vec<usize> = attentions(&blocks)
-            .map(|branch| branch.output.order().width)
+            .map(|branch| branch.output.order().width())
             .collect();
         Ok(GpuRunner {
             final_norm: loader.scaled_norm(&spec.final_norm, spec.head.factor)?,
@@ -199,14 +199,14 @@ impl GpuRunner {
         let queries = (self.spec.blocks.iter())
             .flat_map(|block| block.attention())
             .map(|attention| attention.shape.heads * attention.shape.head_dim);
-        let attended = attentions(&self.blocks).map(|branch| branch.output.order().width);
+        let attended = attentions(&self.blocks).map(|branch| branch.output.order().width());
         let by_token = self.by_token.as_ref().map_or(0, |inputs| inputs.columns);
         let buffer = |columns: usize| Buffer::new(&self.gpu, (rows * columns * 2).max(2));
         Ok(Spaces {
             rows,
             ids: Buffer::new(&self.gpu, rows * 4)?,
             hidden: buffer(self.spec.hidden_size)?,
-            input: buffer(widest(|projection| projection.order().width))?,
+            input: buffer(widest(|projection| projection.order().width()))?,
             output: buffer(widest(Projection::outputs_width))?,
             queries: buffer(queries.max().unwrap_or(0))?,
             attended: Buffer::zeros(&self.gpu, rows * attended.max().unwrap_or(0) * 2)?,

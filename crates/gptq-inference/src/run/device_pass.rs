@@ -76,7 +76,7 @@ impl<'a> Pass<'a> {
     /// Rows of `reader` in the place of inputs.
     fn input_of(&self, reader: &Projection, rows: usize) -> Rows<'a> {
         Rows {
-            at: self.matrix(&self.spaces.input, rows, reader.order().width),
+            at: self.matrix(&self.spaces.input, rows, reader.order().width()),
             natural: false,
         }
     }
@@ -194,10 +194,10 @@ impl<'a> BlockOps<OnGpu> for Pass<'a> {
         Ok(match self.rows {
             TextRows::Newest(held) => {
                 let order = reader.order();
-                if self.padded_by_turns && order.width > queries.columns() {
+                if self.padded_by_turns && order.width() > queries.columns() {
                     self.spaces.attended.clear()?;
                 }
-                let at = attended(order.width);
+                let at = attended(order.width());
                 cache.attend_newest(at, order, queries, held, shape)?;
                 Rows { at, natural: false }
             }

@@ -33,6 +33,7 @@ impl Gpu {
         shape: AttentionShape,
     ) -> Result<(), CudaError> {
         expect_heads(out, q, [k, v], q.rows, shape);
+        assert!(q.rows.is_multiple_of(tokens), "whole windows");
         for window in 0..q.rows / tokens {
             let rows = window * tokens..(window + 1) * tokens;
             let [there, q_rows, k_rows, v_rows] = [out, q, k, v].map(|x| x.row_range(rows.clone()));
@@ -225,11 +226,13 @@ pub(super) fn expect_heads(
     shape: AttentionShape,
 ) {
     let heads = [q.rows, shape.heads * shape.head_dim];
-    q.contiguous().expect(heads, "heads of queries");
-    out.contiguous().expect(heads, "heads of attention");
+    q.contiguous().half().expect(heads, "heads of queries");
+    out.contiguous().like(q).expect(heads, "heads of attention");
     for x in kv {
         let heads = [keys, shape.kv_heads * shape.head_dim];
-        x.contiguous().expect(heads, "heads of keys and values");
+        x.contiguous()
+            .like(q)
+            .expect(heads, "heads of keys and values");
     }
 }
 

@@ -12,7 +12,7 @@ use super::program::Program;
 /// Rows of the factor that are narrowed at a time.
 const NARROW_ROWS: usize = 512;
 
-/// What a routine of cuSOLVER works in; to be kept until its result was read.
+/// Workspace of a cuSOLVER routine, to be kept until its result was read.
 struct Workspace {
     device: Buffer,
     host: Vec<u8>,
@@ -60,7 +60,7 @@ impl Gpu {
             )
         }
         .result()
-        .named("sizing the Cholesky factorisation")?;
+        .named("sizing the Cholesky factorization")?;
         let mut space = Workspace::new(self, on_device, on_host)?;
         // SAFETY: as above, with workspaces of the sizes asked for, which live until the wait.
         unsafe {
@@ -81,7 +81,7 @@ impl Gpu {
             )
         }
         .result()
-        .named("Cholesky factorisation")?;
+        .named("Cholesky factorization")?;
         match space.info()? {
             0 => Ok(()),
             minor @ 1.. => Err(CudaError::NotPositive {
@@ -106,7 +106,7 @@ impl Gpu {
             unsafe {
                 self.launch(
                     Program::Hessian,
-                    "narrow_f64",
+                    "f64_to_f32",
                     [count.div_ceil(256), 1, 1],
                     [256, 1, 1],
                     0,

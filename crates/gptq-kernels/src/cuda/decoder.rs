@@ -58,9 +58,23 @@ pub(super) fn program(dtype: Dtype) -> Program {
 
 pub(super) const LINE: usize = 256;
 
+/// Checks that a layer has the codes, grids and groups that its sizes say.
+///
+/// # Panics
+/// If it has not.
+pub(super) fn expect_consistent(layer: &SolvedLayer) {
+    let (k, n, groups) = (layer.in_features, layer.out_features, layer.groups());
+    assert_eq!(layer.codes.len(), k * n, "codes of the layer");
+    assert_eq!(layer.scales.len(), groups * n, "scales of the layer");
+    assert_eq!(layer.zeros.len(), groups * n, "zeros of the layer");
+    assert_eq!(layer.g_idx.len(), k, "groups of the channels");
+    let inside = layer.g_idx.iter().all(|&group| (group as usize) < groups);
+    assert!(inside, "groups of the channels");
+}
+
 /// Elements of two matrices that have as many.
 fn same_elements(x: DeviceMatrix, y: DeviceMatrix) -> usize {
-    let count = x.contiguous().elements();
+    let count = x.contiguous().like(y).elements();
     assert_eq!(count, y.contiguous().elements(), "elements of both");
     count
 }
@@ -95,7 +109,7 @@ impl Gpu {
         ids: DeviceSlice<'_, u32>,
         factor: f32,
     ) -> Result<(), CudaError> {
-        let (out, table) = (out.contiguous(), table.contiguous());
+        let (out, table) = (out.contiguous().like(table), table.contiguous());
         out.expect([ids.len(), table.columns], "a row for each id");
         let count = ids.len();
         let mut args = vec![
@@ -118,7 +132,7 @@ impl Gpu {
 
     /// Rotary embedding in place; row `r` stands at position `r % tokens` of the table.
     pub fn rotate(&self, x: DeviceMatrix, turn: &Turn, tokens: usize) -> Result<(), CudaError> {
-        let heads = x.contiguous().columns / turn.head_dim;
+        let heads = x.contiguous().half().columns / turn.head_dim;
         assert_eq!(heads * turn.head_dim, x.columns, "whole heads");
         assert!(tokens <= turn.positions(), "positions of the table");
         let args = [
@@ -131,8 +145,8 @@ impl Gpu {
             (tokens as i32).into(),
         ];
         let name = match turn.pairing {
-            Pairing::Halves => "rotate",
-            Pairing::Interleaved => "rotate_pairs",
+            Pairing::Halves => "rope",
+            Pairing::Interleaved => "rope_interleaved",
         };
         let (grid, block) = ([x.rows, 1, 1], [LINE, 1, 1]);
         // SAFETY: the table has `tokens` positions, and rows whole heads, asserted above.
@@ -141,7 +155,9 @@ impl Gpu {
 
     /// `out = x`, columns of a wider matrix.
     pub fn copy_columns(&self, out: DeviceMatrix, x: DeviceMatrix) -> Result<(), CudaError> {
-        out.contiguous().expect([x.rows, x.columns], "rows of both");
+        out.contiguous()
+            .like(x)
+            .expect([x.rows, x.columns], "rows of both");
         let name = match by_eights(&[x.pitch, x.columns], &[out.address, x.address]) {
             true => "copy_columns_8",
             false => "copy_columns_1",
@@ -222,7 +238,7 @@ impl Gpu {
 
     /// `x *= factor`.
     pub fn scale(&self, x: DeviceMatrix, factor: f32) -> Result<(), CudaError> {
-        let count = x.contiguous().elements();
+        let count = x.contiguous().half().elements();
         let args = [x.address.into(), factor.into(), (count as i64).into()];
         self.flat_behind(program(x.dtype), "scale", count.div_ceil(8), &args)
     }
@@ -237,7 +253,7 @@ impl Gpu {
 
     /// Where the first element of `x` is that is infinite or no number; waits for all work queued so far.
     pub fn first_not_finite(self: &Arc<Self>, x: DeviceMatrix) -> Result<Option<usize>, CudaError> {
-        let count = x.contiguous().elements();
+        let count = x.contiguous().half().elements();
         let found = Buffer::from_host(self, &[u64::MAX])?;
         let args = [(&found).into(), x.address.into(), (count as i64).into()];
         let blocks = (count.div_ceil(8 * LINE)).min(8 * self.multiprocessors());
@@ -250,7 +266,7 @@ impl Gpu {
 
     /// `x [rows, n] += bias [n]`, the bias in f32.
     pub fn add_bias(&self, x: DeviceMatrix, bias: &Buffer) -> Result<(), CudaError> {
-        let count = x.contiguous().elements();
+        let count = x.contiguous().half().elements();
         assert_eq!(bias.bytes(), 4 * x.columns, "a bias for each column");
         let args = [
             x.address.into(),
@@ -268,7 +284,8 @@ impl Gpu {
         layer: &SolvedLayer,
     ) -> Result<(), CudaError> {
         let (k, n) = (layer.in_features, layer.out_features);
-        out.contiguous().expect([n, k], "rows are outputs");
+        out.contiguous().half().expect([n, k], "rows are outputs");
+        expect_consistent(layer);
         let codes = Buffer::from_host(self, &layer.codes)?;
         let scales = Buffer::from_host(self, &layer.scales)?;
         let zeros = Buffer::from_host(self, &layer.zeros)?;
@@ -287,7 +304,7 @@ impl Gpu {
         unsafe {
             self.launch(
                 program(out.dtype),
-                "dequantise",
+                "dequantize",
                 grid,
                 [256, 1, 1],
                 0,
@@ -298,7 +315,7 @@ impl Gpu {
 
     /// f32 values of a sixteen-bit matrix, on the host.
     pub fn download(self: &Arc<Self>, x: DeviceMatrix) -> Result<Vec<f32>, CudaError> {
-        let count = x.contiguous().elements();
+        let count = x.contiguous().half().elements();
         let wide = Buffer::new(self, count * 4)?;
         let args = [(&wide).into(), x.address.into(), (count as i64).into()];
         self.flat("widen_all", x.dtype, count, &args)?;
@@ -307,7 +324,7 @@ impl Gpu {
 
     /// Rounds host values into a sixteen-bit matrix.
     pub fn upload(self: &Arc<Self>, out: DeviceMatrix, values: &[f32]) -> Result<(), CudaError> {
-        let elements = out.contiguous().elements();
+        let elements = out.contiguous().half().elements();
         assert_eq!(values.len(), elements, "elements of the matrix");
         let wide = Buffer::from_host(self, values)?;
         let args = [

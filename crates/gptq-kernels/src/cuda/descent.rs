@@ -12,29 +12,29 @@ use super::hessian::{DeviceFactor, DeviceHessian, MEASURE};
 use super::memory::Buffer;
 use super::product::{Product, Side};
 use super::program::Program;
-use super::sweep::{Rule, SweepPlan, Swept};
-use crate::visits::{VISIT_CHANNELS, Visit, visits};
+use super::sweep::{RawGridRule, SweepPlan, Swept};
+use crate::descent_blocks::{DESCENT_CHANNELS, DescentBlock, descent_blocks};
 
-/// Outputs and lanes of a block of threads.
+/// Outputs of a thread block, and lanes for each output.
 const OUTPUTS: usize = 32;
 const LANES: usize = 8;
-/// Parts of a product over input channels.
+/// Split-K of the product that computes the gradient.
 const PARTS: usize = 4;
-/// A block of the Hessian and a tile of codes, f32; a column more, so that lanes find other banks.
-const SHARED: usize = (VISIT_CHANNELS * VISIT_CHANNELS + VISIT_CHANNELS * (OUTPUTS + 1)) * 4;
+/// Shared memory: a block of the Hessian and a tile of codes, f32. A column of padding avoids bank conflicts.
+const SHARED: usize = (DESCENT_CHANNELS * DESCENT_CHANNELS + DESCENT_CHANNELS * (OUTPUTS + 1)) * 4;
 
-/// In which order channels are visited: group by group.
-pub(super) struct Visits {
-    /// Stored channels by group.
+/// The order of the descent on the GPU: group by group.
+pub(super) struct DescentOrder {
+    /// Stored channels, sorted by group.
     channels: Buffer,
-    blocks: Vec<Visit>,
+    blocks: Vec<DescentBlock>,
 }
 
-impl Visits {
-    /// For the group of each stored channel.
+impl DescentOrder {
+    /// `g_idx` is the group of each stored channel.
     pub fn new(gpu: &Arc<Gpu>, g_idx: &[u32]) -> Result<Self, CudaError> {
-        let (channels, blocks) = visits(g_idx);
-        Ok(Visits {
+        let (channels, blocks) = descent_blocks(g_idx);
+        Ok(DescentOrder {
             channels: Buffer::from_host(gpu, &channels)?,
             blocks,
         })
@@ -42,9 +42,8 @@ impl Visits {
 }
 
 impl DeviceHessian {
-    /// Where the sweep of a linear of `outputs` outputs leaves the weight that it aims at, f32
-    /// `[features, outputs]` in stored order: the space in which costs are measured, before the sweep
-    /// and after the descent, so that it takes no memory of its own.
+    /// The buffer where the sweep of a linear leaves the weight that it aims at, f32 `[features, outputs]` in
+    /// stored order. It shares the memory in which costs are measured before the sweep and after the descent.
     pub fn target(&self, outputs: usize) -> Result<Arc<Buffer>, CudaError> {
         self.gpu().scratch(MEASURE, self.features() * outputs * 4)
     }
@@ -60,11 +59,17 @@ impl DeviceHessian {
         swept: &Swept,
         plan: &SweepPlan,
         target: &Buffer,
-        rule: Rule,
+        rule: RawGridRule,
         passes: u32,
     ) -> Result<(), CudaError> {
         let (gpu, k, n) = (self.gpu(), self.features(), swept.outputs);
-        let gradient = gpu.scratch("gradient", PARTS * VISIT_CHANNELS * n * 4)?;
+        assert_eq!(
+            [factor.features, swept.features, plan.features],
+            [k; 3],
+            "in_features"
+        );
+        assert!(target.bytes() >= k * n * 4, "rows of the target");
+        let gradient = gpu.scratch("gradient", PARTS * DESCENT_CHANNELS * n * 4)?;
         let args = [
             target.into(),
             (&swept.codes).into(),
@@ -78,7 +83,7 @@ impl DeviceHessian {
         unsafe {
             gpu.launch(
                 Program::Descent,
-                "subtract_rounded",
+                "subtract_dequantized",
                 grid,
                 [256, 1, 1],
                 0,
@@ -86,11 +91,11 @@ impl DeviceHessian {
             )?;
         }
         for _ in 0..passes {
-            for visit in &plan.visits.blocks {
-                let channels = plan.visits.channels.address() + 4 * visit.places.start as u64;
-                let rows = self.rows(visit, channels)?;
+            for block in &plan.descent.blocks {
+                let channels = plan.descent.channels.address() + 4 * block.range.start as u64;
+                let rows = self.rows(block, channels)?;
                 let parts =
-                    self.gradient(gradient.address(), rows, target, visit.places.len(), n)?;
+                    self.gradient(gradient.address(), rows, target, block.range.len(), n)?;
                 let args = [
                     (&swept.codes).into(),
                     (&swept.scales).into(),
@@ -103,36 +108,45 @@ impl DeviceHessian {
                     channels.into(),
                     (k as i32).into(),
                     (n as i32).into(),
-                    (visit.places.len() as i32).into(),
-                    (visit.group as i32).into(),
-                    i32::from(visit.is_whole).into(),
+                    (block.range.len() as i32).into(),
+                    (block.group as i32).into(),
+                    i32::from(block.is_whole).into(),
                     rule.max_code.into(),
                 ];
-                let (grid, block) = ([n.div_ceil(OUTPUTS), 1, 1], [LANES, OUTPUTS, 1]);
-                // SAFETY: the rows of a visit are at most VISIT_CHANNELS and lie inside the weight.
-                unsafe { gpu.launch(Program::Descent, "descend", grid, block, SHARED, &args)? };
+                let (grid, threads) = ([n.div_ceil(OUTPUTS), 1, 1], [LANES, OUTPUTS, 1]);
+                // SAFETY: the rows of a block are at most DESCENT_CHANNELS and lie inside the weight.
+                unsafe {
+                    gpu.launch(
+                        Program::Descent,
+                        "coordinate_descent",
+                        grid,
+                        threads,
+                        SHARED,
+                        &args,
+                    )?
+                };
             }
         }
         Ok(())
     }
 
-    /// Where the rows of H of a visit lie, f32 `[count, features]`; gathered where they are scattered.
-    fn rows(&self, visit: &Visit, channels: u64) -> Result<u64, CudaError> {
+    /// The address of the rows of H of a block, f32 `[count, features]`; gathered if they are scattered.
+    fn rows(&self, block: &DescentBlock, channels: u64) -> Result<u64, CudaError> {
         let k = self.features();
-        if let Some(channel) = visit.channel {
+        if let Some(channel) = block.channel {
             return Ok(self.values().address() + 4 * (channel * k) as u64);
         }
         let rows = self
             .gpu()
-            .scratch("rows of the Hessian", VISIT_CHANNELS * k * 4)?;
+            .scratch("rows of the Hessian", DESCENT_CHANNELS * k * 4)?;
         let args = [
             rows.address().into(),
             self.values().into(),
             channels.into(),
             (k as i32).into(),
         ];
-        let grid = [k.div_ceil(256), visit.places.len(), 1];
-        // SAFETY: there is room for VISIT_CHANNELS rows, channels are below k.
+        let grid = [k.div_ceil(256), block.range.len(), 1];
+        // SAFETY: there is room for DESCENT_CHANNELS rows, channels are below k.
         unsafe {
             (self.gpu()).launch(Program::Descent, "gather_rows", grid, [256, 1, 1], 0, &args)?;
         }
@@ -182,7 +196,7 @@ impl DeviceHessian {
 }
 
 impl SweepPlan {
-    /// Rows in reversed processing order, f32 `[features, n]`, put in stored order.
+    /// Scatters rows in reversed processing order, f32 `[features, n]`, to stored order.
     pub(super) fn store_rows(
         &self,
         gpu: &Gpu,

@@ -11,7 +11,7 @@ use cudarc::driver::{CudaContext, CudaEvent, CudaStream, sys};
 use super::arrival::Pool;
 use super::error::{CudaError, Named};
 use super::graph::alone;
-use super::memory::{Buffer, Staging};
+use super::memory::{Buffer, Recordings, Staging};
 use super::program::Program;
 
 /// A GPU with everything that is queued on it. All work goes to one stream, in the order of the
@@ -31,6 +31,7 @@ pub struct Gpu {
     pub(super) modules: RefCell<HashMap<Program, sys::CUmodule>>,
     scratch: RefCell<HashMap<&'static str, Arc<Buffer>>>,
     pub(super) staging: RefCell<Staging>,
+    pub(super) recordings: RefCell<Recordings>,
     /// Results and activations go to the host beside the work of `stream`.
     pub(super) home: Arc<CudaStream>,
     /// Activations come back beside it.
@@ -154,6 +155,7 @@ impl Gpu {
             modules: RefCell::default(),
             scratch: RefCell::default(),
             staging: RefCell::default(),
+            recordings: RefCell::default(),
             home,
             back,
             pool_of_pinned: Arc::default(),

@@ -1,4 +1,4 @@
-//! What can go wrong on a GPU.
+//! Errors of the GPU, its driver and its libraries.
 
 use cudarc::cublas::result::CublasError;
 use cudarc::cusolver::result::CusolverError;
@@ -35,7 +35,7 @@ pub enum CudaError {
         architecture: String,
         log: String,
     },
-    #[error("pivot {row} of the Cholesky factorisation is not positive")]
+    #[error("pivot {row} of the Cholesky factorization is not positive")]
     NotPositive { row: usize },
     #[error("{0}")]
     Invalid(String),

@@ -1,5 +1,6 @@
 //! Work that is queued once and run many times.
 
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use cudarc::driver::sys;
@@ -21,6 +22,8 @@ pub struct Recorded {
     gpu: Arc<Gpu>,
     graph: sys::CUgraph,
     executable: sys::CUgraphExec,
+    /// Buffers allocated before the recording stay allocated as long as it exists.
+    serial: u64,
     /// Working space that the graph knows the addresses of.
     _kept: Vec<Arc<Buffer>>,
 }
@@ -39,10 +42,18 @@ impl Gpu {
         unsafe { sys::cuStreamBeginCapture_v2(stream, mode) }
             .result()
             .named("recording")?;
-        let queued = work();
+        // A capture that a panic left open would swallow all later work.
+        let queued = catch_unwind(AssertUnwindSafe(work));
         let mut graph = std::ptr::null_mut();
         // SAFETY: an out parameter; ends the capture whatever `work` said.
         let ended = unsafe { sys::cuStreamEndCapture(stream, &mut graph) }.result();
+        let queued = queued.unwrap_or_else(|panic| {
+            if !graph.is_null() {
+                // SAFETY: captured just now, and nothing was made of it.
+                let _ = unsafe { sys::cuGraphDestroy(graph) };
+            }
+            resume_unwind(panic)
+        });
         let mut executable = std::ptr::null_mut();
         let prepared = queued
             .and_then(|()| ended.named("recording"))
@@ -63,6 +74,7 @@ impl Gpu {
             gpu: self.clone(),
             graph,
             executable,
+            serial: self.record_serial(),
             _kept: self.working_space(),
         })
     }
@@ -86,5 +98,6 @@ impl Drop for Recorded {
             let _ = sys::cuGraphExecDestroy(self.executable);
             let _ = sys::cuGraphDestroy(self.graph);
         }
+        self.gpu.forget_recording(self.serial);
     }
 }

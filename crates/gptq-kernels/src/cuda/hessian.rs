@@ -28,7 +28,7 @@ pub struct DeviceHessian {
     mismatch: Option<DeviceMismatch>,
 }
 
-/// How the rows differ from their float partners: with `D = X - X~` the sums `D X~^T` and `D D^T`, f32
+/// The mismatch between quantized and float inputs: with `D = X - X~` the sums `D X~^T` and `D D^T`, f32
 /// `[features, features]`.
 struct DeviceMismatch {
     cross: Buffer,
@@ -38,8 +38,8 @@ struct DeviceMismatch {
     squared: usize,
 }
 
-/// What the mismatch does to the outputs of one weight.
-pub struct DeviceCarried {
+/// The effect of the input mismatch on the outputs of one weight.
+pub struct DeviceOutputMismatch {
     /// `G^T w`, f32 `[features, outputs]` in stored order.
     pub(super) cross: Buffer,
     /// `tr(w^T F w)`.
@@ -52,9 +52,9 @@ pub struct DeviceFactor {
     pub(super) gpu: Arc<Gpu>,
     pub(super) features: usize,
     pub(super) values: Buffer,
-    /// How much the squared error of each row counts in the scale search.
+    /// Weight of each row's squared error in the grid search.
     pub(super) importance: Buffer,
-    /// What was added to the diagonal, f64 `[features]` in stored order.
+    /// The damping added to the diagonal, f64 `[features]` in stored order.
     pub(super) added: Buffer,
 }
 
@@ -104,7 +104,7 @@ impl DeviceHessian {
 
     /// Adds `x^T x`; sixteen-bit factors, f32 sums.
     pub fn add(&mut self, x: DeviceMatrix) -> Result<(), CudaError> {
-        let columns = x.contiguous().columns;
+        let columns = x.contiguous().half().columns;
         assert_eq!(columns, self.features, "in_features of the observed rows");
         self.add_square(&self.values, x)
     }
@@ -124,7 +124,9 @@ impl DeviceHessian {
         mismatch.crossed += x.rows;
         mismatch.squared += if squared { x.rows } else { 0 };
         let mismatch = self.mismatch.as_ref().expect("it is there");
-        float.expect([x.rows, x.columns], "rows of both streams");
+        float
+            .like(x)
+            .expect([x.rows, x.columns], "rows of both streams");
         let place = self.gpu.scratch("difference", x.bytes())?;
         let difference = place.matrix([x.rows, x.columns], x.dtype);
         self.gpu.subtract(difference, float, x)?;
@@ -211,7 +213,7 @@ impl DeviceHessian {
             unsafe {
                 let program = Program::Hessian;
                 self.gpu
-                    .launch(program, "multiply_by", grid, [256, 1, 1], 0, &args)?
+                    .launch(program, "scale_in_place", grid, [256, 1, 1], 0, &args)?
             };
         }
         self.diagonal()
@@ -272,14 +274,8 @@ impl DeviceHessian {
         let grid = [elements.div_ceil(256), 1, 1];
         // SAFETY: both are [features, features].
         unsafe {
-            self.gpu.launch(
-                Program::Hessian,
-                "move_towards",
-                grid,
-                [256, 1, 1],
-                0,
-                &args,
-            )
+            self.gpu
+                .launch(Program::Hessian, "update_mean", grid, [256, 1, 1], 0, &args)
         }
     }
 
@@ -291,7 +287,7 @@ impl DeviceHessian {
         unsafe {
             self.gpu.launch(
                 Program::Hessian,
-                "finish_sum",
+                "symmetrize_and_scale",
                 [tiles, tiles, 1],
                 [32, 8, 1],
                 0,
@@ -300,9 +296,13 @@ impl DeviceHessian {
         }
     }
 
-    /// What the mismatch of the inputs does to the outputs of `w`, f32 `[features, n]` in stored order;
-    /// nothing where no float stream was seen. Products to about three digits.
-    pub fn carried(&self, w: &Buffer, n: usize) -> Result<Option<DeviceCarried>, CudaError> {
+    /// The effect of the input mismatch on the outputs of `w`, f32 `[features, n]` in stored order; `None` if
+    /// no float stream was seen. The products have about three digits.
+    pub(super) fn output_mismatch(
+        &self,
+        w: &Buffer,
+        n: usize,
+    ) -> Result<Option<DeviceOutputMismatch>, CudaError> {
         let Some(mismatch) = &self.mismatch else {
             return Ok(None);
         };
@@ -325,7 +325,7 @@ impl DeviceHessian {
                 Precision::Tf32,
             )?;
         }
-        Ok(Some(DeviceCarried { cross, square }))
+        Ok(Some(DeviceOutputMismatch { cross, square }))
     }
 
     /// Input channels.
@@ -353,6 +353,8 @@ impl DeviceHessian {
         importance: &[f32],
     ) -> Result<DeviceFactor, CudaError> {
         let (gpu, k) = (&self.gpu, self.features);
+        expect_permutation(order, k);
+        assert_eq!([added.len(), importance.len()], [k; 2], "input channels");
         let a = Buffer::new(gpu, k * k * 8)?;
         let order = Buffer::from_host(gpu, order)?;
         let added = Buffer::from_host(gpu, added)?;
@@ -367,7 +369,7 @@ impl DeviceHessian {
         unsafe {
             gpu.launch(
                 Program::Hessian,
-                "damp",
+                "permute_and_damp",
                 [k.div_ceil(256), k, 1],
                 [256, 1, 1],
                 0,
@@ -388,16 +390,17 @@ impl DeviceHessian {
 
     /// `tr(E H E^T)` for `e` f32 `[features, n]`, to about three digits of each product; with what is
     /// carried the whole error at the outputs of the float model.
-    pub fn weighted_square(
+    pub(super) fn weighted_square(
         &self,
         e: &Buffer,
         n: usize,
-        carried: Option<&DeviceCarried>,
+        output_mismatch: Option<&DeviceOutputMismatch>,
     ) -> Result<f64, CudaError> {
         let own = self.quadratic(&self.values, e, n)?.max(0.0);
-        let beside = match carried {
-            Some(carried) => {
-                2.0 * self.inner_product(carried.cross.address(), e, n)? + carried.square
+        let beside = match output_mismatch {
+            Some(output_mismatch) => {
+                2.0 * self.inner_product(output_mismatch.cross.address(), e, n)?
+                    + output_mismatch.square
             }
             None => 0.0,
         };
@@ -427,7 +430,7 @@ impl DeviceHessian {
         self.inner_product(out, e, n)
     }
 
-    /// Of two matrices f32 `[features, n]`.
+    /// Inner product of two matrices f32 `[features, n]`.
     fn inner_product(&self, a: u64, b: &Buffer, n: usize) -> Result<f64, CudaError> {
         let (gpu, k) = (&self.gpu, self.features);
         let parts = k.div_ceil(DOT_ROWS);
@@ -454,4 +457,19 @@ impl DeviceHessian {
         let sums: Vec<f64> = sums.to_host(parts * n)?;
         Ok(sums.iter().sum::<f64>())
     }
+}
+
+/// Checks that `channels` holds each of `0..k` once.
+///
+/// # Panics
+/// If it does not.
+pub(super) fn expect_permutation(channels: &[u32], k: usize) {
+    let mut seen = vec![false; k];
+    let mut first = |&channel: &u32| {
+        (seen.get_mut(channel as usize)).is_some_and(|seen| !std::mem::replace(seen, true))
+    };
+    assert!(
+        channels.len() == k && channels.iter().all(&mut first),
+        "each of {k} channels once"
+    );
 }

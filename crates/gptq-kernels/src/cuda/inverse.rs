@@ -36,8 +36,8 @@ impl Gpu {
             // SAFETY: a is [k, k].
             unsafe { self.launch(Program::Hessian, name, grid, [block, 1, 1], 0, &args) }
         };
-        over("clear_above", [k.div_ceil(256), k, 1], 256)?;
-        over("invert_tiles", [k.div_ceil(TILE), 1, 1], TILE)?;
+        over("zero_above_diagonal", [k.div_ceil(256), k, 1], 256)?;
+        over("invert_diagonal_tiles", [k.div_ceil(TILE), 1, 1], TILE)?;
         let mut side = TILE;
         while side < k {
             let whole = k / (2 * side);

@@ -1,5 +1,5 @@
 //! Attention of a pass that reads or writes text, over the keys and values of earlier tokens; the
-//! kernels are described in `kernels/text.cu`. Matrices are sixteen-bit.
+//! kernels are described in `kernels/llama_block.cu`. Matrices are sixteen-bit.
 
 use std::sync::Arc;
 
@@ -162,7 +162,12 @@ impl DeviceKeyValues {
         shape: AttentionShape,
         dtype: Dtype,
     ) -> Result<Self, CudaError> {
-        let bytes = sequences * capacity * shape.kv_heads * shape.head_dim * 2;
+        let sizes = [capacity, shape.kv_heads, shape.head_dim, 2];
+        let bytes = (sizes.iter()).try_fold(sequences, |bytes, &size| bytes.checked_mul(size));
+        let bytes = bytes.ok_or_else(|| {
+            let text = format!("{sequences} sequences of {capacity} tokens cannot be counted");
+            CudaError::Invalid(text)
+        })?;
         Ok(DeviceKeyValues {
             gpu: gpu.clone(),
             keys: Buffer::new(gpu, bytes)?,
@@ -222,6 +227,10 @@ impl DeviceKeyValues {
         let AttentionShape {
             kv_heads, head_dim, ..
         } = self.shape;
+        for x in [out].into_iter().chain(kv.into_iter().flatten()) {
+            x.like(q);
+        }
+        assert_eq!(q.dtype, self.dtype, "type of the cache");
         assert!(q.columns.is_multiple_of(head_dim), "whole heads of queries");
         out.contiguous()
             .expect([q.rows, q.columns], "heads of queries");
@@ -231,7 +240,11 @@ impl DeviceKeyValues {
         match rows {
             TextRows::Prompt { sequence, first } => {
                 assert!(sequence < self.sequences, "sequences of the cache");
-                assert!(first + q.rows <= self.capacity, "tokens of the cache");
+                let end = first.checked_add(q.rows);
+                assert!(
+                    end.is_some_and(|end| end <= self.capacity),
+                    "tokens of the cache"
+                );
             }
             TextRows::Newest(held) => {
                 assert_eq!(
@@ -260,8 +273,8 @@ impl DeviceKeyValues {
             &[q.address, k.address, v.address],
         );
         let (name, values) = match eights {
-            true => ("place_heads_8", 8),
-            false => ("place_heads_1", 1),
+            true => ("qk_norm_rope_cache_8", 8),
+            false => ("qk_norm_rope_cache_1", 1),
         };
         let lanes = Placed::lanes(head_dim, values);
         let (cosine, sine) = turn.addresses();
@@ -317,10 +330,10 @@ impl DeviceKeyValues {
             &[q.address, k.address, v.address],
         );
         let name = match (pairing, eights) {
-            (Pairing::Halves, true) => "place_any_heads_8",
-            (Pairing::Halves, false) => "place_any_heads_1",
-            (Pairing::Interleaved, true) => "place_paired_heads_8",
-            (Pairing::Interleaved, false) => "place_paired_heads_1",
+            (Pairing::Halves, true) => "qk_norm_rope_cache_any_8",
+            (Pairing::Halves, false) => "qk_norm_rope_cache_any_1",
+            (Pairing::Interleaved, true) => "qk_norm_rope_cache_interleaved_8",
+            (Pairing::Interleaved, false) => "qk_norm_rope_cache_interleaved_1",
         };
         let lanes = Placed::lanes(head_dim, if eights { 8 } else { 1 });
         let stored = placed.kv.map_or(0, |_| kv_heads);
@@ -434,7 +447,7 @@ impl DeviceKeyValues {
         ];
         let (grid, block) = ([heads, self.sequences, 1], [d.next_multiple_of(32), 1, 1]);
         // SAFETY: out has a row of the order's width a sequence.
-        unsafe { (self.gpu).launch_behind(program, "merge_shares", grid, block, 0, &args) }
+        unsafe { (self.gpu).launch_behind(program, "merge_splits", grid, block, 0, &args) }
     }
 
     fn newest(&self, shape: AttentionShape) -> Result<Newest, CudaError> {
@@ -449,9 +462,9 @@ impl DeviceKeyValues {
             let over = kv_heads * of.div_ceil(TOGETHER);
             return Ok(Newest {
                 name: if d == 64 {
-                    "attend_heads_64"
+                    "attention_decode_gqa_64"
                 } else {
-                    "attend_heads_128"
+                    "attention_decode_gqa_128"
                 },
                 over,
                 last: of,
@@ -460,12 +473,12 @@ impl DeviceKeyValues {
             });
         }
         let name = match d {
-            64 => "attend_share_8_1",
-            128 => "attend_share_8_2",
-            256 => "attend_share_8_4",
-            ..=128 => "attend_share_2_8",
-            129..=256 => "attend_share_2_16",
-            257..=512 if d.is_multiple_of(8) => "attend_share_8_8",
+            64 => "attention_decode_8_1",
+            128 => "attention_decode_8_2",
+            256 => "attention_decode_8_4",
+            ..=128 => "attention_decode_2_8",
+            129..=256 => "attention_decode_2_16",
+            257..=512 if d.is_multiple_of(8) => "attention_decode_8_8",
             _ => {
                 return Err(CudaError::Invalid(format!(
                     "attention heads of {d} are wider than 256, and no multiple of 8 up to 512"
@@ -505,7 +518,11 @@ impl DeviceKeyValues {
     ) -> Result<(), CudaError> {
         let shape = self.seen_by(shape);
         assert!(sequence < self.sequences, "sequences of the cache");
-        assert!(first + q.rows <= self.capacity, "tokens of the cache");
+        let end = first.checked_add(q.rows);
+        assert!(
+            end.is_some_and(|end| end <= self.capacity),
+            "tokens of the cache"
+        );
         let held = sequence * self.capacity..sequence * self.capacity + first + q.rows;
         let [keys, values] =
             [&self.keys, &self.values].map(|cache| self.matrix(cache).row_range(held.clone()));
@@ -568,10 +585,10 @@ impl Gpu {
             false => (64, 128, 4 * 64 * (d + 8) * 2),
         };
         let name = match (by_groups, d) {
-            (true, 64) => "attend_group_64",
-            (true, 128) => "attend_group_128",
-            (false, 64) => "attend_prompt_64",
-            (false, 128) => "attend_prompt_128",
+            (true, 64) => "attention_prefill_wgmma_64",
+            (true, 128) => "attention_prefill_wgmma_128",
+            (false, 64) => "attention_prefill_64",
+            (false, 128) => "attention_prefill_128",
             _ => return Ok(false),
         };
         let shape = among(shape, first + q.rows);

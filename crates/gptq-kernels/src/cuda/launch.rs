@@ -1,4 +1,4 @@
-//! Kernels: found in their program, given arguments, queued.
+//! Kernel launches: looks up a kernel by name in its program, passes arguments, queues it.
 
 use std::ffi::c_void;
 
@@ -9,8 +9,8 @@ use super::error::{CudaError, Named};
 use super::memory::Buffer;
 use super::program::{Program, compiled};
 
-/// Dynamic shared memory that a kernel may have without asking: 48 KB less what it may have declared.
-const FOR_EVERY_KERNEL: usize = (48 << 10) - (1 << 10);
+/// Dynamic shared memory that a kernel may use without an attribute: 48 KB less what it may have declared.
+const DEFAULT_SHARED: usize = (48 << 10) - (1 << 10);
 
 /// A kernel argument.
 #[derive(Clone, Copy)]
@@ -35,7 +35,7 @@ argument!(
     i64,
     f32,
     super::packed::Packed,
-    super::sweep::Rule,
+    super::sweep::RawGridRule,
     super::key_values::RawRows
 );
 
@@ -78,8 +78,8 @@ impl Gpu {
         Ok(module)
     }
 
-    /// Queues a kernel. `shared` bytes of dynamic shared memory are allowed for where they exceed
-    /// what every kernel may have.
+    /// Queues a kernel with `shared` bytes of dynamic shared memory; where that is more than the default, the
+    /// limit of the kernel is raised first.
     ///
     /// # Safety
     /// The arguments are those of the kernel, and every address in them is valid for it.
@@ -96,13 +96,13 @@ impl Gpu {
         unsafe { self.launch_with(program, name, grid, block, shared, args, &mut []) }
     }
 
-    /// The same for a kernel that waits itself for the one before it (`wait_for_it` in the
-    /// sources): on a GPU that can, it may be put beside that one's end.
+    /// Queues a kernel with programmatic dependent launch (PDL): on Hopper and later it may start while the
+    /// kernel before it drains. The kernel calls `pdl_wait` itself.
     ///
     /// # Safety
-    /// As [`Gpu::launch`]. Before it waits the kernel writes no global memory, and reads only what the kernel
-    /// ahead of it does not write; some thread of every block waits before it lets the next begin.
-    /// Copies are over by then: a kernel behind one begins after it.
+    /// As [`Gpu::launch`]. Before `pdl_wait` the kernel writes no global memory, and reads only what the kernel
+    /// before it does not write; some thread of every block waits before it triggers the next kernel
+    /// (`pdl_trigger`). Copies do not overlap: a kernel behind one begins after it.
     pub(super) unsafe fn launch_behind(
         &self,
         program: Program,
@@ -144,7 +144,7 @@ impl Gpu {
         }
         let function = self.function(program, name)?;
         let mut allowed = self.allowed.borrow_mut();
-        let allowed = allowed.entry((program, name)).or_insert(FOR_EVERY_KERNEL);
+        let allowed = allowed.entry((program, name)).or_insert(DEFAULT_SHARED);
         if shared > *allowed {
             // SAFETY: the function is loaded.
             unsafe {

@@ -16,6 +16,47 @@ pub struct Buffer {
     gpu: Arc<Gpu>,
     address: u64,
     bytes: usize,
+    serial: u64,
+}
+
+/// Which buffers a recorded graph may know the addresses of: those that are older. They are freed when it
+/// is gone, whoever drops them before.
+#[derive(Default)]
+pub(super) struct Recordings {
+    next: u64,
+    /// Serials of the recordings that exist.
+    alive: Vec<u64>,
+    /// Buffers that were dropped meanwhile.
+    dropped: Vec<u64>,
+}
+
+impl Recordings {
+    fn serial(&mut self) -> u64 {
+        self.next += 1;
+        self.next
+    }
+}
+
+impl Gpu {
+    /// The serial of a recording made now.
+    pub(super) fn record_serial(&self) -> u64 {
+        let mut recordings = self.recordings.borrow_mut();
+        let serial = recordings.serial();
+        recordings.alive.push(serial);
+        serial
+    }
+
+    /// Frees what waited for the end of a recording, unless others are left.
+    pub(super) fn forget_recording(&self, serial: u64) {
+        let mut recordings = self.recordings.borrow_mut();
+        recordings.alive.retain(|&other| other != serial);
+        if recordings.alive.is_empty() {
+            for address in recordings.dropped.drain(..) {
+                // SAFETY: allocated on this stream, and freed here alone.
+                let _ = unsafe { result::free_async(address, self.raw_stream()) };
+            }
+        }
+    }
 }
 
 impl Buffer {
@@ -33,6 +74,7 @@ impl Buffer {
             gpu: gpu.clone(),
             address,
             bytes,
+            serial: gpu.recordings.borrow_mut().serial(),
         })
     }
 
@@ -80,6 +122,15 @@ impl Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
+        let mut recordings = self.gpu.recordings.borrow_mut();
+        if recordings
+            .alive
+            .iter()
+            .any(|&recording| recording > self.serial)
+        {
+            recordings.dropped.push(self.address);
+            return;
+        }
         // SAFETY: allocated on this stream and freed once.
         let _ = unsafe { result::free_async(self.address, self.gpu.raw_stream()) };
     }

@@ -1,9 +1,9 @@
-//! The same arithmetic on NVIDIA GPUs: cuBLAS for products, cuSOLVER for factorisations, the
-//! sources in `kernels/` compiled by NVRTC for the rest.
+//! The arithmetic of this crate on NVIDIA GPUs: cuBLAS for products, cuSOLVER for factorizations, and for the
+//! rest the sources in `kernels/`, compiled by NVRTC.
 //!
 //! Libraries are opened when a [`Gpu`] is, never before: a program with this code runs on machines
 //! without any of them. All work of a [`Gpu`] is queued on one stream, but for copies that cross the
-//! bus beside it. Operands are borrowed views ([`DeviceMatrix`], [`DeviceSlice`]) whose shapes are checked
+//! bus beside it. Operands are shared views ([`DeviceMatrix`], [`DeviceSlice`]) whose shapes are checked
 //! in every call; tensors of other libraries need no copy, and who makes a view of one vouches for it.
 
 // The one place in the workspace that calls foreign code.
@@ -39,7 +39,7 @@ pub use decoder::Turn;
 pub use device::{Gpu, KeptOpen, Mark, MemoryUse, WorkingSpace};
 pub use error::CudaError;
 pub use graph::Recorded;
-pub use hessian::{DeviceCarried, DeviceFactor, DeviceHessian};
+pub use hessian::{DeviceFactor, DeviceHessian, DeviceOutputMismatch};
 pub use key_values::{DeviceKeyValues, HeadNorms, TextRows};
 pub use memory::{Buffer, Pinned};
 pub use norm::DeviceNorm;
@@ -47,6 +47,8 @@ pub use packed::PackedLinear;
 pub use probe::{Found, check, devices, libraries};
 pub use score::{DeviceHead, RowScore, States};
 pub use shelf::Shelf;
-pub use sweep::{Cost, Rule, SWEEP_CHANNELS, Step, SweepPlan, Swept, SweptHome, SweptHost};
+pub use sweep::{
+    Cost, RawGridRule, SWEEP_CHANNELS, Step, SweepPlan, Swept, SweptDownload, SweptHost,
+};
 pub use text::RowOrder;
 pub use view::{DeviceMatrix, DeviceSlice};

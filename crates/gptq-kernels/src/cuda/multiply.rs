@@ -149,7 +149,7 @@ impl PackedLinear {
             unsafe {
                 let program = self.program();
                 self.gpu
-                    .launch(program, "widen_packed", grid, [256, 1, 1], 0, &args)?
+                    .launch(program, "dequantize_packed", grid, [256, 1, 1], 0, &args)?
             };
             let weight = place.matrix([rows, stride], self.dtype);
             let out = out.column_range(first..first + rows);

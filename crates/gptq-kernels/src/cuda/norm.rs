@@ -106,8 +106,14 @@ impl Gpu {
         x: DeviceMatrix,
         norm: &DeviceNorm,
     ) -> Result<(), CudaError> {
-        assert_eq!(x.contiguous().columns, norm.width, "elements of a row");
+        assert_eq!(
+            x.contiguous().half().columns,
+            norm.width,
+            "elements of a row"
+        );
+        order.expect(x.columns);
         out.contiguous()
+            .like(x)
             .expect([x.rows, order.width], "rows of the order");
         let eights = by_eights(&[x.columns, order.width], &[out.address, x.address]);
         let mut args: Vec<Arg> = vec![out.address.into(), x.address.into()];
@@ -117,7 +123,7 @@ impl Gpu {
         args.push((order.width as i32).into());
         args.push(norm.eps.into());
         let names = [
-            ["norm_rows_1", "norm_rows_8"],
+            ["rms_norm_rows_1", "rms_norm_rows_8"],
             ["layer_norm_rows_1", "layer_norm_rows_8"],
         ];
         let (name, grid) = (norm.pick(names, eights), [x.rows, 1, 1]);
@@ -144,7 +150,7 @@ impl Gpu {
 
     /// Norms in place the runs of `norm.width()` columns of each row.
     pub fn norm_outputs(&self, x: DeviceMatrix, norm: &DeviceNorm) -> Result<(), CudaError> {
-        let (rows, runs) = (x.rows, x.columns / norm.width);
+        let (rows, runs) = (x.half().rows, x.columns / norm.width);
         assert_eq!(runs * norm.width, x.columns, "whole runs");
         let eights = by_eights(&[norm.width, x.pitch], &[x.address]);
         let mut args: Vec<Arg> = vec![x.address.into()];
@@ -154,7 +160,7 @@ impl Gpu {
         args.push((norm.width as i32).into());
         args.push(norm.eps.into());
         let names = [
-            ["norm_outputs_1", "norm_outputs_8"],
+            ["rms_norm_outputs_1", "rms_norm_outputs_8"],
             ["layer_norm_outputs_1", "layer_norm_outputs_8"],
         ];
         let (name, grid) = (norm.pick(names, eights), [rows * runs, 1, 1]);
@@ -172,7 +178,7 @@ impl Gpu {
         factor: f32,
     ) -> Result<(), CudaError> {
         let size = [y.rows, norm.width];
-        hidden.contiguous().expect(size, "rows of both");
+        hidden.contiguous().like(y).expect(size, "rows of both");
         y.contiguous().expect(size, "rows of both");
         let eights = by_eights(&[norm.width], &[hidden.address, y.address]);
         let mut args: Vec<Arg> = vec![hidden.address.into(), y.address.into()];
@@ -181,7 +187,7 @@ impl Gpu {
         args.push(norm.eps.into());
         args.push(factor.into());
         let names = [
-            ["add_normed_1", "add_normed_8"],
+            ["add_rms_normed_1", "add_rms_normed_8"],
             ["add_layer_normed_1", "add_layer_normed_8"],
         ];
         let (name, grid) = (norm.pick(names, eights), [hidden.rows, 1, 1]);

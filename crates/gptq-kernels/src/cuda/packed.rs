@@ -6,6 +6,7 @@ use std::sync::Arc;
 use gptq_types::{Bits, Dtype, SolvedLayer};
 
 use super::Gpu;
+use super::decoder::expect_consistent;
 use super::error::CudaError;
 use super::layout::{LANES, Laid, Positions, STEP, TILE};
 use super::memory::Buffer;
@@ -87,9 +88,13 @@ impl PackedLinear {
             Self::fit_beside(layers),
             "linears that share their input's order"
         );
+        layers.iter().for_each(|layer| expect_consistent(layer));
         let layer = layers[0];
         let k = layer.in_features;
-        let n = layers.iter().map(|layer| layer.out_features).sum();
+        let n: usize = layers.iter().map(|layer| layer.out_features).sum();
+        if let Some(bias) = bias {
+            assert_eq!(bias.len(), n, "a bias for each output");
+        }
         let positions = Positions::new(&layer.g_idx, layer.groups());
         let common = layer.zeros.first().copied().unwrap_or(0);
         let one_zero = (layers.iter()).all(|layer| layer.zeros.iter().all(|&zero| zero == common));
@@ -244,7 +249,14 @@ impl PackedLinear {
         let (program, shared) = (self.program(), of_block * row);
         // SAFETY: the place holds rows x stride elements, a channel for each of stride.
         unsafe {
-            (self.gpu).launch_behind(program, "arrange", grid, [threads, 1, 1], shared, &args)
+            (self.gpu).launch_behind(
+                program,
+                "gather_columns",
+                grid,
+                [threads, 1, 1],
+                shared,
+                &args,
+            )
         }
     }
 }

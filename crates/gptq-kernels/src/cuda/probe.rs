@@ -1,4 +1,4 @@
-//! What a machine has, without touching what it lacks.
+//! Finds the GPUs and CUDA libraries of a machine, without loading those that are missing.
 
 use super::error::CudaError;
 use cudarc::driver::result;
@@ -20,7 +20,7 @@ pub fn libraries() -> [(&'static str, bool); 4] {
 /// cudarc has no probe for this one; its loader panics instead.
 fn cusolver_present() -> bool {
     let names = cudarc::get_lib_name_candidates("cusolver");
-    // SAFETY: opening the library runs its initialisers, as using it would.
+    // SAFETY: opening the library runs its initializers, as using it would.
     names
         .iter()
         .any(|name| unsafe { libloading::Library::new(name) }.is_ok())

@@ -145,7 +145,9 @@ impl Gpu {
         weight: DeviceMatrix,
         add: bool,
     ) -> Result<(), CudaError> {
-        let (x, weight) = (x.contiguous(), weight.contiguous());
+        let (x, weight) = (x.contiguous().like(weight), weight.contiguous());
+        let is_wide = out.dtype == Dtype::F32;
+        assert!(is_wide || out.dtype == x.dtype, "type of the product");
         assert_eq!(x.columns, weight.columns, "in_features");
         out.expect([x.rows, weight.rows], "rows of the product");
         let beta = if add { 1.0 } else { 0.0 };

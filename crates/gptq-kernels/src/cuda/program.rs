@@ -8,10 +8,10 @@ use cudarc::nvrtc::sys;
 
 use super::error::CudaError;
 
-/// One file of `kernels/`, for one kind of sixteen-bit float and one width of codes where it has any.
+/// A file of `kernels/`, compiled for one 16-bit float type and, for packed products, one width of codes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Program {
-    /// Attention with a cap of scores, a window of keys, or both; without either it is in `Text`.
+    /// Attention with soft-capped scores, a sliding window, or both; without either it is in `Text`.
     Attend {
         bf16: bool,
         cap: bool,
@@ -43,7 +43,7 @@ macro_rules! source {
     };
 }
 
-/// What the files of `kernels/` include, by name.
+/// Headers in `kernels/`, by the name that `#include` uses.
 const HEADERS: [(&str, &str); 13] = [
     ("half.cuh", source!("half.cuh")),
     ("grid.cuh", source!("grid.cuh")),
@@ -51,17 +51,23 @@ const HEADERS: [(&str, &str); 13] = [
     ("few_rows.cuh", source!("few_rows.cuh")),
     ("more_rows.cuh", source!("more_rows.cuh")),
     ("wgmma.cuh", source!("wgmma.cuh")),
-    ("attend.cuh", source!("attend.cuh")),
-    ("attend_group.cuh", source!("attend_group.cuh")),
-    ("attend_heads.cuh", source!("attend_heads.cuh")),
-    ("attend_newest.cuh", source!("attend_newest.cuh")),
-    ("attend_prompt.cuh", source!("attend_prompt.cuh")),
+    ("attention.cuh", source!("attention.cuh")),
+    (
+        "attention_prefill_wgmma.cuh",
+        source!("attention_prefill_wgmma.cuh"),
+    ),
+    (
+        "attention_decode_gqa.cuh",
+        source!("attention_decode_gqa.cuh"),
+    ),
+    ("attention_decode.cuh", source!("attention_decode.cuh")),
+    ("attention_prefill.cuh", source!("attention_prefill.cuh")),
     ("rows.cuh", source!("rows.cuh")),
-    ("scores.cuh", source!("scores.cuh")),
+    ("attention_scores.cuh", source!("attention_scores.cuh")),
 ];
 
 impl Program {
-    /// All of them.
+    /// Every program, for both float types and all widths.
     pub fn all() -> Vec<Program> {
         let mut all = vec![Program::Descent, Program::Hessian];
         for bf16 in [false, true] {
@@ -80,17 +86,17 @@ impl Program {
             Program::Attend {
                 cap: true, window, ..
             } => match window {
-                true => "attend_cap_window.cu",
-                false => "attend_cap.cu",
+                true => "attention_softcap_window.cu",
+                false => "attention_softcap.cu",
             },
-            Program::Attend { cap: false, .. } => "attend_window.cu",
+            Program::Attend { cap: false, .. } => "attention_window.cu",
             Program::Decoder { .. } => "decoder.cu",
             Program::Descent => "descent.cu",
             Program::Hessian => "hessian.cu",
             Program::OtherBlocks { .. } => "other_blocks.cu",
             Program::Packed { .. } => "packed.cu",
             Program::Sweep { .. } => "sweep.cu",
-            Program::Text { .. } => "text.cu",
+            Program::Text { .. } => "llama_block.cu",
         }
     }
 
@@ -99,17 +105,17 @@ impl Program {
             Program::Attend {
                 cap: true, window, ..
             } => match window {
-                true => source!("attend_cap_window.cu"),
-                false => source!("attend_cap.cu"),
+                true => source!("attention_softcap_window.cu"),
+                false => source!("attention_softcap.cu"),
             },
-            Program::Attend { cap: false, .. } => source!("attend_window.cu"),
+            Program::Attend { cap: false, .. } => source!("attention_window.cu"),
             Program::Decoder { .. } => source!("decoder.cu"),
             Program::Descent => source!("descent.cu"),
             Program::Hessian => source!("hessian.cu"),
             Program::OtherBlocks { .. } => source!("other_blocks.cu"),
             Program::Packed { .. } => source!("packed.cu"),
             Program::Sweep { .. } => source!("sweep.cu"),
-            Program::Text { .. } => source!("text.cu"),
+            Program::Text { .. } => source!("llama_block.cu"),
         }
     }
 
@@ -125,7 +131,7 @@ impl Program {
         }
     }
 
-    /// Bits of a packed weight, zero where a program knows none.
+    /// Width of packed codes; 0 for programs without any.
     fn bits(self) -> u8 {
         match self {
             Program::Packed { bits, .. } => bits,
@@ -164,13 +170,13 @@ pub(super) fn compiled(program: Program, architecture: &str) -> Result<Vec<u8>, 
     }
     let image = compile(program.file(), source, &options, architecture)?;
     if let Some(path) = cached {
-        keep(&path, &image);
+        store_in_cache(&path, &image);
     }
     Ok(image)
 }
 
-/// A cache that cannot be written only costs the next start some seconds.
-fn keep(path: &std::path::Path, image: &[u8]) {
+/// Stores a compiled program in the cache. Failure is ignored: it only costs the next start some seconds.
+fn store_in_cache(path: &std::path::Path, image: &[u8]) {
     let Some(folder) = path.parent() else { return };
     let beside = path.with_extension(format!("{}.partial", std::process::id()));
     let written = std::fs::create_dir_all(folder).and_then(|()| std::fs::write(&beside, image));
@@ -250,7 +256,7 @@ fn compile(
 mod tests {
     use super::*;
 
-    /// One that is missing fails only where a kernel is compiled for a GPU.
+    /// A file that is missing in the lists above would fail only where kernels are compiled for a GPU.
     #[test]
     fn every_file_of_kernels_is_compiled_or_included() {
         let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../kernels");

@@ -136,6 +136,20 @@ impl DeviceHead {
         reference: Option<(&DeviceHead, &States)>,
     ) -> Result<Vec<RowScore>, CudaError> {
         let gpu = &self.gpu;
+        let rows = states.elements() / self.norm.width();
+        let inside = |&(row, token): &(usize, u32)| row < rows && (token as usize) < self.vocab;
+        assert!(
+            targets.iter().all(inside),
+            "rows of the states, tokens of the vocabulary"
+        );
+        if let Some((other, states)) = reference {
+            assert_eq!(other.vocab, self.vocab, "vocabulary of the reference");
+            assert_eq!(
+                states.elements() / other.norm.width(),
+                rows,
+                "rows of the reference"
+            );
+        }
         let step = (LOGIT_BYTES / (4 * self.vocab)).clamp(1, targets.len().max(1));
         let q = gpu.scratch("logits", step * self.vocab * 4)?;
         let p = match reference {

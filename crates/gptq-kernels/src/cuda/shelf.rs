@@ -146,6 +146,7 @@ impl Shelf {
 
     /// Whether a matrix as large as a place now can be put there.
     pub fn has_room(&self, place: usize) -> bool {
+        assert!(place < self.places, "place {place} of {}", self.places);
         self.device_address(place).is_some() || self.place_bytes.get() <= self.host_bytes
     }
 
@@ -161,7 +162,8 @@ impl Shelf {
         if self.device_address(place).is_some() {
             return None;
         }
-        self.host.get(place - (self.places - self.host.len()))
+        self.host
+            .get(place.checked_sub(self.places - self.host.len())?)
     }
 
     /// Copies a matrix to a place that has room.
@@ -193,6 +195,7 @@ impl Shelf {
     pub fn get(&self, place: usize, to: DeviceMatrix) -> Result<(), CudaError> {
         let (to, bytes) = (to.contiguous().address, to.bytes());
         assert!(bytes <= self.place_bytes.get(), "bytes of a place");
+        assert!(self.has_room(place), "room for the matrix");
         let stream = &self.gpu.stream;
         match (self.host_place(place), self.holder(place, bytes)) {
             (None, _) => self.gpu.copy_bytes(to, self.on_device(place), bytes)?,

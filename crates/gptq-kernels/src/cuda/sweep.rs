@@ -5,40 +5,40 @@ use std::sync::Arc;
 use gptq_types::Dtype;
 
 use super::Gpu;
-use super::arrival::Arrival;
-use super::descent::Visits;
+use super::arrival::Download;
+use super::descent::DescentOrder;
 use super::error::CudaError;
-use super::hessian::{DeviceCarried, DeviceFactor, DeviceHessian};
+use super::hessian::{DeviceFactor, DeviceHessian, DeviceOutputMismatch, expect_permutation};
 use super::memory::Buffer;
 use super::product::Precision;
 use super::program::Program;
 use super::view::DeviceMatrix;
 
-/// Channels of one sweep, `B` in the paper; the kernel's shared memory is cut for it.
+/// Channels of one sweep, `B` in the paper; the kernel's shared memory is sized for it.
 pub const SWEEP_CHANNELS: usize = 128;
 const OUTPUTS: usize = 32;
 const LANES: usize = 8;
-/// A tile of weights and a tile of the factor, f32.
+/// Shared memory: a tile of weights and a tile of the factor, f32.
 const SHARED: usize = (SWEEP_CHANNELS * OUTPUTS + SWEEP_CHANNELS * SWEEP_CHANNELS) * 4;
 
-/// What a grid may look like; the kernels' own struct.
+/// The rules by which kernels choose a grid: `GridRule` in `kernels/grid.cuh`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Rule {
+pub struct RawGridRule {
     /// Largest code.
     pub max_code: f32,
-    /// Smallest zero that the format can store.
+    /// Smallest zero point that the format can store.
     pub min_zero: f32,
-    /// Smallest share of a group's range that the scale search tries.
-    pub least: f32,
-    /// Not 0: zero is the middle code.
+    /// Smallest share of a group's range that the grid search tries.
+    pub min_share: f32,
+    /// Not 0: symmetric, the zero point is the middle code.
     pub sym: i32,
     /// Not 0: symmetric scales may be negative.
     pub full_range: i32,
-    /// Shares of the range that are tried; 1 is no search.
+    /// Shares of the range that are tried; 1: no search.
     pub shares: i32,
-    /// Grids that are tried with each share: of either sign, or with zeros beside the one that follows.
-    pub ways: i32,
+    /// Grids that are tried for each share: both signs of the scale, or zero points beside the computed one.
+    pub variants: i32,
 }
 
 /// A step of the sweep, in rows of the reversed processing order.
@@ -65,7 +65,7 @@ pub enum Step {
     },
 }
 
-/// Order and groups of a layer, on the GPU; shared by the linears of a stage.
+/// Order and groups of a layer on the GPU, shared by the linears of a capture group.
 pub struct SweepPlan {
     pub(super) features: usize,
     groups: usize,
@@ -75,10 +75,10 @@ pub struct SweepPlan {
     group_of_row: Buffer,
     /// Group of each stored channel.
     pub(super) g_idx: Buffer,
-    /// The order of a descent after the sweep.
-    pub(super) visits: Visits,
-    /// Rows of each group one group after the other, and where each begins: for grids that are
-    /// fixed before the first row is rounded.
+    /// The order of the coordinate descent after the sweep.
+    pub(super) descent: DescentOrder,
+    /// Rows sorted by group, and the start of each group: for grids that are fixed before the first row is
+    /// rounded.
     fixed: Option<(Buffer, Buffer)>,
     steps: Vec<Step>,
 }
@@ -94,7 +94,18 @@ impl SweepPlan {
         fixed_grids: bool,
         steps: Vec<Step>,
     ) -> Result<Self, CudaError> {
-        let mut g_idx = vec![0u32; channels.len()];
+        let k = channels.len();
+        expect_permutation(channels, k);
+        assert_eq!(group_of_row.len(), k, "a group for each row");
+        for step in &steps {
+            let (rows, most) = match *step {
+                Step::Fit { first, count, .. } => (first..first.saturating_add(count), k),
+                Step::Sweep { first, last, .. } => (first..last, SWEEP_CHANNELS),
+            };
+            let inside = rows.start <= rows.end && rows.end <= k && rows.len() <= most;
+            assert!(inside, "rows {rows:?} of {k} in a step");
+        }
+        let mut g_idx = vec![0u32; k];
         let mut members: Vec<Vec<u32>> = vec![Vec::new(); groups];
         for (row, (&channel, &group)) in channels.iter().zip(group_of_row).enumerate() {
             g_idx[channel as usize] = group;
@@ -115,29 +126,29 @@ impl SweepPlan {
             }
         };
         Ok(SweepPlan {
-            features: channels.len(),
+            features: k,
             groups,
             channels: Buffer::from_host(gpu, channels)?,
             group_of_row: Buffer::from_host(gpu, group_of_row)?,
             g_idx: Buffer::from_host(gpu, &g_idx)?,
-            visits: Visits::new(gpu, &g_idx)?,
+            descent: DescentOrder::new(gpu, &g_idx)?,
             fixed,
             steps,
         })
     }
 }
 
-/// Codes of a linear, still on the GPU.
+/// Codes and grids of a linear, on the GPU.
 pub struct Swept {
     pub(super) codes: Buffer,
     pub(super) scales: Buffer,
     pub(super) zeros: Buffer,
-    features: usize,
+    pub(super) features: usize,
     groups: usize,
     pub(super) outputs: usize,
 }
 
-/// The same on the host.
+/// Codes and grids of a linear, on the host.
 pub struct SweptHost {
     /// `[features, outputs]`, stored order.
     pub codes: Vec<u8>,
@@ -148,9 +159,9 @@ pub struct SweptHost {
 }
 
 impl Swept {
-    /// Starts to copy everything to the host, beside the work that follows. Before the codes are
-    /// dropped, [`SweptHome::hold`] must be called.
-    pub fn send_home(&self) -> Result<SweptHome, CudaError> {
+    /// Starts to copy everything to the host, concurrently with the work that follows. Before the codes are
+    /// dropped, [`SweptDownload::order_after`] must be called.
+    pub fn start_download(&self) -> Result<SweptDownload, CudaError> {
         let grids = self.groups * self.outputs;
         let codes = self.features * self.outputs;
         let parts = [
@@ -158,9 +169,9 @@ impl Swept {
             (&self.scales, grids * 4),
             (&self.zeros, grids * 4),
         ];
-        Ok(match self.codes.gpu().send_home(&parts)? {
-            Some(arrival) => SweptHome::UnderWay(arrival),
-            None => SweptHome::There(SweptHost {
+        Ok(match self.codes.gpu().start_download(&parts)? {
+            Some(download) => SweptDownload::Pending(download),
+            None => SweptDownload::Ready(SweptHost {
                 codes: self.codes.to_host(codes)?,
                 scales: self.scales.to_host(grids)?,
                 zeros: self.zeros.to_host(grids)?,
@@ -169,31 +180,31 @@ impl Swept {
     }
 }
 
-/// Codes and grids that are on the host, or will be.
-pub enum SweptHome {
-    /// Copied.
-    There(SweptHost),
-    /// Being copied.
-    UnderWay(Arrival),
+/// Codes and grids that are on the host, or on their way there.
+pub enum SweptDownload {
+    /// The copies are done.
+    Ready(SweptHost),
+    /// The copies are queued.
+    Pending(Download),
 }
 
-impl SweptHome {
+impl SweptDownload {
     /// Work queued from now on waits for the copies, so that what they read may be freed.
-    pub fn hold(&self, gpu: &Gpu) -> Result<(), CudaError> {
+    pub fn order_after(&self, gpu: &Gpu) -> Result<(), CudaError> {
         match self {
-            SweptHome::There(_) => Ok(()),
-            SweptHome::UnderWay(arrival) => arrival.hold(gpu),
+            SweptDownload::Ready(_) => Ok(()),
+            SweptDownload::Pending(download) => download.order_after(gpu),
         }
     }
 
-    /// Waits for them; on any thread.
+    /// Waits for the copies; on any thread.
     pub fn receive(self) -> Result<SweptHost, CudaError> {
         match self {
-            SweptHome::There(swept) => Ok(swept),
-            SweptHome::UnderWay(arrival) => Ok(SweptHost {
-                codes: arrival.values(0)?,
-                scales: arrival.values(1)?,
-                zeros: arrival.values(2)?,
+            SweptDownload::Ready(swept) => Ok(swept),
+            SweptDownload::Pending(download) => Ok(SweptHost {
+                codes: download.values(0)?,
+                scales: download.values(1)?,
+                zeros: download.values(2)?,
             }),
         }
     }
@@ -215,8 +226,8 @@ impl DeviceFactor {
         &self,
         weight: DeviceMatrix,
         plan: &SweepPlan,
-        rule: Rule,
-        aim: Option<(&DeviceCarried, f32)>,
+        rule: RawGridRule,
+        aim: Option<(&DeviceOutputMismatch, f32)>,
         target: Option<&Buffer>,
     ) -> Result<Swept, CudaError> {
         let (gpu, k, n) = (&self.gpu, self.features, weight.rows);
@@ -225,10 +236,16 @@ impl DeviceFactor {
             [k; 2],
             "in_features"
         );
+        for buffer in target
+            .into_iter()
+            .chain(aim.map(|(mismatch, _)| &mismatch.cross))
+        {
+            assert!(buffer.bytes() >= k * n * 4, "rows of the weight");
+        }
         let w = gpu.scratch("weight", k * n * 4)?;
         gpu.gather_weight(w.address(), weight, &plan.channels)?;
-        if let Some((carried, share)) = aim {
-            self.aim(w.address(), weight, carried, share, plan)?;
+        if let Some((output_mismatch, share)) = aim {
+            self.aim(w.address(), weight, output_mismatch, share, plan)?;
         }
         if let Some(target) = target {
             plan.store_rows(gpu, target, &w, n)?;
@@ -326,7 +343,7 @@ impl DeviceFactor {
         &self,
         w: u64,
         weight: DeviceMatrix,
-        carried: &DeviceCarried,
+        output_mismatch: &DeviceOutputMismatch,
         share: f32,
         plan: &SweepPlan,
     ) -> Result<(), CudaError> {
@@ -336,7 +353,7 @@ impl DeviceFactor {
         let (ordered, half, l) = (ordered.address(), half.address(), self.values.address());
         let args = [
             ordered.into(),
-            (&carried.cross).into(),
+            (&output_mismatch.cross).into(),
             (&plan.channels).into(),
             (n as i32).into(),
         ];
@@ -403,24 +420,24 @@ impl Gpu {
     }
 }
 
-/// What a rounding costs, as [`DeviceHessian::weighted_square`] of three matrices.
+/// The cost of rounding to nearest, in the measure of [`DeviceHessian::weighted_square`].
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Cost {
-    /// Of rounding the weight to nearest on plain grids of its groups.
+    /// Error of rounding the weight to nearest, on min-max grids of its groups.
     pub rtn_error: f64,
-    /// Of the weight itself.
+    /// Norm of the weight itself.
     pub signal: f64,
 }
 
 impl DeviceHessian {
-    /// Cost of rounding `weight [outputs, features]` to nearest, groups of `size` channels; and what the
-    /// mismatch of the inputs does to it, where there is one.
+    /// Cost of rounding `weight [outputs, features]` to nearest, groups of `size` channels; and the
+    /// output mismatch, if a float stream was seen.
     pub fn rounding_cost(
         &self,
         weight: DeviceMatrix,
         size: usize,
-        rule: Rule,
-    ) -> Result<(Cost, Option<DeviceCarried>), CudaError> {
+        rule: RawGridRule,
+    ) -> Result<(Cost, Option<DeviceOutputMismatch>), CudaError> {
         let (n, k) = (weight.rows, weight.contiguous().columns);
         assert_eq!(k, self.features(), "in_features");
         let gpu = self.gpu();
@@ -428,7 +445,7 @@ impl DeviceHessian {
         let stored = Buffer::from_host(gpu, &stored)?;
         let w = gpu.scratch("weight", k * n * 4)?;
         gpu.gather_weight(w.address(), weight, &stored)?;
-        let carried = self.carried(&w, n)?;
+        let output_mismatch = self.output_mismatch(&w, n)?;
         let e = Buffer::new(gpu, k * n * 4)?;
         let args = [
             (&e).into(),
@@ -441,20 +458,20 @@ impl DeviceHessian {
         let grid = [n.div_ceil(OUTPUTS), k.div_ceil(size), 1];
         // SAFETY: e and w are [k, n].
         unsafe { gpu.launch(program(weight), "rounding_error", grid, BLOCK, 0, &args)? };
-        let rtn_error = self.weighted_square(&e, n, carried.as_ref())?;
+        let rtn_error = self.weighted_square(&e, n, output_mismatch.as_ref())?;
         gpu.copy_bytes(e.address(), w.address(), k * n * 4)?;
-        let signal = self.weighted_square(&e, n, carried.as_ref())?;
-        Ok((Cost { rtn_error, signal }, carried))
+        let signal = self.weighted_square(&e, n, output_mismatch.as_ref())?;
+        Ok((Cost { rtn_error, signal }, output_mismatch))
     }
 
     /// Writes the rounded weight over `weight [outputs, features]` and returns what that changed, in the
     /// measure of [`DeviceHessian::weighted_square`].
-    pub fn put_back(
+    pub fn write_back(
         &self,
         weight: DeviceMatrix,
         swept: &Swept,
         plan: &SweepPlan,
-        carried: Option<&DeviceCarried>,
+        output_mismatch: Option<&DeviceOutputMismatch>,
     ) -> Result<f64, CudaError> {
         let (n, k) = (weight.rows, weight.contiguous().columns);
         assert_eq!(
@@ -477,7 +494,7 @@ impl DeviceHessian {
         ];
         let grid = [k.div_ceil(32), n.div_ceil(32), 1];
         // SAFETY: codes and e are [k, n], the grids [groups, n], g_idx below groups.
-        unsafe { gpu.launch(program(weight), "put_back", grid, [32, 8, 1], 0, &args)? };
-        self.weighted_square(&e, n, carried)
+        unsafe { gpu.launch(program(weight), "write_back", grid, [32, 8, 1], 0, &args)? };
+        self.weighted_square(&e, n, output_mismatch)
     }
 }

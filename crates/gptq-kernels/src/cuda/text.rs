@@ -39,8 +39,7 @@ pub struct RowOrder<'a> {
     pub(super) channels: Option<&'a Buffer>,
     /// The inverse: where a channel stands.
     pub(super) places: Option<&'a Buffer>,
-    /// Elements of a row.
-    pub width: usize,
+    pub(super) width: usize, // of a row
 }
 
 impl RowOrder<'_> {
@@ -51,6 +50,11 @@ impl RowOrder<'_> {
             places: None,
             width,
         }
+    }
+
+    /// Elements of a row.
+    pub fn width(&self) -> usize {
+        self.width
     }
 
     /// Checks that it is one of rows of so many channels.
@@ -86,7 +90,7 @@ macro_rules! names {
     ($name:literal) => {
         Names {
             scattered: [concat!($name, "_1"), concat!($name, "_8")],
-            in_order: [concat!($name, "_in_order_1"), concat!($name, "_in_order_8")],
+            in_order: [concat!($name, "_gathered_1"), concat!($name, "_gathered_8")],
         }
     };
 }
@@ -102,8 +106,8 @@ impl Gpu {
     ) -> Result<(), CudaError> {
         let dtype = gate.dtype;
         let (program, names) = match activation {
-            Activation::Silu => (program(dtype), names!("gate_rows")),
-            Activation::GeluTanh => (others(dtype), names!("gate_rows_gelu")),
+            Activation::Silu => (program(dtype), names!("swiglu_rows")),
+            Activation::GeluTanh => (others(dtype), names!("geglu_rows")),
         };
         self.write_rows(program, names, out, order, [gate, up])
     }
@@ -130,7 +134,13 @@ impl Gpu {
         order: RowOrder,
         x: DeviceMatrix,
     ) -> Result<(), CudaError> {
-        self.write_rows(others(x.dtype), names!("gather_rows"), out, order, [x; 2])
+        self.write_rows(
+            others(x.dtype),
+            names!("gather_columns"),
+            out,
+            order,
+            [x; 2],
+        )
     }
 
     /// `gate = activation(gate) * up`.
@@ -154,8 +164,9 @@ impl Gpu {
         [x, y]: [DeviceMatrix; 2],
     ) -> Result<(), CudaError> {
         let (count, columns) = (x.rows, x.columns);
-        y.expect([count, columns], "rows of both");
+        y.like(x).expect([count, columns], "rows of both");
         out.contiguous()
+            .like(x)
             .expect([count, order.width], "rows of the order");
         order.expect(columns);
         let out = out.address;

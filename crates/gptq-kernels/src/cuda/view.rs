@@ -5,6 +5,7 @@
 //! the contents of a `Cell`: several may be written through, and since all work of a [`Gpu`](super::Gpu)
 //! is queued on one stream, reads and writes happen in the order of the calls.
 
+use std::cell::Cell;
 use std::fmt;
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -18,7 +19,7 @@ use super::memory::Buffer;
 pub struct DeviceSlice<'a, T> {
     address: u64,
     len: usize,
-    owner: PhantomData<&'a [T]>,
+    owner: PhantomData<&'a Cell<T>>,
 }
 
 impl<T> Clone for DeviceSlice<'_, T> {
@@ -91,7 +92,7 @@ pub struct DeviceMatrix<'a> {
     pub(super) columns: usize,
     pub(super) pitch: usize, // elements from row to row, at least `columns`
     pub(super) dtype: Dtype,
-    owner: PhantomData<&'a [u8]>,
+    owner: PhantomData<&'a Cell<u8>>, // stays on its thread, as its GPU does
 }
 
 impl fmt::Debug for DeviceMatrix<'_> {
@@ -191,7 +192,8 @@ impl<'a> DeviceMatrix<'a> {
     /// # Panics
     /// If there are gaps between its rows, or the number of elements is another.
     pub fn reshaped(self, [rows, columns]: [usize; 2]) -> Self {
-        assert_eq!(self.contiguous().elements(), rows * columns, "elements");
+        let elements = rows.checked_mul(columns);
+        assert_eq!(elements, Some(self.contiguous().elements()), "elements");
         DeviceMatrix {
             rows,
             columns,
@@ -216,6 +218,25 @@ impl<'a> DeviceMatrix<'a> {
 
     fn address_of(&self, row: usize, column: usize) -> u64 {
         self.address + ((row * self.pitch + column) * self.dtype.size()) as u64
+    }
+
+    /// Checks that its elements have sixteen bits.
+    ///
+    /// # Panics
+    /// If they are others.
+    pub(super) fn half(self) -> Self {
+        let is_half = matches!(self.dtype, Dtype::F16 | Dtype::BF16);
+        assert!(is_half, "sixteen-bit floats, not {}", self.dtype);
+        self
+    }
+
+    /// Checks that it is sixteen-bit, and of the same type as another one.
+    ///
+    /// # Panics
+    /// If it is not.
+    pub(super) fn like(self, other: DeviceMatrix) -> Self {
+        assert_eq!(self.half().dtype, other.dtype, "type of both");
+        self
     }
 
     /// Checks its shape.

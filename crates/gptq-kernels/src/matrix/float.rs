@@ -17,8 +17,8 @@ const SUMS: usize = 4;
 /// Weights that are widened at a time: a buffer that stays in the first cache.
 const PIECE: usize = 1024;
 
-/// Of the `2^112` by which [`f16_in_place`] is too small, this much is put into `x`, the rest into
-/// the sum: neither can then overflow or vanish.
+/// [`f16_in_place`] is too small by `2^112`. This part of the factor is applied to `x`, the rest to the sum, so
+/// that neither overflows or underflows.
 const F16_IN_X: f32 = f32::from_bits((127 + 64) << 23);
 const F16_IN_SUM: f32 = f32::from_bits((127 + 48) << 23);
 

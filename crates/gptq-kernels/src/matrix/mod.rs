@@ -192,11 +192,11 @@ fn row_major(out: &[f32], outputs: usize, rows: usize) -> Vec<f32> {
     if rows >= MANY_ROWS {
         return transpose(out, outputs, rows);
     }
-    let mut turned = Vec::with_capacity(out.len());
+    let mut transposed = Vec::with_capacity(out.len());
     for row in 0..rows {
-        turned.extend(out.iter().skip(row).step_by(rows));
+        transposed.extend(out.iter().skip(row).step_by(rows));
     }
-    turned
+    transposed
 }
 
 /// Calls `run` with 2 rows or 1 at a time until all are done; with more there are not enough

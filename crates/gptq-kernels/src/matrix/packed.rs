@@ -60,7 +60,7 @@ fn field<const B: usize>(word: u32, at: usize) -> f32 {
     }
 }
 
-/// What a code of one is as [`field`].
+/// The value of [`field`] for a code of one.
 fn place_value(bits: usize, at: usize) -> f32 {
     match bits * (at + 1) == 32 {
         true => 1.0,
@@ -332,7 +332,7 @@ impl PackedMatrix {
         }
     }
 
-    /// A band of tiles, dequantised and multiplied.
+    /// A band of tiles, dequantized and multiplied.
     pub(super) fn many(&self, first: usize, out: &mut [f32], rows: usize, input: &Input<'_>) {
         let outputs = out.len() / rows;
         let columns = outputs.next_multiple_of(TILE);
@@ -387,7 +387,7 @@ impl Kernel for WidenTile<'_> {
     }
 }
 
-/// The values of a tile, as [`SolvedLayer::dequantise`] has them, into `columns` from `column` on.
+/// The values of a tile, as [`SolvedLayer::dequantize`] has them, into `columns` from `column` on.
 #[inline(always)]
 fn widen_tile<const B: usize>(
     tile: &[u32],

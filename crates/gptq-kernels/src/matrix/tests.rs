@@ -5,7 +5,7 @@ use half::{bf16, f16};
 use proptest::prelude::*;
 
 use super::*;
-use crate::vector::{PORTABLE, vectorised};
+use crate::vector::{PORTABLE, vectorized};
 
 /// Largest difference over the root mean square of the outputs: f32 sums of up to 300 terms.
 const TOLERANCE: f64 = 2e-5;
@@ -72,14 +72,14 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(60))]
 
     #[test]
-    fn packed_products_are_those_of_the_dequantised_weight(
+    fn packed_products_are_those_of_the_dequantized_weight(
         layer in layers(),
         rows in prop::sample::select(vec![1usize, 2, 3, 4, 5, 8, 15, 16, 33]),
     ) {
         let (k, n) = (layer.in_features, layer.out_features);
         let x = wave(rows * k, 0.37);
         let got = Matrix::packed(&layer).multiply(&x, rows);
-        close(&got, &reference(&x, &layer.dequantise(), k, n));
+        close(&got, &reference(&x, &layer.dequantize(), k, n));
     }
 
     #[test]
@@ -127,7 +127,7 @@ fn halves_are_widened_exactly() {
     for bits in 0..=u16::MAX {
         let half = f16::from_bits(bits);
         if half.is_finite() {
-            let got = vectorised(|| float::f16_bits_to_f32(bits));
+            let got = vectorized(|| float::f16_bits_to_f32(bits));
             assert_eq!(got.to_bits(), half.to_f32().to_bits(), "{bits:#06x}");
         }
     }
@@ -167,7 +167,7 @@ fn a_row_is_the_same_alone_and_among_others() {
     }
 }
 
-/// What a processor without vectors would compute, which this one does not choose by itself.
+/// The results of a processor without vector instructions, which this one does not choose by itself.
 #[test]
 fn the_portable_path_is_as_exact() {
     let (k, n) = (83, 101);
@@ -188,7 +188,7 @@ fn the_portable_path_is_as_exact() {
         for rows in [1, 2, 20] {
             let x = wave(rows * k, 0.37);
             let got = pool.install(|| Matrix::packed(&layer).multiply(&x, rows));
-            close(&got, &reference(&x, &layer.dequantise(), k, n));
+            close(&got, &reference(&x, &layer.dequantize(), k, n));
         }
     }
     let (bytes, stored) = store(&wave(k * n, 0.61), Dtype::F16);

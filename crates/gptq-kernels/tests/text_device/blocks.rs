@@ -1,4 +1,4 @@
-//! What blocks do to rows in place: norms of outputs, sums, factors, caps, turned heads, parts of fused rows.
+//! What blocks do to rows in place: norms of outputs, sums, factors, caps, rotated heads, parts of fused rows.
 
 use std::sync::Arc;
 
@@ -286,7 +286,7 @@ fn a_part_of_each_head_turns() {
                 let place = matrix(&there, dtype, 3 * tokens, heads * head_dim);
                 gpu.rotate(place, &turn, tokens).unwrap();
                 let want: Vec<f64> = (x.chunks(head_dim).enumerate())
-                    .flat_map(|(at, head)| turned(head, at / heads % tokens, &rotation))
+                    .flat_map(|(at, head)| rotated(head, at / heads % tokens, &rotation))
                     .collect();
                 let got = gpu.download(place).unwrap();
                 let what = format!("{rotary} of {head_dim}, {pairing:?}");
@@ -303,7 +303,7 @@ fn a_part_of_each_head_turns() {
 }
 
 /// A head at `position`, not rounded.
-pub fn turned(head: &[f64], position: usize, rotation: &Rotation) -> Vec<f64> {
+pub fn rotated(head: &[f64], position: usize, rotation: &Rotation) -> Vec<f64> {
     let (cosine, sine) = rotation.tables();
     let half = rotation.rotary_dim() / 2;
     let mut out = head.to_vec();

@@ -1,4 +1,4 @@
-//! Heads as a block places them: normed, turned, stored.
+//! Heads as a block places them: normed, rotated, stored.
 
 use std::sync::Arc;
 
@@ -9,7 +9,7 @@ use gptq_kernels::{AttentionShape, Pairing, Rotation};
 use gptq_types::Dtype;
 
 use super::attention::Sequence;
-use super::blocks::turned;
+use super::blocks::rotated;
 use super::common::{Random, gpu};
 use super::{BOTH, matrix, near, poisoned, rms, rounded, upload, values, weights};
 
@@ -21,7 +21,7 @@ const EPS: f32 = 1e-5;
 struct Case {
     /// Of queries, of keys; width.
     heads: [usize; 3],
-    /// Elements that turn, and how.
+    /// Elements that are rotated, and how.
     rotary: Option<(usize, Pairing)>,
     /// Of queries, keys and values.
     norms: [bool; 3],
@@ -190,7 +190,7 @@ struct Block {
     weights: [Option<Vec<f32>>; 3],
     norms: [Option<DeviceNorm>; 3],
     rotations: Option<[Rotation; 2]>,
-    turns: Option<[Turn; 2]>,
+    rotary_tables: Option<[Turn; 2]>,
 }
 
 impl Block {
@@ -213,7 +213,7 @@ impl Block {
                 .collect();
             [of_keys.clone().scaled(&factors), of_keys]
         });
-        let turns =
+        let rotary_tables =
             (rotations.as_ref()).map(|both| both.each_ref().map(|of| Turn::new(gpu, of).unwrap()));
         Block {
             case,
@@ -222,7 +222,7 @@ impl Block {
             weights,
             norms,
             rotations,
-            turns,
+            rotary_tables,
         }
     }
 
@@ -237,8 +237,8 @@ impl Block {
     }
 
     /// One table for both where they are the same.
-    fn turns(&self) -> Option<[&Turn; 2]> {
-        self.turns
+    fn rotary_tables(&self) -> Option<[&Turn; 2]> {
+        self.rotary_tables
             .as_ref()
             .map(|[of_q, of_k]| match self.case.scaled {
                 true => [of_q, of_k],
@@ -252,15 +252,15 @@ impl Block {
             Some(weight) => rms(self.dtype, &head, weight, f64::from(EPS)),
             None => head,
         };
-        let turned = |head: Vec<f64>| match &self.rotations {
-            Some(rotations) if kind < 2 => (turned(&head, position, &rotations[kind]).iter())
+        let rotated = |head: Vec<f64>| match &self.rotations {
+            Some(rotations) if kind < 2 => (rotated(&head, position, &rotations[kind]).iter())
                 .map(|x| rounded(self.dtype, *x))
                 .collect(),
             _ => head,
         };
         match self.case.norm_last {
-            true => normed(turned(head.to_vec())),
-            false => turned(normed(head.to_vec())),
+            true => normed(rotated(head.to_vec())),
+            false => rotated(normed(head.to_vec())),
         }
     }
 
@@ -395,11 +395,11 @@ fn place(
     let [q, k, v] = [0, 1, 2].map(|kind| block.heads(&there[kind], kind, count));
     let v = if block.case.keys_are_values { k } else { v };
     let queries = block.width(0);
-    let (norms, turns) = (block.norms(), block.turns());
+    let (norms, rotary_tables) = (block.norms(), block.rotary_tables());
     let [with, alone] = [Some([k, v]), None].map(|kv| {
         let out = poisoned(gpu, count * queries);
         let to = matrix(&out, dtype, count, queries);
-        cache.store(to, q, kv, rows, &norms, turns).unwrap();
+        cache.store(to, q, kv, rows, &norms, rotary_tables).unwrap();
         out
     });
     let placed = |kind: usize, rows: &[f64]| -> Vec<f64> {

@@ -1,6 +1,6 @@
 //! What is between the packed products, on the GPU, against sums in f64: cached attention over widths of heads,
-//! groups of heads, lengths, caps and windows; heads that are normed and turned; norms, gates and what else
-//! blocks do to rows; dequantised weights. Skipped by name where there is no GPU.
+//! groups of heads, lengths, caps and windows; heads that are normed and rotated; norms, gates and what else
+//! blocks do to rows; dequantized weights. Skipped by name where there is no GPU.
 #![cfg(feature = "cuda")]
 #![allow(clippy::print_stderr)]
 

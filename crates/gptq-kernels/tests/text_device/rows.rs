@@ -207,7 +207,7 @@ fn rows_of_long_windows_are_gated() {
 }
 
 #[test]
-fn dequantised_weights_are_those_of_the_processor() {
+fn dequantized_weights_are_those_of_the_processor() {
     let Some(gpu) = gpu() else { return };
     for (bits, k, n) in [
         (Bits::Two, 64usize, 40usize),
@@ -238,7 +238,7 @@ fn dequantised_weights_are_those_of_the_processor() {
         let place = matrix(&out, Dtype::F16, n, k);
         gpu.dequantise(place, &layer).unwrap();
         let got = gpu.download(place).unwrap();
-        let want = layer.dequantise();
+        let want = layer.dequantize();
         for output in 0..n {
             for channel in 0..k {
                 let want = f16::from_f32(want[channel * n + output]).to_f32();

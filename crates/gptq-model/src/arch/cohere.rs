@@ -1,6 +1,6 @@
 //! Command R (`CohereForCausalLM`) and Command R7B and Command A (`Cohere2ForCausalLM`, arXiv:2504.00698):
-//! attention and feed-forward side by side behind one norm, neighbouring components that turn together,
-//! logits times a factor. In the second, blocks without a window do not turn queries and keys.
+//! attention and feed-forward side by side behind one norm, interleaved RoPE,
+//! logits times a factor. In the second, blocks without a window have no RoPE.
 
 use gptq_kernels::Pairing;
 

@@ -1,5 +1,5 @@
 //! EXAONE 4 (`Exaone4ForCausalLM`, arXiv:2507.11407): norms behind attention and feed-forward only and on
-//! every query and key head; where some blocks have a window, only those turn queries and keys.
+//! every query and key head; where some blocks have a window, only those have RoPE.
 
 use super::parts::norms_of_heads;
 use super::relative::{Layout, Relative, name_unlike};
@@ -33,11 +33,11 @@ pub(super) fn read(reader: &Reader<'_>) -> Result<ModelSpec, ConfigError> {
         Some(_) => windows::all_but_each(reader, blocks, "sliding_window_pattern", 4)?,
         None => windows::layer_types(reader, blocks)?.unwrap_or(vec![false; blocks]),
     };
-    let turns = windowed
+    let has_rope = windowed
         .clone()
         .into_iter()
         .map(|windowed| windowed || default.is_none());
-    let rotaries = Rotaries::one(reader, &sizes)?.only_where(turns);
+    let rotaries = Rotaries::one(reader, &sizes)?.only_where(has_rope);
     let relative = Relative {
         layout: Layout::AFTER,
         head_norms: norms_of_heads,
@@ -50,7 +50,7 @@ pub(super) fn read(reader: &Reader<'_>) -> Result<ModelSpec, ConfigError> {
 mod tests {
     use crate::arch;
 
-    /// Windows and whether heads turn, of four blocks.
+    /// Windows and whether there is RoPE, of four blocks.
     fn blocks(settings: &str) -> Vec<(Option<usize>, bool)> {
         let text = format!(
             r#"{{"model_type": "exaone4", "hidden_size": 64, "intermediate_size": 96,

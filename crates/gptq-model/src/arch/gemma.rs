@@ -10,7 +10,7 @@ use crate::config::ConfigError;
 use crate::config_keys::Honoured;
 use crate::spec::{ModelSpec, NormKind};
 
-/// What Gemma 1 to 4 have in common where the file does not say.
+/// Defaults that Gemma 1 to 4 share.
 pub(super) const GEMMA: Defaults = Defaults {
     activation: ("hidden_activation", "gelu_pytorch_tanh"),
     tied: true,
@@ -41,7 +41,7 @@ pub(super) fn read(reader: &Reader<'_>) -> Result<ModelSpec, ConfigError> {
     Ok(with_scaled_embedding(model))
 }
 
-/// What all of them do with tokens.
+/// Gemma scales its embeddings, and its texts begin with BOS.
 pub(super) fn with_scaled_embedding(mut model: ModelSpec) -> ModelSpec {
     model.embedding.factor = (model.hidden_size as f64).sqrt() as f32;
     model.begins_with_bos = true;

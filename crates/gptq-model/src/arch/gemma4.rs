@@ -44,7 +44,7 @@ const DEFAULTS: Defaults = Defaults {
     ..GEMMA
 };
 
-/// What two families of the name have where the file does not say.
+/// Defaults that differ between the two families of the name.
 struct Absent {
     window: usize,
     /// Columns that a block looks up by token id.
@@ -99,7 +99,7 @@ fn read_with(reader: &Reader<'_>, absent: &Absent) -> Result<ModelSpec, ConfigEr
     Ok(with_scaled_embedding(model))
 }
 
-/// Of a text no token sees a later one, but in a model that says `all`.
+/// Refuses bidirectional attention: only causal attention over text is supported, so `all` is an error.
 fn refuse_looking_ahead(reader: &Reader<'_>) -> Result<(), ConfigError> {
     const KEY: &str = "use_bidirectional_attention";
     match reader.fields.get(KEY) {

@@ -1,5 +1,5 @@
 //! GLM-4-0414 (`Glm4ForCausalLM`, arXiv:2406.12793): norms before and behind attention and feed-forward,
-//! half of a head that turns, neighbouring components together.
+//! half of a head that RoPE rotates, neighbouring components together.
 
 use gptq_kernels::Pairing;
 

@@ -77,9 +77,9 @@ pub(crate) fn known() -> String {
 
 /// A config, and where the checkpoint's tensors lie.
 pub(crate) struct Reader<'a> {
-    /// Of the text model.
+    /// Fields of the text model.
     pub fields: Fields<'a>,
-    /// Of the whole file, where the text model is part of it.
+    /// Fields of the whole file, if the text model is a part of it.
     pub outer: Option<Fields<'a>>,
     pub paths: Paths,
 }

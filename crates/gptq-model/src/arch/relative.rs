@@ -13,7 +13,7 @@ type AttentionBranch = fn(&Reader<'_>, &Sizes, usize, AttentionSpec, AttentionBi
 /// Makes `mlp` of a block of a width, with or without biases.
 type FeedForward = fn(&Reader<'_>, &Sizes, usize, usize, bool) -> BranchSpec;
 
-/// What a family has otherwise than Llama.
+/// The differences of a family from Llama.
 pub(super) struct Relative {
     pub attention: AttentionBranch,
     pub feed_forward: FeedForward,
@@ -23,11 +23,11 @@ pub(super) struct Relative {
     pub layout: Layout,
     /// Multiplies scores where it is not the root of the width of a head that divides them.
     pub scale: Option<f32>,
-    /// Of scores.
+    /// Soft cap of attention scores.
     pub soft_cap: Option<f32>,
-    /// Multiplies what a step adds.
+    /// Factor of the branch that a step adds to the residual.
     pub residual_factor: f32,
-    /// Of each block.
+    /// Sliding window of each block.
     pub windows: Vec<Option<usize>>,
 }
 

@@ -53,10 +53,10 @@ impl Rotaries {
         }
     }
 
-    /// Without positions in the blocks where `turns` says no.
-    pub fn only_where(mut self, turns: impl Iterator<Item = bool>) -> Self {
-        for (place, turns) in self.of_block.iter_mut().zip(turns) {
-            *place = place.filter(|_| turns);
+    /// Without positions in the blocks for which `has_rope` is false.
+    pub fn only_where(mut self, has_rope: impl Iterator<Item = bool>) -> Self {
+        for (place, has_rope) in self.of_block.iter_mut().zip(has_rope) {
+            *place = place.filter(|_| has_rope);
         }
         self
     }

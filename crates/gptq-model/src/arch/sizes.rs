@@ -1,4 +1,4 @@
-//! What every family's config says.
+//! Settings that the config of every family has.
 
 use gptq_kernels::{Activation, AttentionShape};
 
@@ -23,7 +23,7 @@ pub(crate) struct Sizes {
     pub head_dim: usize,
     pub vocab: usize,
     pub positions: usize,
-    /// Of norms.
+    /// Epsilon of the norms.
     pub eps: f64,
     pub norm: NormStyle,
     pub activation: Activation,
@@ -51,7 +51,7 @@ pub(crate) struct Defaults {
     pub norm: NormStyle,
 }
 
-/// How the norms of a family differ from a root-mean-square norm.
+/// The kind of a family's norms, and their differences from RMSNorm.
 #[derive(Clone, Copy)]
 pub(crate) struct NormStyle {
     pub kind: NormKind,

@@ -1,4 +1,4 @@
-//! SmolLM3 (`SmolLM3ForCausalLM`): Llama in which every fourth block does not turn queries and keys.
+//! SmolLM3 (`SmolLM3ForCausalLM`): Llama in which every fourth block has no RoPE.
 
 use gptq_kernels::Pairing;
 
@@ -24,30 +24,33 @@ const DEFAULTS: Defaults = Defaults {
 pub(super) fn read(reader: &Reader<'_>) -> Result<ModelSpec, ConfigError> {
     let fields = &reader.fields;
     let sizes = Sizes::read(reader, &HONOURED, &DEFAULTS)?;
-    let turns = read_turns(reader, sizes.blocks)?;
+    let has_rope = read_has_rope(reader, sizes.blocks)?;
     let reads = Reads {
         theta: 2_000_000.0,
         ..Reads::LLAMA
     };
     let rotaries = Rotaries::one_of(reader, &sizes, &reads, Pairing::Halves)?;
-    // Where the file does not say which blocks have a window, those that do not turn.
+    // Where the file does not say which blocks have a window, those without RoPE.
     let has_window = fields.flag("use_sliding_window", false)?
         && fields.optional_size("sliding_window")?.is_some();
     let windowed = match windows::layer_types(reader, sizes.blocks)? {
         Some(windowed) => windowed,
-        None => turns.iter().map(|turns| has_window && !turns).collect(),
+        None => has_rope
+            .iter()
+            .map(|has_rope| has_window && !has_rope)
+            .collect(),
     };
     let relative = Relative {
         attention_bias: AttentionBias::all(fields.flag("attention_bias", false)?),
         mlp_bias: fields.flag("mlp_bias", false)?,
         ..Relative::new(windows::by_block(reader, windowed, None)?)
     };
-    let rotaries = rotaries.only_where(turns.into_iter());
+    let rotaries = rotaries.only_where(has_rope.into_iter());
     Ok(relative.model(reader, &sizes, rotaries))
 }
 
-/// Whether each block turns queries and keys: `no_rope_layers` has a 1 where it does.
-fn read_turns(reader: &Reader<'_>, blocks: usize) -> Result<Vec<bool>, ConfigError> {
+/// Whether each block has RoPE: `no_rope_layers` has a 1 where it does.
+fn read_has_rope(reader: &Reader<'_>, blocks: usize) -> Result<Vec<bool>, ConfigError> {
     const LIST: &str = "no_rope_layers";
     const INTERVAL: &str = "no_rope_layer_interval";
     let Some(list) = reader.fields.list(LIST, blocks)? else {
@@ -57,11 +60,11 @@ fn read_turns(reader: &Reader<'_>, blocks: usize) -> Result<Vec<bool>, ConfigErr
             n => Ok((1..=blocks).map(|count| count % n != 0).collect()),
         };
     };
-    let turns = |value: &serde_json::Value| match value.as_u64() {
+    let has_rope = |value: &serde_json::Value| match value.as_u64() {
         Some(number) => Ok(number != 0),
         None => Err(ConfigError::value(LIST, value, "a list of 0 and 1")),
     };
-    list.iter().map(turns).collect()
+    list.iter().map(has_rope).collect()
 }
 
 #[cfg(test)]
@@ -69,7 +72,7 @@ mod tests {
     use crate::arch;
     use crate::config::ConfigError;
 
-    /// Windows and whether heads turn, of four blocks.
+    /// Windows and whether there is RoPE, of four blocks.
     fn blocks(settings: &str) -> Result<Vec<(Option<usize>, bool)>, ConfigError> {
         let text = format!(
             r#"{{"model_type": "smollm3", "hidden_size": 64, "intermediate_size": 96,
@@ -83,18 +86,18 @@ mod tests {
 
     #[test]
     fn blocks_that_do_not_turn_may_have_a_window() {
-        let (turns, stands) = ((None, true), (None, false));
-        assert_eq!(blocks("").unwrap(), [turns, turns, turns, stands]);
+        let (rope, no_rope) = ((None, true), (None, false));
+        assert_eq!(blocks("").unwrap(), [rope, rope, rope, no_rope]);
         let every_other = r#", "no_rope_layer_interval": 2"#;
-        assert_eq!(blocks(every_other).unwrap(), [turns, stands, turns, stands]);
+        assert_eq!(blocks(every_other).unwrap(), [rope, no_rope, rope, no_rope]);
         let windowed = r#", "no_rope_layers": [0, 1, 1, 1], "use_sliding_window": true,
             "sliding_window": 8"#;
         assert_eq!(
             blocks(windowed).unwrap(),
-            [(Some(8), false), turns, turns, turns]
+            [(Some(8), false), rope, rope, rope]
         );
         let unused = r#", "no_rope_layers": [0, 1, 1, 1], "sliding_window": 8"#;
-        assert_eq!(blocks(unused).unwrap(), [stands, turns, turns, turns]);
+        assert_eq!(blocks(unused).unwrap(), [no_rope, rope, rope, rope]);
         for refused in [
             r#", "no_rope_layers": [0, 1]"#,
             r#", "no_rope_layers": [0, 1, 1, "x"]"#,

@@ -1,4 +1,4 @@
-//! How far back the attention of each block looks.
+//! Sliding windows of attention, block by block.
 
 use super::Reader;
 use crate::config::ConfigError;
@@ -57,7 +57,7 @@ pub(crate) fn by_block(
         .collect())
 }
 
-/// The same window in all blocks, where there is one; `layer_types` may leave some out.
+/// One window for all blocks, if there is any; `layer_types` may exempt some.
 pub(crate) fn everywhere(
     reader: &Reader<'_>,
     blocks: usize,

@@ -31,7 +31,7 @@ pub struct StepSpec {
 /// `after(output(mix(input(x))))`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct BranchSpec {
-    /// What is between its linears.
+    /// The mixer between its linears.
     pub mixer: Mixer,
     /// Linears that read `x`.
     pub input: Vec<LinearSpec>,
@@ -43,7 +43,7 @@ pub struct BranchSpec {
     pub after: Option<NormSpec>,
 }
 
-/// What a branch computes between its linears.
+/// The computation of a branch between its linears.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Mixer {
     /// Causal attention. Operands: queries, keys, values; queries alone where another block has the others.
@@ -61,7 +61,7 @@ pub enum Mixer {
 pub struct AttentionSpec {
     /// Heads, and how scores become weights.
     pub shape: AttentionShape,
-    /// Of [`super::ModelSpec::rotaries`]; none where positions are not told.
+    /// Index into [`super::ModelSpec::rotaries`]; `None` without positional encoding.
     pub rotary: Option<usize>,
     /// Norms of queries, keys and values.
     pub norms: HeadNormSpec,
@@ -73,24 +73,24 @@ pub struct AttentionSpec {
 /// the whole projection.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct HeadNormSpec {
-    /// Of queries.
+    /// Norm of queries.
     pub query: Option<NormSpec>,
-    /// Of keys.
+    /// Norm of keys.
     pub key: Option<NormSpec>,
-    /// Of values.
+    /// Norm of values.
     pub value: Option<NormSpec>,
     /// Queries and keys are normed behind the rotary embedding (Hunyuan), not before it.
     pub after_rotation: bool,
 }
 
-/// Whose keys and values a block attends to.
+/// The source of the keys and values that a block attends to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KeySource {
     /// Its own.
     Own,
     /// Its own, which later blocks read too.
     Donor,
-    /// Those of an earlier block.
+    /// Keys and values of an earlier block.
     Block(usize),
 }
 
@@ -149,9 +149,9 @@ impl CaptureGroup {
 /// A place in a block where rows can be looked at. Places are ordered as the data passes them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Tap {
-    /// Of [`BlockSpec::steps`].
+    /// Index into [`BlockSpec::steps`].
     pub step: usize,
-    /// What `output` of that branch reads; without one, what `input` of all branches reads.
+    /// The branch whose `output` reads the rows; `None`: the rows that `input` of all branches reads.
     pub branch: Option<usize>,
 }
 

@@ -92,7 +92,7 @@ impl ModelSpec {
         self.multimodal && !name.starts_with(self.decoder_prefix())
     }
 
-    /// What stands before the names of the decoder's tensors.
+    /// The prefix of the names of the decoder's tensors.
     fn decoder_prefix(&self) -> &str {
         let name = &self.embedding.name;
         &name[..name.len() - EMBEDDING.len()]
@@ -118,7 +118,7 @@ impl ModelSpec {
     pub(crate) fn check_sizes(&self) -> Result<(), ConfigError> {
         for (index, block) in self.blocks.iter().enumerate() {
             check_block(block)?;
-            self.check_borrowed_keys(index)?;
+            self.check_shared_keys(index)?;
         }
         for table in &self.rotaries {
             check_rotary(table)?;
@@ -134,23 +134,23 @@ impl ModelSpec {
 
 impl ModelSpec {
     /// A block that reads the keys of another one has as many heads, as wide, and comes behind it.
-    fn check_borrowed_keys(&self, index: usize) -> Result<(), ConfigError> {
+    fn check_shared_keys(&self, index: usize) -> Result<(), ConfigError> {
         let heads = |attention: &AttentionSpec| {
             let shape = &attention.shape;
             [shape.heads, shape.kv_heads, shape.head_dim]
         };
         for attention in self.blocks[index].attention() {
-            let KeySource::Block(lender) = attention.keys else {
+            let KeySource::Block(donor) = attention.keys else {
                 continue;
             };
-            let mut lenders = self.blocks[..index]
-                .get(lender)
+            let mut donors = self.blocks[..index]
+                .get(donor)
                 .into_iter()
                 .flat_map(BlockSpec::attention);
             let alike = |other: &AttentionSpec| {
                 other.keys == KeySource::Donor && heads(other) == heads(attention)
             };
-            if !lenders.any(alike) {
+            if !donors.any(alike) {
                 let expected = "blocks with the heads of the one whose keys they read";
                 return Err(ConfigError::value("num_kv_shared_layers", index, expected));
             }
@@ -205,7 +205,7 @@ fn check_block(block: &BlockSpec) -> Result<(), ConfigError> {
 fn check_rotary(table: &RotarySpec) -> Result<(), ConfigError> {
     let pairs = table.rotary_dim / 2;
     if pairs == 0 || table.rotary_dim > table.head_dim {
-        let expected = "a part of a head that turns";
+        let expected = "a part of a head that is rotated";
         return Err(ConfigError::value(
             "partial_rotary_factor",
             table.rotary_dim,
@@ -220,7 +220,7 @@ fn check_rotary(table: &RotarySpec) -> Result<(), ConfigError> {
             Err(ConfigError::value(
                 "long_factor",
                 found,
-                "a factor for each pair that turns",
+                "a factor for each pair that is rotated",
             ))
         }
         _ => Ok(()),

@@ -159,7 +159,7 @@ impl ModelSpec {
         arch::read(text, names)
     }
 
-    /// The same without names.
+    /// Reads a config without the names of tensors.
     pub fn parse(text: &str) -> Result<Self, ConfigError> {
         Self::read(text, &[])
     }

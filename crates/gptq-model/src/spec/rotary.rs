@@ -11,9 +11,9 @@ use crate::RopeScaling;
 pub struct RotarySpec {
     /// Width of a head.
     pub head_dim: usize,
-    /// Components of it that turn.
+    /// Components of it that are rotated.
     pub rotary_dim: usize,
-    /// Which of them turn together.
+    /// The components that are rotated together.
     pub pairing: Pairing,
     /// Base of the frequencies.
     pub theta: f64,

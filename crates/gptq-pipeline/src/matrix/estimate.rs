@@ -1,4 +1,4 @@
-//! What a branch will cost, about.
+//! Estimates of the time and memory that a branch takes.
 
 use gptq_model::spec::KeySource;
 use gptq_model::{CaptureGroup, LinearSpec, ModelSpec};
@@ -31,7 +31,7 @@ pub(super) fn flop(model: &ModelSpec, permutation: &Permutation) -> f64 {
     (0..model.blocks.len()).map(block).sum()
 }
 
-/// Those of a capture group's Hessian, factor and sweeps.
+/// Floating-point operations of a capture group's Hessian, factor and sweeps.
 fn group_flop(group: &CaptureGroup, permutation: &Permutation) -> f64 {
     let calibration = &permutation.calibration;
     let tokens = calibration.samples as f64 * calibration.seq_len as f64;
@@ -76,7 +76,7 @@ pub(super) fn memory(model: &ModelSpec, permutation: &Permutation) -> u64 {
     let activations = activations.saturating_add(kept_for_blocks(model, tokens));
     // Hidden states, a block, two sums and what is carried of a weight.
     let beside = match permutation.spec.measure() {
-        LossMeasure::QuantisedInputs => 0,
+        LossMeasure::QuantizedInputs => 0,
         LossMeasure::FloatOutputs => (tokens.saturating_mul(model.hidden_size as u128))
             .saturating_add(block)
             .saturating_add(widest.saturating_mul(widest).saturating_mul(2))
@@ -85,7 +85,7 @@ pub(super) fn memory(model: &ModelSpec, permutation: &Permutation) -> u64 {
     };
     // The Hessian of what is held out, with its sums beside a float stream.
     let held_out = match (permutation.spec.order, permutation.spec.measure()) {
-        (ColumnOrder::Auto, LossMeasure::QuantisedInputs) => widest.saturating_mul(widest * 4),
+        (ColumnOrder::Auto, LossMeasure::QuantizedInputs) => widest.saturating_mul(widest * 4),
         (ColumnOrder::Auto, LossMeasure::FloatOutputs) => widest.saturating_mul(widest * 12),
         _ => 0,
     };

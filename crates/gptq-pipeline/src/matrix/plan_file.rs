@@ -46,7 +46,7 @@ pub enum PlanError {
     Branch { branch: String, reason: String },
 }
 
-/// What a branch has where the plan says nothing: as `gptq quantize`.
+/// Settings of a branch where the plan names none: the defaults of `gptq quantize`.
 struct Defaults {
     tokens: Tokens,
     damp_percent: f64,
@@ -175,10 +175,10 @@ enum FormatName {
     GptqV2,
 }
 
-/// Reads a plan. Top-level `dataset`, `column`, `samples` or `tokens`, `seq_len`, `seed`,
-/// `window_bos` and `damp` are for all branches; a `[[branch]]` has `bits`, `group_size`, and any flag of `gptq quantize` by its long name.
-/// `seq_len` stands for what the plan says of it, so that `tokens` are counted in such windows; `effort` is
-/// that of branches that name none.
+/// Reads a plan. Top-level `dataset`, `column`, `samples` or `tokens`, `seq_len`, `seed`, `window_bos` and
+/// `damp` are for all branches; a `[[branch]]` has `bits`, `group_size`, and any flag of `gptq quantize` by its
+/// long name. `seq_len` stands for what the plan says of it, so that `tokens` are counted in such windows;
+/// `effort` is that of branches that name none.
 pub fn read_plan(
     text: &str,
     seq_len: Option<usize>,

@@ -86,7 +86,7 @@ pub struct Report {
     pub tool: String,
     /// When, in UTC.
     pub date: String,
-    /// The models that were quantised, as run records have them.
+    /// The models that were quantized, as run records have them.
     pub models: Vec<String>,
     /// What was scored; the first one is in the table of branches.
     pub texts: Vec<Text>,
@@ -126,7 +126,7 @@ pub struct Row {
     pub desc: Option<String>,
     /// Bytes of all weight files.
     pub weight_bytes: Option<u64>,
-    /// Bits for each weight of the quantised linears, grids and g_idx included.
+    /// Bits for each weight of the quantized linears, grids and g_idx included.
     pub bits_per_weight: Option<f64>,
     /// Runtimes; empty where not known.
     pub readings: Vec<Reading>,
@@ -158,7 +158,7 @@ impl Row {
 }
 
 impl Report {
-    /// Rows of quantised checkpoints, each with the number of its mark in figures.
+    /// Rows of quantized checkpoints, each with the number of its mark in figures.
     pub(super) fn branches(&self) -> impl Iterator<Item = (usize, &Row)> {
         let rows = self.rows.iter().filter(|row| !row.is_reference);
         rows.enumerate()

@@ -1,14 +1,14 @@
 //! Scores find their runs.
 //!
 //! A score belongs to the run at the path that `gptq eval` was given, else to the one run whose
-//! folder or branch has its last name. Scores of unquantised models belong to no run.
+//! folder or branch has its last name. Scores of unquantized models belong to no run.
 
 use gptq_types::{BranchRecord, EvalRecord, RunRecord};
 
 use super::data::{Found, FoundRun, Made, REPORT_SCHEMA, Report, ReportError, Row, Score, Text};
 use super::date::utc;
 use super::degraded::Degraded;
-use super::labels::{UNQUANTISED, branch_of, name_rows, plain_path, tail};
+use super::labels::{UNQUANTIZED, branch_of, name_rows, plain_path, tail};
 
 /// Two measurements of one checkpoint on one text differ by more than rounding.
 const SAME_NLL: f64 = 1e-6;
@@ -28,7 +28,7 @@ impl Open {
     /// Packing of a scored checkpoint; `None` of a float model.
     pub(super) fn kind(&self) -> Option<&str> {
         let kind = self.scores.first()?.record.kind.as_str();
-        (kind != UNQUANTISED).then_some(kind)
+        (kind != UNQUANTIZED).then_some(kind)
     }
 }
 
@@ -91,7 +91,7 @@ impl Joiner {
     fn add_file(&mut self, file: Vec<EvalRecord>, runs: usize) -> Result<(), ReportError> {
         let owners = self.owners(&file, runs)?;
         // Of a packed checkpoint alone nobody says that others are to be compared with it.
-        let compared = file.len() > 1 || file.iter().any(|record| record.kind == UNQUANTISED);
+        let compared = file.len() > 1 || file.iter().any(|record| record.kind == UNQUANTIZED);
         let mut first = None;
         for (record, owner) in file.into_iter().zip(owners) {
             let row = owner.unwrap_or_else(|| self.stranger(&record));
@@ -112,7 +112,7 @@ impl Joiner {
             .map(|record| {
                 let place = plain_path(&record.model);
                 let here = (0..runs).find(|&row| self.rows[row].place == place);
-                here.filter(|_| record.kind != UNQUANTISED)
+                here.filter(|_| record.kind != UNQUANTIZED)
             })
             .collect();
         // A run whose path was given owns that score and no other of the file.
@@ -120,7 +120,7 @@ impl Joiner {
             .filter(|row| !owners.contains(&Some(*row)))
             .collect();
         for (index, record) in file.iter().enumerate() {
-            if owners[index].is_none() && record.kind != UNQUANTISED {
+            if owners[index].is_none() && record.kind != UNQUANTIZED {
                 let owner = self.named(record, &free)?;
                 if let Some(other) = owner.and_then(|_| owners.iter().position(|o| *o == owner)) {
                     let models = (file[other].model.clone(), record.model.clone());

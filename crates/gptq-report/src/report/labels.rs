@@ -7,7 +7,7 @@ use gptq_types::{ColumnOrder, GroupSize, Method, QuantSpec};
 use super::join::Open;
 
 /// How `gptq eval` calls a float model.
-pub(super) const UNQUANTISED: &str = "unquantised";
+pub(super) const UNQUANTIZED: &str = "unquantised";
 /// Characters of a label that figures have room for.
 const LABEL_CHARACTERS: usize = 22;
 

@@ -11,7 +11,7 @@ fn decoded(kind: BlockType, parts: &[&[u8]]) -> Vec<f32> {
     let block = parts.concat();
     assert_eq!(block.len(), kind.block_bytes());
     let mut out = vec![f32::NAN; kind.block_elements()];
-    dequantise(kind, &block, &mut out);
+    dequantize(kind, &block, &mut out);
     out
 }
 

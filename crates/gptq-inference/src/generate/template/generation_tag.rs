@@ -27,7 +27,7 @@ pub(super) fn replace_generation_tags(source: &str) -> String {
 
 type Instead = Option<(&'static str, &'static str)>;
 
-/// How far a `{%` goes; a raw block goes on to its end, since nothing in it is a tag.
+/// The length of the tag at `{%`; a raw block counts up to its end, since nothing in it is a tag.
 fn block(tag: &str) -> (usize, Instead) {
     let end = expression_end(tag);
     match statement(&tag[..end]) {
@@ -38,7 +38,7 @@ fn block(tag: &str) -> (usize, Instead) {
     }
 }
 
-/// What a tag says between its signs.
+/// The statement of a tag, without its delimiters.
 fn statement(tag: &str) -> &str {
     let inside = tag.strip_prefix("{%").unwrap_or(tag);
     let inside = inside.strip_suffix("%}").unwrap_or(inside);

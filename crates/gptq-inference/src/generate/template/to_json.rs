@@ -45,7 +45,7 @@ pub(super) fn to_json(value: Value, rest: Rest<Value>) -> Result<Value, Error> {
     Ok(Value::from_safe_string(writer.text))
 }
 
-/// What a level is indented by: so many spaces, or the string itself.
+/// The indentation of a level: a number of spaces, or the string itself.
 fn indentation(indent: &Value) -> Result<Option<String>, Error> {
     if indent.is_none() {
         return Ok(None);
@@ -135,7 +135,7 @@ impl Writer {
         self.items('{', '}', keys.into_iter(), depth, write)
     }
 
-    /// What stands between two brackets; `write` writes an item, at one level more.
+    /// Writes the items between two brackets, each by `write`, one level deeper.
     fn items(
         &mut self,
         open: char,

@@ -3,7 +3,7 @@
 use super::*;
 use crate::spec::{MAX_WIDTH, WIDTH, within};
 
-/// Of each block.
+/// Attention shapes and key sources of each block.
 pub(super) struct Heads {
     pub shapes: Vec<AttentionShape>,
     pub keys: Vec<KeySource>,

@@ -1,0 +1,3 @@
+// Attention with soft-capped scores (Gemma 2).
+#define SOFT_CAP 1
+#include "attention.cuh"

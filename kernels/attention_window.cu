@@ -1,0 +1,3 @@
+// Sliding-window attention.
+#define WINDOW 1
+#include "attention.cuh"
