@@ -195,7 +195,7 @@ fn every_kernel_that_is_launched_exists_and_every_kernel_is_launched() {
     let there = kernels();
     let mut launched = BTreeSet::new();
     for (file, source) in files("src/cuda", "rs") {
-        let launches = [".launch(", ".launch_behind(", "self.flat("];
+        let launches = [".launch(", ".launch_pdl(", "self.flat("];
         if file == "launch.rs" || !launches.iter().any(|call| source.contains(call)) {
             continue;
         }

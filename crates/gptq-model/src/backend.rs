@@ -36,13 +36,13 @@ pub(crate) trait DecoderBackend: Backend + 'static {
     /// A norm's weight and bias.
     type Norm;
     /// A table of rotary cosines and sines.
-    type Turn;
+    type RotaryTable;
     /// The embedding.
     type Table;
     /// A store for activations that are needed later.
-    type Shelf;
+    type ActivationStore;
     /// An activation in a store.
-    type Kept;
+    type Offloaded;
     /// The head and the norm before it.
     type Head;
 
@@ -99,7 +99,7 @@ pub(crate) trait DecoderBackend: Backend + 'static {
     ) -> Self::Norm;
 
     /// A rotary table.
-    fn turn(on: &Self::Context, rotation: Rotation) -> Self::Turn;
+    fn rotary_table(on: &Self::Context, rotation: Rotation) -> Self::RotaryTable;
 
     /// Reads the embedding, rows of `width`.
     fn table(
@@ -121,28 +121,31 @@ pub(crate) trait DecoderBackend: Backend + 'static {
     /// Shows the rows without copying them.
     fn show(x: &Tensor<Self, 2>, look: &mut dyn FnMut(Activations<'_>));
 
-    /// Shelves for the activations of all batches.
-    fn shelves(on: &Self::Context, need: &ShelfNeed) -> Shelves<Self::Shelf>;
+    /// ActivationStores for the activations of all batches.
+    fn stores(
+        on: &Self::Context,
+        need: &ActivationSizes,
+    ) -> ActivationStores<Self::ActivationStore>;
 
     /// Empties a store, which takes activations of up to `rows` and `columns` from now on.
-    fn clear(shelf: &Self::Shelf, rows: usize, columns: usize);
+    fn clear(store: &Self::ActivationStore, rows: usize, columns: usize);
 
     /// Whether the slot `place` has room for an activation of that size.
-    fn has_room(shelf: &Self::Shelf, place: usize) -> bool;
+    fn has_room(store: &Self::ActivationStore, place: usize) -> bool;
 
-    /// Puts an activation at a place of a shelf that has room.
-    fn keep(
+    /// Puts an activation at a place of a store that has room.
+    fn offload(
         on: &Self::Context,
-        shelf: &Self::Shelf,
+        store: &Self::ActivationStore,
         place: usize,
         x: &Tensor<Self, 2>,
-    ) -> Self::Kept;
+    ) -> Self::Offloaded;
 
     /// Takes it back.
-    fn recall(on: &Self::Context, kept: Self::Kept) -> Tensor<Self, 2>;
+    fn take(on: &Self::Context, kept: Self::Offloaded) -> Tensor<Self, 2>;
 
     /// Looks at it and leaves it there.
-    fn peek(on: &Self::Context, kept: &Self::Kept) -> Tensor<Self, 2>;
+    fn fetch(on: &Self::Context, kept: &Self::Offloaded) -> Tensor<Self, 2>;
 
     /// `x [T, K]` times a weight, plus a bias.
     fn project(
@@ -173,7 +176,7 @@ pub(crate) trait DecoderBackend: Backend + 'static {
     fn rotate(
         on: &Self::Context,
         x: Tensor<Self, 2>,
-        turn: &Self::Turn,
+        rotary: &Self::RotaryTable,
         tokens: usize,
     ) -> Tensor<Self, 2>;
 
@@ -210,26 +213,26 @@ pub(crate) trait DecoderBackend: Backend + 'static {
 
 /// The activation stores of a run.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Shelves<S> {
+pub(crate) struct ActivationStores<S> {
     /// Hidden states.
     pub hidden: S,
     /// Hidden states of the float stream.
     pub float: S,
     /// Keys and values that later blocks read: a pair for each donor block of each batch, then of each batch
     /// that the float stream follows.
-    pub lent: S,
+    pub shared_kv: S,
     /// Inputs looked up by token id, of each block of each batch.
     pub by_token: S,
     /// Inputs of the output linear of the current step.
     pub inner: S,
     /// Donor blocks: those whose keys and values later blocks read.
-    pub lenders: usize,
+    pub donors: usize,
 }
 
 /// The sizes of the activations of a pass, in rows and columns.
 #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
 #[derive(Clone, Copy)]
-pub(crate) struct ShelfNeed {
+pub(crate) struct ActivationSizes {
     /// Batches.
     pub batches: usize,
     /// Rows of the longest batch.
@@ -241,7 +244,7 @@ pub(crate) struct ShelfNeed {
     /// Columns of the widest inner activation.
     pub inner: usize,
     /// Number of donor blocks, and columns of their widest keys.
-    pub lent: (usize, usize),
+    pub shared_kv: (usize, usize),
     /// Number of blocks, and columns of the input that each looks up by token id.
     pub by_token: (usize, usize),
     /// Elements of the weights of one block.
@@ -252,15 +255,15 @@ pub(crate) struct ShelfNeed {
     pub more_hessians: usize,
 }
 
-impl ShelfNeed {
+impl ActivationSizes {
     /// The sizes for a model, with batches of at most `rows`; `float` batches are in the float stream.
     pub fn of(spec: &ModelSpec, batches: usize, rows: usize, float: Option<usize>) -> Self {
         let attentions = || spec.blocks.iter().flat_map(BlockSpec::attention);
-        let lenders = || attentions().filter(|attention| attention.keys == KeySource::Donor);
+        let donors = || attentions().filter(|attention| attention.keys == KeySource::Donor);
         let outputs = (spec.blocks.iter())
             .flat_map(BlockSpec::branches)
             .map(|branch| branch.output.in_features);
-        ShelfNeed {
+        ActivationSizes {
             batches,
             rows,
             hidden: spec.hidden_size,
@@ -269,9 +272,9 @@ impl ShelfNeed {
                 .max()
                 .unwrap_or(0),
             inner: outputs.max().unwrap_or(0),
-            lent: (
-                lenders().count(),
-                lenders()
+            shared_kv: (
+                donors().count(),
+                donors()
                     .map(|attention| attention.shape.kv_heads * attention.shape.head_dim)
                     .max()
                     .unwrap_or(0),
@@ -329,10 +332,10 @@ impl DecoderBackend for Flex {
     type Context = (); // the processor
     type Vector = Vec<f32>;
     type Norm = HostNorm;
-    type Turn = Rotation;
+    type RotaryTable = Rotation;
     type Table = (Vec<f32>, usize);
-    type Shelf = ();
-    type Kept = Tensor<Self, 2>;
+    type ActivationStore = ();
+    type Offloaded = Tensor<Self, 2>;
     type Head = HostHead;
 
     /// Enough for full speed of the products, few enough that the widest temporary
@@ -400,7 +403,7 @@ impl DecoderBackend for Flex {
         }
     }
 
-    fn turn(_: &(), rotation: Rotation) -> Rotation {
+    fn rotary_table(_: &(), rotation: Rotation) -> Rotation {
         rotation
     }
 
@@ -438,14 +441,14 @@ impl DecoderBackend for Flex {
         look(Activations::Host(slice(&flex(x))));
     }
 
-    fn shelves(_: &(), need: &ShelfNeed) -> Shelves<()> {
-        Shelves {
+    fn stores(_: &(), need: &ActivationSizes) -> ActivationStores<()> {
+        ActivationStores {
             hidden: (),
             float: (),
-            lent: (),
+            shared_kv: (),
             by_token: (),
             inner: (),
-            lenders: need.lent.0,
+            donors: need.shared_kv.0,
         }
     }
 
@@ -455,15 +458,15 @@ impl DecoderBackend for Flex {
         true
     }
 
-    fn keep(_: &(), (): &(), _: usize, x: &Tensor<Self, 2>) -> Tensor<Self, 2> {
+    fn offload(_: &(), (): &(), _: usize, x: &Tensor<Self, 2>) -> Tensor<Self, 2> {
         x.clone()
     }
 
-    fn recall(_: &(), kept: Tensor<Self, 2>) -> Tensor<Self, 2> {
+    fn take(_: &(), kept: Tensor<Self, 2>) -> Tensor<Self, 2> {
         kept
     }
 
-    fn peek(_: &(), kept: &Tensor<Self, 2>) -> Tensor<Self, 2> {
+    fn fetch(_: &(), kept: &Tensor<Self, 2>) -> Tensor<Self, 2> {
         kept.clone()
     }
 
@@ -514,9 +517,9 @@ impl DecoderBackend for Flex {
         wrap(out, columns)
     }
 
-    fn rotate(_: &(), x: Tensor<Self, 2>, turn: &Rotation, tokens: usize) -> Tensor<Self, 2> {
+    fn rotate(_: &(), x: Tensor<Self, 2>, rotary: &Rotation, tokens: usize) -> Tensor<Self, 2> {
         let width = x.dims()[1];
-        change(x, |x| turn.apply(x, width, tokens))
+        change(x, |x| rotary.apply(x, width, tokens))
     }
 
     fn attend(

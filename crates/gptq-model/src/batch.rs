@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use burn::tensor::Tensor;
 
 use crate::ModelError;
-use crate::backend::{DecoderBackend, Shelves};
+use crate::backend::{ActivationStores, DecoderBackend};
 use crate::forward::Block;
 use crate::spec::{KeySource, ModelSpec, Tap};
 use crate::stream::{OnBackend, SharedKeyValues, Tables, Windows};
@@ -15,11 +15,11 @@ pub(crate) struct Batch<B: DecoderBackend> {
     pub windows: Vec<Vec<u32>>,
     pub state: RowState<B>,
     /// Inputs that each block looks up by token id, for all streams.
-    pub by_token: Vec<B::Kept>,
+    pub by_token: Vec<B::Offloaded>,
 }
 
 impl<B: DecoderBackend> Batch<B> {
-    pub fn new(windows: &[Vec<u32>], hidden: B::Kept) -> Self {
+    pub fn new(windows: &[Vec<u32>], hidden: B::Offloaded) -> Self {
         Batch {
             windows: windows.to_vec(),
             state: RowState::new(hidden),
@@ -38,48 +38,48 @@ impl<B: DecoderBackend> Batch<B> {
 
 /// The state of a batch in one stream.
 pub(crate) struct RowState<B: DecoderBackend> {
-    hidden: Option<B::Kept>, // [tokens, hidden_size]; out only while it is changed
+    hidden: Option<B::Offloaded>, // [tokens, hidden_size]; out only while it is changed
     /// Steps of the resident block that were added to the hidden states.
     done: usize,
     /// Inputs of the output linears of the current step, by branch.
-    inner: BTreeMap<usize, B::Kept>,
+    inner: BTreeMap<usize, B::Offloaded>,
     /// Keys and values for later blocks.
-    lent: BTreeMap<usize, [B::Kept; 2]>,
+    shared_kv: BTreeMap<usize, [B::Offloaded; 2]>,
 }
 
 impl<B: DecoderBackend> RowState<B> {
-    pub fn new(hidden: B::Kept) -> Self {
+    pub fn new(hidden: B::Offloaded) -> Self {
         RowState {
             hidden: Some(hidden),
             done: 0,
             inner: BTreeMap::new(),
-            lent: BTreeMap::new(),
+            shared_kv: BTreeMap::new(),
         }
     }
 
     pub fn hidden(&self, on: &B::Context) -> Tensor<B, 2> {
-        B::peek(on, self.hidden.as_ref().expect("hidden states are kept"))
+        B::fetch(on, self.hidden.as_ref().expect("hidden states are kept"))
     }
 
     fn take_hidden(&mut self, on: &B::Context) -> Tensor<B, 2> {
-        B::recall(on, self.hidden.take().expect("hidden states are kept"))
+        B::take(on, self.hidden.take().expect("hidden states are kept"))
     }
 }
 
 /// Where a batch waits, and what its windows share.
 pub(crate) struct BatchContext<'a, B: DecoderBackend> {
     pub on: &'a B::Context,
-    pub hidden: &'a B::Shelf,
+    pub hidden: &'a B::ActivationStore,
     /// For the input of an output linear; a stream that adds outputs at once needs none.
-    pub inner: Option<&'a B::Shelf>,
+    pub inner: Option<&'a B::ActivationStore>,
     /// For keys and values that later blocks read.
-    pub lent: &'a B::Shelf,
+    pub shared_kv: &'a B::ActivationStore,
     pub tables: &'a Tables<B>,
     /// Slot of the batch in each activation store.
     pub place: usize,
     /// Tokens of a window.
     pub tokens: usize,
-    pub by_token: &'a [B::Kept],
+    pub by_token: &'a [B::Offloaded],
     /// Slot of the first shared keys.
     first_shared: usize,
 }
@@ -88,35 +88,40 @@ impl<'a, B: DecoderBackend> BatchContext<'a, B> {
     /// The context of the calibration stream, whose weights are replaced.
     pub fn quantized(
         on: &'a B::Context,
-        shelves: &'a Shelves<B::Shelf>,
+        stores: &'a ActivationStores<B::ActivationStore>,
         tables: &'a Tables<B>,
         tokens: usize,
         place: usize,
-        by_token: &'a [B::Kept],
+        by_token: &'a [B::Offloaded],
     ) -> Self {
         BatchContext {
             on,
-            hidden: &shelves.hidden,
-            inner: Some(&shelves.inner),
-            lent: &shelves.lent,
+            hidden: &stores.hidden,
+            inner: Some(&stores.inner),
+            shared_kv: &stores.shared_kv,
             tables,
             place,
             tokens,
             by_token,
-            first_shared: 2 * shelves.lenders * place,
+            first_shared: 2 * stores.donors * place,
         }
     }
 
     /// The context of the float stream, whose batch has slot `place` in its own store; the calibration stream
     /// has `batches` batches.
-    pub fn beside(&self, shelves: &'a Shelves<B::Shelf>, place: usize, batches: usize) -> Self {
+    pub fn beside(
+        &self,
+        stores: &'a ActivationStores<B::ActivationStore>,
+        place: usize,
+        batches: usize,
+    ) -> Self {
         BatchContext {
             on: self.on,
-            hidden: &shelves.float,
+            hidden: &stores.float,
             inner: None,
             place,
-            first_shared: 2 * shelves.lenders * (batches + place),
-            lent: self.lent,
+            first_shared: 2 * stores.donors * (batches + place),
+            shared_kv: self.shared_kv,
             tables: self.tables,
             tokens: self.tokens,
             by_token: self.by_token,
@@ -163,10 +168,10 @@ impl<B: DecoderBackend> BlockState<B> {
 
     fn ops<'a>(&self, state: &RowState<B>, context: &BatchContext<'a, B>) -> Windows<'a, B> {
         let shared = self.reads_from.iter().map(|block| {
-            let pair = &state.lent[block];
+            let pair = &state.shared_kv[block];
             (
                 *block,
-                pair.each_ref().map(|kept| B::peek(context.on, kept)),
+                pair.each_ref().map(|kept| B::fetch(context.on, kept)),
             )
         });
         let by_token = context.by_token.get(self.index);
@@ -174,8 +179,8 @@ impl<B: DecoderBackend> BlockState<B> {
             on: context.on,
             tables: context.tables,
             tokens: context.tokens,
-            lent: shared.collect(),
-            by_token: by_token.map(|kept| B::peek(context.on, kept)),
+            shared_kv: shared.collect(),
+            by_token: by_token.map(|kept| B::fetch(context.on, kept)),
         }
     }
 
@@ -193,7 +198,12 @@ impl<B: DecoderBackend> BlockState<B> {
             true => {
                 let hidden = state.take_hidden(context.on);
                 let hidden = self.advance(&mut ops, state, hidden, tap.step)?;
-                state.hidden = Some(B::keep(context.on, context.hidden, context.place, &hidden));
+                state.hidden = Some(B::offload(
+                    context.on,
+                    context.hidden,
+                    context.place,
+                    &hidden,
+                ));
                 hidden
             }
         };
@@ -203,21 +213,26 @@ impl<B: DecoderBackend> BlockState<B> {
         };
         let x = step.branches[at].input(&mut ops, &hidden)?;
         let inner = step.branches[at].mix(&mut ops, x)?;
-        self.store_shared(&mut ops.lent, state, context);
+        self.store_shared(&mut ops.shared_kv, state, context);
         let last = at + 1 == step.branches.len();
         match context.inner {
             // The input of the first branch is stored if there is room. Otherwise it is computed again, from
             // the same values to the same bits.
-            Some(shelf) if (at == 0 || B::EVERY_INNER) && B::has_room(shelf, context.place) => {
+            Some(store) if (at == 0 || B::EVERY_INNER) && B::has_room(store, context.place) => {
                 state
                     .inner
-                    .insert(at, B::keep(context.on, shelf, context.place, &inner));
+                    .insert(at, B::offload(context.on, store, context.place, &inner));
             }
             None if last => {
                 drop(hidden);
                 let hidden = state.take_hidden(context.on);
                 let hidden = self.add_step(&mut ops, state, hidden, Some(inner.clone()))?;
-                state.hidden = Some(B::keep(context.on, context.hidden, context.place, &hidden));
+                state.hidden = Some(B::offload(
+                    context.on,
+                    context.hidden,
+                    context.place,
+                    &hidden,
+                ));
             }
             Some(_) | None => {}
         }
@@ -234,8 +249,13 @@ impl<B: DecoderBackend> BlockState<B> {
         let hidden = state.take_hidden(context.on);
         let hidden = self.advance(&mut ops, state, hidden, self.block.steps.len())?;
         let hidden = self.block.finish(&mut ops, hidden)?;
-        self.store_shared(&mut ops.lent, state, context);
-        state.hidden = Some(B::keep(context.on, context.hidden, context.place, &hidden));
+        self.store_shared(&mut ops.shared_kv, state, context);
+        state.hidden = Some(B::offload(
+            context.on,
+            context.hidden,
+            context.place,
+            &hidden,
+        ));
         state.done = 0;
         Ok(())
     }
@@ -267,7 +287,7 @@ impl<B: DecoderBackend> BlockState<B> {
         let (mut last, end) = (last, step.branches.len() - 1);
         let mut inner = Vec::with_capacity(step.branches.len());
         for (at, branch) in step.branches.iter().enumerate() {
-            let kept = state.inner.remove(&at).map(|kept| B::recall(ops.on, kept));
+            let kept = state.inner.remove(&at).map(|kept| B::take(ops.on, kept));
             let there = kept.or_else(|| last.take_if(|_| at == end));
             inner.push(match there {
                 Some(inner) => inner,
@@ -297,7 +317,7 @@ impl<B: DecoderBackend> BlockState<B> {
         };
         let place = context.first_shared + 2 * donor;
         let pair = [(&k, place), (&v, place + 1)];
-        let pair = pair.map(|(x, place)| B::keep(context.on, context.lent, place, x));
-        state.lent.insert(self.index, pair);
+        let pair = pair.map(|(x, place)| B::offload(context.on, context.shared_kv, place, x));
+        state.shared_kv.insert(self.index, pair);
     }
 }

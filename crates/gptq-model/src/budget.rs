@@ -2,7 +2,7 @@
 
 use gptq_kernels::cuda::CudaError;
 
-use crate::backend::{ShelfNeed, Shelves};
+use crate::backend::{ActivationSizes, ActivationStores};
 
 /// Memory that the driver, cuBLAS and cuSOLVER take for themselves, measured with nothing
 /// allocated: 0.6 GB on an H200, and some room.
@@ -10,7 +10,7 @@ const LIBRARIES: usize = 850 << 20;
 
 /// The part of an activation store that is on the GPU.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Fit {
+pub(crate) struct StoreBudget {
     /// Slots on the GPU.
     pub places: usize,
     /// Staging buffers for copies that overlap with the work of the GPU; none if every slot is on the GPU.
@@ -19,7 +19,7 @@ pub(crate) struct Fit {
 
 /// The size that an activation store would like to have.
 #[derive(Clone, Copy)]
-struct Wish {
+struct StoreRequest {
     bytes: usize, // of a place
     places: usize,
     slots: usize, // where not all places are on the GPU
@@ -27,7 +27,10 @@ struct Wish {
 }
 
 /// The part of each activation store that fits on the GPU beside everything else that a run needs there.
-pub(crate) fn places_on_device(need: &ShelfNeed, memory: usize) -> Result<Shelves<Fit>, CudaError> {
+pub(crate) fn places_on_device(
+    need: &ActivationSizes,
+    memory: usize,
+) -> Result<ActivationStores<StoreBudget>, CudaError> {
     let fixed = fixed_bytes(need);
     let Some(left) = memory.checked_sub(fixed) else {
         return Err(CudaError::Invalid(format!(
@@ -38,43 +41,43 @@ pub(crate) fn places_on_device(need: &ShelfNeed, memory: usize) -> Result<Shelve
         )));
     };
     let row = |columns: usize| need.rows * columns * 2;
-    let wish = |columns: usize, places: usize, slots: usize| Wish {
+    let request = |columns: usize, places: usize, slots: usize| StoreRequest {
         bytes: row(columns),
         places,
         slots,
         slot_bytes: row(columns),
     };
     let followed = need.float.unwrap_or(0);
-    let (lenders, lent) = need.lent;
+    let (donors, shared_kv) = need.shared_kv;
     let (blocks, by_token) = need.by_token;
     // The hidden states first: they are read five times a block and written twice, each time between
     // two reads; then what several blocks read, or each block once; inner ones are read twice, and all
     // written before any is read.
-    let [hidden, float, lent, by_token, inner] = divide(
+    let [hidden, float, shared_kv, by_token, inner] = divide(
         [
-            wish(need.hidden, need.batches, 2),
-            wish(need.hidden, followed, 2),
-            wish(lent, 2 * lenders * (need.batches + followed), 1),
-            wish(by_token, blocks * need.batches, 1),
-            Wish {
+            request(need.hidden, need.batches, 2),
+            request(need.hidden, followed, 2),
+            request(shared_kv, 2 * donors * (need.batches + followed), 1),
+            request(by_token, blocks * need.batches, 1),
+            StoreRequest {
                 slot_bytes: row(need.attention),
-                ..wish(need.inner, need.batches, 1)
+                ..request(need.inner, need.batches, 1)
             },
         ],
         left,
     );
-    Ok(Shelves {
+    Ok(ActivationStores {
         hidden,
         float,
-        lent,
+        shared_kv,
         by_token,
         inner,
-        lenders,
+        donors,
     })
 }
 
 /// Bytes that a run needs on the GPU apart from activation stores.
-fn fixed_bytes(need: &ShelfNeed) -> usize {
+fn fixed_bytes(need: &ActivationSizes) -> usize {
     let row = |columns: usize| need.rows * columns * 2;
     let widest = need.inner.max(need.hidden);
     // Weights of a block; a batch's temporaries, of which three are as wide as the feed-forward;
@@ -99,30 +102,30 @@ fn fixed_bytes(need: &ShelfNeed) -> usize {
         + temporaries.max(solving)
 }
 
-/// Divides `left` bytes among wishes in order. A wish that is not granted as a whole gets its staging buffers
+/// Divides `left` bytes among requests in order. A request that is not granted as a whole gets its staging buffers
 /// first, which are worth more than as many slots on the GPU; with too little memory for them there are none.
-fn divide<const N: usize>(wishes: [Wish; N], left: usize) -> [Fit; N] {
-    let whole = |wish: &Wish| wish.places * wish.bytes;
-    let slots = |wish: &Wish| match wish.places {
+fn divide<const N: usize>(requests: [StoreRequest; N], left: usize) -> [StoreBudget; N] {
+    let whole = |request: &StoreRequest| request.places * request.bytes;
+    let slots = |request: &StoreRequest| match request.places {
         0 => 0,
-        _ => wish.slots * wish.slot_bytes,
+        _ => request.slots * request.slot_bytes,
     };
     let enough = |granted: &usize| {
-        let (first, rest) = wishes.split_at(*granted);
+        let (first, rest) = requests.split_at(*granted);
         first.iter().map(whole).sum::<usize>() + rest.iter().map(slots).sum::<usize>() <= left
     };
-    let granted = (0..=wishes.len()).rev().find(enough);
+    let granted = (0..=requests.len()).rev().find(enough);
     let mut left = left;
-    let mut fits = [Fit::default(); N];
-    for (index, (fit, wish)) in fits.iter_mut().zip(&wishes).enumerate() {
-        if granted.is_some_and(|granted| index >= granted && wish.places > 0) {
-            fit.slots = wish.slots;
-            left -= slots(wish);
+    let mut fits = [StoreBudget::default(); N];
+    for (index, (fit, request)) in fits.iter_mut().zip(&requests).enumerate() {
+        if granted.is_some_and(|granted| index >= granted && request.places > 0) {
+            fit.slots = request.slots;
+            left -= slots(request);
         }
     }
-    for (fit, wish) in fits.iter_mut().zip(&wishes) {
-        fit.places = (left / wish.bytes.max(1)).min(wish.places);
-        left -= fit.places * wish.bytes;
+    for (fit, request) in fits.iter_mut().zip(&requests) {
+        fit.places = (left / request.bytes.max(1)).min(request.places);
+        left -= fit.places * request.bytes;
     }
     fits
 }
@@ -132,13 +135,13 @@ mod tests {
     use super::*;
 
     /// Llama 2 7B with 128 windows of 2048 tokens.
-    const NEED: ShelfNeed = ShelfNeed {
+    const NEED: ActivationSizes = ActivationSizes {
         batches: 32,
         rows: 8192,
         hidden: 4096,
         attention: 4096,
         inner: 11008,
-        lent: (0, 0),
+        shared_kv: (0, 0),
         by_token: (0, 0),
         block_elements: 202_375_168,
         float: None,
@@ -159,7 +162,7 @@ mod tests {
 
     #[test]
     fn a_float_stream_leaves_less_room_for_inner_activations() {
-        let need = ShelfNeed {
+        let need = ActivationSizes {
             float: Some(24),
             ..NEED
         };
@@ -172,13 +175,13 @@ mod tests {
 
     #[test]
     fn what_crosses_the_bus_has_slots_and_nothing_else_has() {
-        let need = ShelfNeed {
+        let need = ActivationSizes {
             float: Some(24),
             ..NEED
         };
         for gb in 6..20 {
             let fit = places_on_device(&need, gb * 1_000_000_000).unwrap();
-            let slots = |fit: Fit, all: usize, slots: usize| {
+            let slots = |fit: StoreBudget, all: usize, slots: usize| {
                 let want = if fit.places < all { slots } else { 0 };
                 assert_eq!(fit.slots, want, "{gb} GB: {fit:?}");
             };
@@ -190,23 +193,26 @@ mod tests {
 
     #[test]
     fn places_and_slots_are_no_more_than_what_is_left() {
-        let wishes = [(3, 32, 2), (3, 28, 2), (8, 32, 1)].map(|(bytes, places, slots)| Wish {
-            bytes,
-            places,
-            slots,
-            slot_bytes: bytes,
-        });
+        let requests =
+            [(3, 32, 2), (3, 28, 2), (8, 32, 1)].map(|(bytes, places, slots)| StoreRequest {
+                bytes,
+                places,
+                slots,
+                slot_bytes: bytes,
+            });
         let all = 3 * 32 + 3 * 28 + 8 * 32;
         for left in 0..all + 30 {
-            let taken = |(fit, wish): (&Fit, &Wish)| (fit.places + fit.slots) * wish.bytes;
-            let fits = divide(wishes, left);
-            let taken: usize = fits.iter().zip(&wishes).map(taken).sum();
+            let taken = |(fit, request): (&StoreBudget, &StoreRequest)| {
+                (fit.places + fit.slots) * request.bytes
+            };
+            let fits = divide(requests, left);
+            let taken: usize = fits.iter().zip(&requests).map(taken).sum();
             assert!(taken <= left, "{left}: {fits:?}");
             if left >= all {
                 assert_eq!(taken, all, "everything fits and nothing crosses: {fits:?}");
             }
         }
-        let little = divide(wishes, 12);
+        let little = divide(requests, 12);
         assert_eq!(little.map(|fit| fit.slots), [0; 3], "too little for slots");
         assert_eq!(little.map(|fit| fit.places), [4, 0, 0]);
     }

@@ -4,7 +4,7 @@
 //! [views](crate::burn_memory), on the one stream of [`Gpu`]. Burn itself queues no work on any of them, so its own
 //! stream never has to be waited for: memory that a dropped tensor leaves is reused by operations
 //! that stand behind it in the same stream. Copies beside that stream touch no tensor, only what
-//! belongs to a [`Shelf`].
+//! belongs to a [`ActivationStore`].
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -16,13 +16,15 @@ use burn::backend::cuda::CudaDevice;
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
 use burn_cubecl::FloatElement;
-use gptq_kernels::cuda::{Buffer, CudaError, DeviceNorm, Gpu, RowOrder, Shelf, Turn};
+use gptq_kernels::cuda::{
+    ActivationStore, Buffer, CudaError, DeviceNorm, Gpu, RotaryTable, RowOrder,
+};
 use gptq_kernels::{Activation, Activations, AttentionShape, Rotation, Weight, transpose};
 use gptq_types::{Dtype, LayerName, SourceError};
 
 use crate::ModelError;
-use crate::backend::{DecoderBackend, ShelfNeed, Shelves};
-use crate::budget::{Fit, places_on_device};
+use crate::backend::{ActivationSizes, ActivationStores, DecoderBackend};
+use crate::budget::{StoreBudget, places_on_device};
 use crate::burn_memory::view;
 use crate::device::CudaContext;
 use crate::device_rows::ScoringHead;
@@ -92,9 +94,9 @@ impl Half for half::bf16 {
     const DTYPE: Dtype = Dtype::BF16;
 }
 
-/// An activation at a place of a shelf.
+/// An activation at a place of a store.
 pub(crate) struct Placed {
-    shelf: Option<Rc<Shelf>>,
+    store: Option<Rc<ActivationStore>>,
     place: usize,
     rows: usize,
     columns: usize,
@@ -104,10 +106,10 @@ impl<E: Half> DecoderBackend for Cuda<E> {
     type Context = OnCuda;
     type Vector = Option<Buffer>;
     type Norm = Option<DeviceNorm>;
-    type Turn = Option<Turn>;
+    type RotaryTable = Option<RotaryTable>;
     type Table = Tensor<Self, 2>;
-    type Shelf = Option<Rc<Shelf>>;
-    type Kept = Placed;
+    type ActivationStore = Option<Rc<ActivationStore>>;
+    type Offloaded = Placed;
     type Head = ScoringHead;
 
     /// Large products for the Hessian: each batch reads and writes all of the sum.
@@ -160,7 +162,7 @@ impl<E: Half> DecoderBackend for Cuda<E> {
                 );
             }
             LinearValues::Packed(layer) => {
-                on.note(on.gpu().dequantise(to, &layer));
+                on.note(on.gpu().dequantize(to, &layer));
             }
         }
         out
@@ -196,8 +198,8 @@ impl<E: Half> DecoderBackend for Cuda<E> {
         on.note(device_norm(on.gpu(), kind, &weight, bias.as_deref(), eps))
     }
 
-    fn turn(on: &Self::Context, rotation: Rotation) -> Self::Turn {
-        on.note(Turn::new(on.gpu(), &rotation))
+    fn rotary_table(on: &Self::Context, rotation: Rotation) -> Self::RotaryTable {
+        on.note(RotaryTable::new(on.gpu(), &rotation))
     }
 
     fn table(
@@ -237,74 +239,86 @@ impl<E: Half> DecoderBackend for Cuda<E> {
         look(Activations::Device(view(x)));
     }
 
-    fn shelves(on: &Self::Context, need: &ShelfNeed) -> Shelves<Self::Shelf> {
-        let none = Shelves {
+    fn stores(
+        on: &Self::Context,
+        need: &ActivationSizes,
+    ) -> ActivationStores<Self::ActivationStore> {
+        let none = ActivationStores {
             hidden: None,
             float: None,
-            lent: None,
+            shared_kv: None,
             by_token: None,
             inner: None,
-            lenders: need.lent.0,
+            donors: need.shared_kv.0,
         };
         let Some(fit) = on.note(places_on_device(need, on.context.memory())) else {
             return none;
         };
-        let shelf = |places: usize, columns: [usize; 2], fit: Fit| {
+        let store = |places: usize, columns: [usize; 2], fit: StoreBudget| {
             let bytes = columns.map(|columns| need.rows * columns * 2);
-            let shelf = Shelf::new(on.gpu(), places, bytes, fit.places, fit.slots);
-            on.note(shelf).map(Rc::new)
+            let store = ActivationStore::new(on.gpu(), places, bytes, fit.places, fit.slots);
+            on.note(store).map(Rc::new)
         };
         let hidden = [need.hidden; 2];
         // A gated product that does not fit is computed again sooner than it would cross the bus twice.
         let inner = [need.inner, need.attention];
         let followed = need.float.unwrap_or(0);
-        let some = |places: usize, columns: usize, fit: Fit| match places {
+        let some = |places: usize, columns: usize, fit: StoreBudget| match places {
             0 => None,
-            _ => shelf(places, [columns; 2], fit),
+            _ => store(places, [columns; 2], fit),
         };
-        let (lenders, lent) = need.lent;
+        let (donors, shared_kv) = need.shared_kv;
         let (blocks, by_token) = need.by_token;
-        Shelves {
-            hidden: shelf(need.batches, hidden, fit.hidden),
+        ActivationStores {
+            hidden: store(need.batches, hidden, fit.hidden),
             float: some(followed, need.hidden, fit.float),
-            lent: some(2 * lenders * (need.batches + followed), lent, fit.lent),
+            shared_kv: some(
+                2 * donors * (need.batches + followed),
+                shared_kv,
+                fit.shared_kv,
+            ),
             by_token: some(blocks * need.batches, by_token, fit.by_token),
-            inner: shelf(need.batches, inner, fit.inner),
-            lenders,
+            inner: store(need.batches, inner, fit.inner),
+            donors,
         }
     }
 
-    fn clear(shelf: &Self::Shelf, rows: usize, columns: usize) {
-        if let Some(shelf) = shelf {
-            shelf.clear(rows * columns * 2);
+    fn clear(store: &Self::ActivationStore, rows: usize, columns: usize) {
+        if let Some(store) = store {
+            store.clear(rows * columns * 2);
         }
     }
 
-    fn has_room(shelf: &Self::Shelf, place: usize) -> bool {
-        shelf.as_ref().is_some_and(|shelf| shelf.has_room(place))
+    fn has_room(store: &Self::ActivationStore, place: usize) -> bool {
+        store.as_ref().is_some_and(|store| store.has_room(place))
     }
 
-    fn keep(on: &Self::Context, shelf: &Self::Shelf, place: usize, x: &Tensor<Self, 2>) -> Placed {
+    fn offload(
+        on: &Self::Context,
+        store: &Self::ActivationStore,
+        place: usize,
+        x: &Tensor<Self, 2>,
+    ) -> Placed {
         let from = view(x);
-        if let Some(shelf) = shelf {
-            on.note(shelf.put(place, from));
+        if let Some(store) = store {
+            on.note(store.put(place, from));
         }
         Placed {
-            shelf: shelf.clone(),
+            store: store.clone(),
             place,
             rows: from.rows(),
             columns: from.columns(),
         }
     }
 
-    fn recall(on: &Self::Context, kept: Placed) -> Tensor<Self, 2> {
-        Self::peek(on, &kept)
+    fn take(on: &Self::Context, kept: Placed) -> Tensor<Self, 2> {
+        Self::fetch(on, &kept)
     }
 
-    fn peek(on: &Self::Context, kept: &Placed) -> Tensor<Self, 2> {
+    fn fetch(on: &Self::Context, kept: &Placed) -> Tensor<Self, 2> {
         let out = on.blank(kept.rows, kept.columns);
-        if let Some(shelf) = &kept.shelf {
-            on.note(shelf.get(kept.place, view(&out)));
+        if let Some(store) = &kept.store {
+            on.note(store.get(kept.place, view(&out)));
         }
         out
     }
@@ -361,11 +375,11 @@ impl<E: Half> DecoderBackend for Cuda<E> {
     fn rotate(
         on: &Self::Context,
         x: Tensor<Self, 2>,
-        turn: &Self::Turn,
+        rotary: &Self::RotaryTable,
         tokens: usize,
     ) -> Tensor<Self, 2> {
-        if let Some(turn) = turn {
-            on.note(on.gpu().rotate(view(&x), turn, tokens));
+        if let Some(rotary) = rotary {
+            on.note(on.gpu().rotate(view(&x), rotary, tokens));
         }
         x
     }

@@ -8,7 +8,7 @@ use burn::tensor::Tensor;
 use gptq_kernels::{ActivationSink, Weight};
 use gptq_types::{LayerName, SourceError};
 
-use crate::backend::{DecoderBackend, ShelfNeed, Shelves};
+use crate::backend::{ActivationSizes, ActivationStores, DecoderBackend};
 use crate::batch::{Batch, BatchContext, BlockState};
 use crate::by_token::RowsByToken;
 use crate::float_stream::FloatStream;
@@ -31,7 +31,7 @@ pub(crate) struct Engine<B: DecoderBackend> {
     block: Option<BlockState<B>>,
     next: Option<(usize, JoinHandle<Result<HostBlock, SourceError>>)>,
     batches: Vec<Batch<B>>,
-    shelves: Option<Shelves<B::Shelf>>,
+    stores: Option<ActivationStores<B::ActivationStore>>,
     float: Option<FloatStream<B>>,
     more_hessians: usize, // that somebody else will keep on the device
     tables: BTreeMap<usize, Tables<B>>, // by window length
@@ -59,7 +59,7 @@ impl<B: DecoderBackend> Engine<B> {
             block: None,
             next: None,
             batches: Vec::new(),
-            shelves: None,
+            stores: None,
             more_hessians: 0,
             tables: BTreeMap::new(),
         }
@@ -138,7 +138,7 @@ impl<B: DecoderBackend> Engine<B> {
             .collect()
     }
 
-    fn need(&self, batches: &[&[Vec<u32>]]) -> ShelfNeed {
+    fn need(&self, batches: &[&[Vec<u32>]]) -> ActivationSizes {
         let rows = |batch: &&[Vec<u32>]| batch.len() * batch[0].len();
         let starts = batches.iter().scan(0, |start, batch| {
             let this = *start;
@@ -148,28 +148,28 @@ impl<B: DecoderBackend> Engine<B> {
         let followed = starts.filter(|&start| FloatStream::<B>::follows(start));
         let rows = batches.iter().map(rows).max().unwrap_or(0);
         let float = self.float.as_ref().map(|_| followed.count());
-        ShelfNeed {
+        ActivationSizes {
             more_hessians: self.more_hessians,
-            ..ShelfNeed::of(&self.spec, batches.len(), rows, float)
+            ..ActivationSizes::of(&self.spec, batches.len(), rows, float)
         }
     }
 
     /// Brings every batch to `tap` of the resident block and shows what is there.
     fn pass(&mut self, tap: Tap, look: &mut Look<'_, B>) -> Result<(), ModelError> {
         let state = self.block.as_ref().expect("a block is resident");
-        let shelves = self.shelves.as_ref().expect("windows were embedded");
+        let stores = self.stores.as_ref().expect("windows were embedded");
         if tap.branch == Some(0) {
             // All inner activations of the step before were taken back.
             let rows = self.batches.iter().map(Batch::rows).max().unwrap_or(0);
-            B::clear(&shelves.inner, rows, state.inner_columns(tap.step));
+            B::clear(&stores.inner, rows, state.inner_columns(tap.step));
         }
         let count = self.batches.len();
         for (place, batch) in self.batches.iter_mut().enumerate() {
             let (tables, tokens) = (&self.tables[&batch.tokens()], batch.tokens());
             let context =
-                BatchContext::quantized(&self.on, shelves, tables, tokens, place, &batch.by_token);
+                BatchContext::quantized(&self.on, stores, tables, tokens, place, &batch.by_token);
             let input = state.reach(tap, &mut batch.state, &context)?;
-            let beside = |place| context.beside(shelves, place, count);
+            let beside = |place| context.beside(stores, place, count);
             let float = match &mut self.float {
                 None => None,
                 Some(stream) => stream.reach(tap, place, beside)?,
@@ -199,9 +199,9 @@ impl<B: DecoderBackend> Decoder for Engine<B> {
     fn embed(&mut self, windows: &[Vec<u32>]) -> Result<(), ModelError> {
         self.batches.clear();
         self.float = self.float.take().map(|_| FloatStream::default());
-        self.shelves = None;
+        self.stores = None;
         let cut = Self::cut(windows);
-        let shelves = B::shelves(&self.on, &self.need(&cut));
+        let stores = B::stores(&self.on, &self.need(&cut));
         B::check(&self.on)?;
         let table = self.table()?;
         let inputs = self.spec.embedding.per_block.as_ref();
@@ -217,17 +217,20 @@ impl<B: DecoderBackend> Decoder for Engine<B> {
             let ids = windows.concat();
             let hidden = self.embed_ids(&table, &ids)?;
             if let Some(stream) = &mut self.float {
-                stream.embed(&self.on, start, &shelves.float, &hidden);
+                stream.embed(&self.on, start, &stores.float, &hidden);
             }
             start += ids.len();
-            let mut batch = Batch::new(windows, B::keep(&self.on, &shelves.hidden, place, &hidden));
+            let mut batch = Batch::new(
+                windows,
+                B::offload(&self.on, &stores.hidden, place, &hidden),
+            );
             if let Some((rows, inputs)) = by_token.as_ref().zip(inputs) {
                 let all = rows.of(&ids, &hidden);
                 for index in 0..blocks {
                     let first = index * inputs.width;
                     let of_block = B::columns(&self.on, &all, first..first + inputs.width);
                     let place = place * blocks + index;
-                    let kept = B::keep(&self.on, &shelves.by_token, place, &of_block);
+                    let kept = B::offload(&self.on, &stores.by_token, place, &of_block);
                     batch.by_token.push(kept);
                 }
             }
@@ -236,7 +239,7 @@ impl<B: DecoderBackend> Decoder for Engine<B> {
             (self.tables.entry(tokens))
                 .or_insert_with(|| Tables::new(&self.on, &self.spec, 0..tokens, tokens));
         }
-        self.shelves = Some(shelves);
+        self.stores = Some(stores);
         B::check(&self.on)
     }
 
@@ -272,15 +275,15 @@ impl<B: DecoderBackend> Decoder for Engine<B> {
 
     fn finish_block(&mut self) -> Result<(), ModelError> {
         let state = self.block.as_ref().expect("a block is resident");
-        let shelves = self.shelves.as_ref().expect("windows were embedded");
+        let stores = self.stores.as_ref().expect("windows were embedded");
         let count = self.batches.len();
         for (place, batch) in self.batches.iter_mut().enumerate() {
             let (tables, tokens) = (&self.tables[&batch.tokens()], batch.tokens());
             let context =
-                BatchContext::quantized(&self.on, shelves, tables, tokens, place, &batch.by_token);
+                BatchContext::quantized(&self.on, stores, tables, tokens, place, &batch.by_token);
             state.finish(&mut batch.state, &context)?;
             if let Some(stream) = &mut self.float {
-                stream.finish(place, |place| context.beside(shelves, place, count))?;
+                stream.finish(place, |place| context.beside(stores, place, count))?;
             }
         }
         B::tidy(&self.on);

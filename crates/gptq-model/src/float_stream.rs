@@ -45,13 +45,13 @@ impl<B: DecoderBackend> FloatStream<B> {
         &mut self,
         on: &B::Context,
         start: usize,
-        shelf: &B::Shelf,
+        store: &B::ActivationStore,
         hidden: &Tensor<B, 2>,
     ) {
         let place = self.batches.iter().flatten().count();
         self.batches.push(Self::follows(start).then(|| Followed {
             place,
-            state: RowState::new(B::keep(on, shelf, place, hidden)),
+            state: RowState::new(B::offload(on, store, place, hidden)),
         }));
     }
 

@@ -157,7 +157,7 @@ impl<B: DecoderBackend> Branch<OnBackend<B>> {
 }
 
 /// Cosines and sines of windows of one length, by rotary table: of queries, where theirs differ, and keys.
-pub(crate) struct Tables<B: DecoderBackend>(Vec<(Option<B::Turn>, B::Turn)>);
+pub(crate) struct Tables<B: DecoderBackend>(Vec<(Option<B::RotaryTable>, B::RotaryTable)>);
 
 impl<B: DecoderBackend> Tables<B> {
     /// Those of `positions` in texts that are `tokens` long.
@@ -165,7 +165,10 @@ impl<B: DecoderBackend> Tables<B> {
         let table = |rotary: &crate::spec::RotarySpec| {
             let queries = rotary.queries(positions.clone(), tokens);
             let keys = rotary.keys(positions.clone(), tokens);
-            (queries.map(|table| B::turn(on, table)), B::turn(on, keys))
+            (
+                queries.map(|table| B::rotary_table(on, table)),
+                B::rotary_table(on, keys),
+            )
         };
         Tables(spec.rotaries.iter().map(table).collect())
     }
@@ -181,7 +184,7 @@ pub(crate) struct Windows<'a, B: DecoderBackend> {
     /// Tokens of a window.
     pub tokens: usize,
     /// Keys and values of earlier blocks, and of this one where later ones read them.
-    pub lent: SharedKeyValues<B>,
+    pub shared_kv: SharedKeyValues<B>,
     /// The input that this block looks up by token id, `[tokens, width]`.
     pub by_token: Option<Tensor<B, 2>>,
 }
@@ -211,8 +214,8 @@ impl<B: DecoderBackend> Windows<'_, B> {
             None => x,
             Some(rotary) => {
                 let (queries, keys) = &self.tables.0[rotary];
-                let turn = queries.as_ref().filter(|_| !of_keys).unwrap_or(keys);
-                B::rotate(self.on, x, turn, self.tokens)
+                let rotary = queries.as_ref().filter(|_| !of_keys).unwrap_or(keys);
+                B::rotate(self.on, x, rotary, self.tokens)
             }
         };
         match after {
@@ -228,14 +231,15 @@ impl<B: DecoderBackend> Windows<'_, B> {
         attention: &Attention<OnBackend<B>>,
     ) -> [Tensor<B, 2>; 2] {
         if let KeySource::Block(block) = attention.spec.keys {
-            return self.lent[&block].clone();
+            return self.shared_kv[&block].clone();
         }
         let mut next = || operands.next().expect("the spec names keys and values");
         let (k, v) = (next(), next());
         let k = self.with_rope(k, attention, true);
         let v = self.normed(v, attention.norms[2].as_ref());
         if attention.spec.keys == KeySource::Donor {
-            self.lent.insert(attention.block, [k.clone(), v.clone()]);
+            self.shared_kv
+                .insert(attention.block, [k.clone(), v.clone()]);
         }
         [k, v]
     }

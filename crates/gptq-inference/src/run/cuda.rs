@@ -12,7 +12,7 @@ use gptq_model::spec::{KeySource, NormKind, NormSpec, PerBlockInputSpec, Piece};
 use gptq_model::{LinearSpec, ModelError, ModelSpec, norm_values};
 use gptq_types::Dtype;
 
-use super::device_pass::{OnGpu, Pass, Turns};
+use super::device_pass::{OnGpu, Pass, RotaryTables};
 use super::projection::{Dense, Projection};
 use super::{Lengths, RunError, Runner, memory};
 use crate::OpenedModel;
@@ -38,7 +38,7 @@ pub(super) struct GpuRunner {
     /// one block leaves in the place of attention would be padding of the next.
     padded_by_turns: bool,
     caches: Vec<Option<DeviceKeyValues>>, // of each block that has its own
-    turns: Vec<Turns>,
+    rotary_tables: Vec<RotaryTables>,
     lengths: Lengths,
     prompt: Option<Spaces>,
     newest: Option<Newest>,
@@ -179,7 +179,7 @@ impl GpuRunner {
             own_head,
             blocks,
             caches: Vec::new(),
-            turns: Vec::new(),
+            rotary_tables: Vec::new(),
             lengths: Lengths::default(),
             prompt: None,
             newest: None,
@@ -227,7 +227,7 @@ impl GpuRunner {
             spaces,
             rows,
             caches: &self.caches,
-            turns: &self.turns,
+            rotary_tables: &self.rotary_tables,
             dtype: self.dtype,
             by_token,
             padded_by_turns: self.padded_by_turns,
@@ -343,8 +343,8 @@ impl Runner for GpuRunner {
             });
             self.caches.push(cache.transpose()?);
         }
-        self.turns = (self.spec.rotaries.iter())
-            .map(|table| Turns::new(&self.gpu, table, capacity))
+        self.rotary_tables = (self.spec.rotaries.iter())
+            .map(|table| RotaryTables::new(&self.gpu, table, capacity))
             .collect::<Result<_, _>>()?;
         let logits = batch * self.spec.vocab_size * 4;
         self.newest = Some(Newest {

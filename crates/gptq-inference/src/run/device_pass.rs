@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use gptq_kernels::Activation;
 use gptq_kernels::cuda::{
-    Buffer, CudaError, DeviceKeyValues, DeviceMatrix, DeviceNorm, Gpu, HeadNorms, TextRows, Turn,
+    Buffer, CudaError, DeviceKeyValues, DeviceMatrix, DeviceNorm, Gpu, HeadNorms, RotaryTable,
+    TextRows,
 };
 use gptq_model::ModelError;
 use gptq_model::forward::{Attention, BlockOps, Weights};
@@ -25,22 +26,24 @@ impl Weights for OnGpu {
 }
 
 /// Cosines and sines of one rotary table.
-pub(super) struct Turns {
-    queries: Option<Turn>, // where they differ
-    keys: Turn,
+pub(super) struct RotaryTables {
+    queries: Option<RotaryTable>, // where they differ
+    keys: RotaryTable,
 }
 
-impl Turns {
+impl RotaryTables {
     /// Those of positions `0..capacity`.
     pub fn new(gpu: &Arc<Gpu>, table: &RotarySpec, capacity: usize) -> Result<Self, CudaError> {
         let queries = table.queries(0..capacity, capacity);
-        Ok(Turns {
-            queries: queries.map(|table| Turn::new(gpu, &table)).transpose()?,
-            keys: Turn::new(gpu, &table.keys(0..capacity, capacity))?,
+        Ok(RotaryTables {
+            queries: queries
+                .map(|table| RotaryTable::new(gpu, &table))
+                .transpose()?,
+            keys: RotaryTable::new(gpu, &table.keys(0..capacity, capacity))?,
         })
     }
 
-    fn both(&self) -> [&Turn; 2] {
+    fn both(&self) -> [&RotaryTable; 2] {
         [self.queries.as_ref().unwrap_or(&self.keys), &self.keys]
     }
 }
@@ -51,7 +54,7 @@ pub(super) struct Pass<'a> {
     pub spaces: &'a Spaces,
     pub rows: TextRows<'a>,
     pub caches: &'a [Option<DeviceKeyValues>],
-    pub turns: &'a [Turns],
+    pub rotary_tables: &'a [RotaryTables],
     pub dtype: Dtype,
     /// What all blocks looked up by token id, `[rows, blocks * width]`.
     pub by_token: Option<DeviceMatrix<'a>>,
@@ -151,15 +154,15 @@ impl<'a> Pass<'a> {
             value: of_v,
             after_rotation: attention.spec.norms.after_rotation,
         };
-        let turns = attention
+        let rotary_tables = attention
             .spec
             .rotary
-            .map(|rotary| self.turns[rotary].both());
+            .map(|rotary| self.rotary_tables[rotary].both());
         let cache = self.caches[block]
             .as_ref()
             .expect("a block with keys of its own");
         let queries = self.matrix(&self.spaces.queries, x.at.rows(), shape.heads * d);
-        cache.store(queries, q, kv, self.rows, &norms, turns)?;
+        cache.store(queries, q, kv, self.rows, &norms, rotary_tables)?;
         Ok((cache, queries))
     }
 }

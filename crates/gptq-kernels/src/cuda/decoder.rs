@@ -14,8 +14,8 @@ use super::view::{DeviceMatrix, DeviceSlice};
 use crate::{Pairing, Rotation};
 
 /// Cosines and sines on the GPU, f32 `[positions, rotary_dim / 2]`, and which components of a head of
-/// `head_dim` they turn.
-pub struct Turn {
+/// `head_dim` they rotate.
+pub struct RotaryTable {
     cosine: Buffer,
     sine: Buffer,
     pub(super) head_dim: usize,
@@ -23,11 +23,11 @@ pub struct Turn {
     pub(super) pairing: Pairing,
 }
 
-impl Turn {
+impl RotaryTable {
     /// A copy of a table.
-    pub fn new(gpu: &Arc<Gpu>, rotation: &Rotation) -> Result<Turn, CudaError> {
+    pub fn new(gpu: &Arc<Gpu>, rotation: &Rotation) -> Result<RotaryTable, CudaError> {
         let (cosine, sine) = rotation.tables();
-        Ok(Turn {
+        Ok(RotaryTable {
             cosine: Buffer::from_host(gpu, cosine)?,
             sine: Buffer::from_host(gpu, sine)?,
             head_dim: rotation.head_dim(),
@@ -131,20 +131,25 @@ impl Gpu {
     }
 
     /// Rotary embedding in place; row `r` stands at position `r % tokens` of the table.
-    pub fn rotate(&self, x: DeviceMatrix, turn: &Turn, tokens: usize) -> Result<(), CudaError> {
-        let heads = x.contiguous().half().columns / turn.head_dim;
-        assert_eq!(heads * turn.head_dim, x.columns, "whole heads");
+    pub fn rotate(
+        &self,
+        x: DeviceMatrix,
+        rotary: &RotaryTable,
+        tokens: usize,
+    ) -> Result<(), CudaError> {
+        let heads = x.contiguous().half().columns / rotary.head_dim;
+        assert_eq!(heads * rotary.head_dim, x.columns, "whole heads");
         assert!(tokens <= turn.positions(), "positions of the table");
         let args = [
             x.address.into(),
-            (&turn.cosine).into(),
-            (&turn.sine).into(),
+            (&rotary.cosine).into(),
+            (&rotary.sine).into(),
             (heads as i32).into(),
-            (turn.head_dim as i32).into(),
-            ((turn.rotary_dim / 2) as i32).into(),
+            (rotary.head_dim as i32).into(),
+            ((rotary.rotary_dim / 2) as i32).into(),
             (tokens as i32).into(),
         ];
-        let name = match turn.pairing {
+        let name = match rotary.pairing {
             Pairing::Halves => "rope",
             Pairing::Interleaved => "rope_interleaved",
         };
@@ -194,7 +199,7 @@ impl Gpu {
     }
 
     /// The same for a kernel that waits itself for the one before.
-    fn flat_behind(
+    fn flat_pdl(
         &self,
         program: Program,
         name: &'static str,
@@ -203,7 +208,7 @@ impl Gpu {
     ) -> Result<(), CudaError> {
         let (grid, block) = ([threads.div_ceil(LINE), 1, 1], [LINE, 1, 1]);
         // SAFETY: as for `flat`.
-        unsafe { self.launch_behind(program, name, grid, block, 0, args) }
+        unsafe { self.launch_pdl(program, name, grid, block, 0, args) }
     }
 
     /// A decoder's program for what knows no sixteen-bit floats: the one that is loaded.
@@ -233,14 +238,14 @@ impl Gpu {
             factor.into(),
             (count as i64).into(),
         ];
-        self.flat_behind(program(x.dtype), "add_scaled", count.div_ceil(8), &args)
+        self.flat_pdl(program(x.dtype), "add_scaled", count.div_ceil(8), &args)
     }
 
     /// `x *= factor`.
     pub fn scale(&self, x: DeviceMatrix, factor: f32) -> Result<(), CudaError> {
         let count = x.contiguous().half().elements();
         let args = [x.address.into(), factor.into(), (count as i64).into()];
-        self.flat_behind(program(x.dtype), "scale", count.div_ceil(8), &args)
+        self.flat_pdl(program(x.dtype), "scale", count.div_ceil(8), &args)
     }
 
     /// `x = cap * tanh(x / cap)` in f32 (Gemma 2).
@@ -248,7 +253,7 @@ impl Gpu {
         assert_eq!(x.dtype, Dtype::F32, "type of logits");
         let count = x.contiguous().elements();
         let args = [x.address.into(), cap.into(), (count as i64).into()];
-        self.flat_behind(self.any_decoder(), "soft_cap", count, &args)
+        self.flat_pdl(self.any_decoder(), "soft_cap", count, &args)
     }
 
     /// Where the first element of `x` is that is infinite or no number; waits for all work queued so far.
@@ -278,7 +283,7 @@ impl Gpu {
     }
 
     /// `out [N, K] = scale * (code - zero)` of a packed layer, computed in f32 and rounded once.
-    pub fn dequantise(
+    pub fn dequantize(
         self: &Arc<Self>,
         out: DeviceMatrix,
         layer: &SolvedLayer,

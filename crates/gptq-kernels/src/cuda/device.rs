@@ -8,7 +8,7 @@ use cudarc::cublas::sys as blas;
 use cudarc::cusolver::sys as solver;
 use cudarc::driver::{CudaContext, CudaEvent, CudaStream, sys};
 
-use super::arrival::Pool;
+use super::download::PinnedPool;
 use super::error::{CudaError, Named};
 use super::graph::alone;
 use super::memory::{Buffer, Recordings, Staging};
@@ -36,7 +36,7 @@ pub struct Gpu {
     pub(super) home: Arc<CudaStream>,
     /// Activations come back beside it.
     pub(super) back: Arc<CudaStream>,
-    pub(super) pool_of_pinned: Arc<Mutex<Pool>>,
+    pub(super) pinned_pool: Arc<Mutex<PinnedPool>>,
     ordinal: usize,
     name: String,
     pub(super) capability: (i32, i32),
@@ -158,7 +158,7 @@ impl Gpu {
             recordings: RefCell::default(),
             home,
             back,
-            pool_of_pinned: Arc::default(),
+            pinned_pool: Arc::default(),
             ordinal,
             capability,
         };

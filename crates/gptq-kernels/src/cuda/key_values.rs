@@ -7,7 +7,7 @@ use gptq_types::Dtype;
 
 use super::Gpu;
 use super::attention::expect_heads;
-use super::decoder::Turn;
+use super::decoder::RotaryTable;
 use super::error::CudaError;
 use super::launch::Arg;
 use super::memory::Buffer;
@@ -88,7 +88,7 @@ pub struct HeadNorms<'a> {
     pub key: Option<&'a DeviceNorm>,
     /// Of values.
     pub value: Option<&'a DeviceNorm>,
-    /// Whether queries and keys are normed when they have been turned, not before.
+    /// Whether queries and keys are normed when they have been rotated, not before.
     pub after_rotation: bool,
 }
 
@@ -119,13 +119,13 @@ struct Placed<'a> {
     kv: Option<[DeviceMatrix<'a>; 2]>,
     rows: RawRows,
     norms: &'a HeadNorms<'a>,
-    turns: Option<[&'a Turn; 2]>,
+    rotary_tables: Option<[&'a RotaryTable; 2]>,
 }
 
 impl Placed<'_> {
-    /// The table of all heads, where whole heads are turned by halves: most models.
-    fn common(&self) -> Option<&Turn> {
-        let [of_q, of_k] = self.turns?;
+    /// The table of all heads, where whole heads are rotated by halves: most models.
+    fn common(&self) -> Option<&RotaryTable> {
+        let [of_q, of_k] = self.rotary_tables?;
         let common = of_q.addresses() == of_k.addresses()
             && of_q.pairing == Pairing::Halves
             && of_q.rotary_dim == of_q.head_dim
@@ -179,7 +179,7 @@ impl DeviceKeyValues {
         })
     }
 
-    /// Norms heads where `norms` says so, turns queries by the first of `turns` and keys by the second
+    /// Norms heads where `norms` says so, rotary_tables queries by the first of `rotary_tables` and keys by the second
     /// (not at all without them), stores keys and values, and leaves the queries in
     /// `out [rows, heads * head_dim]`. Without `kv` only queries are placed: the block attends to what
     /// another one stored, with as many heads as `q` has. Values may be read where keys are.
@@ -193,11 +193,14 @@ impl DeviceKeyValues {
         kv: Option<[DeviceMatrix; 2]>,
         rows: TextRows,
         norms: &HeadNorms,
-        turns: Option<[&Turn; 2]>,
+        rotary_tables: Option<[&RotaryTable; 2]>,
     ) -> Result<(), CudaError> {
         self.expect_rows(out, q, kv, rows);
-        for turn in turns.into_iter().flatten() {
-            assert_eq!(turn.head_dim, self.shape.head_dim, "heads that are turned");
+        for rotary in rotary_tables.into_iter().flatten() {
+            assert_eq!(
+                rotary.head_dim, self.shape.head_dim,
+                "heads that are rotated"
+            );
             assert!(turn.positions() >= self.capacity, "positions of the table");
         }
         let rows = rows.raw();
@@ -207,11 +210,11 @@ impl DeviceKeyValues {
             kv,
             rows,
             norms,
-            turns,
+            rotary_tables,
         };
         match (placed.common(), kv) {
-            (Some(turn), Some([k, v])) if k.pitch == v.pitch => {
-                self.place_common(&placed, [k, v], turn)
+            (Some(rotary), Some([k, v])) if k.pitch == v.pitch => {
+                self.place_common(&placed, [k, v], rotary)
             }
             _ => self.place_any(&placed),
         }
@@ -256,12 +259,12 @@ impl DeviceKeyValues {
         }
     }
 
-    /// Keys and values of as many columns, whole heads turned by halves of one table.
+    /// Keys and values of as many columns, whole heads rotated by halves of one table.
     fn place_common(
         &self,
         placed: &Placed,
         [k, v]: [DeviceMatrix; 2],
-        turn: &Turn,
+        rotary: &RotaryTable,
     ) -> Result<(), CudaError> {
         let AttentionShape {
             kv_heads, head_dim, ..
@@ -277,7 +280,7 @@ impl DeviceKeyValues {
             false => ("qk_norm_rope_cache_1", 1),
         };
         let lanes = Placed::lanes(head_dim, values);
-        let (cosine, sine) = turn.addresses();
+        let (cosine, sine) = rotary.addresses();
         let [q_norm, k_norm, _] = placed.norms.weights(head_dim);
         let args = [
             placed.out.address.into(),
@@ -303,7 +306,7 @@ impl DeviceKeyValues {
         let teams = heads + 2 * kv_heads;
         let grid = [(teams * lanes).div_ceil(256), placed.q.rows, 1];
         // SAFETY: the rows fit the cache, whose positions the caller counts in `held`.
-        unsafe { (self.gpu).launch_behind(program(self.dtype), name, grid, [256, 1, 1], 0, &args) }
+        unsafe { (self.gpu).launch_pdl(program(self.dtype), name, grid, [256, 1, 1], 0, &args) }
     }
 
     /// Everything else.
@@ -314,15 +317,15 @@ impl DeviceKeyValues {
         let Placed { q, norms, .. } = *placed;
         let heads = q.columns / head_dim;
         let [k, v] = placed.kv.unwrap_or([q; 2]);
-        let [of_q, of_k] = match placed.turns {
-            Some(turns) => turns.map(Some),
+        let [of_q, of_k] = match placed.rotary_tables {
+            Some(rotary_tables) => rotary_tables.map(Some),
             None => [None; 2],
         };
-        let turning = of_q.map_or(0, |turn| turn.rotary_dim / 2);
-        let pairing = of_q.map_or(Pairing::Halves, |turn| turn.pairing);
+        let turning = of_q.map_or(0, |rotary| rotary.rotary_dim / 2);
+        let pairing = of_q.map_or(Pairing::Halves, |rotary| rotary.pairing);
         if let (Some(of_q), Some(of_k)) = (of_q, of_k) {
-            let kind = |turn: &Turn| (turn.rotary_dim, turn.pairing);
-            assert_eq!(kind(of_q), kind(of_k), "queries and keys turn alike");
+            let kind = |rotary: &RotaryTable| (rotary.rotary_dim, rotary.pairing);
+            assert_eq!(kind(of_q), kind(of_k), "queries and keys are rotated alike");
         }
         let passing = head_dim / 2 - turning;
         let eights = by_eights(
@@ -346,8 +349,8 @@ impl DeviceKeyValues {
             v.address.into(),
         ];
         args.extend(norms.weights(head_dim));
-        for turn in [of_q, of_k] {
-            let (cosine, sine) = turn.map_or((0, 0), Turn::addresses);
+        for rotary in [of_q, of_k] {
+            let (cosine, sine) = rotary.map_or((0, 0), RotaryTable::addresses);
             args.push(cosine.into());
             args.push(sine.into());
         }
@@ -369,7 +372,7 @@ impl DeviceKeyValues {
         let teams = heads + 2 * stored;
         let grid = [(teams * lanes).div_ceil(256), placed.q.rows, 1];
         // SAFETY: as for `place_common`; without keys none is stored.
-        unsafe { (self.gpu).launch_behind(others(self.dtype), name, grid, [256, 1, 1], 0, &args) }
+        unsafe { (self.gpu).launch_pdl(others(self.dtype), name, grid, [256, 1, 1], 0, &args) }
     }
 
     fn matrix<'a>(&self, cache: &'a Buffer) -> DeviceMatrix<'a> {
@@ -433,7 +436,7 @@ impl DeviceKeyValues {
         let grid = [shares, over, self.sequences];
         let program = attention(self.dtype, shape);
         // SAFETY: the caches hold what `held` counts; a part for every share.
-        unsafe { (self.gpu).launch_behind(program, name, grid, [128, 1, 1], shared, &args)? };
+        unsafe { (self.gpu).launch_pdl(program, name, grid, [128, 1, 1], shared, &args)? };
         let args = [
             out.address.into(),
             (&*parts).into(),
@@ -447,7 +450,7 @@ impl DeviceKeyValues {
         ];
         let (grid, block) = ([heads, self.sequences, 1], [d.next_multiple_of(32), 1, 1]);
         // SAFETY: out has a row of the order's width a sequence.
-        unsafe { (self.gpu).launch_behind(program, "merge_splits", grid, block, 0, &args) }
+        unsafe { (self.gpu).launch_pdl(program, "merge_splits", grid, block, 0, &args) }
     }
 
     fn newest(&self, shape: AttentionShape) -> Result<Newest, CudaError> {
@@ -549,7 +552,7 @@ fn attention(dtype: Dtype, shape: AttentionShape) -> Program {
     let bf16 = dtype == Dtype::BF16;
     match (shape.soft_cap.is_some(), shape.window.is_some()) {
         (false, false) => program(dtype),
-        (cap, window) => Program::Attend { bf16, cap, window },
+        (cap, window) => Program::Attention { bf16, cap, window },
     }
 }
 
@@ -608,7 +611,7 @@ impl Gpu {
         let grid = [q.rows.div_ceil(queries), shape.heads, 1];
         let (program, block) = (attention(q.dtype, shape), [threads, 1, 1]);
         // SAFETY: keys and values have first + rows rows; out is as large as q.
-        unsafe { self.launch_behind(program, name, grid, block, shared, &args)? };
+        unsafe { self.launch_pdl(program, name, grid, block, shared, &args)? };
         Ok(true)
     }
 }

@@ -103,7 +103,7 @@ impl Gpu {
     /// As [`Gpu::launch`]. Before `pdl_wait` the kernel writes no global memory, and reads only what the kernel
     /// before it does not write; some thread of every block waits before it triggers the next kernel
     /// (`pdl_trigger`). Copies do not overlap: a kernel behind one begins after it.
-    pub(super) unsafe fn launch_behind(
+    pub(super) unsafe fn launch_pdl(
         &self,
         program: Program,
         name: &'static str,

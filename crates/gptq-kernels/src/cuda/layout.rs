@@ -9,7 +9,7 @@ use rayon::prelude::*;
 pub(super) const TILE: usize = 16;
 pub(super) const RUN: usize = 64;
 /// What the positions are padded to.
-pub(super) const STEP: usize = 128;
+pub(super) const K_STEP: usize = 128;
 /// Positions that share a scale are a multiple of it.
 pub(super) const GRANULE: usize = 32;
 pub(super) const LANES: usize = 32;
@@ -35,7 +35,7 @@ impl Positions {
             channels.resize(channels.len().next_multiple_of(GRANULE), -1);
             of_granule.resize(channels.len() / GRANULE, group);
         }
-        let padded = channels.len().next_multiple_of(STEP);
+        let padded = channels.len().next_multiple_of(K_STEP);
         channels.resize(padded, -1);
         of_granule.resize(padded / GRANULE, *of_granule.last().unwrap_or(&0));
         let alike = |size: usize| {
@@ -133,7 +133,7 @@ pub(super) struct Laid {
 impl Laid {
     pub fn new(layer: &SolvedLayer, positions: &Positions, one_zero: bool, dtype: Dtype) -> Self {
         let n = layer.out_features;
-        let (steps, tiles) = (positions.channels.len() / STEP, n.div_ceil(TILE));
+        let (steps, tiles) = (positions.channels.len() / K_STEP, n.div_ceil(TILE));
         let code = |position: usize, output: usize| match positions.channels[position] {
             _ if output >= n => 0,
             channel @ 0.. => u32::from(layer.codes[channel as usize * n + output]),

@@ -9,12 +9,13 @@
 // The one place in the workspace that calls foreign code.
 #![allow(unsafe_code)]
 
-mod arrival;
+mod activation_store;
 mod attention;
 mod cholesky;
 mod decoder;
 mod descent;
 mod device;
+mod download;
 mod error;
 mod graph;
 mod hessian;
@@ -30,12 +31,12 @@ mod probe;
 mod product;
 mod program;
 mod score;
-mod shelf;
 mod sweep;
 mod text;
 mod view;
 
-pub use decoder::Turn;
+pub use activation_store::ActivationStore;
+pub use decoder::RotaryTable;
 pub use device::{Gpu, KeptOpen, Mark, MemoryUse, WorkingSpace};
 pub use error::CudaError;
 pub use graph::Recorded;
@@ -46,7 +47,6 @@ pub use norm::DeviceNorm;
 pub use packed::PackedLinear;
 pub use probe::{Found, check, devices, libraries};
 pub use score::{DeviceHead, RowScore, States};
-pub use shelf::Shelf;
 pub use sweep::{
     Cost, RawGridRule, SWEEP_CHANNELS, Step, SweepPlan, Swept, SweptDownload, SweptHost,
 };

@@ -2,7 +2,7 @@
 
 use super::error::CudaError;
 use super::launch::Arg;
-use super::layout::{GRANULE, LANES, STEP, TILE};
+use super::layout::{GRANULE, K_STEP, LANES, TILE};
 use super::memory::Buffer;
 use super::packed::PackedLinear;
 use super::view::DeviceMatrix;
@@ -38,7 +38,7 @@ impl PackedLinear {
     ) -> Result<(), CudaError> {
         assert_eq!(
             x.contiguous().columns,
-            self.steps * STEP,
+            self.steps * K_STEP,
             "places of the order"
         );
         out.contiguous()
@@ -72,7 +72,7 @@ impl PackedLinear {
 
     /// One zero, and a scale for each whole step.
     fn is_plain(&self) -> bool {
-        self.granule * GRANULE == STEP && self.zeros.is_none()
+        self.granule * GRANULE == K_STEP && self.zeros.is_none()
     }
 
     fn multiply_few(&self, out: DeviceMatrix, x: DeviceMatrix, add: bool) -> Result<(), CudaError> {
@@ -89,7 +89,7 @@ impl PackedLinear {
         let args = self.arguments(out, x, add);
         let (program, name) = (self.program(), few.name(self.is_plain()));
         // SAFETY: out has rows x N elements, x as many columns as positions, asserted before.
-        unsafe { (self.gpu).launch_behind(program, name, grid, block, few.shared(), &args) }
+        unsafe { (self.gpu).launch_pdl(program, name, grid, block, few.shared(), &args) }
     }
 
     fn multiply_more(
@@ -129,7 +129,7 @@ impl PackedLinear {
         };
         let (grid, block) = ([blocks, over, shares], [128 * wide, 1, 1]);
         // SAFETY: as above; parts and counters for every block.
-        unsafe { (self.gpu).launch_behind(self.program(), name, grid, block, shared, &args) }
+        unsafe { (self.gpu).launch_pdl(self.program(), name, grid, block, shared, &args) }
     }
 
     fn multiply_many(
@@ -138,7 +138,7 @@ impl PackedLinear {
         x: DeviceMatrix,
         add: bool,
     ) -> Result<(), CudaError> {
-        let stride = self.steps * STEP;
+        let stride = self.steps * K_STEP;
         let most = WIDENED_OUTPUTS.min(self.outputs.next_multiple_of(TILE));
         let place = self.gpu.scratch("widened", most * stride * 2)?;
         for first in (0..self.outputs).step_by(WIDENED_OUTPUTS) {
@@ -189,7 +189,7 @@ impl Few {
     }
 
     fn with(bits: usize, eights: usize, warps: usize, room: usize) -> Few {
-        let slot = eights * 8 * STEP * 2 + warps * 2 * (bits * 256 + 256);
+        let slot = eights * 8 * K_STEP * 2 + warps * 2 * (bits * 256 + 256);
         let mut teams = match warps {
             1 => 8,
             6 => 2,
@@ -253,7 +253,7 @@ fn shares(alone: Option<f64>, steps: usize, blocks: usize, multiprocessors: usiz
 fn more_shared(bits: i32, eights: usize, wide: usize) -> usize {
     let of_warp = bits as usize * LANES * 8 + 2 * 8 * 16;
     let stages = if bits == 4 { 4 } else { 3 };
-    stages * (8 * eights * STEP * 2 + 4 * wide * of_warp)
+    stages * (8 * eights * K_STEP * 2 + 4 * wide * of_warp)
 }
 
 /// Eights of rows of a block, and its warpgroups: the most for which there is shared memory.

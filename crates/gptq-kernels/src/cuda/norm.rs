@@ -133,7 +133,7 @@ impl Gpu {
             Kind::Layer => others(x.dtype),
         };
         // SAFETY: out has rows of the order's width.
-        unsafe { self.launch_behind(program, name, grid, block, shared, &args) }
+        unsafe { self.launch_pdl(program, name, grid, block, shared, &args) }
     }
 
     /// The norm of runs of `norm.width()` columns of `x`, in their natural order.
@@ -166,7 +166,7 @@ impl Gpu {
         let (name, grid) = (norm.pick(names, eights), [rows * runs, 1, 1]);
         let (block, shared) = (norm.block(eights), norm.bytes());
         // SAFETY: the runs lie inside the rows.
-        unsafe { self.launch_behind(others(x.dtype), name, grid, block, shared, &args) }
+        unsafe { self.launch_pdl(others(x.dtype), name, grid, block, shared, &args) }
     }
 
     /// `hidden += factor * norm(y)`; the norm, the product and the sum are each rounded.
@@ -193,6 +193,6 @@ impl Gpu {
         let (name, grid) = (norm.pick(names, eights), [hidden.rows, 1, 1]);
         let (block, shared) = (norm.block(eights), norm.bytes());
         // SAFETY: both have rows of the norm's width.
-        unsafe { self.launch_behind(others(hidden.dtype), name, grid, block, shared, &args) }
+        unsafe { self.launch_pdl(others(hidden.dtype), name, grid, block, shared, &args) }
     }
 }

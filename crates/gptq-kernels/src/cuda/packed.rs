@@ -8,7 +8,7 @@ use gptq_types::{Bits, Dtype, SolvedLayer};
 use super::Gpu;
 use super::decoder::expect_consistent;
 use super::error::CudaError;
-use super::layout::{LANES, Laid, Positions, STEP, TILE};
+use super::layout::{K_STEP, LANES, Laid, Positions, TILE};
 use super::memory::Buffer;
 use super::program::Program;
 use super::text::RowOrder;
@@ -130,7 +130,7 @@ impl PackedLinear {
                 false => Some(join(|laid| &laid.zeros)?),
             },
             zero: f32::from(common),
-            steps: positions.channels.len() / STEP,
+            steps: positions.channels.len() / K_STEP,
             granule: positions.granule,
             channels,
             places,
@@ -196,7 +196,7 @@ impl PackedLinear {
         RowOrder {
             channels: self.channels.as_ref(),
             places: self.places.as_ref(),
-            width: self.steps * STEP,
+            width: self.steps * K_STEP,
         }
     }
 
@@ -207,8 +207,8 @@ impl PackedLinear {
             (0, _) => Ok(()),
             (_, None) => self.multiply_ordered(out, x, add),
             (rows, Some(channels)) => {
-                let columns = self.steps * STEP;
-                let place = self.gpu.scratch("arranged", rows * columns * 2)?;
+                let columns = self.steps * K_STEP;
+                let place = self.gpu.scratch("gathered", rows * columns * 2)?;
                 let there = place.matrix([rows, columns], x.dtype);
                 self.arrange(there, x, channels)?;
                 self.multiply_ordered(out, there, add)
@@ -249,7 +249,7 @@ impl PackedLinear {
         let (program, shared) = (self.program(), of_block * row);
         // SAFETY: the place holds rows x stride elements, a channel for each of stride.
         unsafe {
-            (self.gpu).launch_behind(
+            (self.gpu).launch_pdl(
                 program,
                 "gather_columns",
                 grid,

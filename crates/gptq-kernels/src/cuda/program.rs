@@ -11,8 +11,8 @@ use super::error::CudaError;
 /// A file of `kernels/`, compiled for one 16-bit float type and, for packed products, one width of codes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Program {
-    /// Attention with soft-capped scores, a sliding window, or both; without either it is in `Text`.
-    Attend {
+    /// Attention with soft-capped scores, a sliding window, or both; without either it is in `LlamaBlock`.
+    Attention {
         bf16: bool,
         cap: bool,
         window: bool,
@@ -32,7 +32,7 @@ pub(super) enum Program {
     Sweep {
         bf16: bool,
     },
-    Text {
+    LlamaBlock {
         bf16: bool,
     },
 }
@@ -72,61 +72,61 @@ impl Program {
         let mut all = vec![Program::Descent, Program::Hessian];
         for bf16 in [false, true] {
             for (cap, window) in [(true, false), (false, true), (true, true)] {
-                all.push(Program::Attend { bf16, cap, window });
+                all.push(Program::Attention { bf16, cap, window });
             }
             all.extend([Program::Decoder { bf16 }, Program::OtherBlocks { bf16 }]);
             all.extend([4, 8].map(|bits| Program::Packed { bf16, bits }));
-            all.extend([Program::Sweep { bf16 }, Program::Text { bf16 }]);
+            all.extend([Program::Sweep { bf16 }, Program::LlamaBlock { bf16 }]);
         }
         all
     }
 
     fn file(self) -> &'static str {
         match self {
-            Program::Attend {
+            Program::Attention {
                 cap: true, window, ..
             } => match window {
                 true => "attention_softcap_window.cu",
                 false => "attention_softcap.cu",
             },
-            Program::Attend { cap: false, .. } => "attention_window.cu",
+            Program::Attention { cap: false, .. } => "attention_window.cu",
             Program::Decoder { .. } => "decoder.cu",
             Program::Descent => "descent.cu",
             Program::Hessian => "hessian.cu",
             Program::OtherBlocks { .. } => "other_blocks.cu",
             Program::Packed { .. } => "packed.cu",
             Program::Sweep { .. } => "sweep.cu",
-            Program::Text { .. } => "llama_block.cu",
+            Program::LlamaBlock { .. } => "llama_block.cu",
         }
     }
 
     fn source(self) -> &'static str {
         match self {
-            Program::Attend {
+            Program::Attention {
                 cap: true, window, ..
             } => match window {
                 true => source!("attention_softcap_window.cu"),
                 false => source!("attention_softcap.cu"),
             },
-            Program::Attend { cap: false, .. } => source!("attention_window.cu"),
+            Program::Attention { cap: false, .. } => source!("attention_window.cu"),
             Program::Decoder { .. } => source!("decoder.cu"),
             Program::Descent => source!("descent.cu"),
             Program::Hessian => source!("hessian.cu"),
             Program::OtherBlocks { .. } => source!("other_blocks.cu"),
             Program::Packed { .. } => source!("packed.cu"),
             Program::Sweep { .. } => source!("sweep.cu"),
-            Program::Text { .. } => source!("llama_block.cu"),
+            Program::LlamaBlock { .. } => source!("llama_block.cu"),
         }
     }
 
     fn bf16(self) -> bool {
         match self {
-            Program::Attend { bf16, .. }
+            Program::Attention { bf16, .. }
             | Program::Decoder { bf16 }
             | Program::OtherBlocks { bf16 }
             | Program::Packed { bf16, .. }
             | Program::Sweep { bf16 }
-            | Program::Text { bf16 } => bf16,
+            | Program::LlamaBlock { bf16 } => bf16,
             Program::Descent | Program::Hessian => false,
         }
     }

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use gptq_types::Dtype;
 
 use super::Gpu;
-use super::arrival::Download;
 use super::descent::DescentOrder;
+use super::download::Download;
 use super::error::CudaError;
 use super::hessian::{DeviceFactor, DeviceHessian, DeviceOutputMismatch, expect_permutation};
 use super::memory::Buffer;

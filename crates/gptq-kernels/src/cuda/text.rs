@@ -20,7 +20,7 @@ const MOST_ROWS: usize = 65_535;
 const SHARED: usize = 96 << 10;
 
 pub(super) fn program(dtype: Dtype) -> Program {
-    Program::Text {
+    Program::LlamaBlock {
         bf16: dtype == Dtype::BF16,
     }
 }
@@ -82,15 +82,15 @@ pub(super) fn by_eights(widths: &[usize], addresses: &[u64]) -> bool {
 /// Kernels that take one element and eight at a time where a thread reads its input from far, and where a
 /// block puts a whole row in order.
 struct Names {
-    scattered: [&'static str; 2],
-    in_order: [&'static str; 2],
+    direct: [&'static str; 2],
+    gathered: [&'static str; 2],
 }
 
 macro_rules! names {
     ($name:literal) => {
         Names {
-            scattered: [concat!($name, "_1"), concat!($name, "_8")],
-            in_order: [concat!($name, "_gathered_1"), concat!($name, "_gathered_8")],
+            direct: [concat!($name, "_1"), concat!($name, "_8")],
+            gathered: [concat!($name, "_gathered_1"), concat!($name, "_gathered_8")],
         }
     };
 }
@@ -184,13 +184,13 @@ impl Gpu {
         if order.channels.is_some() && count > FEW_GATES && shared <= SHARED {
             args.push((columns as i32).into());
             args.push((order.width as i32).into());
-            let name = names.in_order[usize::from(eights)];
+            let name = names.gathered[usize::from(eights)];
             let (grid, block) = ([count, 1, 1], [512, 1, 1]);
             // SAFETY: as below; a channel for each place of the order.
-            return unsafe { self.launch_behind(program, name, grid, block, shared, &args) };
+            return unsafe { self.launch_pdl(program, name, grid, block, shared, &args) };
         }
         args.push((order.width as i32).into());
-        let name = names.scattered[usize::from(eights)];
+        let name = names.direct[usize::from(eights)];
         let values = if eights { 8 } else { 1 };
         let columns = order.width.div_ceil(128 * values);
         for first in (0..count).step_by(MOST_ROWS) {
@@ -200,7 +200,7 @@ impl Gpu {
             args[2] = from(y.address, y.pitch);
             let grid = [columns, (count - first).min(MOST_ROWS), 1];
             // SAFETY: out has rows of the order's width; the order names channels of the inputs.
-            unsafe { self.launch_behind(program, name, grid, [128, 1, 1], 0, &args)? };
+            unsafe { self.launch_pdl(program, name, grid, [128, 1, 1], 0, &args)? };
         }
         Ok(())
     }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use gptq_kernels::cuda::{Buffer, DeviceMatrix, DeviceNorm, Gpu, Turn};
+use gptq_kernels::cuda::{Buffer, DeviceMatrix, DeviceNorm, Gpu, RotaryTable};
 use gptq_kernels::{Pairing, Rotation};
 use gptq_types::Dtype;
 
@@ -279,7 +279,7 @@ fn a_part_of_each_head_turns() {
                 let frequencies: Vec<f32> =
                     (0..rotary / 2).map(|i| 1.0 / (1.0 + i as f32)).collect();
                 let rotation = Rotation::new(&frequencies, 0..tokens, 1.25, head_dim, pairing);
-                let turn = Turn::new(&gpu, &rotation).unwrap();
+                let rotary = RotaryTable::new(&gpu, &rotation).unwrap();
                 let mut random = Random(head_dim as u64);
                 let x = values(&mut random, dtype, 3 * tokens * heads * head_dim);
                 let there = upload(&gpu, dtype, &x);

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use gptq_kernels::cuda::{
-    Buffer, DeviceKeyValues, DeviceMatrix, DeviceNorm, Gpu, HeadNorms, RowOrder, TextRows, Turn,
+    Buffer, DeviceKeyValues, DeviceMatrix, DeviceNorm, Gpu, HeadNorms, RotaryTable, RowOrder,
+    TextRows,
 };
 use gptq_kernels::{AttentionShape, Pairing, Rotation};
 use gptq_types::Dtype;
@@ -190,7 +191,7 @@ struct Block {
     weights: [Option<Vec<f32>>; 3],
     norms: [Option<DeviceNorm>; 3],
     rotations: Option<[Rotation; 2]>,
-    rotary_tables: Option<[Turn; 2]>,
+    rotary_tables: Option<[RotaryTable; 2]>,
 }
 
 impl Block {
@@ -213,8 +214,8 @@ impl Block {
                 .collect();
             [of_keys.clone().scaled(&factors), of_keys]
         });
-        let rotary_tables =
-            (rotations.as_ref()).map(|both| both.each_ref().map(|of| Turn::new(gpu, of).unwrap()));
+        let rotary_tables = (rotations.as_ref())
+            .map(|both| both.each_ref().map(|of| RotaryTable::new(gpu, of).unwrap()));
         Block {
             case,
             dtype,
@@ -237,7 +238,7 @@ impl Block {
     }
 
     /// One table for both where they are the same.
-    fn rotary_tables(&self) -> Option<[&Turn; 2]> {
+    fn rotary_tables(&self) -> Option<[&RotaryTable; 2]> {
         self.rotary_tables
             .as_ref()
             .map(|[of_q, of_k]| match self.case.scaled {

@@ -236,7 +236,7 @@ fn dequantized_weights_are_those_of_the_processor() {
         };
         let out = Buffer::new(&gpu, k * n * 2).unwrap();
         let place = matrix(&out, Dtype::F16, n, k);
-        gpu.dequantise(place, &layer).unwrap();
+        gpu.dequantize(place, &layer).unwrap();
         let got = gpu.download(place).unwrap();
         let want = layer.dequantize();
         for output in 0..n {

@@ -6,8 +6,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use gptq_kernels::cuda::{
-    Buffer, DeviceHessian, DeviceKeyValues, DeviceMatrix, DeviceNorm, Gpu, HeadNorms, PackedLinear,
-    RowOrder, Rule, Shelf, SweepPlan, TextRows, Turn,
+    ActivationStore, Buffer, DeviceHessian, DeviceKeyValues, DeviceMatrix, DeviceNorm, Gpu,
+    HeadNorms, PackedLinear, RotaryTable, RowOrder, Rule, SweepPlan, TextRows,
 };
 use gptq_kernels::{Activation, AttentionShape, Pairing, Rotation};
 use gptq_types::{Bits, Dtype, SolvedLayer};
@@ -418,18 +418,18 @@ fn copies_between_other_shapes_are_refused() {
 fn places_of_a_shelf_refuse_what_does_not_fit() {
     let Some(t) = Refusing::new() else { return };
     // One large matrix has room on the GPU, or two small ones.
-    let shelf = Shelf::new(&t.gpu, 2, [4000, 2000], 1, 1).unwrap();
-    shelf.put(0, t.x(1, 2000)).unwrap();
+    let store = ActivationStore::new(&t.gpu, 2, [4000, 2000], 1, 1).unwrap();
+    store.put(0, t.x(1, 2000)).unwrap();
     for place in 0..2 {
-        refused("bytes of a place", || shelf.put(place, t.x(1, 2001)));
-        refused("bytes of a place", || shelf.get(place, t.out(1, 2001)));
+        refused("bytes of a place", || store.put(place, t.x(1, 2001)));
+        refused("bytes of a place", || store.get(place, t.out(1, 2001)));
     }
-    refused("room for the matrix", || shelf.put(1, t.x(1, 2000)));
-    refused("gaps", || shelf.put(0, t.gaps(4, 100)));
-    refused("gaps", || shelf.get(0, t.out_gaps(4, 100)));
-    shelf.clear(2000);
-    refused("bytes of a place", || shelf.put(0, t.x(1, 1001)));
-    refused("bytes of a place", || shelf.clear(4001));
+    refused("room for the matrix", || store.put(1, t.x(1, 2000)));
+    refused("gaps", || store.put(0, t.gaps(4, 100)));
+    refused("gaps", || store.get(0, t.out_gaps(4, 100)));
+    store.clear(2000);
+    refused("bytes of a place", || store.put(0, t.x(1, 1001)));
+    refused("bytes of a place", || store.clear(4001));
 }
 
 #[test]
@@ -561,8 +561,8 @@ fn products_of_other_shapes_are_refused() {
             linear.multiply_ordered(out, other(rows, places), add)
         });
     }
-    refused("rows are outputs", || gpu.dequantise(t.out(K, N), &layer));
-    refused("gaps", || gpu.dequantise(t.out_gaps(N, K), &layer));
+    refused("rows are outputs", || gpu.dequantize(t.out(K, N), &layer));
+    refused("gaps", || gpu.dequantize(t.out_gaps(N, K), &layer));
 
     let ids = Buffer::from_host(gpu, &[0u32, 1, 2, 3]).unwrap();
     let (table, found) = (t.x(10, K), t.out(4, K));
@@ -594,11 +594,11 @@ fn heads_of_other_shapes_are_refused() {
     let (sequences, capacity, rows) = (3, 10, 5);
     let cache = DeviceKeyValues::new(gpu, sequences, capacity, shape, dtype).unwrap();
     let (queries, keys) = (4 * d, 2 * d);
-    let turn = |positions: usize, head_dim: usize| {
+    let rotary = |positions: usize, head_dim: usize| {
         let frequencies: Vec<f32> = (0..d / 2).map(|i| 1.0 / (1.0 + i as f32)).collect();
         let pairing = Pairing::Halves;
         let of = Rotation::new(&frequencies, 0..positions, 1.0, head_dim, pairing);
-        Turn::new(gpu, &of).unwrap()
+        RotaryTable::new(gpu, &of).unwrap()
     };
     let (fits, short, wide) = (
         turn(capacity, d),

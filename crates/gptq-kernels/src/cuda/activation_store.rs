@@ -22,7 +22,7 @@ use super::{Gpu, Mark};
 ///
 /// Places may be put and asked for in any order; from the lowest on, one after the other, is the
 /// order in which copies from host memory are fetched ahead.
-pub struct Shelf {
+pub struct ActivationStore {
     gpu: Arc<Gpu>,
     places: usize,
     /// Of the largest matrix.
@@ -90,7 +90,7 @@ impl Slot {
     }
 }
 
-impl Shelf {
+impl ActivationStore {
     /// `places` of at most `place_bytes`, of which `on_device` are on the GPU. The others take `host_bytes`:
     /// larger matrices have no room there. `slots` of as many bytes are on the GPU for copies beside its
     /// work, where not all places are on it: two where places are written between two reads, one where all
@@ -101,7 +101,7 @@ impl Shelf {
         [place_bytes, host_bytes]: [usize; 2],
         on_device: usize,
         slots: usize,
-    ) -> Result<Shelf, CudaError> {
+    ) -> Result<ActivationStore, CudaError> {
         let host_bytes = host_bytes.min(place_bytes);
         let on_device = on_device.min(places);
         let device = match on_device {
@@ -117,7 +117,7 @@ impl Shelf {
             true => 0,
             false => slots.min(2),
         };
-        Ok(Shelf {
+        Ok(ActivationStore {
             gpu: gpu.clone(),
             places,
             largest_bytes: place_bytes,
@@ -132,7 +132,7 @@ impl Shelf {
     }
 
     /// Forgets what is there. From now on a place has `place_bytes`, at most those of
-    /// [`Shelf::new`]: the smaller, the more of them are on the GPU.
+    /// [`ActivationStore::new`]: the smaller, the more of them are on the GPU.
     pub fn clear(&self, place_bytes: usize) {
         assert!(place_bytes <= self.largest_bytes, "bytes of a place");
         self.place_bytes.set(place_bytes);
@@ -181,13 +181,13 @@ impl Shelf {
         }
         host.bytes.set(bytes);
         let Some(slot) = self.slots.first() else {
-            return self.leave(host, from, bytes, &self.gpu.stream);
+            return self.copy_to_host(host, from, bytes, &self.gpu.stream);
         };
         slot.clear_for(&self.gpu.stream)?;
         self.gpu.copy_bytes(slot.memory.address(), from, bytes)?;
         record(&slot.filled, &self.gpu.stream)?;
         wait(&self.gpu.home, &slot.filled)?;
-        self.leave(host, slot.memory.address(), bytes, &self.gpu.home)?;
+        self.copy_to_host(host, slot.memory.address(), bytes, &self.gpu.home)?;
         record(&slot.emptied, &self.gpu.home)
     }
 
@@ -204,7 +204,7 @@ impl Shelf {
                 self.gpu.copy_bytes(to, slot.memory.address(), bytes)?;
                 record(&slot.emptied, stream)?;
             }
-            (Some(host), None) => self.come(host, to, bytes, stream)?,
+            (Some(host), None) => self.copy_from_host(host, to, bytes, stream)?,
         }
         self.fetch((place + 1) % self.places)
     }
@@ -233,7 +233,7 @@ impl Shelf {
         }
         let stream = &self.gpu.back;
         slot.clear_for(stream)?;
-        self.come(host, slot.memory.address(), bytes, stream)?;
+        self.copy_from_host(host, slot.memory.address(), bytes, stream)?;
         record(&slot.filled, stream)?;
         record(&host.fetched, stream)?;
         slot.holds.set(Some((place, bytes)));
@@ -241,7 +241,7 @@ impl Shelf {
     }
 
     /// Copies from the GPU to a place once nobody reads it any more.
-    fn leave(
+    fn copy_to_host(
         &self,
         host: &HostPlace,
         from: u64,
@@ -261,7 +261,7 @@ impl Shelf {
     }
 
     /// Copies from a place to the GPU once the place is written.
-    fn come(
+    fn copy_from_host(
         &self,
         host: &HostPlace,
         to: u64,
@@ -270,7 +270,7 @@ impl Shelf {
     ) -> Result<(), CudaError> {
         wait(stream, &host.written)?;
         let from = host.pinned.pointer();
-        // SAFETY: as in `leave`, the other way round.
+        // SAFETY: as in `copy_to_host`, the other way round.
         unsafe { sys::cuMemcpyHtoDAsync_v2(to, from, bytes, stream.cu_stream()) }
             .result()
             .named("moving activations from host memory")
@@ -285,7 +285,7 @@ impl Shelf {
     }
 }
 
-impl Drop for Shelf {
+impl Drop for ActivationStore {
     fn drop(&mut self) {
         // Slots are given back in the order of the GPU's own stream, pinned memory in none.
         if !self.host.is_empty() && self.settle().is_err() {

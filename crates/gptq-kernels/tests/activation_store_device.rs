@@ -1,4 +1,4 @@
-//! Places of a shelf, on the GPU and in host memory: what was put there comes back, walked and in any
+//! Places of a store, on the GPU and in host memory: what was put there comes back, walked and in any
 //! order, though all copies are queued before any of them is over. Skipped by name where there is no GPU.
 #![cfg(feature = "cuda")]
 #![allow(clippy::print_stderr)]
@@ -8,7 +8,7 @@ mod common;
 
 use std::sync::Arc;
 
-use gptq_kernels::cuda::{Buffer, DeviceMatrix, Gpu, Shelf};
+use gptq_kernels::cuda::{ActivationStore, Buffer, DeviceMatrix, Gpu};
 use gptq_types::Dtype;
 
 use common::{Random, gpu};
@@ -28,10 +28,10 @@ fn matrix(buffer: &Buffer, bytes: usize) -> DeviceMatrix<'_> {
     buffer.matrix([1, bytes / 2], Dtype::F16)
 }
 
-/// A shelf, what should be at each place, and what was read.
+/// A store, what should be at each place, and what was read.
 struct Bench {
     gpu: Arc<Gpu>,
-    shelf: Shelf,
+    store: ActivationStore,
     contents: Vec<(Vec<u32>, Buffer)>,
     /// Written over as soon as a place was put from it.
     from: Buffer,
@@ -52,7 +52,7 @@ impl Bench {
             .collect();
         Bench {
             gpu: gpu.clone(),
-            shelf: Shelf::new(gpu, PLACES, [PLACE, PLACE], on_device, slots).unwrap(),
+            store: ActivationStore::new(gpu, PLACES, [PLACE, PLACE], on_device, slots).unwrap(),
             contents,
             from: Buffer::new(gpu, PLACE).unwrap(),
             at: [None; PLACES],
@@ -66,7 +66,7 @@ impl Bench {
         let from = matrix(&self.from, bytes);
         let there = matrix(&self.contents[content].1, bytes);
         self.gpu.copy(from, there).unwrap();
-        self.shelf.put(place, from).unwrap();
+        self.store.put(place, from).unwrap();
         self.from.clear().unwrap();
         self.at[place] = Some((content, bytes));
     }
@@ -74,7 +74,7 @@ impl Bench {
     fn get(&mut self, place: usize) {
         let (content, bytes) = self.at[place].expect("it was put");
         let to = Buffer::zeros(&self.gpu, bytes).unwrap();
-        self.shelf.get(place, matrix(&to, bytes)).unwrap();
+        self.store.get(place, matrix(&to, bytes)).unwrap();
         self.read.push((to, content, bytes, place));
         if self.read.len() >= QUEUED {
             self.look();
@@ -95,7 +95,7 @@ impl Bench {
     }
 }
 
-/// Shelves with all, some and no places on the GPU, with and without copies beside its work.
+/// ActivationStores with all, some and no places on the GPU, with and without copies beside its work.
 fn benches() -> impl Iterator<Item = Bench> {
     let cases = [(7, 2), (3, 2), (3, 1), (3, 0), (6, 2), (0, 2), (0, 1)];
     gpu().into_iter().flat_map(move |gpu| {
@@ -129,7 +129,7 @@ fn places_that_are_written_before_they_are_read() {
     for mut bench in benches() {
         for walk in 0..6 {
             let bytes = if walk % 2 == 0 { SHORT } else { PLACE };
-            bench.shelf.clear(bytes);
+            bench.store.clear(bytes);
             for place in 0..PLACES {
                 bench.put(place, bytes);
             }
@@ -146,19 +146,19 @@ fn places_that_are_written_before_they_are_read() {
 #[test]
 fn large_matrices_have_room_on_the_gpu_alone() {
     let Some(gpu) = gpu() else { return };
-    let shelf = Shelf::new(&gpu, PLACES, [PLACE, SHORT], 3, 1).unwrap();
+    let store = ActivationStore::new(&gpu, PLACES, [PLACE, SHORT], 3, 1).unwrap();
     let values: Vec<u32> = (0..PLACE as u32 / 4).collect();
     let from = Buffer::from_host(&gpu, &values).unwrap();
     for bytes in [SHORT, PLACE, SHORT] {
-        shelf.clear(bytes);
-        let room: Vec<usize> = (0..PLACES).filter(|&place| shelf.has_room(place)).collect();
+        store.clear(bytes);
+        let room: Vec<usize> = (0..PLACES).filter(|&place| store.has_room(place)).collect();
         assert_eq!(room.len(), if bytes == SHORT { PLACES } else { 3 });
         for &place in &room {
-            shelf.put(place, matrix(&from, bytes)).unwrap();
+            store.put(place, matrix(&from, bytes)).unwrap();
         }
         for &place in &room {
             let to = Buffer::zeros(&gpu, bytes).unwrap();
-            shelf.get(place, matrix(&to, bytes)).unwrap();
+            store.get(place, matrix(&to, bytes)).unwrap();
             assert!(to.to_host::<u32>(bytes / 4).unwrap() == values[..bytes / 4]);
         }
     }
@@ -206,13 +206,13 @@ fn a_shelf_may_go_while_copies_are_under_way() {
         bench.get(0);
         bench.get(1);
         let Bench {
-            shelf,
+            store,
             gpu,
             contents,
             read,
             ..
         } = bench;
-        drop(shelf);
+        drop(store);
         for (got, content, bytes, place) in read {
             let got = got.to_host::<u32>(bytes / 4).unwrap();
             assert!(got == contents[content].0[..bytes / 4], "place {place}");

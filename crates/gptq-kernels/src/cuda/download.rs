@@ -20,7 +20,7 @@ const ALIGNMENT: usize = 64;
 
 /// Pinned buffers for reuse: pinning a page costs more than copying it.
 #[derive(Default)]
-pub(super) struct Pool {
+pub(super) struct PinnedPool {
     free: Vec<Pinned>,
     in_use: usize,
 }
@@ -30,7 +30,7 @@ pub struct Download {
     done: Mark,
     parts: Vec<(usize, usize)>, // offset and length in bytes
     pinned: Option<Pinned>,     // present until drop
-    pool: Arc<Mutex<Pool>>,
+    pool: Arc<Mutex<PinnedPool>>,
 }
 
 impl Gpu {
@@ -65,13 +65,13 @@ impl Gpu {
             done,
             parts: places,
             pinned: Some(pinned),
-            pool: self.pool_of_pinned.clone(),
+            pool: self.pinned_pool.clone(),
         }))
     }
 
     /// The smallest free buffer that is large enough, or a new one that replaces one that is too small.
     fn take_pinned(&self, bytes: usize) -> Result<Option<Pinned>, CudaError> {
-        let mut pool = self.pool_of_pinned.lock().expect("nobody panics with it");
+        let mut pool = self.pinned_pool.lock().expect("nobody panics with it");
         if pool.in_use == MAX_PENDING {
             return Ok(None);
         }
