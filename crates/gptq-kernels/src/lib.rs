@@ -1,9 +1,9 @@
 //! The heavy arithmetic of quantization and inference, on plain row-major slices.
 //!
-//! Knows: matrix products, also from packed or sixteen-bit weights, Gram matrices, the Cholesky factor of an inverse, and the fused
-//! operations of a decoder block, each vectorised at run time for the processor it finds and
-//! spread over the rayon pool it is called from. Results do not depend on the number of threads:
-//! work is split over outputs, never over a sum.
+//! Knows: matrix products, also from packed or sixteen-bit weights, Gram matrices, the Cholesky factor of
+//! an inverse, the fused operations of a decoder block and their gradients, each vectorised at run time for
+//! the processor it finds and spread over the rayon pool it is called from. Results do not depend on the
+//! number of threads: work is split over outputs, never over a sum.
 //!
 //! Does not know: tensors with names, models, what a Hessian is for.
 
@@ -15,6 +15,7 @@ mod elementwise;
 mod factor;
 mod matrix;
 mod product;
+mod real;
 mod rotation;
 mod vector;
 mod visits;
@@ -30,6 +31,7 @@ pub use product::{
     Cross, Gram, measure_sgemm, multiply, multiply_add, multiply_f64, multiply_left_transposed,
     multiply_transposed, transpose,
 };
+pub use real::Real;
 pub use rotation::{Pairing, Rotation};
 pub use vector::{axpy, dot, exp, exp_sum, softmax, vectorised};
 pub use visits::{VISIT_CHANNELS, Visit, visits};
