@@ -8,6 +8,7 @@
 //! Does not know: tensors with names, models, what a Hessian is for.
 
 mod attention;
+mod backward;
 mod cache;
 #[cfg(feature = "cuda")]
 pub mod cuda;
@@ -21,6 +22,10 @@ mod vector;
 mod visits;
 
 pub use attention::{AttentionShape, causal_attention};
+pub use backward::{
+    NormGradients, activate_backward, bias_backward, gated_backward, layer_norm_backward,
+    product_input_backward, product_weight_backward, rms_norm_backward,
+};
 pub use cache::KeyValueCache;
 pub use elementwise::{
     Activation, activate, add_scaled, gated, layer_norm, rms_norm, scale, soft_cap,
