@@ -10,6 +10,7 @@
 //! rows are split after a fixed number of rows.
 
 mod activation;
+mod attention;
 #[cfg(test)]
 mod definition;
 mod norm;
@@ -17,5 +18,6 @@ mod product;
 mod rotation;
 
 pub use activation::{activate_backward, gated_backward};
+pub use attention::{AttentionGradients, causal_attention_backward};
 pub use norm::{NormGradients, layer_norm_backward, rms_norm_backward};
 pub use product::{bias_backward, product_input_backward, product_weight_backward};
