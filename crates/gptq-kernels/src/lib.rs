@@ -23,9 +23,9 @@ mod visits;
 
 pub use attention::{AttentionShape, causal_attention};
 pub use backward::{
-    AttentionGradients, NormGradients, activate_backward, bias_backward, causal_attention_backward,
-    gated_backward, layer_norm_backward, product_input_backward, product_weight_backward,
-    rms_norm_backward,
+    AttentionGradients, NormGradients, TrainedGrids, activate_backward, bias_backward,
+    causal_attention_backward, gated_backward, layer_norm_backward, nearest_latent,
+    product_input_backward, product_weight_backward, rms_norm_backward, stored_scale,
 };
 pub use cache::KeyValueCache;
 pub use elementwise::{

@@ -16,8 +16,10 @@ mod definition;
 mod norm;
 mod product;
 mod rotation;
+mod rounding;
 
 pub use activation::{activate_backward, gated_backward};
 pub use attention::{AttentionGradients, causal_attention_backward};
 pub use norm::{NormGradients, layer_norm_backward, rms_norm_backward};
 pub use product::{bias_backward, product_input_backward, product_weight_backward};
+pub use rounding::{TrainedGrids, nearest_latent, stored_scale};
