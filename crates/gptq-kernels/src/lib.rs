@@ -23,8 +23,8 @@ mod visits;
 
 pub use attention::{AttentionShape, causal_attention};
 pub use backward::{
-    AttentionGradients, NormGradients, TrainedGrids, activate_backward, bias_backward,
-    causal_attention_backward, gated_backward, layer_norm_backward, nearest_latent,
+    Adam, AttentionGradients, NormGradients, TrainedGrids, activate_backward, bias_backward,
+    causal_attention_backward, cosine_decay, gated_backward, layer_norm_backward, nearest_latent,
     product_input_backward, product_weight_backward, rms_norm_backward, stored_scale,
 };
 pub use cache::KeyValueCache;

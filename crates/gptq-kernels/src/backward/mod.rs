@@ -10,6 +10,7 @@
 //! rows are split after a fixed number of rows.
 
 mod activation;
+mod adam;
 mod attention;
 #[cfg(test)]
 mod definition;
@@ -19,6 +20,7 @@ mod rotation;
 mod rounding;
 
 pub use activation::{activate_backward, gated_backward};
+pub use adam::{Adam, cosine_decay};
 pub use attention::{AttentionGradients, causal_attention_backward};
 pub use norm::{NormGradients, layer_norm_backward, rms_norm_backward};
 pub use product::{bias_backward, product_input_backward, product_weight_backward};
