@@ -10,7 +10,7 @@ use crate::vector::{Kernel, cap_each, run_widest, softmax};
 
 /// Query rows of one task: its scores (`QUERY_ROWS * tokens` floats) are the only scratch, so
 /// memory is linear in the window.
-const QUERY_ROWS: usize = 64;
+pub(crate) const QUERY_ROWS: usize = 64;
 
 /// Heads of an attention layer, and how its scores become weights.
 #[derive(Clone, Copy, Debug, PartialEq)]

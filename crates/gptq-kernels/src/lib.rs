@@ -1,13 +1,14 @@
 //! The heavy arithmetic of quantization and inference, on plain row-major slices.
 //!
 //! Knows: matrix products, also from packed or sixteen-bit weights, Gram matrices, the Cholesky factor of an
-//! inverse, and the fused operations of a decoder block, each vectorized at run time for the processor it finds
+//! inverse, the fused operations of a decoder block and their gradients, each vectorized at run time for the processor it finds
 //! and spread over the rayon pool it is called from. Results do not depend on the number of threads: work is
 //! split over outputs, never over a sum.
 //!
 //! Does not know: tensors with names, models, what a Hessian is for.
 
 mod attention;
+mod backward;
 mod cache;
 #[cfg(feature = "cuda")]
 pub mod cuda;
@@ -27,10 +28,16 @@ mod factor;
 mod matrix;
 mod operand;
 mod product;
+mod real;
 mod rotation;
 mod vector;
 
 pub use attention::{AttentionShape, causal_attention};
+pub use backward::{
+    Adam, AttentionGradients, NormGradients, TrainedGrids, activate_backward, bias_backward,
+    causal_attention_backward, cosine_decay, gated_backward, layer_norm_backward, nearest_latent,
+    product_input_backward, product_weight_backward, rms_norm_backward, stored_scale,
+};
 pub use cache::KeyValueCache;
 pub use descent_blocks::{DESCENT_CHANNELS, DescentBlock, descent_blocks};
 pub use elementwise::{
@@ -43,5 +50,6 @@ pub use product::{
     Cross, Gram, measure_sgemm, multiply, multiply_add, multiply_f64, multiply_left_transposed,
     multiply_transposed, transpose,
 };
+pub use real::Real;
 pub use rotation::{Pairing, Rotation};
 pub use vector::{axpy, dot, exp, exp_sum, softmax, vectorized};

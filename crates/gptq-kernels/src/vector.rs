@@ -1,6 +1,8 @@
 //! Run-time choice of the instruction set, and the scalar functions written so that the compiler
 //! vectorizes them.
 
+use crate::real::Real;
+
 /// Runs `op` compiled for the widest vector instructions of this processor.
 ///
 /// Only what is inlined into `op` profits: pass a closure around `#[inline(always)]` functions.
@@ -119,33 +121,33 @@ const LANES: usize = 16;
 
 /// Sum over `f(x)` in sixteen interleaved partial sums: one order for every instruction set.
 #[inline(always)]
-fn lane_sum(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
-    let mut lanes = [0.0f32; LANES];
+pub(crate) fn lane_sum<R: Real>(x: &[R], f: impl Fn(R) -> R) -> R {
+    let mut lanes = [R::ZERO; LANES];
     let chunks = x.chunks_exact(LANES);
-    let tail: f32 = chunks.remainder().iter().map(|&x| f(x)).sum();
+    let tail: R = chunks.remainder().iter().map(|&x| f(x)).sum();
     for chunk in chunks {
         for (lane, &x) in lanes.iter_mut().zip(chunk) {
             *lane += f(x);
         }
     }
-    lanes.iter().sum::<f32>() + tail
+    lanes.into_iter().sum::<R>() + tail
 }
 
 #[inline(always)]
-fn lane_max(x: &[f32]) -> f32 {
-    let mut lanes = [f32::NEG_INFINITY; LANES];
+fn lane_max<R: Real>(x: &[R]) -> R {
+    let mut lanes = [R::NEG_INFINITY; LANES];
     let chunks = x.chunks_exact(LANES);
     let tail = chunks
         .remainder()
         .iter()
         .copied()
-        .fold(f32::NEG_INFINITY, f32::max);
+        .fold(R::NEG_INFINITY, R::max);
     for chunk in chunks {
         for (lane, &x) in lanes.iter_mut().zip(chunk) {
             *lane = if x > *lane { x } else { *lane };
         }
     }
-    lanes.iter().copied().fold(tail, f32::max)
+    lanes.into_iter().fold(tail, R::max)
 }
 
 #[inline(always)]
@@ -167,29 +169,29 @@ pub(crate) fn square_sum(x: &[f32]) -> f32 {
 
 /// Inner product of two equally long slices.
 #[inline(always)]
-pub fn dot(x: &[f32], y: &[f32]) -> f32 {
-    let mut lanes = [0.0f32; LANES];
+pub fn dot<R: Real>(x: &[R], y: &[R]) -> R {
+    let mut lanes = [R::ZERO; LANES];
     let (xs, ys) = (x.chunks_exact(LANES), y.chunks_exact(LANES));
-    let tail: f32 = (xs.remainder().iter())
+    let tail: R = (xs.remainder().iter())
         .zip(ys.remainder())
-        .map(|(x, y)| x * y)
+        .map(|(&x, &y)| x * y)
         .sum();
     for (xs, ys) in xs.zip(ys) {
-        for ((lane, x), y) in lanes.iter_mut().zip(xs).zip(ys) {
+        for ((lane, &x), &y) in lanes.iter_mut().zip(xs).zip(ys) {
             *lane += x * y;
         }
     }
-    lanes.iter().sum::<f32>() + tail
+    lanes.into_iter().sum::<R>() + tail
 }
 
 /// Replaces `row` by its softmax and returns nothing; an empty row stays empty.
 #[inline(always)]
-pub fn softmax(row: &mut [f32]) {
+pub fn softmax<R: Real>(row: &mut [R]) {
     let max = lane_max(row);
     for x in row.iter_mut() {
-        *x = exp(*x - max);
+        *x = (*x - max).exp();
     }
-    let scale = 1.0 / sum(row);
+    let scale = R::ONE / lane_sum(row, |x| x);
     for x in row.iter_mut() {
         *x *= scale;
     }

@@ -20,7 +20,12 @@ pub(crate) fn with_windows_and_caps(shape: AttentionShape) -> Vec<AttentionShape
 }
 
 /// The definition in f64, one query at a time.
-pub(crate) fn definition(q: &[f32], k: &[f32], v: &[f32], shape: AttentionShape) -> Vec<f64> {
+pub(crate) fn definition<R: Copy + Into<f64>>(
+    q: &[R],
+    k: &[R],
+    v: &[R],
+    shape: AttentionShape,
+) -> Vec<f64> {
     let (d, w) = (shape.head_dim, shape.heads * shape.head_dim);
     let kw = shape.kv_heads * d;
     let mut out = vec![0.0; q.len()];
@@ -29,7 +34,7 @@ pub(crate) fn definition(q: &[f32], k: &[f32], v: &[f32], shape: AttentionShape)
         let g = h / (shape.heads / shape.kv_heads) * d;
         let weight = |s: usize| {
             let dot: f64 = (0..d)
-                .map(|i| f64::from(q[t * w + h * d + i]) * f64::from(k[s * kw + g + i]))
+                .map(|i| q[t * w + h * d + i].into() * k[s * kw + g + i].into())
                 .sum();
             let score = dot * f64::from(shape.scale);
             let cap = shape.soft_cap.map(f64::from);
@@ -40,7 +45,7 @@ pub(crate) fn definition(q: &[f32], k: &[f32], v: &[f32], shape: AttentionShape)
         let sum: f64 = weights.iter().map(|(_, weight)| weight).sum();
         for (i, out) in out.iter_mut().enumerate() {
             *out = (weights.iter())
-                .map(|(s, weight)| weight / sum * f64::from(v[s * kw + g + i]))
+                .map(|(s, weight)| weight / sum * v[s * kw + g + i].into())
                 .sum();
         }
     }
