@@ -139,7 +139,7 @@ impl Gpu {
     ) -> Result<(), CudaError> {
         let heads = x.contiguous().half().columns / rotary.head_dim;
         assert_eq!(heads * rotary.head_dim, x.columns, "whole heads");
-        assert!(tokens <= turn.positions(), "positions of the table");
+        assert!(tokens <= rotary.positions(), "positions of the table");
         let args = [
             x.address.into(),
             (&rotary.cosine).into(),
