@@ -201,7 +201,10 @@ impl DeviceKeyValues {
                 rotary.head_dim, self.shape.head_dim,
                 "heads that are rotated"
             );
-            assert!(rotary.positions() >= self.capacity, "positions of the table");
+            assert!(
+                rotary.positions() >= self.capacity,
+                "positions of the table"
+            );
         }
         let rows = rows.raw();
         let placed = Placed {

@@ -279,12 +279,12 @@ fn a_part_of_each_head_turns() {
                 let frequencies: Vec<f32> =
                     (0..rotary / 2).map(|i| 1.0 / (1.0 + i as f32)).collect();
                 let rotation = Rotation::new(&frequencies, 0..tokens, 1.25, head_dim, pairing);
-                let rotary = RotaryTable::new(&gpu, &rotation).unwrap();
+                let table = RotaryTable::new(&gpu, &rotation).unwrap();
                 let mut random = Random(head_dim as u64);
                 let x = values(&mut random, dtype, 3 * tokens * heads * head_dim);
                 let there = upload(&gpu, dtype, &x);
                 let place = matrix(&there, dtype, 3 * tokens, heads * head_dim);
-                gpu.rotate(place, &turn, tokens).unwrap();
+                gpu.rotate(place, &table, tokens).unwrap();
                 let want: Vec<f64> = (x.chunks(head_dim).enumerate())
                     .flat_map(|(at, head)| rotated(head, at / heads % tokens, &rotation))
                     .collect();

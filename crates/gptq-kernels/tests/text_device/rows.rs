@@ -50,8 +50,8 @@ fn check_rows(
     write(natural, RowOrder::natural(k));
     near(&gpu.download(natural).unwrap(), want, dtype, 0.01, what);
     let order = linear.order();
-    let ordered = poisoned(gpu, rows * order.width);
-    let ordered = matrix(&ordered, dtype, rows, order.width);
+    let ordered = poisoned(gpu, rows * order.width());
+    let ordered = matrix(&ordered, dtype, rows, order.width());
     write(ordered, order);
     let products = [(); 2].map(|()| Buffer::new(gpu, rows * OUTPUTS * 2).unwrap());
     let [first, second] = [0, 1].map(|at| matrix(&products[at], dtype, rows, OUTPUTS));

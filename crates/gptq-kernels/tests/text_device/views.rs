@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use gptq_kernels::cuda::{
     ActivationStore, Buffer, DeviceHessian, DeviceKeyValues, DeviceMatrix, DeviceNorm, Gpu,
-    HeadNorms, PackedLinear, RotaryTable, RowOrder, Rule, SweepPlan, TextRows,
+    HeadNorms, PackedLinear, RawGridRule, RotaryTable, RowOrder, SweepPlan, TextRows,
 };
 use gptq_kernels::{Activation, AttentionShape, Pairing, Rotation};
 use gptq_types::{Bits, Dtype, SolvedLayer};
@@ -441,8 +441,8 @@ fn rows_of_other_shapes_are_refused() {
     let norm = &DeviceNorm::rms(gpu, &weight, 1e-5).unwrap();
     let (_, linear) = linear(gpu, K, N);
     let (natural, own) = (RowOrder::natural(K), linear.order());
-    assert!(own.width > K, "places that are empty");
-    let wider = t.out(rows, own.width);
+    assert!(own.width() > K, "places that are empty");
+    let wider = t.out(rows, own.width());
     let silu = Activation::Silu;
 
     refused("elements of a row", || {
@@ -473,9 +473,9 @@ fn rows_of_other_shapes_are_refused() {
     });
 
     for order in [natural, own] {
-        let to = t.out(rows, order.width);
-        let few = t.out(rows - 1, order.width);
-        let another = t.out(rows, order.width + 8);
+        let to = t.out(rows, order.width());
+        let few = t.out(rows - 1, order.width());
+        let another = t.out(rows, order.width() + 8);
         let less = t.x(rows, K - 8);
         refused("rows of both", || gpu.gate_rows(to, order, [x, less], silu));
         refused("rows of both", || {
@@ -497,7 +497,7 @@ fn rows_of_other_shapes_are_refused() {
             gpu.activate_rows(to, order, less, silu)
         });
         refused("channels of the rows", || gpu.gather_rows(to, order, less));
-        let gaps = t.out_gaps(rows, order.width);
+        let gaps = t.out_gaps(rows, order.width());
         refused("gaps", || gpu.gather_rows(gaps, order, x));
     }
     refused("rows of both", || gpu.gate(out, t.x(rows, K - 8), silu));
@@ -522,7 +522,7 @@ fn products_of_other_shapes_are_refused() {
     let Some(t) = Refusing::new() else { return };
     let (gpu, rows) = (&t.gpu, 5);
     let (layer, linear) = linear(gpu, K, N);
-    let (out, x, places) = (t.out(rows, N), t.x(rows, K), linear.order().width);
+    let (out, x, places) = (t.out(rows, N), t.x(rows, K), linear.order().width());
     let ordered = t.x(rows, places);
     let weight = t.x(N, K);
 
@@ -601,9 +601,9 @@ fn heads_of_other_shapes_are_refused() {
         RotaryTable::new(gpu, &of).unwrap()
     };
     let (fits, short, wide) = (
-        turn(capacity, d),
-        turn(capacity - 1, d),
-        turn(capacity, 2 * d),
+        rotary(capacity, d),
+        rotary(capacity - 1, d),
+        rotary(capacity, 2 * d),
     );
     refused("whole heads", || {
         gpu.rotate(t.out(rows, d + 8), &fits, rows)
@@ -646,14 +646,14 @@ fn heads_of_other_shapes_are_refused() {
     refused("tokens of the cache", || {
         store(out, q, [kv; 2], prompt(2, capacity - rows + 1))
     });
-    for (turns, words) in [
+    for (tables, words) in [
         ([&short, &fits], "positions of the table"),
         ([&fits, &short], "positions of the table"),
         ([&wide, &fits], "heads that are turned"),
         ([&fits, &wide], "heads that are turned"),
     ] {
         refused(words, || {
-            cache.store(out, q, Some([kv; 2]), first, &norms, Some(turns))
+            cache.store(out, q, Some([kv; 2]), first, &norms, Some(tables))
         });
     }
 
@@ -697,7 +697,7 @@ fn heads_of_other_shapes_are_refused() {
     });
     let (_, linear) = linear(gpu, queries + 8, N);
     refused("channels of the rows", || {
-        let to = t.out(sequences, linear.order().width);
+        let to = t.out(sequences, linear.order().width());
         attend(to, linear.order(), q, sequences, shape)
     });
     refused("gaps", || {
@@ -757,14 +757,14 @@ fn solvers_refuse_other_shapes() {
         SweepPlan::new(gpu, &channels, &groups, 1, true, Vec::new()).unwrap()
     };
     let (own, narrow) = (plan(k), plan(k - 1));
-    let rule = Rule {
+    let rule = RawGridRule {
         max_code: 15.0,
         min_zero: 1.0,
-        least: 0.55,
+        min_share: 0.55,
         sym: 1,
         full_range: 0,
         shares: 1,
-        ways: 1,
+        variants: 1,
     };
     refused("in_features", || {
         hessian.rounding_cost(t.x(n, k + 1), k, rule)
@@ -778,10 +778,112 @@ fn solvers_refuse_other_shapes() {
     refused("in_features", || sweep(t.x(n, k), &narrow));
     refused("gaps", || sweep(t.gaps(n, k), &own));
     let swept = sweep(t.x(n, k), &own).unwrap();
-    let put_back = |weight, plan| hessian.put_back(weight, &swept, plan, None);
+    let write_back = |weight, plan| hessian.write_back(weight, &swept, plan, None);
     for weight in [t.out(n + 1, k), t.out(n - 1, k), t.out(n, k + 1)] {
-        refused("the weight that was swept", || put_back(weight, &own));
+        refused("the weight that was swept", || write_back(weight, &own));
     }
-    refused("in_features", || put_back(t.out(n, k), &narrow));
-    refused("gaps", || put_back(t.out_gaps(n, k), &own));
+    refused("in_features", || write_back(t.out(n, k), &narrow));
+    refused("gaps", || write_back(t.out_gaps(n, k), &own));
+}
+
+/// A kernel for sixteen-bit floats would read or write twice the bytes of a matrix of bytes, and take the bits
+/// of one type for those of the other.
+#[test]
+fn elements_of_other_types_are_refused() {
+    let Some(t) = Refusing::new() else { return };
+    let gpu = &t.gpu;
+    let bytes = |buffer| matrix(buffer, Dtype::U8, ROWS, COLUMNS);
+    let (of_bytes, to_bytes) = (bytes(&t.x), bytes(&t.out));
+    let brain = matrix(&t.x, Dtype::BF16, ROWS, COLUMNS);
+    let (x, out) = (t.x(ROWS, COLUMNS), t.out(ROWS, COLUMNS));
+    let norm = DeviceNorm::rms(gpu, &[1.0; COLUMNS], 1e-6).unwrap();
+    let order = RowOrder::natural(COLUMNS);
+    refused("sixteen-bit floats, not", || {
+        gpu.upload(to_bytes, &[0.0; ROWS * COLUMNS])
+    });
+    refused("sixteen-bit floats, not", || gpu.download(of_bytes));
+    refused("sixteen-bit floats, not", || gpu.scale(to_bytes, 2.0));
+    refused("sixteen-bit floats, not", || gpu.first_not_finite(of_bytes));
+    refused("sixteen-bit floats, not", || gpu.add(to_bytes, of_bytes));
+    refused("sixteen-bit floats, not", || {
+        gpu.copy_columns(to_bytes, of_bytes)
+    });
+    refused("sixteen-bit floats, not", || {
+        gpu.norm_rows(out, order, of_bytes, &norm)
+    });
+    refused("type of both", || gpu.add(out, brain));
+    refused("type of both", || gpu.copy_columns(out, brain));
+    refused("type of both", || gpu.norm_rows(out, order, brain, &norm));
+    refused("type of both", || gpu.gather_rows(out, order, brain));
+    refused("type of both", || gpu.gate(out, brain, Activation::Silu));
+    refused("type of both", || gpu.project(t.out(ROWS, ROWS), x, brain));
+    refused("type of the product", || {
+        gpu.project(matrix(&t.out, Dtype::BF16, ROWS, ROWS), x, x)
+    });
+    let mut hessian = DeviceHessian::new(gpu, COLUMNS).unwrap();
+    refused("sixteen-bit floats, not", || hessian.add(of_bytes));
+}
+
+#[test]
+fn orders_of_other_rows_and_counts_that_wrap_are_refused() {
+    let Some(t) = Refusing::new() else { return };
+    let gpu = &t.gpu;
+    let norm = DeviceNorm::rms(gpu, &[1.0; COLUMNS], 1e-6).unwrap();
+    refused("channels of the rows", || {
+        let order = RowOrder::natural(COLUMNS + 1);
+        gpu.norm_rows(t.out(ROWS, COLUMNS + 1), order, t.x(ROWS, COLUMNS), &norm)
+    });
+    refused("elements", || t.x(0, 0).reshaped([1 << 63, 2]));
+    let shape = AttentionShape::new(2, 1, 16);
+    let cache = DeviceKeyValues::new(gpu, 1, 10, shape, Dtype::F16).unwrap();
+    refused("tokens of the cache", || {
+        let first = usize::MAX;
+        cache.attend_prompt(t.out(2, 32), t.x(2, 32), 0, first, shape)
+    });
+    let uncounted = DeviceKeyValues::new(gpu, 1 << 40, 1 << 40, shape, Dtype::F16);
+    assert!(
+        uncounted.is_err(),
+        "a cache of more bytes than can be counted"
+    );
+    let store = ActivationStore::new(gpu, 2, [4000, 2000], 0, 1).unwrap();
+    refused("room for the matrix", || store.get(0, t.out(1, 2000)));
+    refused("whole windows", || {
+        let (q, kv) = (t.x(5, 32), t.x(5, 16));
+        gpu.attend(t.out(5, 32), q, kv, kv, 2, shape)
+    });
+}
+
+/// A graph knows the addresses of buffers: those that are dropped while it exists stay where they are.
+#[test]
+fn recorded_work_outlives_the_buffers_of_its_operands() {
+    let Some(gpu) = gpu() else { return };
+    let out = Buffer::zeros(&gpu, 2 * COLUMNS).unwrap();
+    let x = upload(&gpu, Dtype::F16, &[1.0; COLUMNS]);
+    let work = || {
+        gpu.add(
+            matrix(&out, Dtype::F16, 1, COLUMNS),
+            matrix(&x, Dtype::F16, 1, COLUMNS),
+        )
+    };
+    work().unwrap();
+    let recorded = gpu.record(work).unwrap();
+    drop(x);
+    // Memory of just that size, which the pool would give again.
+    let others: Vec<Buffer> = (0..8).map(|_| poisoned(&gpu, COLUMNS)).collect();
+    recorded.run().unwrap();
+    let sums = gpu.download(matrix(&out, Dtype::F16, 1, COLUMNS)).unwrap();
+    assert!(sums.iter().all(|sum| *sum == 2.0), "{sums:?}");
+    drop((recorded, others));
+    let panicked = catch_unwind(AssertUnwindSafe(|| {
+        gpu.record(|| panic!("while work is recorded"))
+    }));
+    assert!(panicked.is_err());
+    work_after_a_panic(&gpu);
+}
+
+/// The stream records no more.
+fn work_after_a_panic(gpu: &Arc<Gpu>) {
+    let there = upload(gpu, Dtype::F16, &[3.0]);
+    let got = gpu.download(matrix(&there, Dtype::F16, 1, 1)).unwrap();
+    assert_eq!(got, [3.0]);
 }
