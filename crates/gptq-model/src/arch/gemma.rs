@@ -5,7 +5,7 @@ use super::parts::AttentionBias;
 use super::relative::Relative;
 use super::rotaries::Rotaries;
 use super::sizes::{Defaults, NormStyle};
-use super::{Reader, Sizes};
+use super::{Reader, Sizes, windows};
 use crate::config::ConfigError;
 use crate::config_keys::Honoured;
 use crate::spec::{ModelSpec, NormKind};
@@ -32,10 +32,10 @@ pub(super) fn read(reader: &Reader<'_>) -> Result<ModelSpec, ConfigError> {
         ..GEMMA
     };
     reader.text_is("hidden_activation", &["gelu_pytorch_tanh"])?;
-    let sizes = Sizes::read(reader, &Honoured::reads(&["hidden_activation"]), &defaults)?;
+    let mut sizes = Sizes::read(reader, &Honoured::reads(&["hidden_activation"]), &defaults)?;
     let relative = Relative {
         attention_bias: AttentionBias::all(reader.fields.flag("attention_bias", false)?),
-        ..Relative::new(vec![None; sizes.blocks])
+        ..Relative::new(windows::nowhere(reader, &mut sizes)?)
     };
     let model = relative.model(reader, &sizes, Rotaries::one(reader, &sizes)?);
     Ok(with_scaled_embedding(model))
