@@ -373,6 +373,11 @@ pub(crate) fn check(fields: &Fields<'_>, honoured: &Honoured) -> Result<Vec<Stri
     Ok(unread)
 }
 
+/// A key that says nothing about the logits.
+pub(crate) fn is_harmless(key: &str) -> bool {
+    HARMLESS.contains(&key)
+}
+
 /// Of a key that nobody knows.
 const SHOWN_CHARACTERS: usize = 40;
 /// Of a file that holds nothing else, these stand for all.

@@ -5,6 +5,7 @@
 //! linears read the same rows ([`BlockSpec::groups`]), what a block costs in bytes and operations, and
 //! the forward pass itself ([`crate::forward`]).
 
+mod beside;
 mod block;
 mod check;
 mod rotary;
