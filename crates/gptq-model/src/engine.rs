@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use burn::tensor::Tensor;
-use gptq_types::{ActivationSink, LayerName, SourceError, Weight};
+use burn::tensor::{DType, Tensor};
+use gptq_types::{ActivationSink, Dtype, LayerName, SourceError, Weight};
 
 use crate::backend::{DecoderBackend, ShelfNeed, Shelves};
 use crate::batch::{Batch, BlockState, Track};
@@ -159,6 +159,15 @@ impl<B: DecoderBackend> Engine<B> {
     }
 }
 
+/// The type in which a backend computes.
+fn computed_in<B: DecoderBackend>(states: &Tensor<B, 2>) -> Dtype {
+    match states.dtype() {
+        DType::F16 => Dtype::F16,
+        DType::BF16 => Dtype::BF16,
+        _ => Dtype::F32,
+    }
+}
+
 /// Sees the input of a capture group and, where there is a float stream, its partner there.
 type Look<'a, B> = dyn FnMut(&Tensor<B, 2>, Option<&Tensor<B, 2>>) + 'a;
 
@@ -261,7 +270,11 @@ impl<B: DecoderBackend> Decoder for Engine<B> {
         let index = self.block.as_ref().map_or(0, |state| state.index);
         for batch in &self.batches {
             if !B::is_finite(&batch.state.hidden()) {
-                return Err(ModelError::NotFinite { block: index });
+                let computed = computed_in(&batch.state.hidden());
+                return Err(ModelError::NotFinite {
+                    block: index,
+                    computed,
+                });
             }
         }
         B::check()

@@ -33,7 +33,7 @@ mod weights;
 
 use std::sync::Arc;
 
-use gptq_types::{ActivationSink, LayerName, SourceError, Weight};
+use gptq_types::{ActivationSink, Dtype, LayerName, SourceError, Weight};
 
 pub use config::ConfigError;
 pub use read_block::norm_values;
@@ -90,9 +90,11 @@ pub enum ModelError {
     )]
     TokenOutsideVocabulary { id: u32, vocab_size: usize },
     #[error(
-        "block {block} computes hidden states that are not finite: the model overflows the type it runs in"
+        "block {block} computes hidden states that are not finite: the model overflows {computed}, the type it runs in"
     )]
-    NotFinite { block: usize },
+    NotFinite { block: usize, computed: Dtype },
+    #[error("the logits are not finite")]
+    LogitsNotFinite,
     #[error("layer `{0}` is not in the resident block")]
     NotResident(LayerName),
     #[cfg(feature = "cuda")]
@@ -114,8 +116,12 @@ impl ModelError {
         match self {
             #[cfg(feature = "cuda")]
             ModelError::Cuda(error) => error.hint(),
-            ModelError::NotFinite { .. } => {
-                Some("a model trained in bf16 may need it: f16 ends at 65504")
+            ModelError::NotFinite {
+                computed: Dtype::F16,
+                ..
+            } => Some("a model trained in bf16 may need it: f16 ends at 65504"),
+            ModelError::NotFinite { .. } | ModelError::LogitsNotFinite => {
+                Some("a weight is damaged, or config.json describes another model")
             }
             ModelError::AnotherHead { .. } => {
                 Some("set tie_word_embeddings to false if the head is the one that was trained")
