@@ -202,11 +202,15 @@ pub fn open(
         Device::Cuda { ordinal, memory } => {
             cuda::select(ordinal, memory)?;
             match source.computing_type(&spec) {
-                Some(gptq_types::Dtype::BF16) => Ok(Box::new(engine::Engine::<cuda::Bf16>::new(
-                    source, spec, streams,
+                Some(Dtype::BF16) => Ok(Box::new(engine::Engine::<cuda::Bf16>::new(
+                    source,
+                    spec.computed_in(Dtype::BF16),
+                    streams,
                 ))),
                 _ => Ok(Box::new(engine::Engine::<cuda::F16>::new(
-                    source, spec, streams,
+                    source,
+                    spec.computed_in(Dtype::F16),
+                    streams,
                 ))),
             }
         }
