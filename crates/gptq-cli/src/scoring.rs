@@ -105,7 +105,7 @@ pub fn record(
         unread_keys: opened.spec.unread_keys.clone(),
         ..EvalRecord::default()
     };
-    match evaluation.comparison {
+    Ok(match evaluation.comparison {
         None => record,
         Some(found) => EvalRecord {
             kl: Some(found.kl),
@@ -169,7 +169,7 @@ impl<'a> Scorer<'a> {
             self.text,
             &scores,
             compared.unwrap_or_default(),
-        );
+        )?;
         self.first.get_or_insert(First {
             name: name.to_string(),
             vocab_size,
