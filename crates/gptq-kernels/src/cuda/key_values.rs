@@ -1,5 +1,6 @@
 //! Attention of a pass that reads or writes text, over the keys and values of earlier tokens; the
-//! kernels are described in `kernels/text.cu`. Addresses are of sixteen-bit row-major matrices.
+//! kernels are described in the files that `kernels/attend.cuh` includes. Addresses are of sixteen-bit
+//! row-major matrices.
 
 use std::sync::Arc;
 
