@@ -637,3 +637,44 @@ fn names_from_a_file_neither_steer_nor_fill_the_terminal() {
     let run = refused(&mut place.quantize(), place.path(), &["\\u{1b}[31m"]);
     assert!(run.error_line().len() < 1_200, "{}", run.error_line().len());
 }
+
+/// The perplexity was `inf`, and `null` in JSON, at exit 0.
+#[test]
+fn logits_beyond_any_perplexity() {
+    let place = Place::single();
+    place.change("lm_head.weight", |values| {
+        values.iter_mut().for_each(|value| *value *= 1e9);
+    });
+    let text = place.path().join("text.txt");
+    for format in [&[][..], &["--json"]] {
+        let mut eval = gptq("eval");
+        eval.arg(&place.model).arg("--dataset").arg(&text);
+        eval.args(["--seq-len", "32", "--max-windows", "2"])
+            .args(format);
+        refused(&mut eval, place.path(), &["too much for a perplexity"]);
+    }
+    let mut checked = place.quantize();
+    let failed = run(checked.args(["--check-windows", "2"])).ended_with(2);
+    let error = failed.error_line();
+    assert!(error.contains("float model: the mean negative"), "{error}");
+    assert!(!place.path().join("out").exists());
+}
+
+/// The hint spoke of f16 on a processor, which computes in f32.
+#[test]
+fn hidden_states_beyond_f32() {
+    let place = Place::single();
+    place.change("model.layers.1.mlp.down_proj.weight", |values| {
+        values.iter_mut().for_each(|value| *value = 3e38);
+    });
+    let mut eval = gptq("eval");
+    eval.arg(&place.model).arg("--dataset");
+    eval.arg(place.path().join("text.txt"));
+    eval.args(["--seq-len", "32", "--max-windows", "2", "--device", "cpu"]);
+    let told = refused(&mut eval, place.path(), &["block 1", "overflows F32"]);
+    let hint = told.hint().unwrap();
+    assert!(
+        hint.contains("a weight is damaged") && !hint.contains("16"),
+        "{hint}"
+    );
+}

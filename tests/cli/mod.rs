@@ -10,6 +10,7 @@ mod files;
 mod full_disk;
 mod generate;
 mod help;
+mod multimodal;
 mod report;
 mod streams;
 mod target;

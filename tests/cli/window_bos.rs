@@ -162,3 +162,31 @@ fn a_model_without_bos_is_refused_or_told() {
     let mut wrong = place.quantize(&place.gemma, &place.text, &[]);
     refused(&mut wrong, place.folder.path(), &["BOS is token 64"]);
 }
+
+/// A matrix found out when its repository was there, and `--dry-run` not at all.
+#[test]
+fn a_matrix_that_asks_for_bos_in_vain_is_refused_at_once() {
+    let place = Place::new();
+    let at = |name: &str| place.folder.path().join(name);
+    edit_json(&place.llama.join("config.json"), |config| {
+        config.as_object_mut().unwrap().remove("bos_token_id");
+    });
+    let plan = "[[branch]]\nname = \"main\"\nbits = 4\ngroup_size = 32\n";
+    fs::write(at("plan.toml"), plan).unwrap();
+    let matrix = |out: &[&str], flags: &[&str]| {
+        let mut command = gptq("matrix");
+        command.arg(&place.llama).arg("--plan").arg(at("plan.toml"));
+        command.arg("--dataset").arg(&place.text);
+        command.arg("--evaluate").arg(&place.text);
+        command.args(["--samples", "8", "--seq-len", "16", "--device", "cpu"]);
+        command.args(["--eval-seq-len", "16"]).args(out).args(flags);
+        command
+    };
+    let out = at("repository").display().to_string();
+    for out in [&["--out", out.as_str()][..], &["--dry-run"]] {
+        let mut asked = matrix(out, &["--window-bos"]);
+        let words = ["--window-bos", "beginning-of-sequence token"];
+        refused(&mut asked, place.folder.path(), &words);
+    }
+    run(&mut matrix(&["--dry-run"], &[])).done();
+}

@@ -10,7 +10,7 @@ mod text;
 pub use command::{Run, gptq, json, quantize, refused, run};
 pub use data::{Cause, fixture, shared, skipped, smollm2};
 pub use folder::{edit_json, edit_tensor, entries, hashes, same_files, tensor, tensor_names};
-pub use model::{Family, TinyModel, write_tensors, write_tokenizer};
+pub use model::{Family, Tensor, TinyModel, write_tensors, write_tokenizer};
 pub use text::write_text;
 
 use std::path::{Path, PathBuf};

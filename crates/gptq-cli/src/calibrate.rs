@@ -16,6 +16,17 @@ use crate::models::Model;
 use crate::progress::Steps;
 use crate::window_bos::{recorded, window_bos};
 
+/// Refuses what is known to fail before a text is read: a text that nobody knows, windows that cannot begin
+/// as they were asked to.
+pub fn check_request(
+    request: &CalibrationRequest,
+    model: &Model,
+    spec: &ModelSpec,
+) -> Result<(), Failure> {
+    let source = Source::parse(&request.dataset)?.with_column(request.column.clone())?;
+    window_bos(request.window_bos, &source, model, spec).map(drop)
+}
+
 /// Reads or draws the windows; `temperature` and `device` are for text of the model's own.
 pub fn calibrate(
     request: &CalibrationRequest,

@@ -15,7 +15,7 @@ use crate::datasets::{is_one_text, local_copy, public_name};
 use crate::failure::Failure;
 use crate::models::Model;
 use crate::progress::Steps;
-use crate::scoring::ScoringText;
+use crate::scoring::{ScoringText, perplexity};
 use crate::window_bos::recorded;
 
 /// Windows of a second text where nobody says how many.
@@ -137,8 +137,8 @@ impl Texts {
                     seq_len: lengths().max().unwrap_or(0),
                     tokens: lengths().sum(),
                     window_bos: text.window_bos,
-                    float_perplexity: float.perplexity(),
-                    perplexity: own.perplexity(),
+                    float_perplexity: perplexity("float model", &float)?,
+                    perplexity: perplexity("files", &own)?,
                     kl: compared.kl,
                 })
             })

@@ -8,7 +8,7 @@ use gptq_pipeline::check_permutations;
 use gptq_repository::{Repository, check_branch_names};
 use gptq_types::outside_name::shown;
 use gptq_types::{
-    Branch, BranchRecord, CalibrationRequest, FileRecord, Permutation, RUN_RECORD_SCHEMA,
+    Branch, BranchRecord, CalibrationRequest, FileRecord, LEAST_KL, Permutation, RUN_RECORD_SCHEMA,
     RunRecord, TensorSource, branch_name, describe,
 };
 
@@ -147,7 +147,7 @@ pub fn check_branch(branch: &Branch, name: &str) -> Result<(), Failure> {
         if scores.windows == 0
             || !(0.0..=1.0).contains(&share)
             // KL is a sum of rounded terms.
-            || positive.iter().any(|&value| !value.is_finite() || value < -1e-3)
+            || positive.iter().any(|&value| !value.is_finite() || value < LEAST_KL)
         {
             return wrong("scores that no evaluation gives");
         }

@@ -183,7 +183,7 @@ impl Scored {
         models: &[Model],
         opened: &[OpenedModel],
         scores: &[Scores],
-    ) -> Vec<EvalRecord> {
+    ) -> Result<Vec<EvalRecord>, Failure> {
         let mut records = Vec::new();
         let mut start = 0;
         for text in &self.texts {
@@ -194,7 +194,7 @@ impl Scored {
                 let windows = &own.windows[range.clone()];
                 let first = &scores[0].windows[range.clone()];
                 let name = &args.models[index];
-                let mut record = record(name, which, &text.windows, windows, first);
+                let mut record = record(name, which, &text.windows, windows, first)?;
                 record.text = text.name.clone();
                 if range.start == 0 {
                     self.complete(&mut record, own);
@@ -202,7 +202,7 @@ impl Scored {
                 records.push(record);
             }
         }
-        records
+        Ok(records)
     }
 
     fn complete(&self, record: &mut EvalRecord, own: &Scores) {

@@ -5,8 +5,8 @@ use std::time::Instant;
 
 use gptq_calibration::{EvaluationWindows, Means, Source, Tokenizer, evaluation_windows};
 use gptq_inference::{
-    OpenedModel, Reference, ScoreError, WindowScore, group_tokens, groups, score_reference,
-    score_windows, summarize,
+    Evaluation, OpenedModel, Reference, ScoreError, WindowScore, group_tokens, groups,
+    score_reference, score_windows, summarize,
 };
 use gptq_model::{DeviceContext, ModelSpec};
 use gptq_types::EvalRecord;
@@ -30,6 +30,21 @@ pub struct ScoringText {
 }
 
 impl ScoringText {
+    fn source(&self) -> Result<Source, Failure> {
+        let source = Source::parse(&self.dataset)?.with_column(self.column.clone())?;
+        match source.is_generated() {
+            true => Err(Failure::new(
+                "`self` is for calibration: a model's own text says nothing of its perplexity",
+            )),
+            false => Ok(source),
+        }
+    }
+
+    /// Refuses what is known to fail before the text is read.
+    pub fn check(&self, model: &Model, spec: &ModelSpec) -> Result<(), Failure> {
+        window_bos(self.window_bos, &self.source()?, model, spec).map(drop)
+    }
+
     /// The windows, in the tokens of `model`.
     pub fn read(
         &self,
@@ -37,12 +52,7 @@ impl ScoringText {
         spec: &ModelSpec,
         hub: &HubArgs,
     ) -> Result<EvaluationWindows, Failure> {
-        let source = Source::parse(&self.dataset)?.with_column(self.column.clone())?;
-        if source.is_generated() {
-            let text =
-                "`self` is for calibration: a model's own text says nothing of its perplexity";
-            return Err(Failure::new(text));
-        }
+        let source = self.source()?;
         let tokenizer = Tokenizer::open(model.tokenizer_dir())?;
         let means = Means {
             tokenizer: &tokenizer,
@@ -78,8 +88,9 @@ pub fn record(
     text: &EvaluationWindows,
     own: &[WindowScore],
     first: &[WindowScore],
-) -> EvalRecord {
+) -> Result<EvalRecord, Failure> {
     let evaluation = summarize(own, first);
+    let perplexity = perplexity(name, &evaluation)?;
     let record = EvalRecord {
         model: name.to_string(),
         kind: opened.kind(),
@@ -89,12 +100,12 @@ pub fn record(
         seq_len: text.ids.iter().map(Vec::len).max().unwrap_or(0),
         nll: evaluation.nll,
         nll_stderr: evaluation.nll_stderr,
-        perplexity: evaluation.perplexity(),
+        perplexity,
         weight_bytes: model.checkpoint.weight_bytes(),
         unread_keys: opened.spec.unread_keys.clone(),
         ..EvalRecord::default()
     };
-    match evaluation.comparison {
+    Ok(match evaluation.comparison {
         None => record,
         Some(found) => EvalRecord {
             kl: Some(found.kl),
@@ -104,7 +115,12 @@ pub fn record(
             nll_difference: found.nll_difference,
             ..record
         },
-    }
+    })
+}
+
+/// The perplexity of a checkpoint, which has to be a number.
+pub fn perplexity(name: &str, evaluation: &Evaluation) -> Result<f64, Failure> {
+    (evaluation.perplexity()).map_err(|error| Failure::new(format!("{name}: {error}")))
 }
 
 /// Scores one checkpoint after the other as they come into being; the first is the reference, and
@@ -153,7 +169,7 @@ impl<'a> Scorer<'a> {
             self.text,
             &scores,
             compared.unwrap_or_default(),
-        );
+        )?;
         self.first.get_or_insert(First {
             name: name.to_string(),
             vocab_size,

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use gptq_packer::{SafetensorsError, SafetensorsFile};
+use gptq_packer::{SafetensorsError, SafetensorsFile, declared_settings};
 use gptq_types::outside_name::shown;
 use gptq_types::{SourceError, TensorInfo, TensorSource};
 use rayon::prelude::*;
@@ -229,7 +229,8 @@ fn bytes_of(files: &[PathBuf]) -> Result<u64, HubError> {
 
 /// A sentence on the `quantization_config` that merging a quantized model leaves beside floats.
 fn stale_settings(config: &Value, tensors: &BTreeMap<String, Stored>) -> Option<String> {
-    let settings = config.get("quantization_config")?.as_object()?;
+    let declared = declared_settings(config);
+    let settings = declared.into_iter().find_map(Value::as_object)?;
     let floats = tensors.values().all(|stored| stored.info.dtype.is_weight());
     let method = settings.get("quant_method").and_then(Value::as_str);
     let method = shown(method.unwrap_or("of no name"), 40);

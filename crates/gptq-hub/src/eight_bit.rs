@@ -9,7 +9,7 @@
 use std::collections::BTreeMap;
 use std::sync::LazyLock;
 
-use gptq_packer::SafetensorsFile;
+use gptq_packer::{SafetensorsFile, declared_settings};
 use gptq_types::{Dtype, TensorInfo};
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -96,7 +96,10 @@ fn declared_type(config: &Value) -> Dtype {
 }
 
 fn block_size(config: &Value) -> [usize; 2] {
-    let declared = &config["quantization_config"]["weight_block_size"];
+    let declared = (declared_settings(config).into_iter())
+        .map(|settings| &settings["weight_block_size"])
+        .find(|size| !size.is_null())
+        .unwrap_or(&Value::Null);
     let side = |at: usize| {
         declared[at]
             .as_u64()

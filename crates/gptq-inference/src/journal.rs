@@ -11,7 +11,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use gptq_types::outside_name::shown;
-use gptq_types::{ContentHash, ContentHasher};
+use gptq_types::{ContentHash, ContentHasher, LEAST_KL};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -120,9 +120,6 @@ struct Stored {
     /// Where the entries that were read stand, from 1.
     lines: BTreeMap<Place, usize>,
 }
-
-/// Rounding makes the divergence of equal models a little negative; more is no divergence.
-const LEAST_DIVERGENCE: f64 = -1e-3;
 
 /// Rounding makes the log-likelihood of what is certain a little more than 0.
 const MOST_LIKELIHOOD: f64 = 1e-3;
@@ -249,7 +246,7 @@ impl Entry {
             return Err("took a time that is no time");
         }
         for (window, &predictions) in self.windows.iter().zip(&shape.predictions) {
-            if !(window.nll.is_finite() && window.nll > 0.0) {
+            if !(window.nll.is_finite() && -window.nll <= MOST_LIKELIHOOD) {
                 return Err("has a likelihood that no model gives");
             }
             match (&window.divergence, shape.compared) {
@@ -268,7 +265,7 @@ impl Divergence {
             return Err("has another number of positions than its window");
         }
         let mut all = (self.by_position.iter().copied().map(f64::from)).chain([self.kl]);
-        if !all.all(|kl| kl.is_finite() && kl >= LEAST_DIVERGENCE) {
+        if !all.all(|kl| kl.is_finite() && kl >= LEAST_KL) {
             return Err("has a divergence that is none");
         }
         match (0.0..=1.0).contains(&self.top1) {
@@ -529,11 +526,13 @@ mod tests {
             journal.check(&shape).map_err(|error| error.to_string())
         };
         told(&|_| {}).unwrap();
+        // A model that is certain.
+        told(&|entry| entry.windows[0].nll = 0.0).unwrap();
         let divergence = |entry: &mut Entry| entry.windows[0].divergence.clone().unwrap();
         let changes: [&dyn Fn(&mut Entry); 9] = [
             &|entry| entry.place.group = 1,
             &|entry| entry.windows.clear(),
-            &|entry| entry.windows[0].nll = 0.0,
+            &|entry| entry.windows[0].nll = -0.5,
             &|entry| entry.windows[0].divergence = None,
             &|entry| entry.answers.push(true),
             &|entry| entry.likelihoods.push(-1.0),

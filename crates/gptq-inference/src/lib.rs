@@ -47,4 +47,4 @@ pub use run::{RunError, Runner};
 pub use sample_windows::{SampleSpec, sample_windows};
 pub use speed::measure_speed;
 pub use stored::{StoredLinear, StoredMatrix, StoredWeight};
-pub use summary::{Comparison, Evaluation, accuracy, summarize};
+pub use summary::{Comparison, Evaluation, NoPerplexity, accuracy, summarize};

@@ -58,7 +58,7 @@ pub fn compare(got: &[f32], expected: &[f32], vocab: usize) -> LogitComparison {
     worst.top1_agreement = agreeing as f64 / rows.max(1) as f64;
     let pairs = got.chunks_exact(vocab).zip(expected.chunks_exact(vocab));
     let kl: f64 = pairs.map(|(got, expected)| divergence(got, expected)).sum();
-    worst.kl = kl / rows.max(1) as f64;
+    worst.kl = gptq_types::kl(kl / rows.max(1) as f64);
     worst
 }
 

@@ -32,8 +32,10 @@ pub struct Divergence {
 
 impl WindowScore {
     fn is_finite(&self) -> bool {
-        let kl = self.divergence.as_ref().map_or(0.0, |found| found.kl);
-        self.nll.is_finite() && kl.is_finite()
+        let is_finite = |found: &Divergence| {
+            found.kl.is_finite() && found.by_position.iter().all(|kl| kl.is_finite())
+        };
+        self.nll.is_finite() && self.divergence.as_ref().is_none_or(is_finite)
     }
 }
 

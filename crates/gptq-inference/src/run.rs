@@ -10,6 +10,8 @@ mod memory;
 mod projection;
 
 use gptq_model::{DeviceContext, ModelError, ModelSpec};
+#[cfg(feature = "cuda")]
+use gptq_types::Dtype;
 use gptq_types::SourceError;
 
 use crate::OpenedModel;
@@ -92,7 +94,20 @@ impl OpenedModel {
         match device {
             DeviceContext::Cpu => Ok(Box::new(cpu::CpuRunner::open(self)?)),
             #[cfg(feature = "cuda")]
-            DeviceContext::Cuda(cuda) => Ok(Box::new(cuda::GpuRunner::open(self, cuda.gpu())?)),
+            DeviceContext::Cuda(cuda) => {
+                // f32 models run in f16.
+                let computed = match self.weights.computing_type(&self.spec) {
+                    Some(Dtype::BF16) => Dtype::BF16,
+                    _ => Dtype::F16,
+                };
+                let rounded = OpenedModel {
+                    weights: self.weights.clone(),
+                    packed: self.packed.clone(),
+                    spec: self.spec.clone().computed_in(computed),
+                    quantization: self.quantization.clone(),
+                };
+                Ok(Box::new(cuda::GpuRunner::open(&rounded, cuda.gpu())?))
+            }
         }
     }
 }

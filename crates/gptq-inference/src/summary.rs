@@ -1,6 +1,6 @@
 //! From scores of windows to the numbers of a record.
 
-use gptq_types::{Accuracy, PairedDifference};
+use gptq_types::{Accuracy, PairedDifference, kl};
 
 use crate::confidence::{mean_and_error, paired_difference};
 use crate::perplexity::{Divergence, WindowScore};
@@ -41,10 +41,24 @@ pub struct Comparison {
     pub nll_difference: Option<PairedDifference>,
 }
 
+/// Above it perplexities overflow, or their ratios do.
+const LARGEST: f64 = 1e300;
+
+/// A mean negative log-likelihood, in nats, whose exponential is no number to work with.
+#[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
+#[error("the mean negative log-likelihood is {0:.4e} nats, too much for a perplexity")]
+pub struct NoPerplexity(pub f64);
+
 impl Evaluation {
     /// `exp(nll)`, the papers' perplexity: windows count alike, whatever text follows them.
-    pub fn perplexity(&self) -> f64 {
-        self.nll.exp()
+    ///
+    /// # Errors
+    /// A likelihood so small that this is no finite number.
+    pub fn perplexity(&self) -> Result<f64, NoPerplexity> {
+        match self.nll.exp() {
+            perplexity if perplexity < LARGEST => Ok(perplexity),
+            _ => Err(NoPerplexity(self.nll)),
+        }
     }
 }
 
@@ -64,9 +78,9 @@ pub fn summarize(own: &[WindowScore], first: &[WindowScore]) -> Evaluation {
                 windows.iter().map(|window| of(window)).sum::<f64>() / windows.len() as f64
             };
             Comparison {
-                kl: mean(|window| window.kl),
-                kl_p999: tail(&windows),
-                kl_by_position: by_position(&windows),
+                kl: kl(mean(|window| window.kl)),
+                kl_p999: kl(tail(&windows)),
+                kl_by_position: by_position(&windows).into_iter().map(kl).collect(),
                 top1_agreement: mean(|window| window.top1),
                 nll_difference: paired_difference(&likelihoods(own), &likelihoods(first)),
             }
@@ -201,8 +215,32 @@ mod tests {
         let found = summarize(&[plain(2.0), plain(4.0)], &[]);
         assert_eq!((found.nll, found.windows), (3.0, 2));
         assert_eq!(found.nll_stderr, 1.0);
-        assert_eq!(found.perplexity(), 3.0f64.exp());
+        assert_eq!(found.perplexity(), Ok(3.0f64.exp()));
         assert_eq!(found.comparison, None);
+    }
+
+    /// It was `inf`, and `null` in JSON, at exit 0.
+    #[test]
+    fn a_likelihood_too_small_for_a_perplexity_is_told() {
+        let found = summarise(&[plain(700.0), plain(720.0)], &[]);
+        assert_eq!(found.perplexity(), Err(NoPerplexity(710.0)));
+        let text = found.perplexity().unwrap_err().to_string();
+        assert!(text.contains("is 7.1000e2 nats"), "{text}");
+        let nan = summarise(&[plain(f64::NAN)], &[]);
+        assert!(nan.perplexity().is_err());
+    }
+
+    /// It was printed as -0.0000, or below 0.
+    #[test]
+    fn the_divergence_of_equal_models_is_not_negative() {
+        let found = compared(&[window(1.0, &[-1e-7, -3e-7]), window(1.0, &[0.0, 1e-7])]);
+        for kl in found
+            .kl_by_position
+            .into_iter()
+            .chain([found.kl, found.kl_p999])
+        {
+            assert!(kl.is_sign_positive(), "{kl}");
+        }
     }
 
     #[test]

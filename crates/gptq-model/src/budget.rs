@@ -50,9 +50,9 @@ pub(crate) fn places_on_device(
     let followed = need.float.unwrap_or(0);
     let (donors, shared_kv) = need.shared_kv;
     let (blocks, by_token) = need.by_token;
-    // The hidden states first: they are read five times a block and written twice, each time between
-    // two reads; then what several blocks read, or each block once; inner ones are read twice, and all
-    // written before any is read.
+    // The hidden states first: every tap reads them, and every step takes them and writes them again (in a
+    // Llama five reads and two writes a block), each write between two reads; then what several blocks
+    // read, or each block once; inner ones are read twice, and all written before any is read.
     let [hidden, float, shared_kv, by_token, inner] = divide(
         [
             request(need.hidden, need.batches, 2),

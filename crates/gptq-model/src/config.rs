@@ -27,6 +27,15 @@ pub enum ConfigError {
     },
     #[error("config.json has `{key}` twice: {found}")]
     Conflict { key: &'static str, found: String },
+    #[error(
+        "config.json has `{key}` = {outer} outside of text_config, and {inner} inside: readers differ in \
+         which they take"
+    )]
+    Outside {
+        key: String,
+        outer: String,
+        inner: String,
+    },
     #[error("architecture `{0}` is not one of {known}", known = arch::known())]
     UnknownArchitecture(String),
 }
@@ -39,7 +48,9 @@ impl ConfigError {
     pub fn is_unsupported(&self) -> bool {
         matches!(
             self,
-            ConfigError::Unsupported { .. } | ConfigError::UnknownArchitecture(_)
+            ConfigError::Unsupported { .. }
+                | ConfigError::Outside { .. }
+                | ConfigError::UnknownArchitecture(_)
         )
     }
 

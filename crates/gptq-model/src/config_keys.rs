@@ -373,6 +373,11 @@ pub(crate) fn check(fields: &Fields<'_>, honoured: &Honoured) -> Result<Vec<Stri
     Ok(unread)
 }
 
+/// A key that says nothing about the logits.
+pub(crate) fn is_harmless(key: &str) -> bool {
+    HARMLESS.contains(&key)
+}
+
 /// Characters of an unknown key that an error shows.
 const SHOWN_CHARACTERS: usize = 40;
 /// Unknown keys that an error shows at most.

@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
 use gptq_kernels::{ActivationSink, Weight};
-use gptq_types::{LayerName, SourceError};
+use gptq_types::{Dtype, LayerName, SourceError};
 
 use crate::backend::{ActivationSizes, ActivationStores, DecoderBackend};
 use crate::batch::{Batch, BatchContext, BlockState};
@@ -180,6 +180,15 @@ impl<B: DecoderBackend> Engine<B> {
     }
 }
 
+/// The type in which a backend computes.
+fn computed_in<B: DecoderBackend>(states: &Tensor<B, 2>) -> Dtype {
+    match states.dtype() {
+        DType::F16 => Dtype::F16,
+        DType::BF16 => Dtype::BF16,
+        _ => Dtype::F32,
+    }
+}
+
 /// Sees the input of a capture group and, where there is a float stream, its partner there.
 type Look<'a, B> = dyn FnMut(&Tensor<B, 2>, Option<&Tensor<B, 2>>) + 'a;
 
@@ -295,8 +304,13 @@ impl<B: DecoderBackend> Decoder for Engine<B> {
         self.finish_block()?;
         let index = self.block.as_ref().map_or(0, |state| state.index);
         for batch in &self.batches {
-            if !B::is_finite(&self.on, &batch.state.hidden(&self.on)) {
-                return Err(ModelError::NotFinite { block: index });
+            let hidden = batch.state.hidden(&self.on);
+            if !B::is_finite(&self.on, &hidden) {
+                let computed = computed_in(&hidden);
+                return Err(ModelError::NotFinite {
+                    block: index,
+                    computed,
+                });
             }
         }
         B::check(&self.on)

@@ -36,7 +36,7 @@ mod weights;
 
 use std::sync::Arc;
 
-use gptq_types::{LayerName, SourceError};
+use gptq_types::{Dtype, LayerName, SourceError};
 
 use engine::Engine;
 
@@ -83,9 +83,11 @@ pub enum ModelError {
     )]
     TokenOutsideVocabulary { id: u32, vocab_size: usize },
     #[error(
-        "block {block} computes hidden states that are not finite: the model overflows the type it runs in"
+        "block {block} computes hidden states that are not finite: the model overflows {computed}, the type it runs in"
     )]
-    NotFinite { block: usize },
+    NotFinite { block: usize, computed: Dtype },
+    #[error("the logits are not finite")]
+    LogitsNotFinite,
     #[error("layer `{0}` is not in the resident block")]
     NotResident(LayerName),
     #[cfg(feature = "cuda")]
@@ -107,8 +109,12 @@ impl ModelError {
         match self {
             #[cfg(feature = "cuda")]
             ModelError::Cuda(error) => error.hint(),
-            ModelError::NotFinite { .. } => {
-                Some("a model trained in bf16 may need it: f16 ends at 65504")
+            ModelError::NotFinite {
+                computed: Dtype::F16,
+                ..
+            } => Some("a model trained in bf16 may need it: f16 ends at 65504"),
+            ModelError::NotFinite { .. } | ModelError::LogitsNotFinite => {
+                Some("a weight is damaged, or config.json describes another model")
             }
             ModelError::AnotherHead { .. } => {
                 Some("set tie_word_embeddings to false if the head is the one that was trained")
@@ -187,11 +193,19 @@ pub fn open(
         DeviceContext::Cuda(cuda) => {
             let on = cuda::OnCuda::new(cuda.clone());
             match source.computing_type(&spec) {
-                Some(gptq_types::Dtype::BF16) => Ok(Box::new(Engine::<cuda::Bf16>::new(
-                    context, on, source, spec, streams,
+                Some(Dtype::BF16) => Ok(Box::new(Engine::<cuda::Bf16>::new(
+                    context,
+                    on,
+                    source,
+                    spec.computed_in(Dtype::BF16),
+                    streams,
                 ))),
                 _ => Ok(Box::new(Engine::<cuda::F16>::new(
-                    context, on, source, spec, streams,
+                    context,
+                    on,
+                    source,
+                    spec.computed_in(Dtype::F16),
+                    streams,
                 ))),
             }
         }

@@ -3,6 +3,7 @@
 use std::f64::consts::PI;
 
 use gptq_kernels::Pairing;
+use gptq_types::outside_name::shown;
 
 use crate::config::{ConfigError, Fields};
 use crate::config_keys;
@@ -90,35 +91,76 @@ impl Reads {
 }
 
 /// `rope_theta` and the scaling from either spelling: `rope_theta` + `rope_scaling`, or the
-/// `rope_parameters` of transformers 5. Where a file has both, or the base twice, they must agree:
+/// `rope_parameters` of transformers 5. Where a file has both, or one setting twice, they must agree:
 /// readers differ in which they take.
 pub(crate) fn read(
     fields: &Fields<'_>,
     max_positions: usize,
     reads: &Reads,
 ) -> Result<Rope, ConfigError> {
-    let outer = base(fields)?;
-    let mut rope = Rope::plain(outer.unwrap_or(reads.theta));
-    if let Some(default) = reads.partial {
-        rope.partial = partial(fields)?.unwrap_or(default);
-    }
+    let outer = Outer::read(fields)?;
     let around = original(fields)?.or(reads.original);
-    let mut read_before = None;
+    let mut found: Option<(Rope, &'static str)> = None;
     for place in ["rope_parameters", "rope_scaling"] {
-        let Some(block) = fields.object(place)? else {
+        let Some(block) = block(fields, place)? else {
             continue;
         };
         refuse_blocks_of_layers(&block, place)?;
-        take_base(&mut rope, &block, outer, place)?;
-        let before = rope.scaling.clone();
+        // Each by itself: transformers takes the second whole, whatever the first one says.
+        let mut rope = outer.rope(reads);
+        outer.agrees(&block, place)?;
         read_block(&mut rope, &block, (around, max_positions), reads)?;
-        if let Some(earlier) = read_before.filter(|_| before != rope.scaling) {
-            let values = [format!("{before:?}"), format!("{:?}", rope.scaling)];
-            return Err(conflict("rope_type", values, [earlier, place]));
+        if let Some((earlier, first)) = found {
+            earlier.is_same(&rope, [first, place])?;
+            rope.unread_keys.extend(earlier.unread_keys);
         }
-        read_before = Some(place);
+        found = Some((rope, place));
     }
-    Ok(rope)
+    Ok(found.map_or_else(|| outer.rope(reads), |(rope, _)| rope))
+}
+
+/// The block of rotary settings of this name; an empty one says nothing.
+fn block<'a>(fields: &Fields<'a>, place: &'static str) -> Result<Option<Fields<'a>>, ConfigError> {
+    let says_something =
+        |block: &Fields<'_>| block.0.as_object().is_some_and(|map| !map.is_empty());
+    Ok(fields.object(place)?.filter(says_something))
+}
+
+/// What stands beside the blocks of rotary settings, and may stand in them once more.
+struct Outer {
+    theta: Option<f64>,
+    partial: Option<f64>,
+}
+
+impl Outer {
+    fn read(fields: &Fields<'_>) -> Result<Self, ConfigError> {
+        Ok(Outer {
+            theta: base(fields)?,
+            partial: partial(fields)?,
+        })
+    }
+
+    /// What it says, with the family's defaults.
+    fn rope(&self, reads: &Reads) -> Rope {
+        let mut rope = Rope::plain(self.theta.unwrap_or(reads.theta));
+        if let Some(default) = reads.partial {
+            rope.partial = self.partial.unwrap_or(default);
+        }
+        rope
+    }
+
+    /// A setting that a block repeats has the same value there.
+    fn agrees(&self, block: &Fields<'_>, place: &'static str) -> Result<(), ConfigError> {
+        let same = |key, outer: Option<f64>, inner: Option<f64>| match outer.zip(inner) {
+            Some((outer, inner)) if outer != inner => {
+                let values = [outer.to_string(), inner.to_string()];
+                Err(conflict(key, values, ["the file", place]))
+            }
+            _ => Ok(()),
+        };
+        same("rope_theta", self.theta, base(block)?)?;
+        same("partial_rotary_factor", self.partial, partial(block)?)
+    }
 }
 
 /// Rotary settings by kind of layer.
@@ -137,37 +179,46 @@ pub(crate) fn read_kinds(
     local_key: Option<&'static str>,
 ) -> Result<Kinds, ConfigError> {
     const PLACE: &str = "rope_parameters";
-    let kinds = fields.object(PLACE)?;
-    let read_kind = |kind, outer: Option<f64>, reads: &Reads| -> Result<_, ConfigError> {
-        let mut rope = Rope::plain(outer.unwrap_or(reads.theta));
+    let kinds = block(fields, PLACE)?;
+    let read_kind = |kind, outer: &Outer, reads: &Reads| -> Result<_, ConfigError> {
+        let mut rope = outer.rope(reads);
         let block = kinds.map_or(Ok(None), |kinds| kinds.object(kind))?;
         if let Some(block) = &block {
-            take_base(&mut rope, block, outer, PLACE)?;
+            outer.agrees(block, PLACE)?;
             read_block(&mut rope, block, (None, max_positions), reads)?;
         }
-        Ok((rope, block.is_some()))
+        Ok((rope, block))
     };
-    let local = local_key.map_or(Ok(None), |key| base_of(fields, key))?;
-    let (sliding, has_sliding) = read_kind("sliding_attention", local, sliding)?;
-    let (mut rope, has_full) = read_kind("full_attention", base(fields)?, full)?;
+    let outer = Outer::read(fields)?;
+    let local = Outer {
+        theta: local_key.map_or(Ok(None), |key| base_of(fields, key))?,
+        partial: outer.partial,
+    };
+    let (sliding, of_sliding) = read_kind("sliding_attention", &local, sliding)?;
+    let (mut rope, of_full) = read_kind("full_attention", &outer, full)?;
     // One kind alone leaves the other without settings; what stands beside both would be lost.
     let known = |key: &str| matches!(key, "sliding_attention" | "full_attention");
     let members = kinds.and_then(|kinds| kinds.0.as_object());
-    if let Some(members) = members.filter(|members| !members.is_empty())
-        && (!has_sliding || !has_full || members.keys().any(|key| !known(key)))
+    if let Some(members) = members
+        && (of_sliding.is_none() || of_full.is_none() || members.keys().any(|key| !known(key)))
     {
         let found = members.keys().cloned().collect::<Vec<_>>().join(", ");
         let expected = "settings for full_attention and sliding_attention";
         return Err(ConfigError::unsupported(PLACE, found, expected));
     }
-    if let Some(block) = fields.object("rope_scaling")? {
+    if let Some(block) = block(fields, "rope_scaling")? {
         refuse_blocks_of_layers(&block, "rope_scaling")?;
-        let before = rope.scaling.clone();
-        read_block(&mut rope, &block, (None, max_positions), full)?;
-        if has_full && before != rope.scaling {
-            let values = [format!("{before:?}"), format!("{:?}", rope.scaling)];
-            return Err(conflict("rope_type", values, [PLACE, "rope_scaling"]));
+        outer.agrees(&block, "rope_scaling")?;
+        let mut beside = Rope {
+            theta: rope.theta,
+            ..outer.rope(full)
+        };
+        read_block(&mut beside, &block, (None, max_positions), full)?;
+        if of_full.is_some() {
+            rope.is_same(&beside, [PLACE, "rope_scaling"])?;
         }
+        beside.unread_keys.extend(rope.unread_keys);
+        rope = beside;
     }
     Ok(Kinds {
         sliding,
@@ -185,6 +236,26 @@ impl Rope {
             query_factor: None,
             unread_keys: Vec::new(),
         }
+    }
+
+    /// Two blocks of settings make the same table.
+    fn is_same(&self, other: &Rope, places: [&'static str; 2]) -> Result<(), ConfigError> {
+        let differ = |key, first: String, second: String| match first == second {
+            true => Ok(()),
+            false => Err(conflict(key, [first, second], places)),
+        };
+        let (theta, scaling) = (self.theta, &self.scaling);
+        differ("rope_theta", theta.to_string(), other.theta.to_string())?;
+        let (partial, others) = (self.partial.to_string(), other.partial.to_string());
+        differ("partial_rotary_factor", partial, others)?;
+        differ(
+            "rope_type",
+            format!("{scaling:?}"),
+            format!("{:?}", other.scaling),
+        )?;
+        let factors = [self.query_factor, other.query_factor].map(|factor| format!("{factor:?}"));
+        let [first, second] = factors;
+        differ("llama_4_scaling_beta", first, second)
     }
 
     /// The table for heads of a width.
@@ -243,21 +314,20 @@ fn base_of(fields: &Fields<'_>, key: &'static str) -> Result<Option<f64>, Config
     }
 }
 
-/// The base of a block, which agrees with the one `outer` of the file.
-fn take_base(
-    rope: &mut Rope,
-    block: &Fields<'_>,
-    outer: Option<f64>,
-    place: &'static str,
-) -> Result<(), ConfigError> {
-    if let Some(inner) = base(block)? {
-        if let Some(outer) = outer.filter(|outer| *outer != inner) {
-            let values = [outer.to_string(), inner.to_string()];
-            return Err(conflict("rope_theta", values, ["the file", place]));
+/// `rope_type`, or `type` as it was called before.
+fn kind_of<'a>(block: &Fields<'a>, reads: &Reads) -> Result<Option<&'a str>, ConfigError> {
+    let [newer, older] = [block.text("rope_type")?, block.text("type")?];
+    let own_name = |kind| match kind {
+        "su" | "yarn" if reads.longrope => "longrope",
+        other => other,
+    };
+    match newer.zip(older) {
+        Some((newer, older)) if own_name(newer) != own_name(older) => {
+            let values = [newer, older].map(|kind| shown(kind, 40));
+            Err(conflict("rope_type", values, ["`rope_type`", "`type`"]))
         }
-        rope.theta = inner;
+        _ => Ok(newer.or(older)),
     }
-    Ok(())
 }
 
 /// Reads one block of settings. `around` is `original_max_position_embeddings` of the file, if it has one,
@@ -268,10 +338,8 @@ fn read_block(
     (around, max_positions): (Option<usize>, usize),
     reads: &Reads,
 ) -> Result<(), ConfigError> {
-    let kind = match block.text("rope_type")? {
-        Some(kind) => Some(kind),
-        None => block.text("type")?,
-    };
+    rope.theta = base(block)?.unwrap_or(rope.theta);
+    let kind = kind_of(block, reads)?;
     let own = original(block)?;
     if let (Some(own), Some(around)) = (own, around)
         && own != around
@@ -655,6 +723,21 @@ mod tests {
                     "rope_parameters": {"rope_type": "default"}}"#,
                 "rope_type",
             ),
+            // transformers takes the second whole: its base is the default one
+            (
+                r#"{"rope_scaling": {"type": "linear", "factor": 2, "rope_theta": 5e5},
+                    "rope_parameters": {"type": "linear", "factor": 2, "rope_theta": 1e6}}"#,
+                "`rope_theta` twice",
+            ),
+            (
+                r#"{"rope_scaling": {"type": "linear", "factor": 2},
+                    "rope_parameters": {"type": "linear", "factor": 2, "rope_theta": 1e6}}"#,
+                "`rope_theta` twice",
+            ),
+            (
+                r#"{"rope_scaling": {"type": "linear", "rope_type": "default", "factor": 2}}"#,
+                "`rope_type` twice",
+            ),
         ] {
             let json: serde_json::Value = serde_json::from_str(json).unwrap();
             let error = read(&Fields(&json), 4096, &Reads::LLAMA)
@@ -662,6 +745,78 @@ mod tests {
                 .to_string();
             assert!(error.contains(named), "{error}");
         }
+    }
+
+    /// The one in the block was taken without a word.
+    #[test]
+    fn a_part_that_turns_and_is_told_twice_has_to_be_one() {
+        let reads = Reads {
+            partial: Some(0.5),
+            query_factor: true,
+            ..Reads::LLAMA
+        };
+        let read = |json: &str| {
+            let json: serde_json::Value = serde_json::from_str(json).unwrap();
+            let rope = read(&Fields(&json), 4096, &reads);
+            rope.map(|rope| rope.partial)
+                .map_err(|error| error.to_string())
+        };
+        for place in ["rope_parameters", "rope_scaling"] {
+            let both = |outer: &str, inner: &str| {
+                read(&format!(
+                    r#"{{"partial_rotary_factor": {outer}, "{place}": {{"partial_rotary_factor": {inner}}}}}"#
+                ))
+            };
+            let error = both("0.5", "0.25").unwrap_err();
+            assert!(error.contains("`partial_rotary_factor` twice"), "{error}");
+            assert_eq!(both("0.25", "0.25"), Ok(0.25));
+            assert_eq!(both("null", "0.25"), Ok(0.25));
+            assert_eq!(both("0.25", "null"), Ok(0.25));
+        }
+        for (first, second) in [
+            (r#""partial_rotary_factor": 1.0"#, ""),
+            (
+                r#""llama_4_scaling_beta": 0.1"#,
+                r#""llama_4_scaling_beta": 0.2"#,
+            ),
+        ] {
+            let json = format!(
+                r#"{{"rope_parameters": {{"type": "default", {first}}},
+                    "rope_scaling": {{"type": "default"{}{second}}}}}"#,
+                if second.is_empty() { "" } else { "," }
+            );
+            assert!(read(&json).unwrap_err().contains("twice"), "{json}");
+        }
+        assert_eq!(
+            read(r#"{"rope_parameters": {}, "rope_scaling": {}}"#),
+            Ok(0.5)
+        );
+    }
+
+    /// The base beside the scaling of full attention was not looked at.
+    #[test]
+    fn kinds_of_layers_and_the_older_spelling_have_to_be_one() {
+        let read = |json: &str| {
+            let json: serde_json::Value = serde_json::from_str(json).unwrap();
+            let kinds = read_kinds(&Fields(&json), 4096, [&Reads::LLAMA; 2], Some("local"));
+            let bases = kinds.map(|kinds| [kinds.sliding.theta, kinds.full.theta]);
+            bases.map_err(|error| error.to_string())
+        };
+        let kinds = r#""rope_parameters": {"full_attention": {"rope_theta": 1e6},
+            "sliding_attention": {"rope_theta": 1e4}}"#;
+        for beside in [
+            r#""rope_scaling": {"rope_theta": 5e5}"#,
+            r#""rope_scaling": {"rope_type": "linear", "factor": 8.0}"#,
+            r#""rope_theta": 5e5"#,
+            r#""local": 5e5"#,
+        ] {
+            let error = read(&format!("{{{kinds}, {beside}}}")).unwrap_err();
+            assert!(error.contains("twice"), "{error}");
+        }
+        let same = r#""rope_scaling": {"rope_type": "default"}, "rope_theta": 1e6"#;
+        assert_eq!(read(&format!("{{{kinds}, {same}}}")), Ok([1e4, 1e6]));
+        let older = r#"{"rope_scaling": {"rope_theta": 5e5, "type": "linear", "factor": 2}}"#;
+        assert_eq!(read(older), Ok([1e4, 5e5]));
     }
 
     /// Values of transformers 4.46 `ROPE_INIT_FUNCTIONS`, recomputed from their formulas in

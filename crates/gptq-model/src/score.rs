@@ -89,7 +89,8 @@ impl HeadInput {
     /// The likeliest next token of each of `rows`, of equals the one with the least id; always on
     /// the processor, in f32. A task asks for few rows, so that a GPU would save little.
     pub fn likeliest(&self, rows: &[usize]) -> Result<Vec<u32>, ModelError> {
-        self.on_processor(|host| host.likeliest(rows))
+        self.on_processor(|host| host.likeliest(rows))?
+            .ok_or(ModelError::LogitsNotFinite)
     }
 
     fn on_processor<T>(&self, work: impl FnOnce(&HeadRows) -> T) -> Result<T, ModelError> {
@@ -150,11 +151,12 @@ impl HeadRows {
         out
     }
 
-    fn likeliest(&self, rows: &[usize]) -> Vec<u32> {
+    /// Nothing where a logit is not finite: then none is the largest.
+    fn likeliest(&self, rows: &[usize]) -> Option<Vec<u32>> {
         let rows: Vec<(usize, u32)> = rows.iter().map(|&row| (row, 0)).collect();
         (rows.par_chunks(ROWS))
             .flat_map_iter(|rows| self.run(rows, None))
-            .map(|running| running.q.argmax as u32)
+            .map(|running| (running.q.log().is_finite()).then_some(running.q.argmax as u32))
             .collect()
     }
 
@@ -337,8 +339,20 @@ mod tests {
                 logits.iter().position(|&x| x == most).unwrap() as u32
             })
             .collect();
-        assert_eq!(own.likeliest(&rows), want);
+        assert_eq!(own.likeliest(&rows).as_ref(), Some(&want));
         assert_eq!(want[1], (vocab - 3) as u32);
+    }
+
+    /// Token 0 was the likeliest of a row of NaN, and counted as a guess.
+    #[test]
+    fn of_logits_that_are_not_finite_none_is_the_likeliest() {
+        for odd in [f32::NAN, f32::INFINITY] {
+            let mut own = input(0.31, 20);
+            assert!(own.likeliest(&[3]).is_some());
+            own.normed[3 * own.width] = odd;
+            assert_eq!(own.likeliest(&[3]), None);
+            assert!(own.likeliest(&[2]).is_some());
+        }
     }
 
     /// More than one tile, so that sums are carried over.

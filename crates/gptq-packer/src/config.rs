@@ -8,6 +8,7 @@
 
 use std::fmt::Display;
 
+use gptq_types::outside_name::shown;
 use gptq_types::{Bits, CheckpointFormat, GroupSize, SpecError};
 use serde_json::{Map, Value};
 
@@ -15,6 +16,11 @@ use crate::config_keys::Keys;
 
 const QUANTIZE_CONFIG: &str = "quantize_config.json";
 const MODEL_CONFIG: &str = "config.json";
+pub(crate) const SETTINGS_KEY: &str = "quantization_config";
+pub(crate) const TEXT_CONFIG: &str = "text_config";
+const TEXT_SETTINGS: &str = "text_config.quantization_config";
+/// Of a value, in an error.
+const SHOWN_CHARACTERS: usize = 80;
 
 /// Settings that cannot be read or used.
 #[derive(Debug, thiserror::Error)]
@@ -123,7 +129,8 @@ impl QuantizeConfig {
         Draft::read(QUANTIZE_CONFIG, object(QUANTIZE_CONFIG, text)?)?.finish()
     }
 
-    /// Reads the `quantization_config` in the text of a `config.json`; none if there is none.
+    /// Reads the `quantization_config` in the text of a `config.json`, or in its `text_config`; none if
+    /// there is none.
     pub fn from_model_config(text: &str) -> Result<Option<Self>, ConfigError> {
         Draft::of_model(text)?.map(Draft::finish).transpose()
     }
@@ -157,6 +164,38 @@ fn object(file: &'static str, text: &str) -> Result<Map<String, Value>, ConfigEr
     serde_json::from_str(text).map_err(|source| ConfigError::Json { file, source })
 }
 
+/// The settings that an object of `config.json` declares; `place` is how an error calls them.
+fn declared_in<'a>(
+    object: &'a Map<String, Value>,
+    place: &'static str,
+) -> Result<Option<&'a Map<String, Value>>, ConfigError> {
+    match object.get(SETTINGS_KEY) {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::Object(settings)) => Ok(Some(settings)),
+        Some(other) => Err(ConfigError::Type {
+            file: MODEL_CONFIG,
+            key: place,
+            value: shown(&other.to_string(), SHOWN_CHARACTERS),
+            expected: "an object",
+        }),
+    }
+}
+
+/// What a `config.json` declares of a quantization, of the whole model or of a part of it
+/// (`text_config`, `vision_config`), the outermost first.
+///
+/// ```
+/// let config = serde_json::json!({"text_config": {"quantization_config": {"bits": 4}}});
+/// assert_eq!(gptq_packer::declared_settings(&config), [&serde_json::json!({"bits": 4})]);
+/// ```
+pub fn declared_settings(config: &Value) -> Vec<&Value> {
+    let own = config.get(SETTINGS_KEY).filter(|value| !value.is_null());
+    let members = config.as_object().into_iter().flatten();
+    let parts = members.filter(|(key, _)| *key != SETTINGS_KEY);
+    let of_parts = parts.flat_map(|(_, part)| declared_settings(part));
+    own.into_iter().chain(of_parts).collect()
+}
+
 /// The settings of one file, each present or not.
 struct Draft {
     file: &'static str,
@@ -175,18 +214,32 @@ struct Draft {
 }
 
 impl Draft {
+    /// Of the whole model, else of the text model of a multimodal one.
     fn of_model(text: &str) -> Result<Option<Self>, ConfigError> {
-        let mut model = object(MODEL_CONFIG, text)?;
-        match model.remove("quantization_config") {
-            None | Some(Value::Null) => Ok(None),
-            Some(Value::Object(settings)) => Draft::read(MODEL_CONFIG, settings).map(Some),
-            Some(other) => Err(ConfigError::Type {
+        let model = object(MODEL_CONFIG, text)?;
+        let [whole, text] = [
+            declared_in(&model, SETTINGS_KEY)?,
+            match model.get(TEXT_CONFIG) {
+                Some(Value::Object(text)) => declared_in(text, TEXT_SETTINGS)?,
+                _ => None,
+            },
+        ];
+        if let (Some(whole), Some(text)) = (whole, text)
+            && whole != text
+        {
+            let show = |settings: &Map<String, Value>| {
+                shown(&Value::from(settings.clone()).to_string(), SHOWN_CHARACTERS)
+            };
+            return Err(ConfigError::Alias {
                 file: MODEL_CONFIG,
-                key: "quantization_config",
-                value: other.to_string(),
-                expected: "an object",
-            }),
+                first_key: SETTINGS_KEY,
+                first: show(whole),
+                second_key: TEXT_SETTINGS,
+                second: show(text),
+            });
         }
+        let settings = whole.or(text);
+        (settings.map(|settings| Draft::read(MODEL_CONFIG, settings.clone()))).transpose()
     }
 
     fn read(file: &'static str, raw: Map<String, Value>) -> Result<Self, ConfigError> {
@@ -466,6 +519,27 @@ mod tests {
         assert_eq!(config.raw["bits"], 4);
         assert_eq!(QuantizeConfig::from_files(None, Some("{}")).unwrap(), None);
         assert_eq!(QuantizeConfig::from_files(None, None).unwrap(), None);
+    }
+
+    /// The settings of a text model, which readers look for in its own block, were passed over.
+    #[test]
+    fn settings_may_stand_in_the_text_model() {
+        let of = |text: &str| QuantizeConfig::from_model_config(text);
+        let inner = r#""text_config":{"quantization_config":{"bits":4,"group_size":64}}"#;
+        let config = of(&format!("{{{inner}}}")).unwrap().unwrap();
+        assert_eq!(config.group_size, GroupSize::Channels(64));
+        let same = r#""quantization_config":{"group_size":64,"bits":4}"#;
+        assert_eq!(of(&format!("{{{same},{inner}}}")).unwrap(), Some(config));
+        let other = r#""quantization_config":{"bits":8,"group_size":64}"#;
+        let error = of(&format!("{{{other},{inner}}}")).unwrap_err().to_string();
+        assert!(
+            error.contains("`text_config.quantization_config`"),
+            "{error}"
+        );
+        let error = of(r#"{"text_config":{"quantization_config":4}}"#).unwrap_err();
+        assert!(error.to_string().contains("expected an object"), "{error}");
+        let vision = r#"{"vision_config":{"quantization_config":{"bits":4}}}"#;
+        assert_eq!(of(vision).unwrap(), None);
     }
 
     #[test]

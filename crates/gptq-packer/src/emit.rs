@@ -8,12 +8,9 @@ use serde::de::{Deserializer, MapAccess, Visitor};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
-use crate::config::ConfigError;
+use crate::config::{ConfigError, SETTINGS_KEY, TEXT_CONFIG};
 
 const MODEL_CONFIG: &str = "config.json";
-const SETTINGS_KEY: &str = "quantization_config";
-/// The decoder's part of a multimodal model's config.
-const TEXT_CONFIG: &str = "text_config";
 /// Names of the element type: before and since transformers 5.
 const TYPE_KEYS: [&str; 2] = ["torch_dtype", "dtype"];
 
@@ -159,7 +156,8 @@ pub fn quantize_config_json(
 ///
 /// The element type stands under `torch_dtype` or, since transformers 5, `dtype`; both are set if
 /// both are there, and `torch_dtype` is added if neither is. In the `text_config` of a multimodal
-/// model those that are there are set too. `exclusions` are those of [`crate::exclusions`]; they are
+/// model those that are there are set too. What a part of the model, `text_config` or another, declares
+/// of a quantization is taken out, since readers look for it there. `exclusions` are those of [`crate::exclusions`]; they are
 /// the same in both files, or readers disagree.
 ///
 /// # Errors
@@ -172,9 +170,9 @@ pub fn config_json_with_quantization(
     exclusions: &[String],
     declared: DeclaredType,
 ) -> Result<String, ConfigError> {
-    let mut members: Vec<(String, String)> = (members(config_json)?.into_iter())
-        .map(|(key, value)| (key, value.to_string()))
-        .collect();
+    let mut members = (members(config_json)?.into_iter())
+        .map(|(key, value)| Ok((key, without_settings(value)?)))
+        .collect::<Result<Vec<(String, String)>, ConfigError>>()?;
     let typed = members.iter_mut().filter(|(key, _)| is_type(key));
     let typed = typed.map(|(_, value)| *value = quoted(declared)).count();
     if typed == 0 {
@@ -212,6 +210,35 @@ fn with_type(object: &str, declared: DeclaredType) -> Result<String, ConfigError
         }
     }
     text.push_str(&object[copied..]);
+    Ok(text)
+}
+
+/// The text of a value, without what objects in it declare of a quantization; all else is as it was.
+fn without_settings(value: &str) -> Result<String, ConfigError> {
+    if !value.starts_with('{') {
+        return Ok(value.to_string());
+    }
+    let mut text = String::with_capacity(value.len());
+    let (mut copied, mut is_first) = (0, true);
+    for (key, member) in members(value)? {
+        // a borrowed value lies inside the text
+        let start = member.as_ptr() as usize - value.as_ptr() as usize;
+        let end = start + member.len();
+        if key != SETTINGS_KEY {
+            text.push_str(&value[copied..start]);
+            text.push_str(&without_settings(member)?);
+            (copied, is_first) = (end, false);
+            continue;
+        }
+        // with the comma before it, or behind it
+        copied = end;
+        if is_first {
+            text.push('{');
+            let behind = value[end..].trim_start();
+            copied = value.len() - behind.strip_prefix(',').unwrap_or(behind).len();
+        }
+    }
+    text.push_str(&value[copied..]);
     Ok(text)
 }
 
@@ -422,6 +449,42 @@ mod tests {
         assert_eq!(emit(r#"{"dtype":"bfloat16"}"#)["dtype"], "float16");
         assert_eq!(emit(r#"{"dtype":"bfloat16"}"#).get("torch_dtype"), None);
         assert_eq!(emit("{}")["torch_dtype"], "float16");
+    }
+
+    /// The float source's declaration went along, beside the settings of the checkpoint.
+    #[test]
+    fn settings_inside_the_parts_of_a_model_are_taken_out() {
+        for (part, left) in [
+            (
+                r#"{"quantization_config": {"bits": 8}, "a" :1}"#,
+                r#"{ "a" :1}"#,
+            ),
+            (
+                r#"{"a": 1e-06,  "quantization_config":{"b":{}} }"#,
+                r#"{"a": 1e-06 }"#,
+            ),
+            (
+                r#"{"a": 1, "quantization_config": null, "b": 2}"#,
+                r#"{"a": 1, "b": 2}"#,
+            ),
+            (r#"{ "quantization_config": [] }"#, "{}"),
+            (
+                r#"{"x": {"quantiz\u0061tion_config": 1}, "y": [{}]}"#,
+                r#"{"x": {}, "y": [{}]}"#,
+            ),
+            (
+                r#"{"quantization_configs": {"a":1}}"#,
+                r#"{"quantization_configs": {"a":1}}"#,
+            ),
+        ] {
+            for key in ["text_config", "vision_config"] {
+                let config = format!(r#"{{"{key}": {part}, "eps": 1e-05}}"#);
+                let text = with_settings(&config, &QuantSpec::published()).unwrap();
+                let kept = format!("{{\n  \"{key}\": {left},\n  \"eps\": 1e-05,\n");
+                assert!(text.starts_with(&kept), "{text}");
+                serde_json::from_str::<Value>(&text).unwrap();
+            }
+        }
     }
 
     /// Gemma 3 computes nothing but infinities in f16, and its copy in text_config once said f16 on.

@@ -39,7 +39,7 @@ mod words;
 pub use checkpoint::{
     ReadError, ZeroConvention, check_layer, packed_layers, read_layer, zero_convention,
 };
-pub use config::{ConfigError, QuantizeConfig};
+pub use config::{ConfigError, QuantizeConfig, declared_settings};
 pub use emit::{DeclaredType, config_json_with_quantization, quantize_config_json};
 pub use exclusions::{exclusion_patterns, exclusions};
 pub use folder_check::{FolderCheckError, FolderVerdict, check_files, hash_file};

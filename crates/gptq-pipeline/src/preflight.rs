@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use gptq_model::ModelSpec;
-use gptq_packer::{DeclaredType, GPTQMODEL_GROUPS, QuantizeConfig};
+use gptq_packer::{DeclaredType, GPTQMODEL_GROUPS, declared_settings};
 use gptq_types::{
     Bits, CheckpointFormat, ColumnOrder, Dtype, GroupSize, QuantSpec, TensorSource, Warning,
 };
@@ -136,8 +136,8 @@ pub fn check_declared_type(source: &dyn TensorSource, model: &ModelSpec) -> Opti
     })
 }
 
-/// Refuses a model that is packed, or whose `config.json` (valid JSON) says that it is quantized and
-/// whose tensors are not all float. Floats beside such a declaration are what merging an adapter
+/// Refuses a model that is packed, or whose `config.json` (valid JSON) says of it, or of a part of it, that
+/// it is quantized and whose tensors are not all float. Floats beside such a declaration are what merging an adapter
 /// into a quantized model leaves: they are quantized, and the source's notes say so.
 pub fn check_unquantized(
     source: &dyn TensorSource,
@@ -146,7 +146,8 @@ pub fn check_unquantized(
     let names = source.names();
     let is_packed = |name: &String| name.ends_with(".qweight");
     let is_float = |name: &String| source.info(name).is_none_or(|info| info.dtype.is_weight());
-    let declared = !matches!(QuantizeConfig::from_model_config(config_json), Ok(None));
+    let config = serde_json::from_str(config_json).unwrap_or_default();
+    let declared = !declared_settings(&config).is_empty();
     if names.iter().any(is_packed) || (declared && !names.iter().all(is_float)) {
         return Err(PipelineError::AlreadyQuantized(source.place()));
     }

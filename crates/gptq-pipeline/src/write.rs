@@ -19,8 +19,9 @@ use crate::resume::of_weights;
 use crate::weights::WeightCheck;
 use crate::{Job, PipelineError};
 
-/// Linears that may wait for the thread: as many as a block has, since those of a stage come in a
-/// burst.
+/// Messages that may wait for the thread, most of them linears. Those of a capture group come in a burst, of
+/// five in a Cohere; seven are a whole block of a Llama, so solving goes on while one is written. Each
+/// holds the codes of its linear in host memory, and more of them would wait for the same disk.
 const WAITING: usize = 7;
 
 /// A message to the writer thread, in order.

@@ -218,7 +218,7 @@ impl Row {
             bits_per_weight: format!("{:.2}", record.bits_per_weight),
             perplexity: scores.map_or(String::new(), perplexity),
             kl: (scores.and_then(|scores| scores.kl))
-                .map_or(String::new(), |kl| format!("{kl:.4}")),
+                .map_or(String::new(), |kl| format!("{:.4}", gptq_types::kl(kl))),
             scales: match spec.sym && spec.full_range {
                 true => "either sign",
                 false => "positive",
@@ -243,7 +243,7 @@ impl Compared {
             held_out: divergence.held_out,
             windows: divergence.windows,
             tokens: divergence.tokens,
-            kl: format!("{:.4}", divergence.kl),
+            kl: format!("{:.4}", gptq_types::kl(divergence.kl)),
             perplexity: format!("{:.3}", divergence.perplexity),
             float_perplexity: format!("{:.3}", divergence.float_perplexity),
         }

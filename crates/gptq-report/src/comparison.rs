@@ -1,6 +1,6 @@
 //! Checkpoints side by side.
 
-use gptq_types::{EvalRecord, PairedDifference, Speed};
+use gptq_types::{EvalRecord, PairedDifference, Speed, kl};
 
 use crate::size;
 
@@ -80,8 +80,8 @@ fn scores(records: &[EvalRecord]) -> Vec<Column> {
             true => String::new(),
             false => percent_change(record, first),
         }),
-        scored("KL, nats", &|record| decimals(record.kl)),
-        scored("KL 99.9 %", &|record| decimals(record.kl_p999)),
+        scored("KL, nats", &|record| decimals(record.kl.map(kl))),
+        scored("KL 99.9 %", &|record| decimals(record.kl_p999.map(kl))),
         scored("same top token", &|record| {
             (record.top1_agreement).map_or(String::new(), |share| format!("{:.1} %", 100.0 * share))
         }),
@@ -188,7 +188,7 @@ fn positions(compared: &[&EvalRecord]) -> String {
         Column {
             head: format!("to {}", (index + 1) * seq_len / count),
             cells: (compared.iter())
-                .map(|record| decimals(Some(part(&record.kl_by_position, index, count))))
+                .map(|record| decimals(Some(kl(part(&record.kl_by_position, index, count)))))
                 .collect(),
         }
     }));

@@ -76,7 +76,10 @@ pub(crate) fn divergence(compared: &Divergence) -> String {
     };
     format!(
         "KL {:.4} nats, perplexity {:.3} (float {:.3}) on {which}, {} tokens",
-        compared.kl, compared.perplexity, compared.float_perplexity, compared.tokens
+        gptq_types::kl(compared.kl),
+        compared.perplexity,
+        compared.float_perplexity,
+        compared.tokens
     )
 }
 

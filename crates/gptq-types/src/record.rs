@@ -304,6 +304,22 @@ fn is_zero(value: &f64) -> bool {
     *value == 0.0
 }
 
+/// Rounding makes the KL divergence of equal models a little negative; less than this is no divergence.
+pub const LEAST_KL: f64 = -1e-3;
+
+/// A KL divergence without what rounding makes of 0.
+///
+/// ```
+/// assert!(gptq_types::kl(-1e-9).is_sign_positive() && gptq_types::kl(-0.0).is_sign_positive());
+/// assert_eq!(gptq_types::kl(0.25), 0.25);
+/// ```
+pub fn kl(value: f64) -> f64 {
+    match (LEAST_KL..=0.0).contains(&value) {
+        true => 0.0,
+        false => value,
+    }
+}
+
 /// The perplexity of one checkpoint under one protocol.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct EvalRecord {

@@ -59,7 +59,7 @@ pub fn run(args: &EvalArgs) -> Result<Verdict, Failure> {
     let scores = evaluate(&request, &mut journal, &mut |step| shown.hear(step))
         .map_err(|error| scored.placed(error))?;
     shown.end();
-    let mut records = scored.records(args, &models, &opened, &scores);
+    let mut records = scored.records(args, &models, &opened, &scores)?;
     // Those of the first text come first.
     for (record, speed) in records.iter_mut().zip(speeds) {
         record.speed = Some(speed);

@@ -16,7 +16,7 @@ use gptq_types::{
 
 use crate::Verdict;
 use crate::args::{MatrixArgs, PresetArg, shard_bytes};
-use crate::calibrate::calibrate;
+use crate::calibrate::{calibrate, check_request};
 use crate::datasets::public_name;
 use crate::device;
 use crate::failure::Failure;
@@ -51,10 +51,15 @@ pub fn run(args: &MatrixArgs) -> Result<Verdict, Failure> {
         check_shared(&planned)?;
     }
     if args.dry_run {
+        let all: Vec<&PlannedBranch> = planned.iter().collect();
+        check_texts(args, &all, &model, &config)?;
         return dry_run(args, &planned);
     }
     let planned = possible(planned, args.skip_impossible)?;
     let wanted = selected(&planned, &args.only)?;
+    if !args.assemble {
+        check_texts(args, &wanted, &model, &config)?;
+    }
     let path = (args.out.as_deref()).ok_or_else(|| Failure::new("--out is missing"))?;
     let info = card_info(args.card.as_deref(), model.dir(), &args.model)?;
     let model_name = info.base_model.clone().unwrap_or(info.model_name.clone());
@@ -145,6 +150,40 @@ pub fn run(args: &MatrixArgs) -> Result<Verdict, Failure> {
     Ok(verdict(absent))
 }
 
+/// Refuses at once, before a repository is made, what would fail when texts are read.
+fn check_texts(
+    args: &MatrixArgs,
+    branches: &[&PlannedBranch],
+    model: &Model,
+    config: &ModelSpec,
+) -> Result<(), Failure> {
+    if let Some(text) = scoring_text(args) {
+        text.check(model, config)?;
+    }
+    let mut checked: Vec<&CalibrationRequest> = Vec::new();
+    for branch in branches {
+        let permutation = &branch.permutation;
+        let request = &permutation.calibration;
+        let is_read = permutation.spec.method != Method::Rtn && branch.refusal.is_none();
+        if is_read && !checked.contains(&request) {
+            check_request(request, model, config)?;
+            checked.push(request);
+        }
+    }
+    Ok(())
+}
+
+/// What branches are scored on.
+fn scoring_text(args: &MatrixArgs) -> Option<ScoringText> {
+    evaluation(args).map(|text| ScoringText {
+        dataset: text.dataset,
+        column: None,
+        seq_len: text.seq_len,
+        max_windows: text.max_windows,
+        window_bos: text.window_bos,
+    })
+}
+
 type Prepared = (Option<EvaluationWindows>, HashMap<String, Windows>);
 
 /// The text to score on, and the calibration windows.
@@ -155,14 +194,7 @@ fn prepare(
     config: &ModelSpec,
     device: Device,
 ) -> Result<Prepared, Failure> {
-    let text = evaluation(args).map(|text| ScoringText {
-        dataset: text.dataset,
-        column: None,
-        seq_len: text.seq_len,
-        max_windows: text.max_windows,
-        window_bos: text.window_bos,
-    });
-    let text = text.map(|text| text.read(model, config, &args.hub));
+    let text = scoring_text(args).map(|text| text.read(model, config, &args.hub));
     let mut text = text.transpose()?;
     if let Some(text) = &mut text {
         text.protocol = text

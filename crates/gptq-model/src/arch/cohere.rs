@@ -41,13 +41,14 @@ const DEFAULTS: Defaults = Defaults {
 };
 
 pub(super) fn read(reader: &Reader<'_>) -> Result<ModelSpec, ConfigError> {
-    let sizes = read_sizes(reader)?;
+    let mut sizes = read_sizes(reader)?;
     let reads = Reads {
         theta: 500_000.0,
         ..Reads::LLAMA
     };
     let rotaries = Rotaries::one_of(reader, &sizes, &reads, Pairing::Interleaved)?;
-    model(reader, &sizes, vec![None; sizes.blocks], rotaries)
+    let windows = windows::nowhere(reader, &mut sizes)?;
+    model(reader, &sizes, windows, rotaries)
 }
 
 pub(super) fn read_second(reader: &Reader<'_>) -> Result<ModelSpec, ConfigError> {

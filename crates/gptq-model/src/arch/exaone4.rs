@@ -25,10 +25,7 @@ pub(super) fn read(reader: &Reader<'_>) -> Result<ModelSpec, ConfigError> {
     )?;
     let blocks = sizes.blocks;
     // `null` means that no block has a window; what is not there means 4096.
-    let default = match reader.fields.0.get("sliding_window") {
-        None => Some(4096),
-        Some(_) => reader.fields.optional_size("sliding_window")?,
-    };
+    let default = windows::width(reader, Some(4096))?;
     let windowed = match default {
         Some(_) => windows::all_but_each(reader, blocks, "sliding_window_pattern", 4)?,
         None => windows::layer_types(reader, blocks)?.unwrap_or(vec![false; blocks]),

@@ -7,7 +7,7 @@ use super::parts::{AttentionBias, fused_gated_branch};
 use super::relative::{Layout, Relative, name_unlike};
 use super::rotaries::Rotaries;
 use super::sizes::Defaults;
-use super::{Reader, Sizes};
+use super::{Reader, Sizes, windows};
 use crate::config::ConfigError;
 use crate::config_keys::Honoured;
 use crate::rope::Reads;
@@ -43,7 +43,7 @@ pub(super) fn read(reader: &Reader<'_>) -> Result<ModelSpec, ConfigError> {
             input: reader.fields.flag("attention_bias", true)?,
             output: false,
         },
-        ..Relative::new(vec![None; sizes.blocks])
+        ..Relative::new(windows::nowhere(reader, &mut sizes)?)
     };
     Ok(relative.model(reader, &sizes, rotaries))
 }

@@ -5,7 +5,7 @@ use super::parts::AttentionBias;
 use super::relative::Relative;
 use super::rotaries::Rotaries;
 use super::sizes::{Defaults, factor};
-use super::{Reader, Sizes};
+use super::{Reader, Sizes, windows};
 use crate::config::ConfigError;
 use crate::config_keys::Honoured;
 use crate::spec::ModelSpec;
@@ -19,13 +19,13 @@ const HONOURED: Honoured = Honoured::reads(&[
 
 pub(super) fn read(reader: &Reader<'_>) -> Result<ModelSpec, ConfigError> {
     let fields = &reader.fields;
-    let sizes = Sizes::read(reader, &HONOURED, &Defaults::LLAMA)?;
+    let mut sizes = Sizes::read(reader, &HONOURED, &Defaults::LLAMA)?;
     let relative = Relative {
         attention_bias: AttentionBias::all(fields.flag("attention_bias", false)?),
         mlp_bias: fields.flag("mlp_bias", false)?,
         scale: Some(factor(fields, "attention_multiplier", 1.0)?),
         residual_factor: factor(fields, "residual_multiplier", 1.0)?,
-        ..Relative::new(vec![None; sizes.blocks])
+        ..Relative::new(windows::nowhere(reader, &mut sizes)?)
     };
     let mut model = relative.model(reader, &sizes, Rotaries::one(reader, &sizes)?);
     model.embedding.factor = factor(fields, "embedding_multiplier", 1.0)?;

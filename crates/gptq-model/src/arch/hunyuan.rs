@@ -7,7 +7,7 @@ use super::parts::AttentionBias;
 use super::relative::{Relative, name_unlike};
 use super::rotaries::Rotaries;
 use super::sizes::Defaults;
-use super::{Reader, Sizes};
+use super::{Reader, Sizes, windows};
 use crate::config::ConfigError;
 use crate::config_keys::Honoured;
 use crate::rope::Reads;
@@ -51,7 +51,7 @@ pub(super) fn read(reader: &Reader<'_>) -> Result<ModelSpec, ConfigError> {
     let relative = Relative {
         attention_bias: AttentionBias::all(fields.flag("attention_bias", false)?),
         head_norms,
-        ..Relative::new(vec![None; sizes.blocks])
+        ..Relative::new(windows::nowhere(reader, &mut sizes)?)
     };
     Ok(relative.model(reader, &sizes, rotaries))
 }

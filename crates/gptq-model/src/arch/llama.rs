@@ -11,13 +11,12 @@ use crate::config_keys::Honoured;
 use crate::spec::ModelSpec;
 
 pub(super) fn read(reader: &Reader<'_>) -> Result<ModelSpec, ConfigError> {
-    let sizes = Sizes::read(reader, &Honoured::NOTHING, &Defaults::LLAMA)?;
+    let mut sizes = Sizes::read(reader, &Honoured::NOTHING, &Defaults::LLAMA)?;
     let bias = reader.fields.flag("attention_bias", false)?;
     let relative = Relative {
         attention_bias: AttentionBias::all(bias),
         mlp_bias: reader.fields.flag("mlp_bias", false)?,
-        // Llama has none; what calls itself so and gives one is taken at its word.
-        ..Relative::new(windows::everywhere(reader, sizes.blocks)?)
+        ..Relative::new(windows::nowhere(reader, &mut sizes)?)
     };
     Ok(relative.model(reader, &sizes, Rotaries::one(reader, &sizes)?))
 }

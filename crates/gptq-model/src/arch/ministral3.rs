@@ -51,6 +51,6 @@ pub(super) fn read(reader: &Reader<'_>) -> Result<ModelSpec, ConfigError> {
             original: ORIGINAL,
         });
     }
-    let relative = Relative::new(windows::everywhere(reader, sizes.blocks)?);
+    let relative = Relative::new(windows::everywhere(reader, &mut sizes, None)?);
     Ok(relative.model(reader, &sizes, rotaries))
 }

@@ -13,6 +13,6 @@ pub(super) fn read(reader: &Reader<'_>) -> Result<ModelSpec, ConfigError> {
     let mut sizes = Sizes::read(reader, &Honoured::NOTHING, &Defaults::LLAMA)?;
     let flags = [("attention_bias", false), ("mlp_bias", false)];
     name_unlike(&mut sizes, reader, &flags)?;
-    let relative = Relative::new(windows::everywhere(reader, sizes.blocks)?);
+    let relative = Relative::new(windows::everywhere(reader, &mut sizes, Some(4096))?);
     Ok(relative.model(reader, &sizes, Rotaries::one(reader, &sizes)?))
 }

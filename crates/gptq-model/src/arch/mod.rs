@@ -17,6 +17,7 @@ mod ministral3;
 mod mistral;
 mod olmo2;
 mod olmo3;
+mod outside;
 mod parts;
 mod paths;
 mod phi3;
@@ -133,5 +134,6 @@ pub(crate) fn read(text: &str, names: &[String]) -> Result<ModelSpec, ConfigErro
     let mut spec = read(&reader)?;
     spec.multimodal = inner.is_some();
     spec.check_sizes()?;
+    outside::check(&reader, *read, &spec)?;
     Ok(spec)
 }

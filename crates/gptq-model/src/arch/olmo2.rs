@@ -5,7 +5,7 @@ use super::parts::{AttentionBias, norms_of_projections};
 use super::relative::{Layout, Relative, name_unlike};
 use super::rotaries::Rotaries;
 use super::sizes::Defaults;
-use super::{Reader, Sizes};
+use super::{Reader, Sizes, windows};
 use crate::config::ConfigError;
 use crate::config_keys::Honoured;
 use crate::spec::ModelSpec;
@@ -18,7 +18,7 @@ pub(super) const DEFAULTS: Defaults = Defaults {
 pub(super) fn read(reader: &Reader<'_>) -> Result<ModelSpec, ConfigError> {
     let mut sizes = Sizes::read(reader, &Honoured::NOTHING, &DEFAULTS)?;
     name_unlike(&mut sizes, reader, &[("mlp_bias", false)])?;
-    let relative = relative(reader, vec![None; sizes.blocks])?;
+    let relative = relative(reader, windows::nowhere(reader, &mut sizes)?)?;
     Ok(relative.model(reader, &sizes, Rotaries::one(reader, &sizes)?))
 }
 

@@ -13,6 +13,7 @@ const DECODER: &str = "model.";
 const INSIDE: &str = "model.language_model.";
 
 /// Names of a decoder's tensors.
+#[derive(Clone)]
 pub(crate) struct Paths {
     /// Before the embedding's name and those of blocks: `model.`.
     decoder: String,

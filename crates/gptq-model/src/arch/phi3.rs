@@ -39,7 +39,7 @@ pub(super) fn read(reader: &Reader<'_>) -> Result<ModelSpec, ConfigError> {
     let relative = Relative {
         attention: fused_attention_branch,
         feed_forward: fused_gated_branch,
-        ..Relative::new(windows::everywhere(reader, sizes.blocks)?)
+        ..Relative::new(windows::everywhere(reader, &mut sizes, None)?)
     };
     Ok(relative.model(reader, &sizes, rotaries))
 }

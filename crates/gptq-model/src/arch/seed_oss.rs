@@ -5,7 +5,7 @@ use super::parts::AttentionBias;
 use super::relative::Relative;
 use super::rotaries::Rotaries;
 use super::sizes::Defaults;
-use super::{Reader, Sizes};
+use super::{Reader, Sizes, windows};
 use crate::config::ConfigError;
 use crate::config_keys::Honoured;
 use crate::spec::ModelSpec;
@@ -19,14 +19,14 @@ const DEFAULTS: Defaults = Defaults {
 
 pub(super) fn read(reader: &Reader<'_>) -> Result<ModelSpec, ConfigError> {
     let fields = &reader.fields;
-    let sizes = Sizes::read(reader, &Honoured::reads(&["attention_out_bias"]), &DEFAULTS)?;
+    let mut sizes = Sizes::read(reader, &Honoured::reads(&["attention_out_bias"]), &DEFAULTS)?;
     let relative = Relative {
         attention_bias: AttentionBias {
             input: fields.flag("attention_bias", true)?,
             output: fields.flag("attention_out_bias", false)?,
         },
         mlp_bias: fields.flag("mlp_bias", false)?,
-        ..Relative::new(vec![None; sizes.blocks])
+        ..Relative::new(windows::nowhere(reader, &mut sizes)?)
     };
     Ok(relative.model(reader, &sizes, Rotaries::one(reader, &sizes)?))
 }

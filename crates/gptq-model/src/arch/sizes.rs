@@ -207,6 +207,7 @@ impl Sizes {
             embedding: EmbeddingSpec {
                 name: embedding,
                 factor: 1.0,
+                rounds_factor: false,
                 per_block: None,
             },
             blocks: Vec::new(),

@@ -31,12 +31,16 @@ pub(super) fn read(reader: &Reader<'_>) -> Result<ModelSpec, ConfigError> {
     };
     let rotaries = Rotaries::one_of(reader, &sizes, &reads, Pairing::Halves)?;
     // Where the file does not say which blocks have a window, those without RoPE.
-    let has_window = fields.flag("use_sliding_window", false)?
-        && fields.optional_size("sliding_window")?.is_some();
+    let is_on = fields.flag("use_sliding_window", false)?;
+    let has_window = is_on && fields.optional_size("sliding_window")?.is_some();
     let windowed = match windows::layer_types(reader, sizes.blocks)? {
-        Some(windowed) => windowed,
-        None => has_rope
-            .iter()
+        Some(windowed) => {
+            if !is_on {
+                windows::refuse_switched_off(reader, Some(&windowed))?;
+            }
+            windowed
+        }
+        None => (has_rope.iter())
             .map(|has_rope| has_window && !has_rope)
             .collect(),
     };

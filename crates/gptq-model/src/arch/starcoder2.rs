@@ -37,13 +37,13 @@ const DEFAULTS: Defaults = Defaults {
 pub(super) fn read(reader: &Reader<'_>) -> Result<ModelSpec, ConfigError> {
     reader.text_is("norm_type", &["layer_norm"])?;
     reader.text_is("mlp_type", &["default"])?;
-    let sizes = Sizes::read(reader, &HONOURED, &DEFAULTS)?;
+    let mut sizes = Sizes::read(reader, &HONOURED, &DEFAULTS)?;
     let bias = reader.fields.flag("use_bias", true)?;
     let relative = Relative {
         feed_forward: plain_branch,
         attention_bias: AttentionBias::all(bias),
         mlp_bias: bias,
-        ..Relative::new(windows::everywhere(reader, sizes.blocks)?)
+        ..Relative::new(windows::everywhere(reader, &mut sizes, None)?)
     };
     Ok(relative.model(reader, &sizes, Rotaries::one(reader, &sizes)?))
 }

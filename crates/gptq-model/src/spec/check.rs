@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 
+use super::beside::is_of_another_part;
 use super::{
     AttentionSpec, BlockSpec, KeySource, LinearSpec, Mixer, ModelSpec, NormSpec, RotarySpec,
 };
@@ -48,9 +49,10 @@ impl ModelSpec {
                 known.extend(source.linear_tensors(&linear.name, linear.bias));
             }
         }
-        let unknown = |name: &String| !self.is_derived(name) && !known.contains(name);
-        let unknown = source.names().into_iter().find(unknown);
-        match unknown.filter(|name| !self.is_carried(name)) {
+        let unknown = |name: &String| {
+            !self.is_derived(name) && !known.contains(name) && !self.is_carried(name)
+        };
+        match source.names().into_iter().find(unknown) {
             Some(name) => Err(ModelError::Unexpected {
                 name,
                 place: source.place(),
@@ -89,7 +91,7 @@ impl ModelSpec {
     /// A tensor beside the decoder of a multimodal checkpoint: vision, audio, projectors, and blocks that
     /// predict further tokens.
     fn is_carried(&self, name: &str) -> bool {
-        self.multimodal && !name.starts_with(self.decoder_prefix())
+        self.multimodal && is_of_another_part(name, self.decoder_prefix())
     }
 
     /// The prefix of the names of the decoder's tensors.

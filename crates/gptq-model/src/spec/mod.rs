@@ -5,11 +5,12 @@
 //! linears read the same rows ([`BlockSpec::groups`]), what a block costs in bytes and operations, and
 //! the forward pass itself ([`crate::forward`]).
 
+mod beside;
 mod block;
 mod check;
 mod rotary;
 
-use gptq_types::LayerName;
+use gptq_types::{Dtype, LayerName};
 
 pub use block::{
     AttentionSpec, BlockSpec, BranchSpec, CaptureGroup, HeadNormSpec, KeySource, LinearSpec, Mixer,
@@ -61,6 +62,9 @@ pub struct EmbeddingSpec {
     pub name: String,
     /// Multiplies its rows.
     pub factor: f32,
+    /// That factor, and the one of rows by block, are rounded to the type in which the model computes, as
+    /// they are where they belong to the embedding (Gemma); [`ModelSpec::computed_in`].
+    pub rounds_factor: bool,
     /// Inputs of each block by token id.
     pub per_block: Option<PerBlockInputSpec>,
 }
@@ -162,6 +166,23 @@ impl ModelSpec {
     /// Reads a config without the names of tensors.
     pub fn parse(text: &str) -> Result<Self, ConfigError> {
         Self::read(text, &[])
+    }
+
+    /// The same where it computes in `dtype`: what is rounded to that type is. On a processor, in f32,
+    /// nothing is.
+    pub fn computed_in(mut self, dtype: Dtype) -> Self {
+        let rounded = |value: f32| match dtype {
+            Dtype::F16 => half::f16::from_f32(value).to_f32(),
+            Dtype::BF16 => half::bf16::from_f32(value).to_f32(),
+            _ => value,
+        };
+        if self.embedding.rounds_factor {
+            self.embedding.factor = rounded(self.embedding.factor);
+            if let Some(inputs) = &mut self.embedding.per_block {
+                inputs.row_factor = rounded(inputs.row_factor);
+            }
+        }
+        self
     }
 
     /// All linears of block `index` that are quantized, in true-sequential order.

@@ -30,8 +30,8 @@ pub fn regression(verdict: &Verdict) -> String {
             now.perplexity,
             was.perplexity,
             now.reference_nll.exp(),
-            digits(now.kl),
-            digits(was.kl),
+            digits(gptq_types::kl(now.kl)),
+            digits(gptq_types::kl(was.kl)),
             100.0 * now.top1_agreement,
             100.0 * was.top1_agreement,
         );

@@ -1,6 +1,6 @@
 //! Tables of a report, before they are HTML or Markdown.
 
-use gptq_types::{Accuracy, ColumnOrder, EvalRecord, QuantSpec, Speed};
+use gptq_types::{Accuracy, ColumnOrder, EvalRecord, QuantSpec, Speed, kl};
 
 use super::data::{Report, Row};
 use super::format::{nats, percent, perplexity_with_error, rate, signed_nats};
@@ -127,13 +127,13 @@ impl<'a> Builder<'a> {
             group,
             "KL, mean",
             "mean divergence of the next-token distribution from the reference's, in nats",
-            of(|r| r.kl.map(nats)),
+            of(|r| r.kl.map(kl).map(nats)),
         );
         self.number(
             group,
             "KL, 99.9 %",
             "one position in a thousand diverges by more, in nats",
-            of(|r| r.kl_p999.map(nats)),
+            of(|r| r.kl_p999.map(kl).map(nats)),
         );
         self.number(
             group,
