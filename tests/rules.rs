@@ -234,7 +234,13 @@ fn unsafe_code_stays_in_the_kernels() {
     let mut looked_at = 0;
     for path in files() {
         let is_rust = path.extension().is_some_and(|end| end == "rs");
-        if !is_rust || relative(&path).starts_with("crates/gptq-kernels/src/cuda/") {
+        // Foreign code, and where a tensor of Burn lies.
+        let allowed = [
+            "crates/gptq-kernels/src/cuda/",
+            "crates/gptq-model/src/burn_memory.rs",
+        ];
+        let name = relative(&path);
+        if !is_rust || allowed.iter().any(|allowed| name.starts_with(allowed)) {
             continue;
         }
         looked_at += 1;

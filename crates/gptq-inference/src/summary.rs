@@ -222,11 +222,11 @@ mod tests {
     /// It was `inf`, and `null` in JSON, at exit 0.
     #[test]
     fn a_likelihood_too_small_for_a_perplexity_is_told() {
-        let found = summarise(&[plain(700.0), plain(720.0)], &[]);
+        let found = summarize(&[plain(700.0), plain(720.0)], &[]);
         assert_eq!(found.perplexity(), Err(NoPerplexity(710.0)));
         let text = found.perplexity().unwrap_err().to_string();
         assert!(text.contains("is 7.1000e2 nats"), "{text}");
-        let nan = summarise(&[plain(f64::NAN)], &[]);
+        let nan = summarize(&[plain(f64::NAN)], &[]);
         assert!(nan.perplexity().is_err());
     }
 

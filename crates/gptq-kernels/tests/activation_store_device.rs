@@ -198,7 +198,7 @@ fn places_in_random_order() {
 
 /// Nothing waits for the copies but the drop.
 #[test]
-fn a_shelf_may_go_while_copies_are_under_way() {
+fn a_store_may_go_while_copies_are_under_way() {
     for mut bench in benches() {
         for place in 0..PLACES {
             bench.put(place, PLACE);

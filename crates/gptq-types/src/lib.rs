@@ -2,9 +2,8 @@
 //!
 //! Knows: quantization settings ([`QuantSpec`]), layer names, tensor descriptions, solved layers,
 //! the branches of a matrix, run records, hashes, and which names from outside may choose a path
-//! ([`outside_name`]); the two traits at which the crates meet, [`TensorSource`] (weights come in)
-//! and [`ActivationSink`] (layer inputs come out); and [`quietly`], the one guard around libraries
-//! that panic on foreign bytes.
+//! ([`outside_name`]); the trait at which weights come in, [`TensorSource`]; and [`quietly`], the one
+//! guard around libraries that panic on foreign bytes.
 //!
 //! Does not know: files, bytes on disk, Burn, arithmetic beyond a cast. No I/O happens here.
 

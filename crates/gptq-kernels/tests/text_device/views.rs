@@ -415,7 +415,7 @@ fn copies_between_other_shapes_are_refused() {
 }
 
 #[test]
-fn places_of_a_shelf_refuse_what_does_not_fit() {
+fn slots_of_a_store_refuse_what_does_not_fit() {
     let Some(t) = Refusing::new() else { return };
     // One large matrix has room on the GPU, or two small ones.
     let store = ActivationStore::new(&t.gpu, 2, [4000, 2000], 1, 1).unwrap();
@@ -649,8 +649,8 @@ fn heads_of_other_shapes_are_refused() {
     for (tables, words) in [
         ([&short, &fits], "positions of the table"),
         ([&fits, &short], "positions of the table"),
-        ([&wide, &fits], "heads that are turned"),
-        ([&fits, &wide], "heads that are turned"),
+        ([&wide, &fits], "heads that are rotated"),
+        ([&fits, &wide], "heads that are rotated"),
     ] {
         refused(words, || {
             cache.store(out, q, Some([kv; 2]), first, &norms, Some(tables))
