@@ -12,8 +12,10 @@ use burn::tensor::backend::Backend;
 use burn::tensor::{Tensor, TensorData, TensorPrimitive};
 use burn_flex::FlexTensor;
 use gptq_kernels::{
-    Activation, Activations, AttentionShape, Rotation, Weight, activate, add_scaled,
-    causal_attention, gated, layer_norm, multiply, rms_norm, scale,
+    Activation, Activations, AttentionShape, NormGradients, Rotation, Weight, activate,
+    activate_backward, add_scaled, causal_attention, causal_attention_backward, gated,
+    gated_backward, layer_norm, layer_norm_backward, multiply, product_input_backward, rms_norm,
+    rms_norm_backward, scale,
 };
 use gptq_types::{LayerName, SourceError};
 use rayon::prelude::*;
@@ -209,6 +211,53 @@ pub(crate) trait DecoderBackend: Backend + 'static {
 
     /// Hidden states `[tokens, hidden_size]` before the final norm, with the head.
     fn head_input(head: &Self::Head, hidden: Tensor<Self, 2>) -> Result<HeadInput, ModelError>;
+}
+
+/// A backend that can also walk back through a block.
+pub(crate) trait GradientBackend: DecoderBackend {
+    /// The same rows in memory of their own, to be changed in place.
+    fn duplicate(on: &Self::Context, x: &Tensor<Self, 2>) -> Tensor<Self, 2>;
+
+    /// `dy W`: the gradient at the rows of [`DecoderBackend::project`] from that at some of its outputs.
+    fn project_backward(
+        on: &Self::Context,
+        dy: &Tensor<Self, 2>,
+        weight: &Tensor<Self, 2>,
+        outputs: Range<usize>,
+    ) -> Tensor<Self, 2>;
+
+    /// The gradient at the rows `x` of a norm.
+    fn norm_backward(
+        on: &Self::Context,
+        dy: &Tensor<Self, 2>,
+        x: &Tensor<Self, 2>,
+        norm: &Self::Norm,
+    ) -> Tensor<Self, 2>;
+
+    /// The gradients at queries, keys and values.
+    fn attend_backward(
+        on: &Self::Context,
+        dy: &Tensor<Self, 2>,
+        qkv: [&Tensor<Self, 2>; 3],
+        tokens: usize,
+        shape: AttentionShape,
+    ) -> [Tensor<Self, 2>; 3];
+
+    /// The gradients at a gate and at what it multiplies.
+    fn gate_backward(
+        on: &Self::Context,
+        dy: &Tensor<Self, 2>,
+        gate_and_up: [Tensor<Self, 2>; 2],
+        activation: Activation,
+    ) -> [Tensor<Self, 2>; 2];
+
+    /// The gradient at the rows of an activation.
+    fn activate_backward(
+        on: &Self::Context,
+        dy: &Tensor<Self, 2>,
+        x: Tensor<Self, 2>,
+        activation: Activation,
+    ) -> Tensor<Self, 2>;
 }
 
 /// The activation stores of a run.
@@ -559,5 +608,83 @@ impl DecoderBackend for Flex {
 
     fn head_input(head: &HostHead, hidden: Tensor<Self, 2>) -> Result<HeadInput, ModelError> {
         Ok(HeadInput::of(head.rows(slice(&flex(&hidden)))?))
+    }
+}
+
+impl GradientBackend for Flex {
+    fn duplicate((): &(), x: &Tensor<Self, 2>) -> Tensor<Self, 2> {
+        x.clone() // copied when it is changed
+    }
+
+    fn project_backward(
+        on: &(),
+        dy: &Tensor<Self, 2>,
+        weight: &Tensor<Self, 2>,
+        outputs: Range<usize>,
+    ) -> Tensor<Self, 2> {
+        let [rows, n] = dy.dims();
+        let [k, all] = weight.dims();
+        let weight = match n == all {
+            true => weight.clone(),
+            false => Self::columns(on, weight, outputs),
+        };
+        let mut dx = vec![0.0; rows * k];
+        let (dy, weight) = (flex(dy), flex(&weight));
+        product_input_backward(&mut dx, slice(&dy), slice(&weight), rows, k, n);
+        wrap(dx, k)
+    }
+
+    fn norm_backward(
+        (): &(),
+        dy: &Tensor<Self, 2>,
+        x: &Tensor<Self, 2>,
+        norm: &HostNorm,
+    ) -> Tensor<Self, 2> {
+        let (columns, dy, x) = (x.dims()[1], flex(dy), flex(x));
+        let (dy, x) = (slice(&dy), slice(&x));
+        let dx = match norm.kind {
+            NormKind::Rms => rms_norm_backward(dy, x, &norm.weight, norm.eps, None),
+            NormKind::Layer => {
+                layer_norm_backward(dy, x, &norm.weight, norm.eps, NormGradients::none())
+            }
+        };
+        wrap(dx, columns)
+    }
+
+    fn attend_backward(
+        (): &(),
+        dy: &Tensor<Self, 2>,
+        qkv: [&Tensor<Self, 2>; 3],
+        tokens: usize,
+        shape: AttentionShape,
+    ) -> [Tensor<Self, 2>; 3] {
+        let widths = qkv.map(|x| x.dims()[1]);
+        let (dy, [q, k, v]) = (flex(dy), qkv.map(flex));
+        let (q, k, v) = (slice(&q), slice(&k), slice(&v));
+        let found = causal_attention_backward(slice(&dy), q, k, v, tokens, shape);
+        let [q, k, v] = widths;
+        [wrap(found.q, q), wrap(found.k, k), wrap(found.v, v)]
+    }
+
+    fn gate_backward(
+        (): &(),
+        dy: &Tensor<Self, 2>,
+        [gate, up]: [Tensor<Self, 2>; 2],
+        activation: Activation,
+    ) -> [Tensor<Self, 2>; 2] {
+        let (columns, dy) = (gate.dims()[1], flex(dy));
+        let [mut gate, mut up] = [gate, up].map(|x| slice(&flex(&x)).to_vec());
+        gated_backward(slice(&dy), &mut gate, &mut up, activation);
+        [wrap(gate, columns), wrap(up, columns)]
+    }
+
+    fn activate_backward(
+        (): &(),
+        dy: &Tensor<Self, 2>,
+        x: Tensor<Self, 2>,
+        activation: Activation,
+    ) -> Tensor<Self, 2> {
+        let dy = flex(dy);
+        change(x, |x| activate_backward(slice(&dy), x, activation))
     }
 }

@@ -7,6 +7,7 @@ use burn::tensor::Tensor;
 use crate::ModelError;
 use crate::backend::{ActivationStores, DecoderBackend};
 use crate::forward::Block;
+use crate::operations::Direct;
 use crate::spec::{KeySource, ModelSpec, Tap};
 use crate::stream::{OnBackend, SharedKeyValues, Tables, Windows};
 
@@ -166,7 +167,11 @@ impl<B: DecoderBackend> BlockState<B> {
             .in_features
     }
 
-    fn ops<'a>(&self, state: &RowState<B>, context: &BatchContext<'a, B>) -> Windows<'a, B> {
+    fn ops<'a>(
+        &self,
+        state: &RowState<B>,
+        context: &BatchContext<'a, B>,
+    ) -> Windows<'a, B, Direct<'a, B>> {
         let shared = self.reads_from.iter().map(|block| {
             let pair = &state.shared_kv[block];
             (
@@ -176,7 +181,7 @@ impl<B: DecoderBackend> BlockState<B> {
         });
         let by_token = context.by_token.get(self.index);
         Windows {
-            on: context.on,
+            operations: Direct { on: context.on },
             tables: context.tables,
             tokens: context.tokens,
             shared_kv: shared.collect(),
@@ -263,7 +268,7 @@ impl<B: DecoderBackend> BlockState<B> {
     /// The hidden states before step `to`.
     fn advance(
         &self,
-        ops: &mut Windows<'_, B>,
+        ops: &mut Windows<'_, B, Direct<'_, B>>,
         state: &mut RowState<B>,
         hidden: Tensor<B, 2>,
         to: usize,
@@ -278,7 +283,7 @@ impl<B: DecoderBackend> BlockState<B> {
     /// Adds the current step; `last` is the mixed input of its last branch, if known.
     fn add_step(
         &self,
-        ops: &mut Windows<'_, B>,
+        ops: &mut Windows<'_, B, Direct<'_, B>>,
         state: &mut RowState<B>,
         hidden: Tensor<B, 2>,
         last: Option<Tensor<B, 2>>,
@@ -287,7 +292,10 @@ impl<B: DecoderBackend> BlockState<B> {
         let (mut last, end) = (last, step.branches.len() - 1);
         let mut inner = Vec::with_capacity(step.branches.len());
         for (at, branch) in step.branches.iter().enumerate() {
-            let kept = state.inner.remove(&at).map(|kept| B::take(ops.on, kept));
+            let kept = state
+                .inner
+                .remove(&at)
+                .map(|kept| B::take(ops.operations.on, kept));
             let there = kept.or_else(|| last.take_if(|_| at == end));
             inner.push(match there {
                 Some(inner) => inner,

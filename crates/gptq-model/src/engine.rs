@@ -246,7 +246,7 @@ impl<B: DecoderBackend> Decoder for Engine<B> {
             self.batches.push(batch);
             let tokens = windows[0].len();
             (self.tables.entry(tokens))
-                .or_insert_with(|| Tables::new(&self.on, &self.spec, 0..tokens, tokens));
+                .or_insert_with(|| Tables::new(&self.on, &self.spec, 0..tokens, tokens, false));
         }
         self.stores = Some(stores);
         B::check(&self.on)

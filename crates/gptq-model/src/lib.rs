@@ -27,11 +27,13 @@ mod engine;
 mod float_stream;
 pub mod forward;
 mod head;
+mod operations;
 mod read_block;
 mod rope;
 mod score;
 pub mod spec;
 mod stream;
+mod tape;
 mod weights;
 
 use std::sync::Arc;
@@ -49,6 +51,7 @@ pub use read_block::norm_values;
 pub use rope::RopeScaling;
 pub use score::{HeadInput, TokenScore};
 pub use spec::{CaptureGroup, LinearSpec, ModelSpec, Tap};
+pub use tape::GradientSink;
 pub use weights::{FloatWeights, LinearValues, LinearWeights, WeightSource, hash_checked};
 
 /// Which forward passes a decoder makes.

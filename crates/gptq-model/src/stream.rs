@@ -6,12 +6,13 @@ use std::ops::Range;
 use std::rc::Rc;
 
 use burn::tensor::Tensor;
-use gptq_kernels::{Activation, Weight};
+use gptq_kernels::{Activation, Rotation, Weight};
 
 use crate::ModelError;
 use crate::backend::DecoderBackend;
 use crate::forward::{Attention, Block, BlockOps, Branch, Mix, Step, Weights};
-use crate::spec::{KeySource, LinearSpec, ModelSpec, Piece};
+use crate::operations::{Operations, Rotary};
+use crate::spec::{KeySource, LinearSpec, ModelSpec, Piece, RotarySpec};
 use crate::weights::LinearValues;
 
 /// Weights as tensors of a backend.
@@ -36,10 +37,6 @@ pub(crate) struct Linears<B: DecoderBackend> {
 }
 
 impl<B: DecoderBackend> Linear<B> {
-    fn forward(&self, on: &B::Context, x: &Tensor<B, 2>) -> Tensor<B, 2> {
-        B::project(on, x, &self.weight, self.bias.as_deref())
-    }
-
     /// The weight as solvers see it.
     pub fn weight(&self) -> Weight<'_> {
         B::show_weight(&self.weight)
@@ -61,28 +58,6 @@ impl<B: DecoderBackend> Linear<B> {
 }
 
 impl<B: DecoderBackend> Linears<B> {
-    /// The operands of a mixer.
-    fn project(&self, on: &B::Context, x: &Tensor<B, 2>) -> Vec<Tensor<B, 2>> {
-        let mut outputs: Vec<Option<Tensor<B, 2>>> = Vec::new();
-        outputs.resize_with(self.linears.len(), || None);
-        let operand = |(at, piece): (usize, &Piece)| {
-            let linear = &self.linears[piece.linear];
-            let output = outputs[piece.linear].get_or_insert_with(|| linear.forward(on, x));
-            // Operands are changed in place, so each has memory of its own.
-            let whole = piece.columns == (0..linear.spec.out_features);
-            match whole && !self.operands[..at].contains(piece) {
-                true => output.clone(),
-                false => B::columns(on, output, piece.columns.clone()),
-            }
-        };
-        self.operands.iter().enumerate().map(operand).collect()
-    }
-
-    /// Its one operand.
-    fn project_one(&self, on: &B::Context, x: &Tensor<B, 2>) -> Tensor<B, 2> {
-        self.linears[0].forward(on, x)
-    }
-
     fn copied(&self, on: &B::Context, places: &mut impl Iterator<Item = Tensor<B, 2>>) -> Self {
         Linears {
             linears: (self.linears.iter())
@@ -156,19 +131,29 @@ impl<B: DecoderBackend> Branch<OnBackend<B>> {
     }
 }
 
-/// Cosines and sines of windows of one length, by rotary table: of queries, where theirs differ, and keys.
-pub(crate) struct Tables<B: DecoderBackend>(Vec<(Option<B::RotaryTable>, B::RotaryTable)>);
+/// Rotary tables of windows of one length: of queries, where theirs differ, and keys.
+pub(crate) struct Tables<B: DecoderBackend>(Vec<(Option<Rc<Rotary<B>>>, Rc<Rotary<B>>)>);
 
 impl<B: DecoderBackend> Tables<B> {
-    /// Those of `positions` in texts that are `tokens` long.
-    pub fn new(on: &B::Context, spec: &ModelSpec, positions: Range<usize>, tokens: usize) -> Self {
-        let table = |rotary: &crate::spec::RotarySpec| {
-            let queries = rotary.queries(positions.clone(), tokens);
-            let keys = rotary.keys(positions.clone(), tokens);
-            (
-                queries.map(|table| B::rotary_table(on, table)),
-                B::rotary_table(on, keys),
-            )
+    /// Those of `positions` in texts that are `tokens` long; `transposed` ones beside them for gradients.
+    pub fn new(
+        on: &B::Context,
+        spec: &ModelSpec,
+        positions: Range<usize>,
+        tokens: usize,
+        transposed: bool,
+    ) -> Self {
+        let rotary = |rotation: Rotation| {
+            let transpose = transposed.then(|| rotation.clone().transposed());
+            Rc::new(Rotary {
+                table: B::rotary_table(on, rotation),
+                transposed: transpose.map(|rotation| B::rotary_table(on, rotation)),
+            })
+        };
+        let table = |spec: &RotarySpec| {
+            let queries = spec.queries(positions.clone(), tokens);
+            let keys = spec.keys(positions.clone(), tokens);
+            (queries.map(rotary), rotary(keys))
         };
         Tables(spec.rotaries.iter().map(table).collect())
     }
@@ -178,32 +163,32 @@ impl<B: DecoderBackend> Tables<B> {
 pub(crate) type SharedKeyValues<B> = BTreeMap<usize, [Tensor<B, 2>; 2]>;
 
 /// A batch of windows on its way through a block.
-pub(crate) struct Windows<'a, B: DecoderBackend> {
-    pub on: &'a B::Context,
+pub(crate) struct Windows<'a, B: DecoderBackend, O: Operations<B>> {
+    pub operations: O,
     pub tables: &'a Tables<B>,
     /// Tokens of a window.
     pub tokens: usize,
     /// Keys and values of earlier blocks, and of this one where later ones read them.
-    pub shared_kv: SharedKeyValues<B>,
+    pub shared_kv: BTreeMap<usize, [O::Value; 2]>,
     /// The input that this block looks up by token id, `[tokens, width]`.
-    pub by_token: Option<Tensor<B, 2>>,
+    pub by_token: Option<O::Value>,
 }
 
-impl<B: DecoderBackend> Windows<'_, B> {
-    fn normed(&self, x: Tensor<B, 2>, norm: Option<&Rc<B::Norm>>) -> Tensor<B, 2> {
+impl<B: DecoderBackend, O: Operations<B>> Windows<'_, B, O> {
+    fn normed(&mut self, x: O::Value, norm: Option<&Rc<B::Norm>>) -> O::Value {
         match norm {
-            Some(norm) => B::norm(self.on, &x, norm),
+            Some(norm) => self.operations.norm(&x, norm),
             None => x,
         }
     }
 
     /// Applies the norm and RoPE to queries or keys, in the order of the model.
     fn with_rope(
-        &self,
-        x: Tensor<B, 2>,
+        &mut self,
+        x: O::Value,
         attention: &Attention<OnBackend<B>>,
         of_keys: bool,
-    ) -> Tensor<B, 2> {
+    ) -> O::Value {
         let norm = attention.norms[usize::from(of_keys)].as_ref();
         let after = attention.spec.norms.after_rotation;
         let x = match after {
@@ -215,7 +200,7 @@ impl<B: DecoderBackend> Windows<'_, B> {
             Some(rotary) => {
                 let (queries, keys) = &self.tables.0[rotary];
                 let rotary = queries.as_ref().filter(|_| !of_keys).unwrap_or(keys);
-                B::rotate(self.on, x, rotary, self.tokens)
+                self.operations.rotate(x, rotary, self.tokens)
             }
         };
         match after {
@@ -227,9 +212,9 @@ impl<B: DecoderBackend> Windows<'_, B> {
     /// Keys and values of an attention, from its own operands or from an earlier block.
     fn keys_and_values(
         &mut self,
-        mut operands: impl Iterator<Item = Tensor<B, 2>>,
+        mut operands: impl Iterator<Item = O::Value>,
         attention: &Attention<OnBackend<B>>,
-    ) -> [Tensor<B, 2>; 2] {
+    ) -> [O::Value; 2] {
         if let KeySource::Block(block) = attention.spec.keys {
             return self.shared_kv[&block].clone();
         }
@@ -238,111 +223,101 @@ impl<B: DecoderBackend> Windows<'_, B> {
         let k = self.with_rope(k, attention, true);
         let v = self.normed(v, attention.norms[2].as_ref());
         if attention.spec.keys == KeySource::Donor {
-            self.shared_kv
-                .insert(attention.block, [k.clone(), v.clone()]);
+            let pair = [k.clone(), v.clone()];
+            self.shared_kv.insert(attention.block, pair);
         }
         [k, v]
     }
+
+    /// The one operand of linears.
+    fn operand(&mut self, linears: &Linears<B>, x: &O::Value) -> O::Value {
+        let mut operands = self.operations.operands(linears, x);
+        operands.pop().expect("the spec names an operand")
+    }
 }
 
-impl<B: DecoderBackend> BlockOps<OnBackend<B>> for Windows<'_, B> {
-    type Rows = Tensor<B, 2>;
+impl<B: DecoderBackend, O: Operations<B>> BlockOps<OnBackend<B>> for Windows<'_, B, O> {
+    type Rows = O::Value;
 
     fn input(
         &mut self,
-        hidden: &Tensor<B, 2>,
+        hidden: &O::Value,
         norm: Option<&Rc<B::Norm>>,
         _: &Linears<B>,
-    ) -> Result<Tensor<B, 2>, ModelError> {
-        Ok(match norm {
-            Some(norm) => B::norm(self.on, hidden, norm),
-            None => hidden.clone(),
-        })
+    ) -> Result<O::Value, ModelError> {
+        Ok(self.normed(hidden.clone(), norm))
     }
 
     fn attend(
         &mut self,
-        x: Tensor<B, 2>,
+        x: O::Value,
         input: &Linears<B>,
         attention: &Attention<OnBackend<B>>,
         _: &Linears<B>,
-    ) -> Result<Tensor<B, 2>, ModelError> {
-        let mut operands = input.project(self.on, &x).into_iter();
+    ) -> Result<O::Value, ModelError> {
+        let mut operands = self.operations.operands(input, &x).into_iter();
         drop(x);
         let q = operands.next().expect("the spec names queries");
         let q = self.with_rope(q, attention, false);
         let [k, v] = self.keys_and_values(operands, attention);
-        Ok(B::attend(
-            self.on,
-            &q,
-            &k,
-            &v,
-            self.tokens,
-            attention.spec.shape,
-        ))
+        let shape = attention.spec.shape;
+        Ok(self.operations.attend(&q, &k, &v, self.tokens, shape))
     }
 
     fn gate(
         &mut self,
-        x: Tensor<B, 2>,
+        x: O::Value,
         input: &Linears<B>,
         activation: Activation,
         _: &Linears<B>,
-    ) -> Result<Tensor<B, 2>, ModelError> {
-        let mut operands = input.project(self.on, &x).into_iter();
+    ) -> Result<O::Value, ModelError> {
+        let mut operands = self.operations.operands(input, &x).into_iter();
+        drop(x);
         let mut next = || operands.next().expect("the spec names gate and up");
         let (gate, up) = (next(), next());
-        Ok(B::gate(self.on, gate, &up, activation))
+        Ok(self.operations.gate(gate, &up, activation))
     }
 
     fn activate(
         &mut self,
-        x: Tensor<B, 2>,
+        x: O::Value,
         input: &Linears<B>,
         activation: Activation,
         _: &Linears<B>,
-    ) -> Result<Tensor<B, 2>, ModelError> {
-        Ok(B::activate(
-            self.on,
-            input.project_one(self.on, &x),
-            activation,
-        ))
+    ) -> Result<O::Value, ModelError> {
+        let x = self.operand(input, &x);
+        Ok(self.operations.activate(x, activation))
     }
 
     fn gate_by_token(
         &mut self,
-        x: Tensor<B, 2>,
+        x: O::Value,
         input: &Linears<B>,
         activation: Activation,
         _: usize,
         _: &Linears<B>,
-    ) -> Result<Tensor<B, 2>, ModelError> {
-        let row = self
-            .by_token
-            .as_ref()
-            .expect("the batch has the block's rows");
-        Ok(B::gate(
-            self.on,
-            input.project_one(self.on, &x),
-            row,
-            activation,
-        ))
+    ) -> Result<O::Value, ModelError> {
+        let gate = self.operand(input, &x);
+        let row = self.by_token.as_ref();
+        let row = row.expect("the batch has the block's rows");
+        Ok(self.operations.gate(gate, row, activation))
     }
 
     fn add(
         &mut self,
-        hidden: Tensor<B, 2>,
-        inner: Tensor<B, 2>,
+        hidden: O::Value,
+        inner: O::Value,
         output: &Linears<B>,
         after: Option<&Rc<B::Norm>>,
         factor: f32,
-    ) -> Result<Tensor<B, 2>, ModelError> {
-        let added = output.project_one(self.on, &inner);
+    ) -> Result<O::Value, ModelError> {
+        let added = self.operand(output, &inner);
         drop(inner);
-        Ok(B::add(self.on, hidden, self.normed(added, after), factor))
+        let added = self.normed(added, after);
+        Ok(self.operations.add(hidden, added, factor))
     }
 
-    fn scale(&mut self, hidden: Tensor<B, 2>, factor: f32) -> Result<Tensor<B, 2>, ModelError> {
-        Ok(B::scale(self.on, hidden, factor))
+    fn scale(&mut self, hidden: O::Value, factor: f32) -> Result<O::Value, ModelError> {
+        Ok(self.operations.scale(hidden, factor))
     }
 }
