@@ -65,6 +65,13 @@ impl Rotation {
         self
     }
 
+    /// The transpose, of which the gradient of the rotation is made: sines have the other sign, so each pair
+    /// `(c, -s; s, c)` becomes `(c, s; -s, c)`. Where the table is scaled it is not the inverse.
+    pub fn transposed(mut self) -> Self {
+        self.sin.iter_mut().for_each(|sine| *sine = -*sine);
+        self
+    }
+
     /// Width of the heads that it rotates.
     pub fn head_dim(&self) -> usize {
         self.head_dim

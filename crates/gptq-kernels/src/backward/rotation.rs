@@ -123,6 +123,9 @@ mod tests {
             let one = run(1);
             assert_near(&one, &dx, SINGLE, "rotation in f32");
             assert_eq!(one, run(2));
+            let mut turned = single(&dy);
+            (rotation.clone().transposed()).apply(&mut turned, WIDTH, TOKENS);
+            assert_near(&turned, &dx, SINGLE, "the transposed table");
         }
     }
 
