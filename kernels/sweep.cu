@@ -100,13 +100,15 @@ __global__ void fit_groups(float* scales, float* zeros, const float* w, const fl
 // Sweeps rows last - 1 down to first of w [k, n], at most 128.
 //   errors [128, n]     (w - q) / l_aa of row a, at row a - first
 //   codes [k, n]        in stored order; channel[a] is the stored channel of row a
+//   latents [k, n]      what is rounded, in stored order; null: not kept
 //   groups [k]          the group of each row
 // `fit_inside`: fit the grid where a group begins, which then ends inside this sweep. Else scales and zeros
 // hold it.
 // Launch grid: n / 32; block: (32, 8).
-__global__ void sweep(unsigned char* codes, float* scales, float* zeros, float* errors, const float* w,
-                      const float* l, const float* weight, const unsigned* groups, const unsigned* channel,
-                      int k, int n, int first, int last, int fit_inside, GridRule rule) {
+__global__ void sweep(unsigned char* codes, float* scales, float* zeros, float* errors, float* latents,
+                      const float* w, const float* l, const float* weight, const unsigned* groups,
+                      const unsigned* channel, int k, int n, int first, int last, int fit_inside,
+                      GridRule rule) {
     extern __shared__ float shared[];
     float* tile = shared;                        // [CHANNELS][OUTPUTS]
     float* factor = shared + CHANNELS * OUTPUTS; // [CHANNELS][CHANNELS]
@@ -147,7 +149,9 @@ __global__ void sweep(unsigned char* codes, float* scales, float* zeros, float* 
         float steps = nearest_step(__fdiv_rn(v, scale), zero, rule.max_code);
         float error = __fdiv_rn(v - steps * scale, factor[r * CHANNELS + r]);
         if (lane == (r & (LANES - 1)) && live) {
-            codes[(long long)channel[first + r] * n + col] = (unsigned char)(int)(steps + zero);
+            long long stored = (long long)channel[first + r] * n + col;
+            codes[stored] = (unsigned char)(int)(steps + zero);
+            if (latents) latents[stored] = v;
             errors[(long long)r * n + col] = error;
         }
         for (int b = lane; b < r; b += LANES) tile[b * OUTPUTS + x] -= error * factor[r * CHANNELS + b];

@@ -68,7 +68,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 values[row] = 1.0;
             }
             let factor = DeviceFactor::from_host(&gpu, &values, &vec![1.0; k])?;
-            factor.sweep(there, &plan, RawGridRule { shares: 46, ..rule }, None, None)?;
+            factor.sweep(
+                there,
+                &plan,
+                RawGridRule { shares: 46, ..rule },
+                None,
+                None,
+                None,
+            )?;
             timed("sweep alone, searched", Instant::now())?;
             continue;
         }
@@ -87,7 +94,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         timed("factor", start)?;
         for shares in [1, 46] {
             let start = Instant::now();
-            let swept = factor.sweep(there, &plan, RawGridRule { shares, ..rule }, None, None)?;
+            let swept = factor.sweep(
+                there,
+                &plan,
+                RawGridRule { shares, ..rule },
+                None,
+                None,
+                None,
+            )?;
             timed(
                 if shares > 1 {
                     "sweep, searched"

@@ -250,7 +250,7 @@ impl DeviceGroup<'_> {
             _ => Some(self.hessian.target(weight.rows())?),
         };
         let (factor, plan) = (&self.damped.factor, &self.plan);
-        let swept = factor.sweep(weight, plan, rule, aim, target.as_deref())?;
+        let swept = factor.sweep(weight, plan, rule, aim, target.as_deref(), None)?;
         if let Some(target) = target {
             let passes = spec.descent_passes;
             self.hessian

@@ -44,13 +44,7 @@ impl<R: Real> Adam<R> {
         let len = self.mean.len();
         assert_eq!((parameters.len(), gradient.len()), (len, len), "parameters");
         self.steps += 1;
-        let step = Step {
-            decays: [FIRST_DECAY, SECOND_DECAY].map(R::of),
-            shares: [1.0 - FIRST_DECAY, 1.0 - SECOND_DECAY].map(R::of),
-            rate: R::of(learning_rate / (1.0 - FIRST_DECAY.powi(self.steps))),
-            correction: R::of(1.0 / (1.0 - SECOND_DECAY.powi(self.steps)).sqrt()),
-            epsilon: R::of(EPSILON),
-        };
+        let step = AdamStep::new(learning_rate, self.steps);
         let moments = (self.mean.par_chunks_mut(CHUNK)).zip(self.square.par_chunks_mut(CHUNK));
         (parameters.par_chunks_mut(CHUNK))
             .zip(gradient.par_chunks(CHUNK))
@@ -62,15 +56,26 @@ impl<R: Real> Adam<R> {
 }
 
 /// The numbers of one step.
-struct Step<R> {
-    decays: [R; 2],
-    shares: [R; 2],
-    rate: R,
-    correction: R, // of the root of the mean square
-    epsilon: R,
+pub(crate) struct AdamStep<R> {
+    pub decays: [R; 2],
+    pub shares: [R; 2],
+    pub rate: R,
+    pub correction: R, // of the root of the mean square
+    pub epsilon: R,
 }
 
-impl<R: Real> Step<R> {
+impl<R: Real> AdamStep<R> {
+    /// Of step `number`, counted from 1.
+    pub fn new(learning_rate: f64, number: i32) -> Self {
+        AdamStep {
+            decays: [FIRST_DECAY, SECOND_DECAY].map(R::of),
+            shares: [1.0 - FIRST_DECAY, 1.0 - SECOND_DECAY].map(R::of),
+            rate: R::of(learning_rate / (1.0 - FIRST_DECAY.powi(number))),
+            correction: R::of(1.0 / (1.0 - SECOND_DECAY.powi(number)).sqrt()),
+            epsilon: R::of(EPSILON),
+        }
+    }
+
     #[inline(always)]
     fn take(&self, parameters: &mut [R], gradient: &[R], mean: &mut [R], square: &mut [R]) {
         let moments = mean.iter_mut().zip(square);

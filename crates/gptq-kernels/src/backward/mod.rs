@@ -20,6 +20,8 @@ mod rotation;
 mod rounding;
 
 pub use activation::{activate_backward, gated_backward};
+#[cfg(feature = "cuda")]
+pub(crate) use adam::AdamStep;
 pub use adam::{Adam, cosine_decay};
 pub use attention::{AttentionGradients, causal_attention_backward};
 pub use norm::{NormGradients, layer_norm_backward, rms_norm_backward};

@@ -76,9 +76,7 @@ impl Gpu {
     ) -> Result<(), CudaError> {
         let keys = first + count;
         let shape = among(shape, keys);
-        let rows = (SCORE_BYTES / (4 * shape.heads * keys))
-            .clamp(16, QUERY_ROWS)
-            .min(count);
+        let rows = rows_at_a_time(count, keys, shape);
         let scores = self.scratch("scores", shape.heads * rows * keys * 4)?;
         let p = self.scratch("probabilities", shape.heads * rows * keys * 2)?;
         for done in (0..count).step_by(rows) {
@@ -214,6 +212,13 @@ impl Gpu {
         }
         Ok(())
     }
+}
+
+/// Query rows of `count` whose scores against `keys` keys exist at a time.
+pub(super) fn rows_at_a_time(count: usize, keys: usize, shape: AttentionShape) -> usize {
+    (SCORE_BYTES / (4 * shape.heads * keys))
+        .clamp(16, QUERY_ROWS)
+        .min(count)
 }
 
 /// Checks that queries and what attention makes of them, and keys and values of `keys` tokens, are as

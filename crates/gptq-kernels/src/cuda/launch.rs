@@ -34,6 +34,7 @@ argument!(
     i32,
     i64,
     f32,
+    super::latents::RawAdamStep,
     super::packed::Packed,
     super::sweep::RawGridRule,
     super::key_values::RawRows

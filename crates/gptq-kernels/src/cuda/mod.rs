@@ -11,6 +11,8 @@
 
 mod activation_store;
 mod attention;
+mod attention_backward;
+mod backward;
 mod cholesky;
 mod decoder;
 mod descent;
@@ -21,6 +23,7 @@ mod graph;
 mod hessian;
 mod inverse;
 mod key_values;
+mod latents;
 mod launch;
 mod layout;
 mod memory;
@@ -42,6 +45,7 @@ pub use error::CudaError;
 pub use graph::Recorded;
 pub use hessian::{DeviceFactor, DeviceHessian, DeviceOutputMismatch};
 pub use key_values::{DeviceKeyValues, HeadNorms, TextRows};
+pub use latents::{DeviceLatents, LearningRates};
 pub use memory::{Buffer, Pinned};
 pub use norm::DeviceNorm;
 pub use packed::PackedLinear;

@@ -20,10 +20,10 @@ enum Kind {
 
 /// A norm of rows of `width` on the GPU.
 pub struct DeviceNorm {
-    weight: Buffer,       // f32 [width]
-    bias: Option<Buffer>, // f32 [width]
+    pub(super) weight: Buffer, // f32 [width]
+    bias: Option<Buffer>,      // f32 [width]
     kind: Kind,
-    eps: f32,
+    pub(super) eps: f32,
     width: usize,
 }
 
@@ -75,12 +75,12 @@ impl DeviceNorm {
     }
 
     /// The kernel's name among those for one and for eight elements at a time of either kind.
-    fn pick(&self, names: [[&'static str; 2]; 2], eights: bool) -> &'static str {
+    pub(super) fn pick(&self, names: [[&'static str; 2]; 2], eights: bool) -> &'static str {
         names[usize::from(self.kind == Kind::Layer)][usize::from(eights)]
     }
 
     /// Threads of a block that takes a row.
-    fn block(&self, eights: bool) -> [usize; 3] {
+    pub(super) fn block(&self, eights: bool) -> [usize; 3] {
         let values = if eights { 8 } else { 1 };
         [32 * self.width.div_ceil(32 * values).min(32), 1, 1]
     }

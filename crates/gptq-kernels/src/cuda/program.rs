@@ -17,11 +17,17 @@ pub(super) enum Program {
         cap: bool,
         window: bool,
     },
+    Backward {
+        bf16: bool,
+    },
     Decoder {
         bf16: bool,
     },
     Descent,
     Hessian,
+    Latents {
+        bf16: bool,
+    },
     OtherBlocks {
         bf16: bool,
     },
@@ -75,6 +81,7 @@ impl Program {
                 all.push(Program::Attention { bf16, cap, window });
             }
             all.extend([Program::Decoder { bf16 }, Program::OtherBlocks { bf16 }]);
+            all.extend([Program::Backward { bf16 }, Program::Latents { bf16 }]);
             all.extend([4, 8].map(|bits| Program::Packed { bf16, bits }));
             all.extend([Program::Sweep { bf16 }, Program::LlamaBlock { bf16 }]);
         }
@@ -90,9 +97,11 @@ impl Program {
                 false => "attention_softcap.cu",
             },
             Program::Attention { cap: false, .. } => "attention_window.cu",
+            Program::Backward { .. } => "backward.cu",
             Program::Decoder { .. } => "decoder.cu",
             Program::Descent => "descent.cu",
             Program::Hessian => "hessian.cu",
+            Program::Latents { .. } => "latents.cu",
             Program::OtherBlocks { .. } => "other_blocks.cu",
             Program::Packed { .. } => "packed.cu",
             Program::Sweep { .. } => "sweep.cu",
@@ -109,9 +118,11 @@ impl Program {
                 false => source!("attention_softcap.cu"),
             },
             Program::Attention { cap: false, .. } => source!("attention_window.cu"),
+            Program::Backward { .. } => source!("backward.cu"),
             Program::Decoder { .. } => source!("decoder.cu"),
             Program::Descent => source!("descent.cu"),
             Program::Hessian => source!("hessian.cu"),
+            Program::Latents { .. } => source!("latents.cu"),
             Program::OtherBlocks { .. } => source!("other_blocks.cu"),
             Program::Packed { .. } => source!("packed.cu"),
             Program::Sweep { .. } => source!("sweep.cu"),
@@ -122,7 +133,9 @@ impl Program {
     fn bf16(self) -> bool {
         match self {
             Program::Attention { bf16, .. }
+            | Program::Backward { bf16 }
             | Program::Decoder { bf16 }
+            | Program::Latents { bf16 }
             | Program::OtherBlocks { bf16 }
             | Program::Packed { bf16, .. }
             | Program::Sweep { bf16 }

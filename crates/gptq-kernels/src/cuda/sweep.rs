@@ -68,13 +68,15 @@ pub enum Step {
 /// Order and groups of a layer on the GPU, shared by the linears of a capture group.
 pub struct SweepPlan {
     pub(super) features: usize,
-    groups: usize,
+    pub(super) groups: usize,
     /// Stored channel of each row.
     pub(super) channels: Buffer,
     /// Group of each row.
     group_of_row: Buffer,
     /// Group of each stored channel.
     pub(super) g_idx: Buffer,
+    /// The same here.
+    pub(super) group_of: Vec<u32>,
     /// The order of the coordinate descent after the sweep.
     pub(super) descent: DescentOrder,
     /// Rows sorted by group, and the start of each group: for grids that are fixed before the first row is
@@ -132,6 +134,7 @@ impl SweepPlan {
             group_of_row: Buffer::from_host(gpu, group_of_row)?,
             g_idx: Buffer::from_host(gpu, &g_idx)?,
             descent: DescentOrder::new(gpu, &g_idx)?,
+            group_of: g_idx,
             fixed,
             steps,
         })
@@ -144,7 +147,7 @@ pub struct Swept {
     pub(super) scales: Buffer,
     pub(super) zeros: Buffer,
     pub(super) features: usize,
-    groups: usize,
+    pub(super) groups: usize,
     pub(super) outputs: usize,
 }
 
@@ -221,7 +224,9 @@ const BLOCK: [usize; 3] = [OUTPUTS, LANES, 1];
 impl DeviceFactor {
     /// Rounds `weight [outputs, features]`, which is left as it is; with an aim what lies that share of
     /// the way to the weight of least error at the float model's outputs. What it rounds is left in
-    /// `target`, f32 `[features, outputs]` in stored order, where a descent is to follow.
+    /// `target`, f32 `[features, outputs]` in stored order, where a descent is to follow; in `latents`, of the
+    /// same shape, where the codes are to be trained, what each weight had become when its turn came, which
+    /// rounds to its code.
     pub fn sweep(
         &self,
         weight: DeviceMatrix,
@@ -229,6 +234,7 @@ impl DeviceFactor {
         rule: RawGridRule,
         aim: Option<(&DeviceOutputMismatch, f32)>,
         target: Option<&Buffer>,
+        latents: Option<&Buffer>,
     ) -> Result<Swept, CudaError> {
         let (gpu, k, n) = (&self.gpu, self.features, weight.rows);
         assert_eq!(
@@ -236,8 +242,8 @@ impl DeviceFactor {
             [k; 2],
             "in_features"
         );
-        for buffer in target
-            .into_iter()
+        for buffer in (target.into_iter())
+            .chain(latents)
             .chain(aim.map(|(mismatch, _)| &mismatch.cross))
         {
             assert!(buffer.bytes() >= k * n * 4, "rows of the weight");
@@ -302,6 +308,7 @@ impl DeviceFactor {
                         (&swept.scales).into(),
                         (&swept.zeros).into(),
                         errors.address().into(),
+                        latents.map_or(0, Buffer::address).into(),
                         w.address().into(),
                         (&self.values).into(),
                         (&self.importance).into(),

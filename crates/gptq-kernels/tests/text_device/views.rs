@@ -773,7 +773,7 @@ fn solvers_refuse_other_shapes() {
     let factor = hessian
         .factor(&order, &vec![1.0; k], &vec![1.0; k])
         .unwrap();
-    let sweep = |weight, plan| factor.sweep(weight, plan, rule, None, None);
+    let sweep = |weight, plan| factor.sweep(weight, plan, rule, None, None, None);
     refused("in_features", || sweep(t.x(n, k - 1), &own));
     refused("in_features", || sweep(t.x(n, k), &narrow));
     refused("gaps", || sweep(t.gaps(n, k), &own));
