@@ -258,6 +258,17 @@ pub(crate) trait GradientBackend: DecoderBackend {
         x: Tensor<Self, 2>,
         activation: Activation,
     ) -> Tensor<Self, 2>;
+
+    /// The sum of the squares of `y - target`.
+    fn squared_error(on: &Self::Context, y: &Tensor<Self, 2>, target: &Tensor<Self, 2>) -> f64;
+
+    /// `factor * (y - target)`.
+    fn error_gradient(
+        on: &Self::Context,
+        y: &Tensor<Self, 2>,
+        target: &Tensor<Self, 2>,
+        factor: f32,
+    ) -> Tensor<Self, 2>;
 }
 
 /// The activation stores of a run.
@@ -267,6 +278,8 @@ pub(crate) struct ActivationStores<S> {
     pub hidden: S,
     /// Hidden states of the float stream.
     pub float: S,
+    /// Hidden states before the resident block.
+    pub inputs: S,
     /// Keys and values that later blocks read: a pair for each donor block of each batch, then of each batch
     /// that the float stream follows.
     pub shared_kv: S,
@@ -300,6 +313,8 @@ pub(crate) struct ActivationSizes {
     pub block_elements: usize,
     /// Batches that the float stream follows, where one runs beside the quantized one.
     pub float: Option<usize>,
+    /// Whether the hidden states before the resident block are kept.
+    pub keeps_inputs: bool,
     /// Matrices as large as the widest Hessian that somebody else keeps.
     pub more_hessians: usize,
 }
@@ -334,6 +349,7 @@ impl ActivationSizes {
             },
             block_elements: spec.block_elements(),
             float,
+            keeps_inputs: false,
             more_hessians: 0,
         }
     }
@@ -494,6 +510,7 @@ impl DecoderBackend for Flex {
         ActivationStores {
             hidden: (),
             float: (),
+            inputs: (),
             shared_kv: (),
             by_token: (),
             inner: (),
@@ -687,4 +704,30 @@ impl GradientBackend for Flex {
         let dy = flex(dy);
         change(x, |x| activate_backward(slice(&dy), x, activation))
     }
+
+    fn squared_error((): &(), y: &Tensor<Self, 2>, target: &Tensor<Self, 2>) -> f64 {
+        let (y, target) = (flex(y), flex(target));
+        let pairs =
+            (slice(&y).par_chunks(ERROR_ELEMENTS)).zip(slice(&target).par_chunks(ERROR_ELEMENTS));
+        let square = |(y, target): (&f32, &f32)| f64::from(y - target).powi(2);
+        // The parts do not depend on the number of threads, and are added in their order.
+        let parts = pairs.map(|(y, target)| y.iter().zip(target).map(square).sum());
+        parts.collect::<Vec<f64>>().iter().sum()
+    }
+
+    fn error_gradient(
+        (): &(),
+        y: &Tensor<Self, 2>,
+        target: &Tensor<Self, 2>,
+        factor: f32,
+    ) -> Tensor<Self, 2> {
+        let target = flex(target);
+        change(y.clone(), |y| {
+            let pairs = y.par_iter_mut().zip(slice(&target));
+            pairs.for_each(|(y, target)| *y = factor * (*y - target));
+        })
+    }
 }
+
+/// Elements of a part of a squared error.
+const ERROR_ELEMENTS: usize = 1 << 14;

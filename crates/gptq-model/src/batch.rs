@@ -5,25 +5,29 @@ use std::collections::BTreeMap;
 use burn::tensor::Tensor;
 
 use crate::ModelError;
-use crate::backend::{ActivationStores, DecoderBackend};
+use crate::backend::{ActivationStores, GradientBackend};
 use crate::forward::Block;
-use crate::operations::Direct;
+use crate::operations::{Direct, Operations};
 use crate::spec::{KeySource, ModelSpec, Tap};
 use crate::stream::{OnBackend, SharedKeyValues, Tables, Windows};
+use crate::tape::{GradientSink, Tape};
 
 /// Windows of one length that go through a block together.
-pub(crate) struct Batch<B: DecoderBackend> {
+pub(crate) struct Batch<B: GradientBackend> {
     pub windows: Vec<Vec<u32>>,
     pub state: RowState<B>,
+    /// Hidden states before the resident block, where they are kept.
+    pub input: Option<B::Offloaded>,
     /// Inputs that each block looks up by token id, for all streams.
     pub by_token: Vec<B::Offloaded>,
 }
 
-impl<B: DecoderBackend> Batch<B> {
+impl<B: GradientBackend> Batch<B> {
     pub fn new(windows: &[Vec<u32>], hidden: B::Offloaded) -> Self {
         Batch {
             windows: windows.to_vec(),
             state: RowState::new(hidden),
+            input: None,
             by_token: Vec::new(),
         }
     }
@@ -38,7 +42,7 @@ impl<B: DecoderBackend> Batch<B> {
 }
 
 /// The state of a batch in one stream.
-pub(crate) struct RowState<B: DecoderBackend> {
+pub(crate) struct RowState<B: GradientBackend> {
     hidden: Option<B::Offloaded>, // [tokens, hidden_size]; out only while it is changed
     /// Steps of the resident block that were added to the hidden states.
     done: usize,
@@ -48,7 +52,7 @@ pub(crate) struct RowState<B: DecoderBackend> {
     shared_kv: BTreeMap<usize, [B::Offloaded; 2]>,
 }
 
-impl<B: DecoderBackend> RowState<B> {
+impl<B: GradientBackend> RowState<B> {
     pub fn new(hidden: B::Offloaded) -> Self {
         RowState {
             hidden: Some(hidden),
@@ -56,6 +60,13 @@ impl<B: DecoderBackend> RowState<B> {
             inner: BTreeMap::new(),
             shared_kv: BTreeMap::new(),
         }
+    }
+
+    /// Back to the hidden states before a block.
+    pub fn restart(&mut self, hidden: B::Offloaded) {
+        self.hidden = Some(hidden);
+        self.done = 0;
+        self.inner.clear();
     }
 
     pub fn hidden(&self, on: &B::Context) -> Tensor<B, 2> {
@@ -68,7 +79,7 @@ impl<B: DecoderBackend> RowState<B> {
 }
 
 /// Where a batch waits, and what its windows share.
-pub(crate) struct BatchContext<'a, B: DecoderBackend> {
+pub(crate) struct BatchContext<'a, B: GradientBackend> {
     pub on: &'a B::Context,
     pub hidden: &'a B::ActivationStore,
     /// For the input of an output linear; a stream that adds outputs at once needs none.
@@ -85,7 +96,7 @@ pub(crate) struct BatchContext<'a, B: DecoderBackend> {
     first_shared: usize,
 }
 
-impl<'a, B: DecoderBackend> BatchContext<'a, B> {
+impl<'a, B: GradientBackend> BatchContext<'a, B> {
     /// The context of the calibration stream, whose weights are replaced.
     pub fn quantized(
         on: &'a B::Context,
@@ -131,7 +142,7 @@ impl<'a, B: DecoderBackend> BatchContext<'a, B> {
 }
 
 /// A block of one stream.
-pub(crate) struct BlockState<B: DecoderBackend> {
+pub(crate) struct BlockState<B: GradientBackend> {
     pub block: Block<OnBackend<B>>,
     pub index: usize,
     /// Blocks whose keys and values this one reads, and its index among the blocks that share theirs.
@@ -139,7 +150,7 @@ pub(crate) struct BlockState<B: DecoderBackend> {
     donor_index: Option<usize>,
 }
 
-impl<B: DecoderBackend> BlockState<B> {
+impl<B: GradientBackend> BlockState<B> {
     pub fn new(index: usize, spec: &ModelSpec, block: Block<OnBackend<B>>) -> Self {
         let keys = |index: usize| {
             spec.blocks[index]
@@ -172,21 +183,59 @@ impl<B: DecoderBackend> BlockState<B> {
         state: &RowState<B>,
         context: &BatchContext<'a, B>,
     ) -> Windows<'a, B, Direct<'a, B>> {
-        let shared = self.reads_from.iter().map(|block| {
-            let pair = &state.shared_kv[block];
-            (
-                *block,
-                pair.each_ref().map(|kept| B::fetch(context.on, kept)),
-            )
-        });
-        let by_token = context.by_token.get(self.index);
+        self.windows(Direct { on: context.on }, state, context)
+    }
+
+    fn windows<'a, O: Operations<B>>(
+        &self,
+        mut operations: O,
+        state: &RowState<B>,
+        context: &BatchContext<'a, B>,
+    ) -> Windows<'a, B, O> {
+        let mut fetch = |kept: &B::Offloaded| operations.constant(B::fetch(context.on, kept));
+        let shared = (self.reads_from.iter())
+            .map(|block| (*block, state.shared_kv[block].each_ref().map(&mut fetch)))
+            .collect();
+        let by_token = context.by_token.get(self.index).map(&mut fetch);
         Windows {
-            operations: Direct { on: context.on },
+            operations,
             tables: context.tables,
             tokens: context.tokens,
-            shared_kv: shared.collect(),
-            by_token: by_token.map(|kept| B::fetch(context.on, kept)),
+            shared_kv: shared,
+            by_token,
         }
+    }
+
+    /// The whole block from its input, with nothing kept of it.
+    pub fn output(
+        &self,
+        input: Tensor<B, 2>,
+        state: &RowState<B>,
+        context: &BatchContext<'_, B>,
+    ) -> Result<Tensor<B, 2>, ModelError> {
+        self.block.forward(&mut self.ops(state, context), input)
+    }
+
+    /// The squared error of the block's output against `target`, from its input; the gradient of half of it,
+    /// times `factor`, goes back to the linears.
+    pub fn gradients(
+        &self,
+        input: Tensor<B, 2>,
+        target: &Tensor<B, 2>,
+        factor: f32,
+        state: &RowState<B>,
+        context: &BatchContext<'_, B>,
+        sink: &mut dyn GradientSink,
+    ) -> Result<f64, ModelError> {
+        let mut tape = Tape::new(context.on);
+        let input = tape.constant(input);
+        let mut ops = self.windows(tape, state, context);
+        let output = self.block.forward(&mut ops, input)?;
+        let y = Tape::tensor(&output);
+        let error = B::squared_error(context.on, y, target);
+        let dy = B::error_gradient(context.on, y, target, factor);
+        ops.operations.backward(&output, dy, sink);
+        Ok(error)
     }
 
     /// Advances the batch to `tap` and returns the rows there. Taps are reached in the order of the data, each

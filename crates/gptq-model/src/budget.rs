@@ -53,10 +53,15 @@ pub(crate) fn places_on_device(
     // The hidden states first: every tap reads them, and every step takes them and writes them again (in a
     // Llama five reads and two writes a block), each write between two reads; then what several blocks
     // read, or each block once; inner ones are read twice, and all written before any is read.
-    let [hidden, float, shared_kv, by_token, inner] = divide(
+    let [hidden, float, inputs, shared_kv, by_token, inner] = divide(
         [
             request(need.hidden, need.batches, 2),
             request(need.hidden, followed, 2),
+            request(
+                need.hidden,
+                if need.keeps_inputs { need.batches } else { 0 },
+                2,
+            ),
             request(shared_kv, 2 * donors * (need.batches + followed), 1),
             request(by_token, blocks * need.batches, 1),
             StoreRequest {
@@ -69,6 +74,7 @@ pub(crate) fn places_on_device(
     Ok(ActivationStores {
         hidden,
         float,
+        inputs,
         shared_kv,
         by_token,
         inner,

@@ -23,7 +23,7 @@ use gptq_kernels::{Activation, Activations, AttentionShape, Rotation, Weight, tr
 use gptq_types::{Dtype, LayerName, SourceError};
 
 use crate::ModelError;
-use crate::backend::{ActivationSizes, ActivationStores, DecoderBackend};
+use crate::backend::{ActivationSizes, ActivationStores, DecoderBackend, GradientBackend};
 use crate::budget::{StoreBudget, places_on_device};
 use crate::burn_memory::view;
 use crate::device::CudaContext;
@@ -246,6 +246,7 @@ impl<E: Half> DecoderBackend for Cuda<E> {
         let none = ActivationStores {
             hidden: None,
             float: None,
+            inputs: None,
             shared_kv: None,
             by_token: None,
             inner: None,
@@ -272,6 +273,11 @@ impl<E: Half> DecoderBackend for Cuda<E> {
         ActivationStores {
             hidden: store(need.batches, hidden, fit.hidden),
             float: some(followed, need.hidden, fit.float),
+            inputs: some(
+                if need.keeps_inputs { need.batches } else { 0 },
+                need.hidden,
+                fit.inputs,
+            ),
             shared_kv: some(
                 2 * donors * (need.batches + followed),
                 shared_kv,
@@ -434,6 +440,109 @@ impl<E: Half> DecoderBackend for Cuda<E> {
 
     fn head_input(head: &ScoringHead, hidden: Tensor<Self, 2>) -> Result<HeadInput, ModelError> {
         Ok(HeadInput::of_device(head.rows(view(&hidden))?))
+    }
+}
+
+impl<E: Half> GradientBackend for Cuda<E> {
+    fn duplicate(on: &OnCuda, x: &Tensor<Self, 2>) -> Tensor<Self, 2> {
+        let [rows, columns] = x.dims();
+        let out = on.blank(rows, columns);
+        on.note(on.gpu().copy(view(&out), view(x)));
+        out
+    }
+
+    fn project_backward(
+        on: &OnCuda,
+        dy: &Tensor<Self, 2>,
+        weight: &Tensor<Self, 2>,
+        outputs: Range<usize>,
+    ) -> Tensor<Self, 2> {
+        let weight = view(weight).row_range(outputs);
+        let out = on.blank(dy.dims()[0], weight.columns());
+        on.note(
+            on.gpu()
+                .project_backward(view(&out), view(dy), weight, false),
+        );
+        out
+    }
+
+    fn norm_backward(
+        on: &OnCuda,
+        dy: &Tensor<Self, 2>,
+        x: &Tensor<Self, 2>,
+        norm: &Self::Norm,
+    ) -> Tensor<Self, 2> {
+        let [rows, columns] = x.dims();
+        let out = on.blank(rows, columns);
+        if let Some(norm) = norm {
+            on.note(on.gpu().norm_backward(view(&out), view(dy), view(x), norm));
+        }
+        out
+    }
+
+    fn attend_backward(
+        on: &OnCuda,
+        dy: &Tensor<Self, 2>,
+        qkv: [&Tensor<Self, 2>; 3],
+        tokens: usize,
+        shape: AttentionShape,
+    ) -> [Tensor<Self, 2>; 3] {
+        let gradients = qkv.map(|x| {
+            let [rows, columns] = x.dims();
+            on.blank(rows, columns)
+        });
+        let [q, k, v] = qkv.map(view);
+        let out = gradients.each_ref().map(view);
+        on.note(
+            on.gpu()
+                .attend_backward(out, view(dy), q, k, v, tokens, shape),
+        );
+        gradients
+    }
+
+    fn gate_backward(
+        on: &OnCuda,
+        dy: &Tensor<Self, 2>,
+        [gate, up]: [Tensor<Self, 2>; 2],
+        activation: Activation,
+    ) -> [Tensor<Self, 2>; 2] {
+        let up = Self::duplicate(on, &up); // others may hold what a gate multiplies
+        on.note(
+            on.gpu()
+                .gate_backward(view(dy), view(&gate), view(&up), activation),
+        );
+        [gate, up]
+    }
+
+    fn activate_backward(
+        on: &OnCuda,
+        dy: &Tensor<Self, 2>,
+        x: Tensor<Self, 2>,
+        activation: Activation,
+    ) -> Tensor<Self, 2> {
+        on.note(on.gpu().activate_backward(view(dy), view(&x), activation));
+        x
+    }
+
+    fn squared_error(on: &OnCuda, y: &Tensor<Self, 2>, target: &Tensor<Self, 2>) -> f64 {
+        let error = on.note(on.gpu().output_error(view(y), view(target)));
+        error.unwrap_or(f64::NAN) // the error is kept for `check`
+    }
+
+    fn error_gradient(
+        on: &OnCuda,
+        y: &Tensor<Self, 2>,
+        target: &Tensor<Self, 2>,
+        factor: f32,
+    ) -> Tensor<Self, 2> {
+        let [rows, columns] = y.dims();
+        let out = on.blank(rows, columns);
+        let gradient = view(&out);
+        on.note(
+            on.gpu()
+                .error_gradient(gradient, view(y), view(target), factor),
+        );
+        out
     }
 }
 

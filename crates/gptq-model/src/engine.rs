@@ -8,7 +8,7 @@ use burn::tensor::{DType, Tensor};
 use gptq_kernels::{ActivationSink, Weight};
 use gptq_types::{Dtype, LayerName, SourceError};
 
-use crate::backend::{ActivationSizes, ActivationStores, DecoderBackend};
+use crate::backend::{ActivationSizes, ActivationStores, GradientBackend};
 use crate::batch::{Batch, BatchContext, BlockState};
 use crate::by_token::RowsByToken;
 use crate::float_stream::FloatStream;
@@ -18,11 +18,12 @@ use crate::read_block::{HostBlock, OnDevice};
 use crate::score::HeadInput;
 use crate::spec::{ModelSpec, Tap};
 use crate::stream::{Linear, OnBackend, Tables};
+use crate::tape::GradientSink;
 use crate::weights::WeightSource;
 use crate::{Decoder, DeviceContext, ModelError, Streams};
 
 /// See [`Decoder`].
-pub(crate) struct Engine<B: DecoderBackend> {
+pub(crate) struct Engine<B: GradientBackend> {
     device: DeviceContext,
     on: B::Context,
     source: Arc<dyn WeightSource>,
@@ -33,11 +34,12 @@ pub(crate) struct Engine<B: DecoderBackend> {
     batches: Vec<Batch<B>>,
     stores: Option<ActivationStores<B::ActivationStore>>,
     float: Option<FloatStream<B>>,
+    trains: bool,
     more_hessians: usize, // that somebody else will keep on the device
     tables: BTreeMap<usize, Tables<B>>, // by window length
 }
 
-impl<B: DecoderBackend> Engine<B> {
+impl<B: GradientBackend> Engine<B> {
     /// `on` is `device` as the backend wants it.
     pub fn new(
         device: DeviceContext,
@@ -51,8 +53,10 @@ impl<B: DecoderBackend> Engine<B> {
             on,
             float: match streams {
                 Streams::One => None,
-                Streams::BesideFloat => Some(FloatStream::default()),
+                Streams::BesideFloat => Some(FloatStream::new(false)),
+                Streams::Training => Some(FloatStream::new(true)),
             },
+            trains: streams == Streams::Training,
             source,
             spec: Arc::new(spec),
             head: None,
@@ -145,10 +149,11 @@ impl<B: DecoderBackend> Engine<B> {
             *start += rows(batch);
             Some(this)
         });
-        let followed = starts.filter(|&start| FloatStream::<B>::follows(start));
+        let float = self.float.as_ref();
+        let float = float.map(|stream| starts.filter(|&start| stream.follows(start)).count());
         let rows = batches.iter().map(rows).max().unwrap_or(0);
-        let float = self.float.as_ref().map(|_| followed.count());
         ActivationSizes {
+            keeps_inputs: self.trains,
             more_hessians: self.more_hessians,
             ..ActivationSizes::of(&self.spec, batches.len(), rows, float)
         }
@@ -180,8 +185,26 @@ impl<B: DecoderBackend> Engine<B> {
     }
 }
 
+impl<B: GradientBackend> Engine<B> {
+    /// The resident block, a batch, and where it waits.
+    fn training(&self, batch: usize) -> (&BlockState<B>, &Batch<B>, BatchContext<'_, B>) {
+        let state = self.block.as_ref().expect("a block is resident");
+        let stores = self.stores.as_ref().expect("windows were embedded");
+        let of = &self.batches[batch];
+        let (tables, tokens) = (&self.tables[&of.tokens()], of.tokens());
+        let context =
+            BatchContext::quantized(&self.on, stores, tables, tokens, batch, &of.by_token);
+        (state, of, context)
+    }
+
+    fn target(&self, batch: usize) -> Tensor<B, 2> {
+        let stream = self.float.as_ref().expect("a decoder that trains");
+        stream.target(&self.on, batch)
+    }
+}
+
 /// The type in which a backend computes.
-fn computed_in<B: DecoderBackend>(states: &Tensor<B, 2>) -> Dtype {
+fn computed_in<B: GradientBackend>(states: &Tensor<B, 2>) -> Dtype {
     match states.dtype() {
         DType::F16 => Dtype::F16,
         DType::BF16 => Dtype::BF16,
@@ -192,7 +215,7 @@ fn computed_in<B: DecoderBackend>(states: &Tensor<B, 2>) -> Dtype {
 /// Sees the input of a capture group and, where there is a float stream, its partner there.
 type Look<'a, B> = dyn FnMut(&Tensor<B, 2>, Option<&Tensor<B, 2>>) + 'a;
 
-impl<B: DecoderBackend> Decoder for Engine<B> {
+impl<B: GradientBackend> Decoder for Engine<B> {
     fn device(&self) -> &DeviceContext {
         &self.device
     }
@@ -207,7 +230,7 @@ impl<B: DecoderBackend> Decoder for Engine<B> {
 
     fn embed(&mut self, windows: &[Vec<u32>]) -> Result<(), ModelError> {
         self.batches.clear();
-        self.float = self.float.take().map(|_| FloatStream::default());
+        self.float = self.float.take().map(FloatStream::emptied);
         self.stores = None;
         let cut = Self::cut(windows);
         let stores = B::stores(&self.on, &self.need(&cut));
@@ -245,8 +268,9 @@ impl<B: DecoderBackend> Decoder for Engine<B> {
             }
             self.batches.push(batch);
             let tokens = windows[0].len();
-            (self.tables.entry(tokens))
-                .or_insert_with(|| Tables::new(&self.on, &self.spec, 0..tokens, tokens, false));
+            (self.tables.entry(tokens)).or_insert_with(|| {
+                Tables::new(&self.on, &self.spec, 0..tokens, tokens, self.trains)
+            });
         }
         self.stores = Some(stores);
         B::check(&self.on)
@@ -257,13 +281,16 @@ impl<B: DecoderBackend> Decoder for Engine<B> {
         let block = self.take_next(index)?;
         if let Some(stream) = &mut self.float {
             let place = stream.block.take().map(|state| state.block);
-            stream.block = Some(BlockState::new(
-                index,
-                &self.spec,
-                block.copied(&self.on, place),
-            ));
+            let copy = block.copied(&self.on, place);
+            stream.load(BlockState::new(index, &self.spec, copy));
         }
         self.block = Some(BlockState::new(index, &self.spec, block));
+        if let Some(stores) = self.stores.as_ref().filter(|_| self.trains) {
+            for (place, batch) in self.batches.iter_mut().enumerate() {
+                let hidden = batch.state.hidden(&self.on);
+                batch.input = Some(B::offload(&self.on, &stores.inputs, place, &hidden));
+            }
+        }
         self.read_ahead(index + 1);
         B::check(&self.on)
     }
@@ -312,6 +339,54 @@ impl<B: DecoderBackend> Decoder for Engine<B> {
                     computed,
                 });
             }
+        }
+        B::check(&self.on)
+    }
+
+    fn finish_float(&mut self) -> Result<(), ModelError> {
+        let stores = self.stores.as_ref().expect("windows were embedded");
+        let count = self.batches.len();
+        let stream = self.float.as_mut().expect("a decoder that trains");
+        for (place, batch) in self.batches.iter().enumerate() {
+            let (tables, tokens) = (&self.tables[&batch.tokens()], batch.tokens());
+            let context =
+                BatchContext::quantized(&self.on, stores, tables, tokens, place, &batch.by_token);
+            stream.finish(place, |place| context.beside(stores, place, count))?;
+        }
+        stream.set_ahead();
+        B::check(&self.on)
+    }
+
+    fn train(
+        &mut self,
+        batch: usize,
+        factor: f32,
+        sink: &mut dyn GradientSink,
+    ) -> Result<f64, ModelError> {
+        let (state, of, context) = self.training(batch);
+        let target = self.target(batch);
+        let input = B::fetch(&self.on, of.input.as_ref().expect("inputs are kept"));
+        let error = state.gradients(input, &target, factor, &of.state, &context, sink)?;
+        B::check(&self.on)?;
+        Ok(error)
+    }
+
+    fn output_error(&mut self, batch: usize) -> Result<f64, ModelError> {
+        let (state, of, context) = self.training(batch);
+        let input = B::fetch(&self.on, of.input.as_ref().expect("inputs are kept"));
+        let output = state.output(input, &of.state, &context)?;
+        let error = B::squared_error(&self.on, &output, &self.target(batch));
+        B::check(&self.on)?;
+        Ok(error)
+    }
+
+    fn restart_block(&mut self) -> Result<(), ModelError> {
+        let stores = self.stores.as_ref().expect("windows were embedded");
+        for (place, batch) in self.batches.iter_mut().enumerate() {
+            let input = batch.input.as_ref().expect("inputs are kept");
+            let input = B::fetch(&self.on, input);
+            let hidden = B::offload(&self.on, &stores.hidden, place, &input);
+            batch.state.restart(hidden);
         }
         B::check(&self.on)
     }

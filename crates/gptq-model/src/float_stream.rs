@@ -2,42 +2,57 @@
 //! linear before been rounded.
 //!
 //! Its weights are never replaced, so an output is added as soon as its input was seen, and only hidden states
-//! are stored between two taps. It follows six of eight stretches of the tokens; the other two would cost as
-//! much and add little information.
+//! are stored between two taps. For the solver it follows six of eight stretches of the tokens; the other two
+//! would cost as much and add little information. For training it follows all of them.
 
 use burn::tensor::Tensor;
 use gptq_kernels::stretch_of;
 
 use crate::ModelError;
-use crate::backend::DecoderBackend;
+use crate::backend::GradientBackend;
 use crate::batch::{BatchContext, BlockState, RowState};
 use crate::spec::Tap;
 
 /// A batch that is followed.
-struct Followed<B: DecoderBackend> {
+struct Followed<B: GradientBackend> {
     place: usize, // slot in the stream's own store, which has none for other batches
     state: RowState<B>,
 }
 
 /// Hidden states of the float model, batch by batch, and its resident block.
-pub(crate) struct FloatStream<B: DecoderBackend> {
+pub(crate) struct FloatStream<B: GradientBackend> {
     pub block: Option<BlockState<B>>,
     batches: Vec<Option<Followed<B>>>,
+    /// Every batch is followed.
+    all: bool,
+    /// Its hidden states are behind the resident block already.
+    is_ahead: bool,
 }
 
-impl<B: DecoderBackend> Default for FloatStream<B> {
-    fn default() -> Self {
+impl<B: GradientBackend> FloatStream<B> {
+    pub fn new(all: bool) -> Self {
         FloatStream {
             block: None,
             batches: Vec::new(),
+            all,
+            is_ahead: false,
         }
     }
-}
 
-impl<B: DecoderBackend> FloatStream<B> {
+    /// The same before the first batch.
+    pub fn emptied(self) -> Self {
+        Self::new(self.all)
+    }
+
     /// Whether the batch that begins at token `start` is followed.
-    pub fn follows(start: usize) -> bool {
-        stretch_of(start) < 6
+    pub fn follows(&self, start: usize) -> bool {
+        self.all || stretch_of(start) < 6
+    }
+
+    /// Takes another block.
+    pub fn load(&mut self, block: BlockState<B>) {
+        self.block = Some(block);
+        self.is_ahead = false;
     }
 
     /// The next batch, which begins at token `start`; it is kept where it is followed.
@@ -49,7 +64,7 @@ impl<B: DecoderBackend> FloatStream<B> {
         hidden: &Tensor<B, 2>,
     ) {
         let place = self.batches.iter().flatten().count();
-        self.batches.push(Self::follows(start).then(|| Followed {
+        self.batches.push(self.follows(start).then(|| Followed {
             place,
             state: RowState::new(B::offload(on, store, place, hidden)),
         }));
@@ -70,16 +85,31 @@ impl<B: DecoderBackend> FloatStream<B> {
         block.reach(tap, &mut followed.state, &context).map(Some)
     }
 
-    /// Completes the block for a batch.
+    /// Completes the block for a batch, unless all of them are behind it.
     pub fn finish<'a>(
         &mut self,
         batch: usize,
         context: impl FnOnce(usize) -> BatchContext<'a, B>,
     ) -> Result<(), ModelError> {
-        let Some(followed) = self.batches[batch].as_mut() else {
+        let Some(followed) = self.batches[batch].as_mut().filter(|_| !self.is_ahead) else {
             return Ok(());
         };
         let block = self.block.as_ref().expect("a block is resident");
         block.finish(&mut followed.state, &context(followed.place))
+    }
+
+    /// All batches were completed ahead of the other stream.
+    pub fn set_ahead(&mut self) {
+        self.is_ahead = true;
+    }
+
+    /// The hidden states of a batch behind the block.
+    ///
+    /// # Panics
+    /// If the stream is not ahead, or does not follow the batch.
+    pub fn target(&self, on: &B::Context, batch: usize) -> Tensor<B, 2> {
+        assert!(self.is_ahead, "the float stream is behind the block");
+        let followed = self.batches[batch].as_ref();
+        followed.expect("every batch is followed").state.hidden(on)
     }
 }

@@ -63,6 +63,9 @@ pub enum Streams {
     /// capture group, [`ActivationSink::observe_pair`]. It takes the time of a pass, a copy of the block and of
     /// the hidden states.
     BesideFloat,
+    /// The same for training: the float stream follows all tokens, and the hidden states before the resident
+    /// block are kept. It takes the hidden states once more.
+    Training,
 }
 
 /// A forward pass that cannot go on.
@@ -158,6 +161,28 @@ pub trait Decoder {
 
     /// The whole block, with nobody looking.
     fn forward_block(&mut self) -> Result<(), ModelError>;
+
+    /// Brings the float stream behind the resident block, ahead of the other: its hidden states are then what
+    /// the block is trained towards. For [`Streams::Training`] alone, as all that follow up to
+    /// [`restart_block`](Decoder::restart_block).
+    fn finish_float(&mut self) -> Result<(), ModelError>;
+
+    /// Passes a batch through the whole resident block, from the hidden states before it. Returns the squared
+    /// error `sum((y - target)^2)` of the output `y` against the float stream's, and shows the gradient of
+    /// `factor / 2` times it at each linear to `sink`. In sixteen bits the factor keeps gradients in range.
+    fn train(
+        &mut self,
+        batch: usize,
+        factor: f32,
+        sink: &mut dyn GradientSink,
+    ) -> Result<f64, ModelError>;
+
+    /// The squared error of a batch, without gradients.
+    fn output_error(&mut self, batch: usize) -> Result<f64, ModelError>;
+
+    /// Takes all batches back to the hidden states before the resident block, so that they pass through it as
+    /// it is now.
+    fn restart_block(&mut self) -> Result<(), ModelError>;
 
     /// The weight of a resident linear. One on a GPU may be written over in place.
     fn weight(&self, layer: &LayerName) -> Result<Weight<'_>, ModelError>;

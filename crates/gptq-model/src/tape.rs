@@ -110,15 +110,8 @@ impl<'a, B: GradientBackend> Tape<'a, B> {
         result
     }
 
-    /// Walks back from `dy`, the gradient at `output`; the gradient at `input`, or none where the output does
-    /// not depend on it.
-    pub fn backward(
-        self,
-        output: &Recorded<B>,
-        dy: Tensor<B, 2>,
-        input: &Recorded<B>,
-        sink: &mut dyn GradientSink,
-    ) -> Option<Tensor<B, 2>> {
+    /// Walks back from `dy`, the gradient at `output`.
+    pub fn backward(self, output: &Recorded<B>, dy: Tensor<B, 2>, sink: &mut dyn GradientSink) {
         let on = self.on;
         let mut gradients = Gradients::<B> {
             on,
@@ -185,7 +178,6 @@ impl<'a, B: GradientBackend> Tape<'a, B> {
                 Step::Scale { x, factor } => gradients.add(x, B::scale(on, dy, factor)),
             }
         }
-        gradients.by_id.remove(&input.id)
     }
 }
 
