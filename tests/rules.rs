@@ -166,6 +166,8 @@ fn heavy_libraries_stay_in_their_crates() {
     let only_in = [
         ("burn", "gptq-model"),
         ("burn-flex", "gptq-model"),
+        ("burn-cubecl", "gptq-model"),
+        ("cudarc", "gptq-kernels"),
         ("hf-hub", "gptq-hub"),
         ("ureq", "gptq-hub"),
         ("parquet", "gptq-calibration"),
