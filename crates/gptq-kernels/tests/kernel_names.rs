@@ -163,7 +163,9 @@ fn asked_for(source: &str) -> BTreeSet<String> {
     }
     let mut names = BTreeSet::new();
     for (before, literal) in literals(&code) {
-        let statement = before.rsplit([';', '{', '}']).next().unwrap_or(before);
+        // A semicolon inside a line belongs to an array.
+        let statement = before.rsplit(";\n").next().unwrap_or(before);
+        let statement = statement.rsplit(['{', '}']).next().unwrap_or(statement);
         let is_name = literal.starts_with(|c: char| c.is_ascii_lowercase())
             && !statement.contains("assert")
             && literal.chars().all(is_word)

@@ -35,6 +35,8 @@ fn tolerance(dtype: Dtype) -> f64 {
 struct Cases {
     name: &'static str,
     tried: usize,
+    /// The largest error, as a share of what was allowed.
+    worst: f64,
     failed: Vec<String>,
 }
 
@@ -43,6 +45,7 @@ impl Cases {
         Cases {
             name,
             tried: 0,
+            worst: 0.0,
             failed: Vec::new(),
         }
     }
@@ -74,6 +77,7 @@ impl Cases {
             });
         let holds = got.len() == want.len() && error <= tolerance * largest;
         let relative = error / largest.max(f64::MIN_POSITIVE);
+        self.worst = self.worst.max(relative / tolerance);
         let mut what =
             format!("{what}: error {relative:.2e} of {largest:.3e}, allowed {tolerance:.1e}");
         if !holds && got.len() == want.len() {
@@ -102,7 +106,10 @@ impl Cases {
     }
 
     fn end(self) {
-        eprintln!("     {}: {} cases", self.name, self.tried);
+        eprintln!(
+            "     {}: {} cases, errors at most {:.2} of what is allowed",
+            self.name, self.tried, self.worst
+        );
         let failed = self.failed;
         assert!(
             failed.is_empty(),
