@@ -9,6 +9,7 @@ mod attention;
 #[path = "../common/mod.rs"]
 mod common;
 mod latents;
+mod refusals;
 mod rows;
 mod speed;
 mod sweep;
