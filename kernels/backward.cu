@@ -115,6 +115,14 @@ __device__ __forceinline__ void activate_backward(half16* x, const half16* dy, i
     }
 }
 
+// out = x, rows of `columns` that are `pitch` elements apart in out. Launch grid: rows.
+template <int VALUES>
+__device__ __forceinline__ void place_columns(half16* out, const half16* x, int pitch, int columns) {
+    out += (long long)blockIdx.x * pitch, x += (long long)blockIdx.x * columns;
+    for (int i = threadIdx.x * VALUES; i < columns; i += blockDim.x * VALUES)
+        store_vector(out + i, load_vector<VALUES>(x + i));
+}
+
 #define BACKWARD(VALUES)                                                                                     \
     __global__ void __launch_bounds__(1024)                                                                  \
         rms_norm_backward_##VALUES(half16* dx, const half16* dy, const half16* x, const float* weight,       \
@@ -125,6 +133,9 @@ __device__ __forceinline__ void activate_backward(half16* x, const half16* dy, i
         layer_norm_backward_##VALUES(half16* dx, const half16* dy, const half16* x, const float* weight,     \
                                      int width, float eps) {                                                 \
         norm_backward<VALUES, true>(dx, dy, x, weight, width, eps);                                          \
+    }                                                                                                        \
+    __global__ void place_columns_##VALUES(half16* out, const half16* x, int pitch, int columns) {           \
+        place_columns<VALUES>(out, x, pitch, columns);                                                       \
     }                                                                                                        \
     ACTIVATION(silu, VALUES, Silu)                                                                           \
     ACTIVATION(gelu, VALUES, GeluTanh)

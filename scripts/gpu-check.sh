@@ -28,12 +28,13 @@ pack() {
   cp "$target/release/gptq" "$target"/release/examples/gpu_{speed,linear} "$folder/"
   cp "$(executable -p gptq-kernels --features cuda --test packed_device)" "$folder/packed_tests"
   cp "$(executable -p gptq-kernels --features cuda --test text_device)" "$folder/text_tests"
-  cp "$(executable -p gptq-kernels --features cuda --test shelf_device)" "$folder/shelf_tests"
+  cp "$(executable -p gptq-kernels --features cuda --test activation_store_device)" "$folder/store_tests"
+  cp "$(executable -p gptq-kernels --features cuda --test backward_device)" "$folder/backward_tests"
   cp "$(executable -p gptq-inference --features cuda --test runner_device)" "$folder/runner_tests"
   cp "$tests" "$folder/device_tests"
   cp "$whole" "$folder/whole_tests"
   cp -r "$here/tests/fixtures" "$folder/fixtures"
-  strip "$folder"/{gptq,gpu_speed,gpu_linear,{device,packed,text,shelf,runner,whole}_tests}
+  strip "$folder"/{gptq,gpu_speed,gpu_linear,{device,packed,text,store,backward,runner,whole}_tests}
   cp "$0" "$here"/scripts/peer_*.py "$folder/"
   echo "packed $(du -sh "$folder" | cut -f1) into $folder"
 }
@@ -105,7 +106,9 @@ run() {
     timeout 120 ./device_tests --test-threads=1 2>&1 | tail -7 || failed="$failed device_tests"
     timeout 120 ./packed_tests --test-threads=1 2>&1 | tail -7 || failed="$failed packed_tests"
     timeout 120 ./text_tests --test-threads=1 2>&1 | tail -7 || failed="$failed text_tests"
-    timeout 120 ./shelf_tests --test-threads=1 2>&1 | tail -8 || failed="$failed shelf_tests"
+    timeout 120 ./store_tests --test-threads=1 2>&1 | tail -8 || failed="$failed store_tests"
+    timeout 300 ./backward_tests --test-threads=1 --nocapture 2>&1 |
+      grep -E '^FAIL|^test|allowed$| ms$| MB|skipped|panicked|result' || failed="$failed backward_tests"
     GPTQ_FIXTURES=$PWD/fixtures timeout 120 ./runner_tests --test-threads=1 --nocapture 2>&1 |
       grep -E '^test|mean|skipped|panicked|result' || failed="$failed runner_tests"
     GPTQ_COMMAND=$PWD/gptq timeout 200 ./whole_tests pipeline::gpu --test-threads=1 2>&1 | tail -20 || failed="$failed whole_tests"

@@ -177,6 +177,28 @@ impl Gpu {
         }
     }
 
+    /// `out = x`, where `out` may be columns of a wider matrix: the gradient of [`Gpu::copy_columns`], for
+    /// gradients of outputs that a fused linear has side by side.
+    ///
+    /// # Panics
+    /// If shapes or types differ, or `x` has gaps.
+    pub fn place_columns(&self, out: DeviceMatrix, x: DeviceMatrix) -> Result<(), CudaError> {
+        (out.like(x.contiguous())).expect([x.rows, x.columns], "rows of both");
+        let name = match by_eights(&[out.pitch, x.columns], &[out.address, x.address]) {
+            true => "place_columns_8",
+            false => "place_columns_1",
+        };
+        let args = [
+            out.address.into(),
+            x.address.into(),
+            (out.pitch as i32).into(),
+            (x.columns as i32).into(),
+        ];
+        let (grid, block) = ([x.rows, 1, 1], [LINE, 1, 1]);
+        // SAFETY: both have so many rows of so many columns.
+        unsafe { self.launch(program(x.dtype), name, grid, block, 0, &args) }
+    }
+
     /// `sum((y - target)^2)`: differences in f32, their squares summed in f64 in one order. Waits for all work
     /// queued so far.
     ///

@@ -9,6 +9,7 @@ mod attention;
 #[path = "../common/mod.rs"]
 mod common;
 mod latents;
+mod refusals;
 mod rows;
 mod speed;
 mod sweep;
@@ -35,6 +36,8 @@ fn tolerance(dtype: Dtype) -> f64 {
 struct Cases {
     name: &'static str,
     tried: usize,
+    /// The largest error, as a share of what was allowed.
+    worst: f64,
     failed: Vec<String>,
 }
 
@@ -43,6 +46,7 @@ impl Cases {
         Cases {
             name,
             tried: 0,
+            worst: 0.0,
             failed: Vec::new(),
         }
     }
@@ -74,6 +78,7 @@ impl Cases {
             });
         let holds = got.len() == want.len() && error <= tolerance * largest;
         let relative = error / largest.max(f64::MIN_POSITIVE);
+        self.worst = self.worst.max(relative / tolerance);
         let mut what =
             format!("{what}: error {relative:.2e} of {largest:.3e}, allowed {tolerance:.1e}");
         if !holds && got.len() == want.len() {
@@ -102,7 +107,10 @@ impl Cases {
     }
 
     fn end(self) {
-        eprintln!("     {}: {} cases", self.name, self.tried);
+        eprintln!(
+            "     {}: {} cases, errors at most {:.2} of what is allowed",
+            self.name, self.tried, self.worst
+        );
         let failed = self.failed;
         assert!(
             failed.is_empty(),

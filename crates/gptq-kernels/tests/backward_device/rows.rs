@@ -244,6 +244,35 @@ fn gradients_of_products() {
 }
 
 #[test]
+fn columns_of_fused_gradients() {
+    let Some(gpu) = gpu() else { return };
+    let mut cases = Cases::new("columns");
+    for dtype in BOTH {
+        for (rows, width, first, pitch) in [(33, 256, 128, 512), (5, 37, 3, 50), (7, 64, 1, 65)] {
+            let mut random = Random(width as u64);
+            let x = values(&mut random, dtype, rows * width);
+            let (from, to) = (upload(&gpu, dtype, &x), poisoned(&gpu, rows * pitch));
+            let whole = matrix(&to, dtype, rows, pitch);
+            let what = format!("{dtype}, {rows} x {width} from {first} of {pitch}");
+            let place = whole.column_range(first..first + width);
+            let run = gpu.place_columns(place, matrix(&from, dtype, rows, width));
+            if cases.ok(run, &what).is_some() {
+                let got = gpu.download(whole).unwrap();
+                let inner = columns(&got, pitch, first..first + width);
+                cases.same(&wide(&inner), &x, &what);
+                let others = got.iter().filter(|x| x.is_nan()).count();
+                cases.same(
+                    &[others],
+                    &[rows * (pitch - width)],
+                    &format!("beside, {what}"),
+                );
+            }
+        }
+    }
+    cases.end();
+}
+
+#[test]
 fn errors_of_outputs() {
     let Some(gpu) = gpu() else { return };
     let mut cases = Cases::new("error");
