@@ -1,4 +1,4 @@
-//! Where labels go, so that none lies on another.
+//! Places labels so that none overlaps another.
 
 /// Width of a character over the size of the type, about.
 const CHARACTER: f64 = 0.6;
