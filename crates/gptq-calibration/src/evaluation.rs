@@ -16,8 +16,8 @@ const DOCUMENT_SEED: u64 = 0;
 /// A window of one token predicts nothing.
 pub(crate) const MIN_SEQ_LEN: usize = 2;
 
-/// What the original makes of windows (`llama_eval`): every window counts alike, and its first
-/// token is predicted by nothing.
+/// The scoring of the original (`llama_eval`): all windows have equal weight, and the first token of a
+/// window is not predicted.
 const SCORING: &str =
     "perplexity is exp of the mean over windows of the mean over all tokens but the first";
 
