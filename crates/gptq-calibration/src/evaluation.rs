@@ -191,7 +191,7 @@ fn documents(
     Ok((ids, how))
 }
 
-/// Those that stand in the text, apart from a BOS that its windows get.
+/// Special tokens in the text, apart from a BOS put in front of its windows.
 fn special_tokens(is_rendered: bool, means: &Means<'_>) -> Result<String, CalibrationError> {
     if is_rendered {
         return Ok("special tokens as the chat template sets them".to_string());

@@ -46,7 +46,7 @@ pub(crate) fn joined(
     Ok(named(ids, seq_len, &rule, material))
 }
 
-/// Each from a document that no other window is from.
+/// Held-out windows of documents, each from a document that no other window is from.
 pub(crate) fn documents(
     mut search: Search<'_>,
     drawn: &Drawn,

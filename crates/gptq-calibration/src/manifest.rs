@@ -40,7 +40,7 @@ pub struct HubFile {
     pub words: String,
 }
 
-/// The same text in another wrapping, for local copies only.
+/// The text in another file format, for local copies only.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RawCopy {

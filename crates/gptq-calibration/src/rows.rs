@@ -190,7 +190,7 @@ pub(crate) struct Rows {
     words: Option<String>,
     /// They come from a chat template.
     is_rendered: bool,
-    /// Each is a text as it stands in the file.
+    /// Each is an unchanged text of the file.
     is_plain: bool,
     /// The source has more of them.
     is_start: bool,

@@ -273,8 +273,8 @@ fn stored_windows_are_taken_as_they_are() {
     assert!(error.to_string().contains(room), "{error}");
 }
 
-/// Calibration windows do not depend on held-out ones, and no position is in two windows: all tokens of the
-/// text differ, so an overlap would show.
+/// Calibration windows do not depend on held-out ones, and no position is in two windows: every run of 8
+/// letters occurs once in the text, so an overlap of 8 would show.
 #[test]
 fn held_out_windows_share_nothing_with_those_of_calibration() {
     let folder = tempfile::tempdir().unwrap();

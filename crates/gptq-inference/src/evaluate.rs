@@ -89,7 +89,7 @@ pub struct Scores {
 pub struct Step {
     /// Passes through a block or a head that are behind us.
     pub done: usize,
-    /// All of them.
+    /// The number of all steps.
     pub all: usize,
     /// The model at work.
     pub model: usize,

@@ -115,7 +115,7 @@ impl FolderLock {
         self.line_only
     }
 
-    /// Gives the lock up and removes its file, whoever made it.
+    /// Releases the lock and removes its file, whoever made it.
     pub fn release(mut self) {
         self.found = false;
     }

@@ -57,7 +57,7 @@ impl File<'_> {
         self.not_v1().or_else(|| self.sides(32, 32))
     }
 
-    /// Its Torch kernel, the one that takes most.
+    /// GPTQModel's Torch kernel, the one that accepts most checkpoints.
     fn gptqmodel(&self) -> Option<String> {
         let size = i64::from(self.spec.group_size);
         let known = GPTQMODEL_GROUPS.contains(&size);

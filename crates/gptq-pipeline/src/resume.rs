@@ -84,7 +84,7 @@ pub fn settings(job: &Job, shared_hessian: bool) -> Map<String, Value> {
         .into_iter()
         .map(|(name, value)| (name.to_string(), value))
         .collect();
-    // Each under its own name, so that the one that differs can be named.
+    // One entry per setting, so that an error can name the one that differs.
     if let Value::Object(spec) = json!(job.spec) {
         settings.extend(spec);
     }

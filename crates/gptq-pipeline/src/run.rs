@@ -137,7 +137,7 @@ pub fn quantize_and_compare(
     }
 }
 
-/// Gives the folder its name, and takes the journal away once it has it.
+/// Renames the partial folder to its final name, then removes the journal.
 pub(crate) fn publish(staged: StagedCheckpoint, blocks: usize) -> Result<(), PipelineError> {
     let partial = staged.partial_dir().to_path_buf();
     let published = staged.publish_without(&[JOURNAL_FILE]);

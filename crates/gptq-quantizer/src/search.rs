@@ -94,7 +94,7 @@ impl SearchRule {
         }
     }
 
-    /// All of them; the whole extent comes first.
+    /// All candidates; the full range comes first.
     ///
     /// `share = 1 - c (1 - least) / (shares - 1)` in f32, from left to right.
     pub fn candidates(&self) -> Vec<Candidate> {

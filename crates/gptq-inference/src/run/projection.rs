@@ -216,7 +216,7 @@ impl Projection {
     pub fn order(&self) -> RowOrder<'_> {
         match &self.linears[..] {
             [one] => one.order(),
-            // Each arranges for itself what it reads.
+            // Each linear gathers its own input.
             _ => RowOrder::natural(self.features()),
         }
     }

@@ -69,7 +69,7 @@ impl Measure {
 /// Something beyond its tolerance.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Finding {
-    /// For the worse; else for the better.
+    /// Whether the figure got worse; otherwise it got better.
     pub worse: bool,
     /// The figure that was compared.
     pub measure: Measure,

@@ -49,7 +49,7 @@ pub struct Dead {
     pub layer: String,
     /// Channels that were zero on every token.
     pub channels: usize,
-    /// All of them.
+    /// Number of all channels.
     pub of: usize,
 }
 

@@ -65,7 +65,7 @@ impl Area {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Place {
     pub(super) area: Area,
-    /// So far from its mark that a line has to join them.
+    /// Whether it is so far from its mark that a line has to join them.
     pub(super) is_far: bool,
 }
 

@@ -83,7 +83,7 @@ impl Plot {
         self.svg(&body)
     }
 
-    /// Each series a line with its label at the right end.
+    /// A line plot: each series is a line with its label at the right end.
     pub(super) fn lines(&self) -> String {
         let mut body = self.rules(&mut Vec::new());
         for (index, series) in self.series.iter().enumerate() {

@@ -108,7 +108,7 @@ fn tokens_are_counted_in_windows_of_the_branch() {
     assert_eq!(branches[3].calibration.samples, 1);
 }
 
-/// All of these had one name, and a plan with two of them was refused.
+/// These settings once shared a branch name, so a plan with two of them was refused.
 #[test]
 fn what_makes_other_codes_has_another_name() {
     let plan = [
