@@ -1,5 +1,5 @@
-//! What the sources must keep: who may see whom, where `unsafe` may stand, and that nothing in the
-//! repository knows the machine it was written on.
+//! Rules for the sources: dependencies between crates, places of `unsafe`, and no trace in the repository
+//! of the machine it was written on.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use crate::support::{Cause, skipped};
 
-/// What each crate may use, in the workspace. docs/ARCHITECTURE.md holds the table for people.
+/// Workspace crates that each crate may use. docs/ARCHITECTURE.md holds the table for people.
 const MAY_USE: [(&str, &[&str]); 12] = [
     ("gptq-types", &[]),
     ("gptq-packer", &["gptq-types"]),
@@ -54,7 +54,7 @@ fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
 }
 
-/// Whether the rules can be asked: the binary also runs on machines without sources.
+/// Whether the rules can be checked: the binary also runs on machines without sources.
 fn has_sources() -> bool {
     let there =
         root().join("Cargo.toml").exists() && Command::new(cargo()).arg("-V").output().is_ok();
@@ -68,7 +68,7 @@ fn cargo() -> String {
     std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_string())
 }
 
-/// What each package depends on; tests may see more.
+/// Dependencies of each package; tests may have more.
 fn dependencies() -> BTreeMap<String, BTreeSet<String>> {
     let output = Command::new(cargo())
         .args([
@@ -260,11 +260,11 @@ fn unsafe_code_stays_in_the_kernels() {
 /// Cut in two, so that the search does not find its own words.
 const UNSAFE: &str = concat!("un", "safe");
 
-/// Cut in two, as above: what a test may say by itself, and what `support/data.rs` records.
+/// Cut in two, as above: texts that only `support/data.rs` may contain.
 const SKIPPED: &str = concat!("\"skip", "ped: ");
 const BESIDE: &str = concat!("../sha", "red");
 
-/// What is skipped elsewhere would be missing in the line that closes a run.
+/// A test skipped in another way would be missing in the line that closes a run.
 #[test]
 fn tests_are_skipped_in_one_place() {
     if !has_sources() {

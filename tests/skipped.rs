@@ -1,6 +1,6 @@
-//! Not a test: the last test binary that `cargo test --workspace` runs, since cargo goes by the
-//! names of packages and this belongs to the last. It says which tests of the run were skipped; a
-//! test says so itself only where its output is shown.
+//! Not a test: the last test binary that `cargo test --workspace` runs, since cargo orders packages by
+//! name and this belongs to the last. It lists the skipped tests of the run, whose own messages cargo
+//! shows only on request.
 #![allow(clippy::print_stdout)]
 
 #[path = "support/data.rs"]

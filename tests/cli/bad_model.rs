@@ -248,7 +248,7 @@ fn an_unknown_rope_scaling() {
     place.refuses(&["rope_scaling", "longrope"]);
     place.config(|config| config["rope_scaling"] = json!({"rope_type": "linear"}));
     place.refuses(&["config.json", "factor"]);
-    // Without a type nobody can say which scaling it is.
+    // Without a type the kind of scaling is unknown.
     place.config(|config| config["rope_scaling"] = json!({"factor": 2.0}));
     place.refuses(&["config.json", "rope_type"]);
     place.config(|config| config["rope_scaling"] = json!("linear"));
@@ -511,7 +511,7 @@ fn a_model_that_is_quantized_already() {
         &[&packed_name, "quantized already"],
     );
 
-    // Floats beside such a declaration are what merging an adapter leaves: they are quantized.
+    // Float tensors with such a declaration are left by merging an adapter: that model can be quantized.
     fs::remove_dir_all(&packed).unwrap();
     place.config(|config| config["quantization_config"] = json!({"quant_method": "awq"}));
     let told = run(&mut place.quantize()).done();

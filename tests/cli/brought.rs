@@ -1,4 +1,4 @@
-//! What people bring: models under other names, in other types, with settings left over.
+//! Models from users: other tensor names, other types, stale settings.
 
 use std::fs;
 use std::path::Path;
@@ -22,7 +22,7 @@ fn warnings(folder: &Path) -> String {
 
 #[test]
 fn names_with_another_prefix_make_the_same_checkpoint() {
-    // "tensor `model.embed_tokens.weight` is missing" was all that was said once
+    // the error was once only "tensor `model.embed_tokens.weight` is missing"
     let place = tempfile::tempdir().unwrap();
     let (plain, other) = (place.path().join("plain"), place.path().join("other"));
     let shapes = TinyModel::new(Family::Llama);

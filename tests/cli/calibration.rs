@@ -1,4 +1,4 @@
-//! What calibration data people bring, and what the command says of it.
+//! Users' calibration data, and what the command reports about it.
 
 use std::fs;
 use std::path::{Path, PathBuf};

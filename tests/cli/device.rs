@@ -1,4 +1,4 @@
-//! Devices that are not there, and what `doctor` says of the machine.
+//! Absent devices, and the report of `doctor`.
 
 use crate::support::{Family, TinyModel, gptq, quantize, refused, run, write_text};
 
@@ -15,7 +15,7 @@ fn a_gpu_that_is_not_there_is_refused_before_any_work() {
     let mut command = quantize(&model, &folder.path().join("out"), &text);
     command.args(["--group-size", "32", "--samples", "4", "--seq-len", "32"]);
     command.args(["--device", NO_SUCH_DEVICE]);
-    // A build without GPUs says so; one with them names the library or the device that is missing.
+    // A build without GPU support reports that; one with it names the missing library or device.
     let told = refused(&mut command, folder.path(), &[]);
     let error = told.error_line();
     let names = ["without GPUs", "loader path", "finds no device 99"];

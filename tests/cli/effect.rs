@@ -1,9 +1,9 @@
-//! Flags that have no effect in a combination: refused, or told in a line.
+//! Flags without effect in a combination: refused, or reported in a line.
 
 use crate::support::{Family, TinyModel, gptq, refused, run, write_text};
 
-/// All of these did nothing, and nothing was said. The first word is the command; what follows
-/// MODEL, OUT and TEXT are paths.
+/// All of these flags were once silently ignored. The first word is the command; MODEL, OUT and TEXT begin
+/// paths.
 #[test]
 fn a_flag_without_effect_is_told() {
     let folder = tempfile::tempdir().unwrap();

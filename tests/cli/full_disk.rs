@@ -34,8 +34,8 @@ const FILLED_MEANWHILE: &str = r#"
 "#;
 
 /// Runs `script` in a mount namespace of its own: `$1` is the folder to mount a disk at, the rest a
-/// `quantize` of a model of these shapes to `out` on that disk. Nothing where this machine cannot
-/// mount one.
+/// `quantize` of a model of these shapes to `out` on that disk. `None` if the machine cannot mount
+/// one.
 fn on_a_disk(
     script: &str,
     shapes: &TinyModel,

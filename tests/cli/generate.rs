@@ -15,8 +15,8 @@ use crate::support::{
     Family, Run, TinyModel, edit_json, fixture, gptq, json, refused, run, small_model,
 };
 
-/// What the model's text went on with in the papers' way: the likeliest token by the pass that
-/// streams blocks, again and again.
+/// Greedy continuation by a reference: the likeliest token of the pass that streams blocks, repeated
+/// for each token.
 fn greedy(folder: &Path, prompt: &str, count: usize) -> String {
     let checkpoint = Arc::new(Checkpoint::open(folder).unwrap());
     let config = checkpoint.config_json().unwrap();
@@ -59,7 +59,7 @@ fn with_stdin(command: &mut Command, text: &str) -> Run {
 /// The likeliest tokens after it are ahead of the next ones by 0.02 at least, far more than two
 /// ways to sum differ by.
 const PROMPT: &str = "Mr. Fogg";
-/// What the model of the fixtures goes on with, among other things.
+/// A part of the fixture model's continuation.
 const SAID: &str = "of the Japanese";
 
 /// A copy whose configuration may be changed.
@@ -351,7 +351,7 @@ fn a_full_context_ends_a_text_but_not_the_conversation() {
     assert_eq!(answers[0], answers[1]);
 }
 
-/// Ctrl-C ends the text, whose numbers are still told, and the program says that it was broken off.
+/// Ctrl-C ends the text; its statistics are still printed, and the program reports the interruption.
 #[cfg(unix)]
 #[test]
 fn an_interrupted_text_ends_cleanly() {

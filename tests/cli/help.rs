@@ -269,7 +269,7 @@ fn what_cannot_be_understood_is_a_usage_error() {
             &["quantize", "m", "-o", "o", "--static-groups"],
             "--desc-act",
         ),
-        // It rounded as without --static-groups, and said nothing.
+        // --static-groups was once silently ignored here.
         (
             &[
                 "quantize",

@@ -1,4 +1,4 @@
-//! What is typed, and how it is answered.
+//! Tests of the command line: arguments, output, errors.
 
 mod bad_input;
 mod bad_model;

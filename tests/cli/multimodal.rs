@@ -1,4 +1,4 @@
-//! Text models inside multimodal checkpoints: what lies beside them, and what is said of them twice.
+//! Text models inside multimodal checkpoints: other parts, and settings that are declared twice.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -27,7 +27,7 @@ fn tensor(name: &str) -> Tensor {
 }
 
 impl Place {
-    /// A Llama under `model.language_model.` beside a tower, whose names come before it in the alphabet.
+    /// A Llama under `model.language_model.` with a tower whose names sort before it.
     fn new(more: &[&str]) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let model = folder.path().join("model");
@@ -109,7 +109,7 @@ fn settings_outside_of_the_text_model_that_differ_are_refused() {
     }
 }
 
-/// It went along into the result, beside the settings of the checkpoint.
+/// Such settings were once copied into the result, along with those of the checkpoint.
 #[test]
 fn settings_of_a_quantization_inside_a_part_are_told_and_not_copied() {
     for part in ["text_config", "audio_config"] {

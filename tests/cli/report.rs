@@ -84,7 +84,7 @@ fn a_report_says_what_the_records_say() {
         "{markdown}"
     );
 
-    // The same records, the same date: the same bytes.
+    // The same records and date give the same bytes.
     run(made.report(&all, "again").arg("--json")).done();
     for name in ["index.html", "report.md"] {
         let read = |folder: &str| fs::read(made.path(folder).join(name)).unwrap();

@@ -98,8 +98,8 @@ fn what_cannot_be_published_is_refused_before_any_work() {
     }
 }
 
-/// The same key twice is valid JSON for some parsers and was refused after the last block; a folder
-/// called LICENSE was copied like a file then.
+/// A repeated key is valid JSON for some parsers, and was once refused after the last block; a folder
+/// called LICENSE was copied like a file at that point.
 #[test]
 fn what_goes_beside_the_weights_is_read_before_any_work() {
     let place = Place::new();

@@ -71,7 +71,7 @@ fn tokens_of_the_special_tokens_map_reach_the_template() {
     let tokens = json!({"bos_token": "w7", "eos_token": {"content": "w8"}});
     std::fs::write(model.join("special_tokens_map.json"), tokens.to_string()).unwrap();
     assert_eq!(prompt_tokens(&mut said(&model, template)), 3);
-    // What the other file says goes before it.
+    // tokenizer_config.json takes precedence over special_tokens_map.json.
     let config = json!({"bos_token": "w2", "eos_token": null});
     std::fs::write(model.join("tokenizer_config.json"), config.to_string()).unwrap();
     assert_eq!(prompt_tokens(&mut said(&model, template)), 9);

@@ -74,7 +74,7 @@ fn quantized(shapes: &TinyModel) {
             after.retain(|name| *name != packed);
         }
     }
-    // What is left was copied.
+    // All other tensors were copied.
     for name in &after {
         assert_eq!(tensor(&model, name), tensor(&out, name), "{name}");
     }

@@ -27,7 +27,7 @@ group_size = "none"
 desc_act = true
 "#;
 const ACT_ORDER: &str = "gptq-4bit-16g-actorder_True";
-/// Where a repository keeps branches that are being made.
+/// The folder of a repository for branches in progress.
 const WORK: &str = "gptq/work";
 const EIGHT: &str = "gptq-8bit--1g-actorder_True";
 
@@ -105,7 +105,7 @@ fn branches_hold_what_quantize_writes_and_a_card() {
         let scores = &branch["record"]["evaluation"];
         assert!(scores["branch"]["kl"].as_f64().unwrap() > 0.0);
         assert_eq!(scores["reference"]["windows"], 8);
-        // Where it lay on this machine is not published.
+        // Its path on this machine is not published.
         assert_eq!(branch["run"]["calibration"]["dataset"], "text.txt");
     }
 

@@ -1,4 +1,4 @@
-//! What an evaluation says, also after a kill, and on models whose answers are known.
+//! Results of evaluations, also after a kill, and on models with known answers.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -228,7 +228,7 @@ fn the_state_of_another_evaluation_is_refused_by_name() {
     assert_eq!(fs::read_to_string(&notes).unwrap(), "buy milk\n");
 }
 
-/// What the model says comes after `ids`, by the logits that another command writes.
+/// The model's likeliest token after `ids`, by the logits that another command writes.
 fn greedy(model: &Path, ids: &[u32], vocab: usize) -> u32 {
     let file = model.join("logits.safetensors");
     let list: Vec<String> = ids.iter().map(u32::to_string).collect();
@@ -346,8 +346,8 @@ fn last_words_of_the_models_own_are_all_right() {
     );
 }
 
-/// Windows of one length share batches with whatever stands beside them, and groups cut batches:
-/// the numbers must not change with the size of a group.
+/// Windows of one length share batches with their neighbours, and groups cut batches: scores must not
+/// change with the size of a group.
 #[test]
 fn numbers_do_not_depend_on_the_size_of_a_group() {
     let folder = tempfile::tempdir().unwrap();

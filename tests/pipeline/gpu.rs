@@ -12,7 +12,7 @@ use crate::support::{
 
 /// Sixteen-bit activations against f32 ones.
 const PERPLEXITY_TOLERANCE: f64 = 5e-3;
-/// What GPTQ loses in a linear of 64 channels, whose inputs sixteen bits turned: a few codes on a
+/// Tolerance of a layer's error for linears of 64 channels with sixteen-bit inputs: a few codes on a
 /// boundary decide. bf16 has three bits less.
 const ERROR_TOLERANCE: [(Dtype, f64); 2] = [(Dtype::F16, 2e-2), (Dtype::BF16, 1e-1)];
 const WORK: [&str; 6] = ["--group-size", "32", "--samples", "16", "--seq-len", "128"];

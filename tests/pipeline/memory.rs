@@ -9,7 +9,7 @@ use gptq_types::Dtype;
 
 use crate::support::{Cause, Family, TinyModel, gptq, quantize, skipped, write_text};
 
-/// How far the peaks of a small and a large run may lie apart.
+/// Largest relative difference between the peaks of a small and a large run.
 const TOLERANCE: f64 = 0.05;
 /// From this size on the C library gives what is freed back at once. By itself it raises that size, to
 /// 32 MB at most, with every larger piece that is freed: the matrices of real models lie above, those

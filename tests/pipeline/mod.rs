@@ -1,4 +1,4 @@
-//! What a run leaves on disk, and what it is worth.
+//! Files that a run leaves on disk, and their quality.
 
 mod architectures;
 mod branches;

@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use crate::support::{fixture, gptq, json, run, shared};
 
-/// Of stories260k on the head of TinyStories: computed in f64, over 40 windows of 511 predictions.
+/// NLL of stories260k on the head of TinyStories, computed in f64 over 40 windows of 511 predictions.
 const NLL_PER_TOKEN: f64 = 1.490_582_5;
 /// f32 against f64 over five blocks.
 const NLL_TOLERANCE: f64 = 1e-4;
@@ -68,8 +68,8 @@ fn write_ids(path: &Path, shape: [usize; 2], ids: &[u32]) {
     gptq_packer::write_safetensors(path, &tensors, &Default::default()).unwrap();
 }
 
-/// What transformers made of the fixtures' tensors in f64: all of GPTQModel's files in one go, so
-/// that the floats are scored once.
+/// Compared with transformers in f64 on the fixtures' tensors: all of GPTQModel's files at once, so
+/// that the float model is scored once.
 #[test]
 fn checkpoints_of_another_tool_have_their_likelihood() {
     let folder = tempfile::tempdir().unwrap();
@@ -106,7 +106,7 @@ fn of_gptqmodel() -> Vec<PathBuf> {
     folders
 }
 
-/// The folder's name says what `inspect` must find: `4bit-64g-v2-asym-act`.
+/// The folder's name lists the settings that `inspect` must find: `4bit-64g-v2-asym-act`.
 #[test]
 fn checkpoints_of_another_tool_give_their_logits_and_are_what_they_are_called() {
     for checkpoint in of_gptqmodel() {
@@ -141,7 +141,7 @@ fn checkpoints_of_another_tool_give_their_logits_and_are_what_they_are_called() 
 fn stories260k_of_another_tool_gives_its_logits() {
     let kinds = [
         ("gptq-4bit-32g-act0-sym1", 0, "gptq (v1)"),
-        // Of inputs 64 and 172, only the wider ones have several groups of 64 to permute.
+        // Inputs are 64 or 172 wide; only the wider ones have several groups of 64 to permute.
         ("gptq_v2-4bit-64g-act1-sym0", 5, "asymmetric: either"),
     ];
     for (name, act_order_layers, zeros) in kinds {

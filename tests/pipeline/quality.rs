@@ -54,8 +54,8 @@ fn gptq_beats_rounding_to_nearest(bits: &str) {
     assert!(records[0]["kl"].is_null());
 }
 
-/// Each against the same without it, on text that was not calibrated on: scales of either sign, then
-/// linears aimed at the float model's outputs; zeros searched beside scales, then the aim.
+/// Each setting is compared with the run without it, on text outside of calibration: scales of either sign,
+/// then linears aimed at the float model's outputs; zeros searched along with scales, then the aim.
 #[test]
 fn signed_scales_and_the_aim_each_lower_the_divergence() {
     let (model, calibration) = (fixture("verne"), fixture("verne-calibration.txt"));

@@ -28,7 +28,7 @@ fn committed() -> PathBuf {
     fixture("../regression/verne.json")
 }
 
-/// It, changed, in another folder.
+/// An edited copy of the committed baseline, in another folder.
 fn committed_with(folder: &Path, edit: impl FnOnce(&mut Value)) -> PathBuf {
     let path = folder.join("changed.json");
     fs::copy(committed(), &path).unwrap();
@@ -45,7 +45,7 @@ fn committed_with(folder: &Path, edit: impl FnOnce(&mut Value)) -> PathBuf {
     path
 }
 
-/// What `quantize` makes of the committed recipe.
+/// The output of `quantize` for the committed recipe.
 fn packed(folder: &Path) -> PathBuf {
     let recipe: Value = serde_json::from_slice(&fs::read(committed()).unwrap()).unwrap();
     let recipe = &recipe["recipe"];
@@ -188,7 +188,7 @@ impl Made {
         Made { folder, baseline }
     }
 
-    /// The same with more in its settings.
+    /// A baseline with additional settings.
     fn with(settings: &Value) -> Self {
         let made = Made::new();
         edit_json(&made.baseline, |baseline| {
@@ -338,7 +338,7 @@ fn rounding_to_nearest_in_place_of_the_solver_is_worse() {
     );
 }
 
-/// The gate measures files against the float model's outputs where the solver did: both say the same.
+/// The gate measures files against the float model's outputs if the solver did: both errors agree.
 #[test]
 fn a_recipe_that_aims_at_the_float_model_is_measured_there() {
     let made = Made::with(&json!({"full_range": true, "input_mismatch": 0.5}));
@@ -353,12 +353,12 @@ fn a_recipe_that_aims_at_the_float_model_is_measured_there() {
         let layer = &baseline["figures"]["layers"][7];
         layer["loss"]["error"].as_f64().unwrap()
     };
-    // Of the second block: what rounding the first cost is counted too.
+    // The layer is in the second block: its error includes that of rounding the first.
     assert!(error(&made) > error(&plain));
 }
 
-/// Channels that files hold permuted are measured as those of the float model; where nothing says how they
-/// are permuted there is no verdict.
+/// Permuted channels are measured as those of the float model; without a record of the permutation there
+/// is no verdict.
 #[test]
 fn a_folded_checkpoint_is_measured_by_its_record() {
     let made = Made::with(&json!({"order": "folded", "descent_passes": 1, "group_size": 16}));

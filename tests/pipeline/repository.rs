@@ -194,7 +194,7 @@ fn two_starts_at_once_make_the_repository_of_one() {
     assert_eq!(place.tips("only"), place.tips("alone"));
 }
 
-/// What a repository remembers may have been written by anyone.
+/// The stored state of a repository may have been written by anyone.
 #[test]
 fn a_damaged_memory_is_refused_by_the_name_of_its_file() {
     let place = Place::new();

@@ -251,7 +251,7 @@ fn what_is_left_of_a_run_is_neither_taken_nor_overwritten_unasked() {
     );
     fs::write(&weights, original).unwrap();
 
-    // What is vouched for is what was written: a tensor, and every number of a line.
+    // The journal vouches for everything written: a tensor, and every number of a line.
     let shard = place.partial.join("model.safetensors");
     let written = fs::read(&shard).unwrap();
     let name = "model.layers.0.self_attn.q_proj.qweight";
@@ -292,7 +292,7 @@ fn what_fails_at_the_end_costs_no_finished_block() {
         command.stdout(Stdio::null()).stderr(Stdio::piped());
         let mut child = command.spawn().unwrap();
         place.wait_for_lines(&mut child, 2);
-        // Nothing can be written in its place.
+        // A folder in its place prevents the write.
         let in_the_way = place.partial.join(format!(".{name}.partial"));
         fs::create_dir(&in_the_way).unwrap();
         let output = child.wait_with_output().unwrap();

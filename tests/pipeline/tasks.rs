@@ -22,7 +22,7 @@ struct Place {
     text: PathBuf,
 }
 
-/// Of [`TinyModel`]: what is no word is `<unk>`, and so are `Question:` and `Answer:`.
+/// The `<unk>` of [`TinyModel`], for anything that is no word, such as `Question:` and `Answer:`.
 const UNKNOWN: u32 = 127;
 
 /// Choices of one to three words, some short and some long, so that length matters.
@@ -315,7 +315,7 @@ fn what_is_no_task_is_refused() {
     }
 }
 
-/// A model of few positions sees the end of a long text, and the command says so.
+/// A model with few positions sees only the end of a long text, and the command reports that.
 #[test]
 fn a_text_that_is_cut_is_told() {
     let place = Place::new();

@@ -1,4 +1,4 @@
-//! Several texts in one evaluation: each says what it says alone.
+//! Several texts in one evaluation: each has the same scores as alone.
 
 use std::fs;
 use std::path::PathBuf;

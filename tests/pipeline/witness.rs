@@ -10,11 +10,11 @@ use half::f16;
 
 use crate::support::{fixture, gptq, run};
 
-/// A weight on the boundary between two codes may fall either way: f32 sums are known to some 1e-6
-/// of a step, so of 400,000 codes one or two lie there, and a scale next to a boundary of f16 moves
-/// the codes of its group. What follows in that output follows from it.
+/// A weight on the boundary between two codes may fall either way: f32 sums are accurate to about 1e-6 of
+/// a step, so one or two of 400,000 codes lie there, and a scale next to an f16 boundary moves the codes of
+/// its group. Later differences in that output are consequences.
 const OUTPUTS_OF_ONE_THAT_DIFFERS: usize = 500;
-/// Behind a linear that differs inputs are other ones, so that the rest of that setting says nothing.
+/// After a linear that differs, inputs differ too, so the rest of that setting is not compared.
 const LEAST_CODES_COMPARED: usize = 250_000;
 
 /// Linears of a block that share an input, first to last.
@@ -25,7 +25,7 @@ const STAGES: [&[&str]; 4] = [
     &["mlp.down_proj"],
 ];
 
-/// What the golden holds of one setting: `4bit-64g-v1-asym-act-search`.
+/// The golden's data for one setting: `4bit-64g-v1-asym-act-search`.
 struct Setting<'a> {
     name: &'a str,
     parts: Vec<&'a str>,
@@ -79,7 +79,7 @@ fn fields(stream: &[u8], bits: usize) -> Vec<u8> {
     (0..stream.len() * 8 / bits).map(code).collect()
 }
 
-/// What was compared, and outputs in which a code or a scale differs.
+/// Number of compared codes, and of outputs in which a code or a scale differs.
 #[derive(Debug, Default)]
 struct Count {
     codes: usize,

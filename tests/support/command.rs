@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::entries;
 
-/// What a finished process said.
+/// Output of a finished process.
 #[derive(Debug)]
 pub struct Run {
     pub code: Option<i32>,
@@ -15,7 +15,7 @@ pub struct Run {
     pub stderr: String,
 }
 
-/// What somebody's shell or a service may have set, and what changes an answer.
+/// Environment variables that a shell or a CI service may set and that change results.
 const OF_WHO_RUNS_THE_TESTS: [&str; 9] = [
     "GITHUB_ACTIONS",
     "GIT_AUTHOR_EMAIL",
@@ -28,8 +28,8 @@ const OF_WHO_RUNS_THE_TESTS: [&str; 9] = [
     "TZ",
 ];
 
-/// The command under test: no network, no hub cache, few threads whatever the machine has. The one
-/// that was built with the tests, or `GPTQ_COMMAND` where they run on a machine without sources.
+/// The command under test: no network, no hub cache, few threads whatever the machine has. It is the
+/// binary built with the tests, or `GPTQ_COMMAND` on a machine without sources.
 pub fn gptq(subcommand: &str) -> Command {
     let built = env!("CARGO_BIN_EXE_gptq");
     let program = std::env::var("GPTQ_COMMAND").unwrap_or(built.to_string());
@@ -106,8 +106,8 @@ impl Run {
     }
 }
 
-/// Runs `command`, which must say in one error line all of `names`, exit with 2, print nothing on
-/// stdout and leave `workspace` as it was.
+/// Runs `command`, which must name all of `names` in one error line, exit with 2, print nothing on
+/// stdout and leave `workspace` unchanged.
 #[track_caller]
 pub fn refused(command: &mut Command, workspace: &Path, names: &[&str]) -> Run {
     let before = entries(workspace);

@@ -1,5 +1,5 @@
-//! What tests are held against: the fixtures of the project, which are always there, and larger data
-//! beside it, which may be absent. Every test binary that needs either includes this file.
+//! Reference data of tests: the project's fixtures, which are always there, and larger data outside of
+//! the project, which may be absent. Every test binary that needs either includes this file.
 //!
 //! A test without its data is skipped, and a skipped test counts as passed. So each one is recorded
 //! here, and the last test binary of a run (`tests/skipped.rs`) prints their names in one line.
@@ -13,7 +13,7 @@ const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
 
 /// Folder of the fixtures where the tests run on a machine without sources.
 const FIXTURES: &str = "GPTQ_FIXTURES";
-/// Folder of the data beside the project, `../shared` by default; `none` hides it.
+/// Folder of the data outside of the project, `../shared` by default; `none` hides it.
 const SHARED: &str = "GPTQ_SHARED";
 /// Folder of SmolLM2-135M-Instruct in float, where it is not the quick start's.
 const SMOLLM2: &str = "GPTQ_SMOLLM2";
@@ -31,7 +31,7 @@ pub fn fixture(path: &str) -> PathBuf {
     full
 }
 
-/// The folder beside the project, where it is there and not hidden.
+/// The folder outside of the project, if it exists and is not hidden.
 fn beside() -> Option<PathBuf> {
     let folder = match variable(SHARED).as_deref() {
         Some("none") => return None,
@@ -41,11 +41,11 @@ fn beside() -> Option<PathBuf> {
     folder.is_dir().then_some(folder)
 }
 
-/// A file or folder of the data beside the project. `None` is recorded: the test that asks is skipped.
+/// A file or folder of the data outside of the project. `None` is recorded as a skip of the calling test.
 ///
 /// # Panics
-/// Under `CI` where the folder is there and `path` is not: a name that is out of date would skip its
-/// test for ever.
+/// Under `CI` if the folder exists but `path` does not: an outdated name would skip its test
+/// forever.
 #[track_caller]
 pub fn shared(path: &str) -> Option<PathBuf> {
     let folder = beside();
@@ -77,7 +77,7 @@ pub fn smollm2() -> Option<PathBuf> {
 /// Why a test was skipped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cause {
-    /// Data beside the project are absent.
+    /// Data outside of the project are absent.
     Data,
     /// The machine has no such device or program.
     Machine,
@@ -105,8 +105,8 @@ pub fn skipped(cause: Cause, what: &str) {
         .unwrap_or_else(|error| eprintln!("`{}`: {error}", record().display()));
 }
 
-/// Where the skips of this run are recorded: beside the binaries, under the process that started
-/// them all, which is cargo. So a run never reads what another one left.
+/// The record of this run's skips: next to the binaries, named after the process id of cargo, which
+/// started them all. So a run never reads another run's record.
 pub fn record() -> PathBuf {
     #[cfg(unix)]
     let run = std::os::unix::process::parent_id();

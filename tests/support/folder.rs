@@ -1,4 +1,4 @@
-//! What lies in a folder, and what in its weight files.
+//! Contents of a folder and of its weight files.
 
 use std::collections::BTreeMap;
 use std::fs;

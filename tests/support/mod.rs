@@ -15,7 +15,7 @@ pub use text::write_text;
 
 use std::path::{Path, PathBuf};
 
-/// Of all random decoders of the fixtures.
+/// Vocabulary of all random decoders of the fixtures.
 const RANDOM_VOCAB: usize = 64;
 
 /// A copy of `tests/fixtures/arch/NAME` that text can be given to and that never ends one by itself,

@@ -85,7 +85,7 @@ impl TinyModel {
         self.write_changed(folder, |_| {});
     }
 
-    /// The same, with something done to the tensors before they are written.
+    /// Writes the model after `change` has edited its tensors.
     pub fn write_changed(&self, folder: &Path, change: impl FnOnce(&mut Vec<Tensor>)) {
         fs::create_dir_all(folder).unwrap();
         let mut tensors = self.tensors();

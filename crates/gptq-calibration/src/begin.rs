@@ -1,8 +1,8 @@
 //! Windows that begin with the beginning-of-sequence token.
 //!
-//! A window is cut out of the middle of a text, so it begins with BOS only where that is put in front
-//! of it. The papers' models read such windows well; Gemma computes nonsense on them, and what GPTQ or
-//! a perplexity makes of that nonsense says nothing of the model.
+//! A window is cut out of the middle of a text, so it begins with BOS only if the token is prepended.
+//! The papers' models handle windows without BOS well; Gemma computes nonsense on them, which makes
+//! calibration and perplexity meaningless.
 
 use std::path::Path;
 
@@ -15,7 +15,7 @@ pub(crate) fn words(bos: u32) -> String {
     format!("; BOS (token {bos}) is put in front of each window")
 }
 
-/// What is left of `seq_len` for the text.
+/// Tokens of `seq_len` that are left for the text.
 pub(crate) fn text_len(seq_len: usize, bos: Option<u32>) -> usize {
     seq_len - bos.map_or(0, |_| 1)
 }
@@ -53,10 +53,9 @@ pub(crate) fn without_own(mut tokens: Vec<u32>, bos: Option<u32>) -> Vec<u32> {
     tokens
 }
 
-/// The token that windows of a model begin with: what the files beside its tokenizer name, else the one
-/// that the tokenizer itself puts before any text, else what `config.json` or
-/// `generation_config.json` of `model_dir` says, which is another folder where the tokenizer was
-/// brought along.
+/// The BOS token of a model's windows: the one named by the files of the tokenizer's folder, else the one
+/// that the tokenizer itself prepends to any text, else the one in `config.json` or
+/// `generation_config.json` of `model_dir`, which differs from the tokenizer's folder if that was given.
 ///
 /// A folder without a tokenizer is no error here: a model that writes its own text needs none. Fails
 /// where a file is there and cannot be understood.
@@ -126,7 +125,7 @@ mod tests {
         let path = tokenizer.path().join("tokenizer.json");
         std::fs::write(&path, plain).unwrap();
         assert_eq!(found(), Some(5));
-        // It adds a token that no file calls BOS.
+        // The tokenizer adds a token that no file calls BOS.
         let adds = r#"{"type": "TemplateProcessing",
             "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
             "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],

@@ -7,7 +7,7 @@ use serde_json::Value;
 pub struct Turn {
     /// `system`, `user`, `assistant`, or what the data set says.
     pub role: String,
-    /// What was said.
+    /// The text of the message.
     pub content: String,
 }
 

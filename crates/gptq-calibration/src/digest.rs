@@ -12,7 +12,7 @@ const READ_BYTES: usize = 1 << 20;
 
 /// sha256 of the token ids as little-endian u32, window after window, in lower-case hex.
 ///
-/// Window borders are not hashed: the record holds the window length beside it.
+/// Window borders are not hashed: the record holds the window length too.
 ///
 /// ```
 /// let joined = gptq_calibration::token_sha256(&[vec![1, 2, 3]]);

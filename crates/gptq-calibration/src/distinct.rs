@@ -1,4 +1,4 @@
-//! How much of what windows hold is there once.
+//! Counts of distinct material in windows.
 //!
 //! The Hessian of a layer is a sum of one outer product a token, so its rank is at most the number
 //! of tokens that differ. Two counts, since a text can fail in two ways:
@@ -18,7 +18,7 @@ use rayon::slice::ParallelSliceMut;
 /// repeated sentence does.
 pub(crate) const CONTEXT: usize = 8;
 
-/// Where a window was drawn: the document (0 where there is one text) and the offset in it.
+/// The place of a drawn window: the document (0 for a single text) and the offset in it.
 pub(crate) type Place = (usize, usize);
 
 /// Positions that windows of `seq_len` tokens at `places` cover together.

@@ -160,7 +160,7 @@ pub enum CalibrationError {
 }
 
 impl CalibrationError {
-    /// What the user may do about it, where something can be said; never part of the cause.
+    /// Advice to the user, if any; never part of the cause.
     pub fn hint(&self) -> Option<&'static str> {
         Some(match self {
             Self::TokenizerMissing { .. } | Self::TokenizerForeign { .. } => {

@@ -16,8 +16,8 @@ const DOCUMENT_SEED: u64 = 0;
 /// A window of one token predicts nothing.
 pub(crate) const MIN_SEQ_LEN: usize = 2;
 
-/// What the original makes of windows (`llama_eval`): every window counts alike, and its first
-/// token is predicted by nothing.
+/// The scoring of the original (`llama_eval`): all windows have equal weight, and the first token of a
+/// window is not predicted.
 const SCORING: &str =
     "perplexity is exp of the mean over windows of the mean over all tokens but the first";
 
@@ -191,7 +191,7 @@ fn documents(
     Ok((ids, how))
 }
 
-/// Those that stand in the text, apart from a BOS that its windows get.
+/// Special tokens in the text, apart from a BOS put in front of its windows.
 fn special_tokens(is_rendered: bool, means: &Means<'_>) -> Result<String, CalibrationError> {
     if is_rendered {
         return Ok("special tokens as the chat template sets them".to_string());

@@ -23,8 +23,8 @@ pub(crate) fn check(count: usize, spec: &WindowSpec) -> Result<(), CalibrationEr
     WindowSpec { samples, ..*spec }.check()
 }
 
-/// Of one text of `tokens`: evenly spread over all windows that fit between those that were drawn. `spec`
-/// is that of the text, without a BOS in front of its windows.
+/// Held-out windows of a joined text `tokens`, spread evenly over all windows that fit between the drawn
+/// ones. `spec` is that of the text, without a BOS in front of its windows.
 pub(crate) fn joined(
     tokens: &[u32],
     drawn: &Drawn,
@@ -46,7 +46,7 @@ pub(crate) fn joined(
     Ok(named(ids, seq_len, &rule, material))
 }
 
-/// Each from a document that no other window is from.
+/// Held-out windows of documents, each from a document that no other window is from.
 pub(crate) fn documents(
     mut search: Search<'_>,
     drawn: &Drawn,
@@ -76,8 +76,8 @@ pub(crate) fn documents(
     Ok(named(ids, spec.seq_len, rule, material))
 }
 
-/// Those after the first `samples`. Where they lay in a text is not known, but one that is equal to
-/// one before is no new one.
+/// Stored windows after the first `samples`. Their places in a text are unknown, so only duplicates of
+/// earlier windows are skipped.
 pub(crate) fn stored(
     ids: &[Vec<u32>],
     samples: usize,

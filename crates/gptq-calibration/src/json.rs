@@ -52,7 +52,7 @@ pub(crate) fn hand_rows(
     Ok(())
 }
 
-/// The first row says what all are.
+/// Adds a row; the first one determines the layout of all.
 fn push(rows: &mut dyn RowSink, row: &[u8]) -> Result<(), CalibrationError> {
     if rows.is_empty() {
         match outline(row).map_err(|reason| rows.wrong(reason))? {

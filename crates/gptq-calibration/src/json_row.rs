@@ -13,7 +13,7 @@ const SHOWN_CHARACTERS: usize = 120;
 /// Numbers that Python's `json.dumps` writes and JSON has no word for.
 const NO_NUMBERS: [&[u8]; 3] = [b"NaN", b"-Infinity", b"Infinity"];
 
-/// What a row is, seen from outside.
+/// The kind of a row and its columns.
 #[derive(Debug, PartialEq)]
 pub(crate) enum Outline {
     Text(String),

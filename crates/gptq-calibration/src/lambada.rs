@@ -64,7 +64,7 @@ impl Passages {
         let (rows, title, place) = match given {
             NAME => {
                 let path = fetch_checked(REPO, REVISION, FILE, Some(SHA256), files)?;
-                // A cache may store blobs without their names, so the name here says the format.
+                // A cache may store blobs without their names, so the dataset's name determines the format.
                 let rows = json::read_rows(open(&path, Packing::Plain)?, &path, Reading::plain())?;
                 (rows, format!("`{NAME}`"), path.display().to_string())
             }

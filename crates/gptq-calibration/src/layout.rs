@@ -1,4 +1,4 @@
-//! Which columns of a row make its text.
+//! Chooses the columns that make the text of a row.
 
 use crate::CalibrationError;
 use crate::conversation::{ChatTemplate, Turn, turns};
@@ -10,7 +10,7 @@ const TEXT: [&str; 2] = ["text", "content"];
 /// Columns that hold a conversation.
 const CONVERSATIONS: [&str; 3] = ["messages", "conversations", "conversation"];
 
-/// What is asked, what may be asked besides, what is answered.
+/// Columns of the instruction, of optional further input, and of the answer.
 const ANSWERS: [(&str, Option<&str>, &str); 6] = [
     ("instruction", Some("input"), "output"),
     ("instruction", Some("context"), "response"),
@@ -20,10 +20,10 @@ const ANSWERS: [(&str, Option<&str>, &str); 6] = [
     ("question", None, "response"),
 ];
 
-/// What stands between the parts of a row that no template renders.
+/// Separator between the parts of a row that no template renders.
 const BLANK_LINE: &str = "\n\n";
 
-/// How a row becomes a text.
+/// The way to make a text of a row.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Layout {
     /// The row is a string.
@@ -96,7 +96,7 @@ impl Chosen {
         })
     }
 
-    /// What the record says of it; nothing where it is plain text and there was no choice.
+    /// The description for the record; `None` for plain text without a choice of columns.
     pub(crate) fn words(&self) -> Option<String> {
         let mut words = match &self.layout {
             Layout::Text(columns) if self.is_asked_for || !self.passed_over.is_empty() => {
@@ -246,7 +246,7 @@ fn first_text(columns: &[&str], cells: Vec<Option<Value>>) -> Result<String, Str
     Err(why.unwrap_or_else(|| format!("has no column `{}`", columns.join("` or `"))))
 }
 
-/// The cells of a question and its answer; what is asked besides may be absent or empty.
+/// The cells of a question and its answer; the optional further input may be absent or empty.
 fn said(columns: &[&str], cells: Vec<Option<Value>>) -> Result<Vec<String>, String> {
     let mut parts = Vec::new();
     for (index, (column, cell)) in columns.iter().zip(cells).enumerate() {
@@ -262,7 +262,7 @@ fn said(columns: &[&str], cells: Vec<Option<Value>>) -> Result<Vec<String>, Stri
     Ok(parts)
 }
 
-/// What is wrong with a cell that should be a string.
+/// The error for a cell that should be a string.
 pub(crate) fn no_text(column: &str, cell: &Value) -> String {
     match cell {
         Value::Null => format!("holds no text in column `{column}`"),

@@ -16,7 +16,7 @@ const EMBEDDED: [(&str, &str); 2] = [
     ),
 ];
 
-/// How windows are taken from rows of text.
+/// The rule by which windows are taken from rows of text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Rule {
@@ -40,7 +40,7 @@ pub struct HubFile {
     pub words: String,
 }
 
-/// The same text in another wrapping, for local copies only.
+/// The text in another file format, for local copies only.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RawCopy {
@@ -68,7 +68,7 @@ pub struct Manifest {
     pub licence: String,
     /// How windows are taken.
     pub rule: Rule,
-    /// Where the rule comes from.
+    /// The origin of the rule.
     pub source: String,
     /// The file that calibration windows come from.
     pub calibration: HubFile,

@@ -45,7 +45,7 @@ pub struct FoundDataset {
     pub files: Vec<String>,
 }
 
-/// What a source is read with.
+/// Tokenizer, hub access and chat template for reading a source.
 #[derive(Clone, Copy)]
 pub struct Means<'a> {
     /// The tokenizer of the model.
@@ -59,21 +59,21 @@ pub struct Means<'a> {
     pub bos: Option<u32>,
 }
 
-/// Which of a dataset's two files is meant.
+/// Selects one of a dataset's two files.
 #[derive(Clone, Copy)]
 pub(crate) enum Purpose {
     Calibration,
     Evaluation,
 }
 
-/// What a source holds.
+/// The content of a source.
 pub(crate) enum Content {
     Rows(Rows),
     Whole(String),
     Windows(Vec<Vec<u32>>),
 }
 
-/// What a source holds, where it lay, and how windows are to be taken from it.
+/// The content of a source, its location, and the rule for windows.
 pub(crate) struct Material {
     pub(crate) content: Content,
     /// Path, for errors.
@@ -83,16 +83,16 @@ pub(crate) struct Material {
     pub(crate) rule: Rule,
     /// The manifest's words for the rule, for a named dataset.
     pub(crate) words: Option<String>,
-    /// What every window begins with; nothing where windows are stored, which are taken as they are.
+    /// The BOS token of every window; `None` for stored windows, which are taken as they are.
     pub(crate) bos: Option<u32>,
     /// The commit of a dataset without a manifest, in words.
     commit: Option<String>,
 }
 
 impl Material {
-    /// Reads everything that `source` holds for `purpose`; fetches first where it is on the hub.
-    /// Of a dataset without a manifest, which may hold terabytes, the rows from the start that give
-    /// `tokens` tokens several times over.
+    /// Reads everything that `source` holds for `purpose`, fetched from the hub if necessary. A dataset
+    /// without a manifest may hold terabytes, so only its first rows are read, which give `tokens` tokens
+    /// several times over.
     pub(crate) fn read(
         source: &Source,
         purpose: Purpose,
@@ -147,7 +147,7 @@ impl Material {
     ) -> Result<Self, CalibrationError> {
         let hub = hub_file(manifest, purpose);
         let path = fetch(manifest, hub, files)?;
-        // a cache may store blobs without their names, so the manifest's name says the format
+        // a cache may store blobs without their names, so the manifest's file name determines the format
         let format = Format::of(&hub.file).ok_or_else(|| CalibrationError::Manifest {
             name: manifest.name.clone(),
             reason: format!("file `{}` has no known extension", hub.file),
@@ -237,7 +237,7 @@ impl Material {
         })
     }
 
-    /// What stands in front of the rule: which rows and columns of a file, where that needs saying.
+    /// The beginning of the rule's description: the rows and columns of a file, where not obvious.
     pub(crate) fn rows_words(&self) -> String {
         match &self.content {
             Content::Rows(rows) => [self.commit.clone(), rows.words()]

@@ -1,7 +1,7 @@
-//! What the messages of an Arrow stream claim to hold, before anything is unpacked.
+//! Checks the declared sizes of the messages of an Arrow stream before anything is unpacked.
 //!
-//! A compressed buffer begins with the number of bytes that it unpacks to, and the library
-//! allocates that many: a wrong one ends the program. So the messages are walked first.
+//! A compressed buffer begins with its unpacked size, which the library allocates: a wrong size
+//! aborts the program. So the messages are walked first.
 
 use std::fs::File;
 use std::io::{self, BufReader, Read, Seek, SeekFrom};

@@ -1,6 +1,6 @@
-//! What the pages of a Parquet file claim to unpack to, before anything is unpacked.
+//! Checks the declared sizes of the pages of a Parquet file before anything is unpacked.
 //!
-//! A page header says how many bytes its page has; the library allocates and fills that many, up to
+//! A page header declares the size of its page; the library allocates and fills that many bytes, up to
 //! 2 GB, whatever the page holds. So the headers of the columns that are read are walked first.
 //! They are Thrift structs in the compact protocol; fields 2 and 3 are the two sizes.
 

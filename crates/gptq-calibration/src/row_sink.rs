@@ -10,11 +10,11 @@ use crate::CalibrationError;
 /// Characters of a column's name that an error repeats.
 pub(crate) const SHOWN_NAME: usize = 30;
 
-/// Takes the rows of a file, whichever reader finds them: as texts or as questions.
-/// The first row says what all are.
+/// Receives the rows of a file from any reader, as texts or as questions.
+/// The first row determines the layout of all.
 pub(crate) trait RowSink {
-    /// Chooses among the columns of the first row, or of a file that says its columns; `is_list`
-    /// tells those that hold lists. `place` is what an error calls them.
+    /// Chooses among the columns of the first row, or of a file with a schema; `is_list` is true for
+    /// columns of lists. `place` names them in errors.
     fn begin(
         &mut self,
         place: String,
@@ -25,10 +25,10 @@ pub(crate) trait RowSink {
     /// Begins where the first row is a string.
     fn begin_strings(&mut self) -> Result<(), CalibrationError>;
 
-    /// Whether no row came yet.
+    /// Whether no row has arrived yet.
     fn is_empty(&self) -> bool;
 
-    /// Whether as much was read as was asked for.
+    /// Whether the requested amount has been read.
     fn is_full(&self) -> bool;
 
     /// The columns whose cells [`RowSink::push`] takes; none before the first row.
@@ -45,7 +45,7 @@ pub(crate) trait RowSink {
         false
     }
 
-    /// Whether rows are texts as they stand in one column.
+    /// Whether rows are the unchanged texts of one column.
     fn are_texts(&self) -> bool {
         false
     }
@@ -58,22 +58,22 @@ pub(crate) trait RowSink {
     /// The next row stands in this line.
     fn set_line(&mut self, line: usize);
 
-    /// What an error calls the row that comes next.
+    /// The name of the next row in errors.
     fn place(&self) -> String;
 
-    /// An error about the row that comes next.
+    /// An error about the next row.
     fn wrong(&self, reason: String) -> CalibrationError;
 }
 
-/// Where a reader is in its file.
+/// The position of a reader in its file.
 pub(crate) struct RowPlace<'a> {
     pub(crate) path: &'a Path,
-    /// Of the next row, in a file of lines.
+    /// Line of the next row, in a file of lines.
     pub(crate) line: Option<usize>,
 }
 
 impl RowPlace<'_> {
-    /// What an error calls row `row`, from 1.
+    /// The name of row `row`, from 1, in errors.
     pub(crate) fn words(&self, row: usize) -> String {
         let path = self.path.display();
         match self.line.filter(|line| *line != row) {

@@ -13,13 +13,13 @@ use crate::row_sink::{RowPlace, RowSink, SHOWN_NAME, shown_columns};
 /// More text than this in one file is refused; the largest file of the registry holds 0.8 GB.
 pub(crate) const MAX_FILE_TEXT_BYTES: usize = 1 << 32;
 
-/// What the papers put between rows. Rendered conversations bring marks of their own.
+/// The papers' separator between rows. Rendered conversations have their own markers.
 const SEPARATOR: &str = "\n\n";
 
 /// Columns that an error repeats.
 const SHOWN_COLUMNS: usize = 5;
 
-/// How much of a source is read.
+/// The amount of a source to read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Amount {
     /// All of it; more text than this is refused.
@@ -29,7 +29,7 @@ pub(crate) enum Amount {
 }
 
 impl Amount {
-    /// What is left of it after so much text.
+    /// The amount left after `bytes` of text.
     pub(crate) fn after(self, bytes: usize) -> Self {
         match self {
             Amount::All(most) => Amount::All(most.saturating_sub(bytes)),
@@ -38,7 +38,7 @@ impl Amount {
     }
 }
 
-/// What turns rows into texts beside the rows themselves.
+/// Options for turning rows into texts.
 #[derive(Clone, Copy)]
 pub(crate) struct Reading<'a> {
     /// The column that was asked for.
@@ -186,11 +186,11 @@ impl RowSink for RowReader<'_> {
 pub(crate) struct Rows {
     text: String,
     ends: Vec<usize>,
-    /// Which columns they come from, for records, where that needs saying.
+    /// Their columns, for records, where not obvious.
     words: Option<String>,
     /// They come from a chat template.
     is_rendered: bool,
-    /// Each is a text as it stands in the file.
+    /// Each is an unchanged text of the file.
     is_plain: bool,
     /// The source has more of them.
     is_start: bool,
@@ -221,7 +221,7 @@ impl Rows {
         self.text.len()
     }
 
-    /// Which columns the texts come from and how many rows were read, where that needs saying.
+    /// The columns of the texts and the number of rows read, where not obvious.
     pub(crate) fn words(&self) -> Option<String> {
         let start = self
             .is_start
@@ -230,17 +230,17 @@ impl Rows {
         (!words.is_empty()).then(|| words.join(", "))
     }
 
-    /// Whether the source has more rows than were asked for.
+    /// Whether the source has more rows than requested.
     pub(crate) fn is_start(&self) -> bool {
         self.is_start
     }
 
-    /// Whether the texts bring special tokens of their own.
+    /// Whether the texts contain their own special tokens.
     pub(crate) fn is_rendered(&self) -> bool {
         self.is_rendered
     }
 
-    /// Whether each row is a text as it stands in the file.
+    /// Whether each row is an unchanged text of the file.
     pub(crate) fn is_plain(&self) -> bool {
         self.is_plain
     }

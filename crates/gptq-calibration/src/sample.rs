@@ -33,7 +33,7 @@ const WHOLE_WORDS: &str = "the whole file tokenised as one string";
 const STARTS_WORDS: &str =
     "after random.seed(seed) each window starts at random.randint(0, tokens - seq_len - 1)";
 
-/// How many windows, how long, from which seed.
+/// Number of windows, their length and seed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct WindowSpec {
     /// Windows; the papers take 128.
@@ -73,14 +73,14 @@ impl WindowSpec {
 pub struct Windows {
     /// Token ids, a vector per window.
     pub ids: Vec<Vec<u32>>,
-    /// What the run record keeps of them.
+    /// Their entry in the run record.
     pub record: CalibrationRecord,
 }
 
 impl Windows {
-    /// Windows that were made elsewhere, such as those that a model wrote itself.
+    /// Windows made elsewhere, such as text that the model generated.
     ///
-    /// `rule` says in words how; `seed` is the one they were drawn with.
+    /// `rule` describes how they were made; `seed` is the one they were drawn with.
     pub fn from_ids(ids: Vec<Vec<u32>>, dataset: &str, rule: &str, seed: u64) -> Self {
         let distinct = positions_of_windows(&ids);
         Self::counted(ids, distinct, dataset, rule, seed)
@@ -105,8 +105,8 @@ impl Windows {
         Self { ids, record }
     }
 
-    /// With `bos` in front of each window, where there is one. What is counted of the text is as it was:
-    /// a token that all windows have in common says nothing of it.
+    /// Prepends `bos`, if any, to each window. Counts of distinct text are unchanged, since a token common to
+    /// all windows adds nothing.
     pub fn behind_bos(mut self, bos: Option<u32>) -> Self {
         let Some(bos) = bos else {
             return self;
@@ -129,13 +129,13 @@ impl Windows {
 
 /// Calibration windows of `source` under its rule.
 ///
-/// A named dataset keeps the rule of its manifest. A file without a name is tokenized as one
-/// string (rows joined with a blank line) and windows start anywhere in it. Of stored windows the
-/// first `samples` are taken as they are, all where there are fewer: nothing is drawn then, and the
-/// record shows what there was.
+/// A named dataset has the rule of its manifest. Any other file is tokenized as one string (rows
+/// joined with a blank line) and windows start anywhere in it. The first `samples` stored windows are
+/// taken as they are, or all if there are fewer: nothing is drawn then, and the record holds their
+/// actual number.
 ///
-/// With a BOS in `means`, drawn windows have it in front, and one token less of the text; those that are
-/// stored have not.
+/// With a BOS in `means`, drawn windows begin with it and hold one token less of the text; stored windows
+/// are unchanged.
 ///
 /// Fails when the source is `self`, cannot be fetched or read, or is too short; a text needs
 /// `seq_len + 1` tokens, because the original's draw never reaches the last start.
@@ -147,13 +147,13 @@ pub fn windows(
     windows_and_held_out(source, spec, 0, means).map(|(windows, _)| windows)
 }
 
-/// The windows of [`windows`], and `count` others of the same source to check a result on; nothing
-/// beside them where `count` is 0. What calibration sees does not depend on `count`.
+/// The windows of [`windows`], and `count` held-out windows of the same source; `None` if `count` is 0.
+/// The calibration windows do not depend on `count`.
 ///
-/// No position of the text is in a calibration window and in one that is held out, nor in two of
-/// these. Of a joined text they are spread evenly over what fits between the calibration windows; of
-/// documents each is from one that no other window is from, found by the draws that follow those of
-/// calibration; of stored windows they are the next ones, without those that are equal to one before.
+/// Held-out windows share no position of the text with calibration windows or with each other. In a joined
+/// text they are spread evenly over the places between the calibration windows; among documents each comes
+/// from a document of its own, by the draws that follow those of calibration; among stored windows they are
+/// the next ones, without duplicates of earlier ones.
 ///
 /// Fails as [`windows`] does, and where there are fewer than `count` such windows, or `count` of less
 /// than 2 tokens.

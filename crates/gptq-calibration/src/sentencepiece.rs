@@ -21,21 +21,21 @@ const BYTE: u64 = 6;
 
 /// Longer pieces are refused: each is cut at every place, and each cut is looked up.
 const MAX_PIECE_BYTES: usize = 1024;
-/// What a user-defined piece falls short of the best score of its length by, in SentencePiece.
+/// Margin by which a user-defined piece is below the best score of its length, in SentencePiece.
 const USER_DEFINED_SCORE: f64 = 0.1;
 
-/// What puts marks around every text; a folder's other files say it.
+/// BOS and EOS around every text, and added tokens, from the folder's other files.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Surroundings {
-    /// Whether the mark that begins a text is added.
+    /// Whether BOS is added.
     pub begins: bool,
-    /// Whether the mark that ends a text is added.
+    /// Whether EOS is added.
     pub ends: bool,
     /// Tokens beyond the pieces with their ids, and whether they are special.
     pub added: Vec<(u64, String, bool)>,
 }
 
-/// The `tokenizer.json` of a SentencePiece model; an error says what is wrong with it.
+/// The `tokenizer.json` of a SentencePiece model; an error describes a flaw of the model.
 pub(crate) fn tokenizer_json(bytes: &[u8], around: &Surroundings) -> Result<Value, String> {
     let model = Model::read(bytes)?;
     Ok(json!({
@@ -182,7 +182,7 @@ impl<'a> Model<'a> {
         self.is_bpe && self.pieces.iter().any(|piece| piece.kind == USER_DEFINED)
     }
 
-    /// What SentencePiece does to a text before it cuts it.
+    /// SentencePiece's normalization before it splits a text.
     fn normalizer(&self) -> Value {
         let replace = |pattern: Value, content: &str| json!({"type": "Replace", "pattern": pattern, "content": content});
         let mut steps = Vec::new();

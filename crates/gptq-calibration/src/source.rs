@@ -1,4 +1,4 @@
-//! What was typed after `--dataset`, and what it means.
+//! Parses the argument of `--dataset`.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -63,7 +63,7 @@ impl Format {
         }
     }
 
-    /// Whether a file of this kind holds rows, among whose columns one can be chosen.
+    /// Whether a file of this format holds rows with columns to choose from.
     pub fn has_rows(self) -> bool {
         matches!(self, Format::Parquet | Format::Arrow | Format::Json)
     }
@@ -98,7 +98,7 @@ impl Packing {
     }
 }
 
-/// Where windows come from.
+/// The origin of windows.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Origin {
     /// The hub files of a named dataset.
@@ -181,7 +181,7 @@ impl Source {
 
     /// Takes the text, or the conversations, from this column of its rows.
     ///
-    /// Fails where there are no rows, or where the rule of a named dataset says the column.
+    /// Fails where there are no rows, or where the rule of a named dataset fixes the column.
     pub fn with_column(mut self, column: Option<String>) -> Result<Self, CalibrationError> {
         let can_choose = match &self.origin {
             Origin::Dataset(_) => true,
@@ -224,7 +224,7 @@ impl Source {
         known_format(given).map(|format| Origin::File(PathBuf::from(given), format))
     }
 
-    /// As typed.
+    /// The argument as typed.
     pub fn given(&self) -> &str {
         &self.given
     }
@@ -234,7 +234,7 @@ impl Source {
         self.column.as_deref()
     }
 
-    /// How windows are taken from its rows.
+    /// The rule for taking windows from its rows.
     pub(crate) fn rule(&self) -> Rule {
         match &self.origin {
             Origin::Hub(manifest) | Origin::Copy(manifest, _, _) => manifest.rule,
@@ -242,7 +242,7 @@ impl Source {
         }
     }
 
-    /// As understood.
+    /// The parsed origin.
     pub fn origin(&self) -> &Origin {
         &self.origin
     }

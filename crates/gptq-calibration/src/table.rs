@@ -19,8 +19,8 @@ use crate::row_sink::RowSink;
 use crate::rows::{Reading, RowReader, Rows};
 use crate::{message_sizes, page_sizes};
 
-/// First bytes of an Arrow IPC file, padded with zeros to 8 or 64; behind them it is a stream, and a
-/// footer that streams do not need. What `datasets` caches is the stream alone.
+/// First bytes of an Arrow IPC file, padded with zeros to 8 or 64; a stream follows, and a footer that
+/// streams do not need. The `datasets` library caches bare streams.
 const ARROW_FILE_MAGIC: &[u8] = b"ARROW1\0\0";
 const MAX_PADDED_MAGIC: u64 = 64;
 

@@ -18,7 +18,7 @@ use crate::task_layout::{TaskLayout, Worded, WordedChoice, is_python_space};
 use crate::tokenizer::Tokenizer;
 use crate::{json, table};
 
-/// Columns that an error repeats: layouts are told apart by them.
+/// Number of columns shown in an error; they distinguish layouts.
 const SHOWN_COLUMNS: usize = 12;
 
 /// A choice with the text before it.
@@ -191,7 +191,7 @@ impl<'a> Cutter<'a> {
         }
     }
 
-    /// A question, and of how many choices the text was cut; an inner error says what is wrong with it.
+    /// A question, and the number of choices whose text was cut; an inner error describes a malformed row.
     fn question(
         &self,
         words: &Worded,

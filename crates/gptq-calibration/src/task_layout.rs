@@ -13,7 +13,7 @@ const MAX_CELL_BYTES: usize = 1 << 20;
 /// Characters of a label that an error repeats.
 const SHOWN_LABEL: usize = 30;
 
-/// Which columns make a question, and how it is worded.
+/// The task of a question: its columns and its wording.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum TaskLayout {
     Arc,
@@ -35,7 +35,7 @@ pub(crate) struct Worded {
 pub(crate) struct WordedChoice {
     pub(crate) context: String,
     pub(crate) continuation: String,
-    /// Of the choice itself, as Python counts them.
+    /// Characters of the choice itself, as Python counts them.
     pub(crate) characters: usize,
 }
 
@@ -66,8 +66,8 @@ impl TaskLayout {
         }
     }
 
-    /// Whether likelihoods are also weighed by the length of choices. WinoGrande's choices stand in
-    /// the text before, and what is scored is the same for both.
+    /// Whether likelihoods are also normalized by the length of choices. WinoGrande's choices are part of
+    /// the context, and the scored continuation is the same for both.
     pub(crate) fn has_acc_norm(self) -> bool {
         self != TaskLayout::WinoGrande
     }
@@ -321,7 +321,7 @@ fn capitalized(text: &str) -> String {
     head + &rest.to_lowercase()
 }
 
-/// What `str.strip` takes away: white space, and four separators that Unicode does not count.
+/// Characters that `str.strip` removes: white space, and four separators that Unicode does not count.
 pub(crate) fn is_python_space(letter: char) -> bool {
     letter.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&letter)
 }

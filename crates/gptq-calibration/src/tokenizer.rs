@@ -134,7 +134,7 @@ impl Tokenizer {
         self.encode("")
     }
 
-    /// Those of them that come before the text: not all that is added begins one.
+    /// The added ids that come before the text; others come after it.
     pub fn leading_ids(&self) -> Result<Vec<u32>, CalibrationError> {
         let text = "a";
         let (mut all, plain) = (self.encode(text)?, self.encode_plain(text)?);
@@ -185,7 +185,7 @@ impl Tokenizer {
     }
 }
 
-/// Which ids begin and end a text.
+/// The ids that begin and end a text.
 #[derive(Default)]
 struct Marks {
     bos_id: Option<u32>,
@@ -290,7 +290,7 @@ fn is_tiktoken(bytes: &[u8]) -> bool {
     whole && token.iter().all(is_digit) && rank.iter().all(u8::is_ascii_digit)
 }
 
-/// What a folder without a tokenizer has in its place.
+/// The error for a folder without a tokenizer, by the files that it has instead.
 fn missing(dir: &Path) -> CalibrationError {
     let files = std::fs::read_dir(dir).into_iter().flatten().flatten();
     let foreign = files.map(|entry| entry.path()).find(|path| {
@@ -308,7 +308,7 @@ fn missing(dir: &Path) -> CalibrationError {
     }
 }
 
-/// What the files beside a `tokenizer.model` add to it.
+/// BOS, EOS and added tokens from the files next to a `tokenizer.model`.
 fn surroundings(dir: &Path) -> Result<Surroundings, CalibrationError> {
     let config = read_json_if_there(&dir.join(TOKENIZER_CONFIG))?.unwrap_or(Value::Null);
     let apart = read_json_if_there(&dir.join(ADDED_TOKENS))?.unwrap_or(Value::Null);
@@ -357,7 +357,7 @@ fn check_growth(tokenizer: &Value) -> Result<(), String> {
     }
 }
 
-/// How many times as long a text may get.
+/// Largest factor by which a step may lengthen a text.
 fn growth_of(step: &Value, steps: &mut usize) -> f64 {
     *steps += 1;
     let mut growth = 1.0;
@@ -372,7 +372,7 @@ fn growth_of(step: &Value, steps: &mut usize) -> f64 {
             Value::String(pattern) if !pattern.is_empty() => {
                 (length(&step["content"]) / pattern.len() as f64).max(1.0)
             }
-            // It may match the empty text between any two letters.
+            // The pattern may match the empty text between any two letters.
             _ => 1.0 + length(&step["content"]),
         };
     }

@@ -51,7 +51,7 @@ fn letters(folder: &Path, special: bool) -> Tokenizer {
     Tokenizer::open(folder).unwrap()
 }
 
-/// What [`letters`] makes of a text without special tokens and without two blanks in a row.
+/// The ids of [`letters`] for a text without special tokens and without two blanks in a row.
 fn ids(text: &str) -> Vec<u32> {
     (text.chars())
         .map(|letter| match letter {

@@ -273,8 +273,8 @@ fn stored_windows_are_taken_as_they_are() {
     assert!(error.to_string().contains(room), "{error}");
 }
 
-/// What calibration sees does not depend on what is held out; and no position is in two of them, which
-/// tokens that all differ would show.
+/// Calibration windows do not depend on held-out ones, and no position is in two windows: every run of 8
+/// letters occurs once in the text, so an overlap of 8 would show.
 #[test]
 fn held_out_windows_share_nothing_with_those_of_calibration() {
     let folder = tempfile::tempdir().unwrap();

@@ -40,8 +40,8 @@ pub fn calibrate(
     found.map(|(windows, _)| windows)
 }
 
-/// The same, and `held_out` windows of that text which calibration does not see; nothing beside where
-/// that is 0. A text of the model's own has no such windows.
+/// Reads or draws the calibration windows, and holds out `held_out` further windows of the text; `None` for
+/// 0. Text that the model generates has none to hold out.
 pub fn calibrate_and_hold_out(
     request: &CalibrationRequest,
     held_out: usize,

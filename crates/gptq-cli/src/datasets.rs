@@ -17,8 +17,8 @@ use crate::isolation::ChatRenderer;
 use crate::models::{Model, options};
 use crate::voice::chat_template_at;
 
-/// What templates that write the date are told: noon of 26 July 2024, in UTC. Those of Llama 3.1
-/// write that day where they cannot ask; and the same data give the same tokens on every day.
+/// The date given to chat templates that write one: noon of 26 July 2024, UTC, the default of the Llama 3.1
+/// template. It is fixed so that the same data give the same tokens on any day.
 const TODAY: u64 = 1_721_995_200;
 
 /// Fetches files of datasets from the hub.
@@ -121,8 +121,8 @@ pub fn local_copy(source: &Source) -> Option<String> {
     }
 }
 
-/// Whether both are read from one place, for calibration and for evaluation alike. A named dataset of the
-/// hub has a split for each.
+/// Whether calibration and evaluation read the same text. A named dataset of the hub has a split for
+/// each, so it is never one text.
 pub fn is_one_text(calibration: &Source, evaluation: &Source) -> bool {
     let file = |source: &Source| match source.origin() {
         Origin::Copy(_, path, _) | Origin::File(path, _) => {

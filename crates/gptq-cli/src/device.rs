@@ -10,12 +10,12 @@ use crate::failure::Failure;
 /// Size of the products that the processor's rate is measured with.
 const SGEMM_SIZE: usize = 2048;
 
-/// Opens the device of a command line; says which one it is.
+/// Opens the device of a command line and reports which one it is.
 pub fn resolve(args: &DeviceArgs) -> Result<DeviceContext, Failure> {
     Ok(DeviceContext::open(pick(args.device, args.gpu_memory)?)?)
 }
 
-/// The same for a command that keeps all weights on it, whatever they take.
+/// Opens the device for a command that keeps all weights resident, without a limit on memory.
 pub fn resolve_whole(args: &WholeDeviceArgs) -> Result<DeviceContext, Failure> {
     Ok(DeviceContext::open(pick(args.device, usize::MAX)?)?)
 }
@@ -39,7 +39,7 @@ pub fn check_built(device: DeviceArg) -> Result<(), Failure> {
     }
 }
 
-/// Whether `auto` takes a GPU.
+/// Whether `auto` picks a GPU.
 pub fn has_gpu() -> bool {
     first_gpu(0).is_some()
 }
@@ -72,7 +72,7 @@ fn name(ordinal: usize) -> String {
         .map_or(String::new(), |found| found.name)
 }
 
-/// What the libraries of a device reach on large products.
+/// Measured rates of the device's libraries on large matrix products.
 pub fn rates(device: &DeviceContext) -> Result<Rates, Failure> {
     #[cfg(feature = "cuda")]
     if let DeviceContext::Cuda(cuda) = device {
@@ -89,8 +89,8 @@ pub fn rates(device: &DeviceContext) -> Result<Rates, Failure> {
     })
 }
 
-/// What a whole run reaches on a device, in FLOP/s, about: the share of its product rate that the
-/// forward pass and the Hessians had on two processor cores and on an H200.
+/// Approximate FLOP/s of a whole run on a device: its product rate times the share that the forward pass
+/// and the Hessians reached on two CPU cores and on an H200.
 pub fn working_rate(device: Device) -> Result<f64, Failure> {
     match device {
         Device::Cpu => Ok(0.6 * measure_sgemm(SGEMM_SIZE)),

@@ -18,17 +18,17 @@ use crate::progress::Steps;
 use crate::scoring::{ScoringText, perplexity};
 use crate::window_bos::recorded;
 
-/// Windows of a second text where nobody says how many.
+/// Default number of windows of a second text.
 const WINDOWS: usize = 16;
 
-/// What a checkpoint is compared on, text after text.
+/// The texts that a checkpoint is compared on, in order.
 pub struct Texts(Vec<Text>);
 
 struct Text {
     dataset: String,
     held_out: bool,
     windows: EvaluationWindows,
-    /// As records have it.
+    /// The value for the record.
     window_bos: Option<bool>,
 }
 

@@ -15,9 +15,9 @@ use gptq_types::{SourceError, SpecError};
 /// Ends the program with exit code 2.
 #[derive(Debug)]
 pub struct Failure {
-    /// What failed, where, with the value.
+    /// The cause: what failed, where, and the offending value.
     pub text: String,
-    /// What to do about it.
+    /// Advice to the user.
     pub hint: Option<String>,
 }
 

@@ -8,10 +8,10 @@ use signal_hook::flag::{register, register_conditional_shutdown};
 
 use crate::failure::Failure;
 
-/// Of a program that was broken off, as shells have it: 128 and the number of the signal.
+/// Exit code of an interrupted program, by shell convention: 128 + the signal number.
 pub const EXIT_CODE: u8 = 130;
 
-/// Whether the user broke a text off.
+/// Whether the user has interrupted the text.
 pub struct Interrupt {
     asked: Arc<AtomicBool>,
     idle: Arc<AtomicBool>,

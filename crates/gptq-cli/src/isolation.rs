@@ -60,8 +60,8 @@ pub struct ChatRenderer {
 }
 
 impl ChatRenderer {
-    /// Parses `source`; `special_tokens` are the variables beside the messages, `now` is the time
-    /// that it is told.
+    /// Parses `source`; `special_tokens` are variables in addition to the messages, `now` is the time that
+    /// `strftime_now` gives.
     pub fn new(
         source: String,
         special_tokens: Vec<(String, String)>,
@@ -175,7 +175,7 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // It may have ended by itself.
+        // The process may have exited already.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }

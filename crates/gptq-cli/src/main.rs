@@ -41,11 +41,11 @@ use gptq_types::outside_name::shown;
 /// what slips through there neither fills the terminal nor steers it.
 const LINE_CHARACTERS: usize = 1000;
 
-/// What a command that ran has to say.
+/// The outcome of a command that ran.
 pub(crate) enum Verdict {
     Yes,
     No,
-    /// The user broke it off.
+    /// The user interrupted it.
     Interrupted,
 }
 

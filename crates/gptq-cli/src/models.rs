@@ -114,7 +114,7 @@ impl Model {
         Ok(self)
     }
 
-    /// Where its tokenizer is.
+    /// The folder of its tokenizer.
     pub fn tokenizer_dir(&self) -> &Path {
         &self.tokenizer_dir
     }
@@ -124,7 +124,7 @@ impl Model {
         Ok(self.try_open()??)
     }
 
-    /// The same, with the reason why not as it is.
+    /// Like [`Model::open`], but returns an [`OpenError`] as it is, so that callers can match on it.
     pub fn try_open(&self) -> Result<Result<OpenedModel, OpenError>, Failure> {
         let source = self.checkpoint.clone();
         let settings = self.quantize_config_json()?;

@@ -1,6 +1,6 @@
-//! What a command writes: data for stdout, and folders that are whole or absent.
+//! Output of commands: data on stdout, and folders that are whole or absent.
 //!
-//! A reader that has seen enough, such as `head`, ends nothing but the output.
+//! A closed pipe, as from `head`, ends the output and nothing else.
 
 use std::fs::{self, File};
 use std::io::{ErrorKind, Write};
@@ -56,7 +56,7 @@ pub fn check_vacant(out: &Path) -> Result<(), Failure> {
     }
 }
 
-/// Makes the folder `out` of small files: written beside it, synced, then renamed.
+/// Publishes small files as the folder `out`: written to a folder next to it, synced, then renamed.
 pub fn publish(out: &Path, files: &[(&str, &str)]) -> Result<(), Failure> {
     let failed = |path: &Path, error: std::io::Error| {
         Failure::new(format!("cannot write `{}`: {error}", path.display()))

@@ -24,7 +24,7 @@ impl Steps {
         Self::begin(what, done, all, std::io::stderr().is_terminal())
     }
 
-    /// Begins at none of `all` steps; with `plain`, beside others, in lines alone.
+    /// Begins at 0 of `all` steps; `plain` prints lines instead of a bar, for work that runs concurrently.
     pub fn beside(what: &str, all: usize, plain: bool) -> Self {
         Self::begin(what, 0, all, !plain && std::io::stderr().is_terminal())
     }
@@ -74,7 +74,7 @@ impl Steps {
         );
     }
 
-    /// Says something beside the bar.
+    /// Shows a message next to the bar.
     pub fn say(&self, text: &str) {
         if let Some(bar) = &self.bar {
             bar.set_message(text.to_string());

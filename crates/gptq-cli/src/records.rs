@@ -15,9 +15,9 @@ use gptq_types::{
 use crate::failure::Failure;
 use crate::matrix::read_own;
 
-/// How a checkpoint was made.
+/// The record of the run that made a checkpoint.
 pub const RUN_RECORD: &str = "gptq_run.json";
-/// What it is as a branch of a matrix.
+/// The record of a checkpoint as a branch of a matrix.
 pub const BRANCH_RECORD: &str = "gptq_branch.json";
 
 /// A JSON file.
@@ -90,8 +90,8 @@ pub fn check_listed(
     Ok(!run.files.is_empty())
 }
 
-/// Refuses a branch whose files are not those of its run record, where it has one. Nothing is read but
-/// small files: what an LFS object is, its hash says.
+/// Refuses a branch whose files differ from its run record, if it has one. Only small files are read: an
+/// LFS object is identified by its hash.
 pub fn check_branch_files(repository: &Repository, branch: &str) -> Result<(), Failure> {
     let place = format!("branch `{}`", shown(branch, 80));
     let Some(text) = repository.read(branch, RUN_RECORD)? else {
@@ -131,7 +131,7 @@ pub fn check_branch(branch: &Branch, name: &str) -> Result<(), Failure> {
     if let Err(error) = check_permutations(std::slice::from_ref(asked)) {
         return wrong(&error.to_string());
     }
-    // It stands in the commands of a card, which readers copy.
+    // The name appears in the shell commands of a card, which readers copy.
     check_branch_names([name])?;
     if !(0.0..=64.0).contains(&record.bits_per_weight) {
         return wrong(&format!("{} bits per weight", record.bits_per_weight));

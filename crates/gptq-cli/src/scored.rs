@@ -1,4 +1,4 @@
-//! What `eval` scores checkpoints on, texts, passages and questions, and the records that come of it.
+//! Inputs of `eval` (texts, passages, questions) and the records of their scores.
 
 use std::collections::BTreeSet;
 
@@ -79,7 +79,7 @@ impl Scored {
         Ok(scored)
     }
 
-    /// Refuses tokens that a model does not know; says what is longer than it was trained on.
+    /// Refuses tokens outside a model's vocabulary; warns of inputs longer than its trained positions.
     pub fn check(&self, args: &EvalArgs, opened: &[OpenedModel]) -> Result<(), Failure> {
         let vocabulary = |index: usize| {
             let name = args.models[index].as_str();
@@ -128,13 +128,13 @@ impl Scored {
         }
     }
 
-    /// Of all texts, one after the other.
+    /// Windows of all texts, in their order.
     pub fn windows(&self) -> Vec<Vec<u32>> {
         let windows = self.texts.iter().flat_map(|text| &text.windows.ids);
         windows.cloned().collect()
     }
 
-    /// Whose last words are guessed.
+    /// Passages whose last words are guessed.
     pub fn passages(&self) -> Vec<Passage> {
         let passages = self.lambada.iter().flat_map(|found| &found.passages);
         passages
@@ -145,7 +145,7 @@ impl Scored {
             .collect()
     }
 
-    /// Of all tasks, one after the other.
+    /// Choices of all tasks, in their order.
     pub fn choices(&self) -> Vec<Passage> {
         let choices = self.tasks.iter().flat_map(|task| task.questions.choices());
         choices
@@ -175,8 +175,8 @@ impl Scored {
         }
     }
 
-    /// A record for each text and checkpoint, text after text. What does not depend on a text is in
-    /// the records of the first.
+    /// A record for each text and checkpoint, ordered by text. Scores that do not depend on a text are in
+    /// the records of the first text.
     pub fn records(
         &self,
         args: &EvalArgs,
@@ -249,7 +249,7 @@ fn check_names(args: &EvalArgs) -> Result<(), Failure> {
     Ok(())
 }
 
-/// What tables call the texts: as they may be published, or as given where that names several.
+/// Names of the texts in tables: the public name, or the one given where several share a public name.
 fn text_names(given: &[String]) -> Vec<String> {
     if given.len() == 1 {
         return vec![String::new()];
@@ -264,7 +264,7 @@ fn text_names(given: &[String]) -> Vec<String> {
         .collect()
 }
 
-/// Refuses a text that was given twice: its columns would say one thing twice, under one name.
+/// Refuses a text that was given twice: two columns would have the same name and numbers.
 fn check_texts(texts: &[Text]) -> Result<(), Failure> {
     for (index, text) in texts.iter().enumerate() {
         let hash = &text.windows.token_sha256;

@@ -18,14 +18,14 @@ use crate::models::Model;
 use crate::progress::Steps;
 use crate::window_bos::window_bos;
 
-/// Which text, and how much of it.
+/// A text to score on, and how much of it.
 #[derive(Clone, Debug)]
 pub struct ScoringText {
     pub dataset: String,
     pub column: Option<String>,
     pub seq_len: usize,
     pub max_windows: Option<usize>,
-    /// As the model's family needs it where nothing is said.
+    /// Whether windows begin with BOS; by default as the model's family needs it.
     pub window_bos: Option<bool>,
 }
 
@@ -80,8 +80,8 @@ pub fn check_same_vocabulary(first: (&str, usize), other: (&str, usize)) -> Resu
     }
 }
 
-/// What is known of a checkpoint once all windows are scored; `first` holds the scores of the one
-/// that it is compared with.
+/// The record of a checkpoint whose windows are all scored; `first` holds the scores of the reference
+/// checkpoint.
 pub fn record(
     name: &str,
     (model, opened): (&Model, &OpenedModel),
@@ -141,7 +141,7 @@ struct First {
 }
 
 impl<'a> Scorer<'a> {
-    /// With `plain`, beside other work, progress comes in lines instead of a bar.
+    /// `plain` prints progress as lines instead of a bar, for work that runs concurrently.
     pub fn new(text: &'a EvaluationWindows, device: DeviceContext, plain: bool) -> Self {
         Scorer {
             text,

@@ -1,4 +1,4 @@
-//! How fast a checkpoint runs, for `eval --speed`.
+//! Speed of a checkpoint, for `eval --speed`.
 
 use gptq_inference::measure_speed;
 use gptq_model::DeviceContext;

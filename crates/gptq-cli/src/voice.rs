@@ -1,4 +1,4 @@
-//! What `generate` and `chat` share: the tokenizer, the checkpoint's settings, text as it comes.
+//! Parts that `generate` and `chat` share: tokenizer, generation settings, streamed output.
 
 use std::fs;
 use std::ops::ControlFlow;
@@ -16,7 +16,7 @@ use crate::isolation::ChatRenderer;
 use crate::models::Model;
 use crate::output::print_piece;
 
-/// A tokenizer and when texts end.
+/// A tokenizer, sampling settings, and the limits that end a text.
 pub struct Voice {
     pub tokenizer: Tokenizer,
     pub limits: Limits,
@@ -25,7 +25,7 @@ pub struct Voice {
 }
 
 impl Voice {
-    /// Of the checkpoint and the command line; says which settings the checkpoint made.
+    /// Combines the checkpoint's settings with the command line, and reports those taken from the checkpoint.
     pub fn open(model: &Model, args: &TextArgs) -> Result<Self, Failure> {
         let tokenizer = Tokenizer::open(model.tokenizer_dir())?;
         let sampling = sampling(model.dir(), args)?;
@@ -162,7 +162,7 @@ pub fn chat_template(dir: &Path) -> Result<Option<ChatRenderer>, Failure> {
     chat_template_at(dir, SystemTime::now())
 }
 
-/// The same, for a template that asks what time it is.
+/// The chat template of a checkpoint; `now` is the time for templates that write the date.
 pub fn chat_template_at(dir: &Path, now: SystemTime) -> Result<Option<ChatRenderer>, Failure> {
     let config = read_json(&dir.join("tokenizer_config.json"))?.unwrap_or(Value::Null);
     let apart = read_json(&dir.join("chat_template.json"))?.unwrap_or(Value::Null);
@@ -185,13 +185,13 @@ fn template_text(value: &Value) -> Option<String> {
     }
 }
 
-/// The turn of the user, after what the model is told beforehand.
+/// The messages of a new conversation: the system message, if any.
 pub fn opening(system: Option<&str>) -> Vec<Message> {
     let told = system.map(|text| Message::new("system", text));
     told.into_iter().collect()
 }
 
-/// What a checkpoint without a template says to whoever needs one.
+/// The error for a checkpoint without a chat template.
 pub fn no_template(dir: &Path) -> Failure {
     Failure::with_hint(
         format!("`{}` has no chat template", dir.display()),

@@ -11,12 +11,12 @@ use crate::progress::Steps;
 /// Name and version, as records and configs have it.
 pub const TOOL: &str = concat!("gptq-rs:", env!("CARGO_PKG_VERSION"));
 
-/// Runs the job under the name `what`; with `plain`, beside others, in lines instead of a bar.
+/// Runs the job under the name `what`; `plain` prints lines instead of a bar, for concurrent jobs.
 pub fn watch(job: &Job, what: &str, plain: bool) -> Result<RunRecord, Failure> {
     try_watch(job, None, what, plain).map_err(|error| Failure::from(*error))
 }
 
-/// The same with a comparison at the end, for a caller to whom it matters what went wrong.
+/// Like [`watch`], with an optional comparison at the end; returns the error for callers that match on it.
 pub fn try_watch(
     job: &Job,
     compare: Option<&mut Compare<'_>>,
@@ -77,7 +77,7 @@ impl<'a> Shown<'a> {
                 eprintln!("there is no interrupted run to go on with: one begins");
             }
             Progress::Warning(text) => eprintln!("warning: {text}"),
-            // It has a bar of its own.
+            // The comparison has its own bar.
             Progress::Comparing => self.steps.take().into_iter().for_each(Steps::end),
             Progress::Published => {}
         }

@@ -1,4 +1,4 @@
-//! Whether windows begin with the beginning-of-sequence token, and with which.
+//! The beginning-of-sequence token of windows, if they have one.
 
 use std::sync::Once;
 
@@ -8,11 +8,11 @@ use gptq_model::ModelSpec;
 use crate::failure::Failure;
 use crate::models::Model;
 
-/// What windows of `source` begin with. `choice` is what was asked for; without one, the model's family
-/// says whether it needs BOS. Stored windows are taken as they are.
+/// The token that windows of `source` begin with, if any. `choice` is the user's; without one, the model's
+/// family decides. Stored windows are taken as they are.
 ///
-/// Fails where BOS was asked for and nobody names one. Where the family needs it alone, that is a
-/// warning, told once: all texts of a run lack it then.
+/// Fails if BOS was requested and no file names the token. If only the family needs it, a warning is
+/// printed once, since all texts of a run lack it then.
 pub fn window_bos(
     choice: Option<bool>,
     source: &Source,
@@ -60,7 +60,7 @@ pub fn window_bos(
     }
 }
 
-/// What a record says of it: nothing where windows are as those of any model.
+/// The value for a record: `None` where windows have no BOS and the model needs none.
 pub fn recorded(choice: Option<bool>, bos: Option<u32>, spec: &ModelSpec) -> Option<bool> {
     let is_refused = choice == Some(false) && spec.begins_with_bos;
     match bos {

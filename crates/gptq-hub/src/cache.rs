@@ -19,7 +19,7 @@ pub(crate) struct CachedRepo {
     folder: PathBuf,
 }
 
-/// What a repository is to the hub: part of the folder's name in the cache.
+/// The hub's type of a repository, part of the folder's name in the cache.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum RepoKind {
     Model,
@@ -55,12 +55,12 @@ impl CachedRepo {
     }
 }
 
-/// What a snapshot still lacks.
+/// Files that a snapshot lacks.
 #[derive(Debug, Default, PartialEq)]
 pub(crate) struct Missing {
     /// Files without which there is no model: `config.json`, weights.
     pub needed: Vec<String>,
-    /// Whether no tokenizer is there; some repositories have none.
+    /// Whether the tokenizer is missing; some repositories have none.
     pub tokenizer: bool,
 }
 

@@ -1,8 +1,8 @@
 //! A model folder as a source of tensors: `model.safetensors`, or an index and its shards, or one
 //! other `*.safetensors` file (AutoGPTQ's `gptq_model-4bit-128g.safetensors`).
 //!
-//! All headers are read and checked at once; tensor bytes are read by position when asked for. The
-//! index is never trusted alone: the shards' own headers say what there is, and the index must
+//! All headers are read and checked on opening; tensor bytes are read by position on demand. The
+//! index is never trusted alone: the shards' own headers list the tensors, and the index must
 //! agree. Files may be symbolic links, as in the hub cache, where `snapshots/*/file` points into
 //! `blobs`; names in an index may not leave the folder.
 
@@ -36,13 +36,13 @@ pub struct Checkpoint {
     notes: Vec<String>,
 }
 
-/// Where a tensor lies, under which name, and as what it is read.
+/// A tensor's shard, its stored name, and the type it is read as.
 #[derive(Debug)]
 pub(crate) struct Stored {
     pub shard: usize,
     /// In the file.
     pub name: String,
-    /// As it is read.
+    /// Type and shape after reading.
     pub info: TensorInfo,
     pub widening: Option<Widening>,
 }
@@ -50,9 +50,9 @@ pub(crate) struct Stored {
 impl Checkpoint {
     /// Opens a folder and checks every header in it, the file lengths and the index.
     ///
-    /// Tensors under other names than `model.*` and `lm_head.*` are known by these, unless a
-    /// `text_config` in `config.json` says that there is more than a decoder: then all keep their
-    /// names. FP8 weights are read as the floats that they stand for; [`Checkpoint::notes`] says so.
+    /// Tensors under other names are renamed to `model.*` and `lm_head.*`, unless `config.json` has a
+    /// `text_config` and so describes more than a decoder: then all keep their names. FP8 weights are
+    /// dequantized to floats on reading, with a note in [`Checkpoint::notes`].
     ///
     /// Fails when the folder or its weights are missing, when only pickles, a GGUF file or an
     /// adapter are there, when index and shards disagree, when a header is damaged or its file cut
@@ -118,8 +118,7 @@ impl Checkpoint {
             .collect()
     }
 
-    /// The files beside the weights that travel with the model ([`crate::is_companion`]), in the
-    /// order of their names.
+    /// The files that accompany the weights ([`crate::is_companion`]), sorted by name.
     pub fn companions(&self) -> &[PathBuf] {
         &self.companions
     }
@@ -227,7 +226,7 @@ fn bytes_of(files: &[PathBuf]) -> Result<u64, HubError> {
     files.iter().map(length).sum()
 }
 
-/// A sentence on the `quantization_config` that merging a quantized model leaves beside floats.
+/// A note on a stale `quantization_config`, left with float tensors by merging a quantized model.
 fn stale_settings(config: &Value, tensors: &BTreeMap<String, Stored>) -> Option<String> {
     let declared = declared_settings(config);
     let settings = declared.into_iter().find_map(Value::as_object)?;

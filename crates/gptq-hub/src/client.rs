@@ -1,8 +1,8 @@
-//! Requests to the hub: bytes as they are, time limits, redirects, what is worth another try.
+//! Requests to the hub: unencoded bytes, timeouts, redirects, errors worth a retry.
 //!
-//! Every answer is asked for with `Accept-Encoding: identity`. Redirects are followed here rather
-//! than by the HTTP library, because the hub says a large file's hash on the way, and because the
-//! login may go to the hub's own host only.
+//! Every request has `Accept-Encoding: identity`. Redirects are followed here rather than by the
+//! HTTP library, because the hub sends a large file's hash with a redirect, and because the login
+//! may go to the hub's own host only.
 
 use std::cell::Cell;
 use std::io;
@@ -43,11 +43,11 @@ pub(crate) enum Trouble {
 /// The last answer of a chain of redirects.
 pub(crate) struct Answer {
     pub response: Response<Body>,
-    /// What the hub's own answers said of the file.
+    /// Headers on the file from the hub's own answers.
     pub said: Said,
 }
 
-/// What the headers of the hub say of a file, the first word prevailing.
+/// Headers of the hub that describe a file; the first answer that has one wins.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Said {
     /// `X-Linked-Etag`: the sha256 of a large file.
@@ -98,8 +98,8 @@ impl Client {
         format!("{}/{path}", self.address)
     }
 
-    /// Follows redirects from `url` to an answer of 200, 206 or 416. `headers` are asked for at
-    /// every step, with what was said of the file so far.
+    /// Follows redirects from `url` to an answer of 200, 206 or 416. `headers` is called at every step
+    /// with the headers seen so far, and returns those to send.
     pub(crate) fn get(
         &self,
         url: &str,
@@ -190,7 +190,7 @@ impl Client {
         }
     }
 
-    /// The same of an error while a body is read.
+    /// Classifies an error while a body is read.
     pub(crate) fn broken(&self, error: &io::Error) -> Trouble {
         let reason = match error.kind() {
             io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => self.silent(),

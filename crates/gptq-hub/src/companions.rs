@@ -1,4 +1,4 @@
-//! The small files beside the weights that travel with a model, into the hub's cache and out of it.
+//! Companions: small files that accompany a model's weights into and out of the hub's cache.
 
 /// Tokenizer, templates, settings of generation, and of what turns images and sound into input.
 const NAMES: [&str; 15] = [
@@ -19,12 +19,12 @@ const NAMES: [&str; 15] = [
     "vocab.json",
 ];
 
-/// Beginnings of the names of what a licence asks to keep beside the model, in upper case.
+/// Beginnings of names of files that a licence requires to keep with the model, in upper case.
 const TERMS: [&str; 5] = ["LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY"];
 const TERM_ENDS: [&str; 3] = ["TXT", "MD", "PDF"];
 
-/// Whether a file of this name, directly in a model folder, travels with the model: its tokenizer,
-/// chat template, processors and settings of generation, and its licence, notice and use policy.
+/// Whether a file of this name, directly in a model folder, accompanies the model: tokenizer, chat
+/// template, processors, generation settings, licence, notice and use policy.
 ///
 /// ```
 /// assert!(gptq_hub::is_companion("USE_POLICY.md") && gptq_hub::is_companion("merges.txt"));

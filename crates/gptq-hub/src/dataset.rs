@@ -1,9 +1,9 @@
-//! Which files of a dataset repository hold the rows of one split.
+//! Finds the files of a dataset repository that hold the rows of one split.
 //!
-//! The hub keeps a copy of most datasets as Parquet on a branch of its own, in folders
-//! `CONFIG/SPLIT`; that is looked at first. Else the repository's own files are, whose names follow
-//! a few customs: `data/train-00000-of-00003.parquet`, `en/train.jsonl`, `my_train_set.jsonl`, or one
-//! file without a split in its name, which is all there is to train on.
+//! The hub keeps a Parquet copy of most datasets on a separate branch, in folders `CONFIG/SPLIT`,
+//! which is tried first. Otherwise the repository's own files are searched, whose names follow a few
+//! conventions: `data/train-00000-of-00003.parquet`, `en/train.jsonl`, `my_train_set.jsonl`, or a
+//! single file without a split in its name, taken as the training split.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -22,7 +22,7 @@ const REVISIONS: [&str; 2] = ["refs/convert/parquet", "main"];
 /// Names by which repositories call their splits; a file with none of them is of no split.
 const SPLITS: [&str; 7] = ["train", "test", "validation", "valid", "val", "dev", "eval"];
 
-/// JSON files beside the data that hold no rows.
+/// JSON files of a dataset that hold no rows.
 const NO_DATA: [&str; 6] = [
     "config.json",
     "dataset_dict.json",
@@ -172,7 +172,7 @@ fn choose(
             .iter()
             .filter(|file| file.mentions(split))
             .collect(),
-        // one file, or pieces of it, without a word of splits
+        // one file, or pieces of it, without a split in its name
         of_config
             .iter()
             .filter(|_| !has_splits && split == "train")

@@ -285,8 +285,8 @@ fn kind_name(kind: RepoType) -> &'static str {
     }
 }
 
-/// Makes `path`, in a snapshot, a relative link to `blob`, as Python's library has it. A link is
-/// made beside and renamed, so that nobody finds none.
+/// Makes `path`, in a snapshot, a relative link to `blob`, as Python's library does. A temporary link
+/// is renamed over it, so that there is never none.
 fn point(path: &Path, blob: &Path) -> std::io::Result<()> {
     let folder = path.parent().unwrap_or(path);
     fs::create_dir_all(folder)?;

@@ -1,9 +1,9 @@
-//! FP8 checkpoints: linears of F8_E4M3 values and a scale for each block of them, read as the wider
-//! floats that they stand for, `value * scale`.
+//! FP8 checkpoints: linears of F8_E4M3 values with a scale for each block of them, dequantized to
+//! wider floats on reading, `value * scale`.
 //!
-//! `NAME.weight` `[N, K]` has beside it `NAME.weight_scale_inv` `[ceil(N/rows), ceil(K/columns)]`
-//! with the `weight_block_size` of config.json (128 x 128 where it says nothing), one value, or, as
-//! `NAME.weight_scale`, one value or a value a row. Scales of activations are left out: floats need
+//! `NAME.weight` `[N, K]` comes with `NAME.weight_scale_inv`, `[ceil(N/rows), ceil(K/columns)]` for
+//! the `weight_block_size` of config.json (default 128 x 128) or one value, or with
+//! `NAME.weight_scale`, one value or a value per row. Scales of activations are dropped: floats need
 //! none.
 
 use std::collections::BTreeMap;
@@ -79,8 +79,8 @@ pub(crate) fn widen(
     Ok(names.len())
 }
 
-/// The type that config.json declares, for the whole model or else for its decoder; bf16 where it
-/// says none.
+/// The type that config.json declares, for the whole model or else for its decoder; bf16 by
+/// default.
 fn declared_type(config: &Value) -> Dtype {
     let keys = ["torch_dtype", "dtype"];
     let places = [Some(config), config.get("text_config")];
@@ -189,7 +189,7 @@ impl Widening {
     }
 }
 
-/// What each byte means: sign, four bits of exponent with a bias of 7, three of mantissa; no
+/// The value of each byte: sign, four bits of exponent with a bias of 7, three of mantissa; no
 /// infinities, and one NaN of each sign.
 static VALUES: LazyLock<[f32; 256]> = LazyLock::new(|| {
     std::array::from_fn(|byte| {

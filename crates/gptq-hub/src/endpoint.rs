@@ -1,6 +1,6 @@
 //! The address of a hub, apart from the login that may stand in it.
 
-/// Where requests go, and what they log in with.
+/// The address of the hub and the login for it.
 #[derive(Clone)]
 #[cfg_attr(not(feature = "hub"), allow(dead_code))]
 pub(crate) struct Endpoint {
@@ -11,8 +11,8 @@ pub(crate) struct Endpoint {
 }
 
 impl Endpoint {
-    /// Takes an address apart. What follows `?` or `#` is dropped, and whatever precedes the last
-    /// `@` counts as a login, since a password with a `/` in it must not be taken for a host.
+    /// Parses an address. Everything after `?` or `#` is dropped, and everything before the last `@`
+    /// counts as a login, since a password with a `/` in it must not be taken for a host.
     pub(crate) fn parse(text: &str) -> Self {
         let text = text.trim();
         let (scheme, rest) = text.split_once("://").unwrap_or(("https", text));

@@ -1,4 +1,4 @@
-//! What can go wrong between a model's name and its tensors, one line each.
+//! Errors between a model's name and its tensors, one line each.
 
 use std::io;
 use std::path::PathBuf;
@@ -168,7 +168,7 @@ pub enum HubError {
 }
 
 impl HubError {
-    /// What the reader of the error could do, where that is known; never part of the cause.
+    /// Advice to the user, if any; never part of the cause.
     pub fn hint(&self) -> Option<String> {
         Some(match self {
             HubError::GgufFile(path) => format!(

@@ -13,7 +13,7 @@ pub enum HalfType {
 }
 
 impl HalfType {
-    /// As config.json spells it: `float16` or `bfloat16`.
+    /// The name in config.json: `float16` or `bfloat16`.
     pub fn name(self) -> &'static str {
         match self {
             HalfType::F16 => "float16",
@@ -21,7 +21,7 @@ impl HalfType {
         }
     }
 
-    /// As a file of tensors has it.
+    /// The type in a tensor file.
     pub fn dtype(self) -> Dtype {
         match self {
             HalfType::F16 => Dtype::F16,

@@ -1,4 +1,4 @@
-//! Where models come from.
+//! Sources of models: folders, the hub, GGUF files, random weights.
 //!
 //! Knows: model folders ([`Checkpoint`]: one file or an index and its shards, every header checked
 //! before the first tensor is read), `owner/name[:branch]` and the hub's cache layout

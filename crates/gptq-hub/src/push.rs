@@ -1,8 +1,8 @@
-//! Branches go to the hub: large files through Git LFS, small ones inside a commit.
+//! Pushes branches to the hub: large files through Git LFS, small ones inside a commit.
 //!
-//! The protocol is the hub's own HTTP API with the batch API of Git LFS. An interrupted push is
-//! resumed by the same call: the hub says which objects it has, and a branch whose files are all
-//! there is left alone. No branch shows a file before its commit, which comes last.
+//! The protocol is the hub's own HTTP API with the batch API of Git LFS. The same call resumes an
+//! interrupted push: the hub reports which objects it has, and a complete branch is left alone. A
+//! branch shows no file before its commit, which comes last.
 
 use std::path::PathBuf;
 
@@ -10,7 +10,7 @@ use gptq_types::ContentHash;
 
 use crate::{HubError, ResolveOptions};
 
-/// What is to be pushed, and where to.
+/// Branches to push, and their destination.
 pub struct Push<'a> {
     /// `owner/name`; made where it does not exist.
     pub repo: &'a str,
@@ -31,7 +31,7 @@ pub struct PushFile {
     pub path: String,
     /// Bytes.
     pub size: u64,
-    /// Where they are.
+    /// The content, or the file that holds it.
     pub content: PushContent,
 }
 
@@ -47,14 +47,14 @@ pub enum PushContent {
     },
     /// Sent to the LFS store.
     Object {
-        /// Where it lies.
+        /// The path of the file.
         file: PathBuf,
         /// sha256 of the content.
         oid: ContentHash,
     },
 }
 
-/// What became of a branch.
+/// The outcome for a branch.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Pushed {
     /// All its files were there.

@@ -1,4 +1,4 @@
-//! What `owner/name:branch` means, and which names may become part of a path or an address.
+//! Parses `owner/name:branch`, and checks names that become part of a path or an address.
 
 use gptq_types::outside_name::{relative_path, shown};
 

@@ -16,7 +16,7 @@ use crate::reference::{ModelRef, is_repo, is_revision, parse_model_ref};
 
 const DEFAULT_ENDPOINT: &str = "https://huggingface.co";
 
-/// Where to look and what may be used; what is `None` comes from the environment.
+/// Options for finding a model; fields that are `None` come from the environment.
 #[derive(Clone, Default)]
 pub struct ResolveOptions {
     /// Never touch the network; also set by `HF_HUB_OFFLINE`.
@@ -25,20 +25,20 @@ pub struct ResolveOptions {
     pub cache_dir: Option<PathBuf>,
     /// Address of the hub without a slash at its end; else `HF_ENDPOINT` or `https://huggingface.co`.
     pub endpoint: Option<String>,
-    /// Sent to the hub as a bearer token; else `HF_TOKEN` or the file `token` beside the cache.
+    /// Sent to the hub as a bearer token; else `HF_TOKEN` or the file `token` next to the cache.
     pub token: Option<String>,
-    /// How long a hub that does not answer is waited for.
+    /// Timeouts and retries for a hub that does not answer.
     pub patience: Patience,
 }
 
-/// How long a hub that does not answer is waited for, and how often it is asked again.
+/// Timeouts and retries for a hub that does not answer.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Patience {
-    /// Without a byte, before a request counts as failed.
+    /// Time without a byte after which a request counts as failed.
     pub silence: Duration,
-    /// Before the second try; twice as long before each one after.
+    /// Wait before the first retry; it doubles before each further one.
     pub first_wait: Duration,
-    /// Tries after the first that brought nothing further.
+    /// Retries that bring no further bytes before giving up.
     pub retries: u32,
 }
 
@@ -114,7 +114,7 @@ impl Settings {
     }
 }
 
-/// What `hf auth login` left in the file `token` beside the cache.
+/// The token that `hf auth login` stored in the file `token` next to the cache.
 #[cfg(feature = "hub")]
 fn stored_token(cache: &Path) -> Option<String> {
     hf_hub::Cache::new(cache.to_path_buf()).token()

@@ -1,10 +1,10 @@
-//! A model folder of random weights, for measurements of speed and memory: how long a step takes
-//! and what it holds depends on shapes, and these need no download.
+//! A model folder of random weights, for measurements of speed and memory, which depend on shapes
+//! alone and so need no download.
 //!
-//! The weights are normal with the deviation that the family is initialized with, norms are one; those
+//! Weights are normal with the standard deviation of the family's initialization, norms are one; those
 //! of Gemma, which are added to one, are normal too.
-//! Quality cannot be measured on them: the model says nothing, its channels are alike, and GPTQ
-//! gains less over rounding than it does on trained weights.
+//! Quality cannot be measured on them: the text is noise, channels are alike, and GPTQ gains less over
+//! rounding to nearest than on trained weights.
 
 use std::collections::BTreeMap;
 use std::num::NonZeroU16;
@@ -28,8 +28,8 @@ use normal::{Normal, Stream};
 /// A file takes one write at a time, so many threads need many files.
 const MAX_SHARD_BYTES: u64 = 1_000_000_000;
 
-/// What a thread makes and writes at a time, in elements: 4 MiB, small beside any cache of pages
-/// and large beside the cost of a write. A multiple of the four that one random word gives.
+/// Elements that a thread makes and writes at a time: 4 MiB, small compared with any page cache, large
+/// enough to amortize a write. A multiple of the four that one random word gives.
 const PART_ELEMENTS: usize = 1 << 21;
 
 /// Half of the largest file that `--dataset` reads.
@@ -37,7 +37,7 @@ const MAX_TOKENS: usize = 1 << 27;
 
 const IDS: &str = "input_ids";
 
-/// What to make.
+/// The model to make.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SynthSpec {
     /// The dimensions.
@@ -48,7 +48,7 @@ pub struct SynthSpec {
     pub seed: u64,
     /// Element type of all tensors.
     pub dtype: HalfType,
-    /// Token windows to write beside it.
+    /// Token windows to write into its folder.
     pub windows: Option<SynthWindows>,
 }
 
@@ -63,7 +63,7 @@ pub struct SynthWindows {
     pub seq_len: usize,
 }
 
-/// What was made.
+/// The model that was made.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SynthReport {
     /// The published folder.

@@ -1,12 +1,12 @@
-//! The names under which other programs save a decoder, brought back to `model.*` and `lm_head.*`.
+//! Renames the tensors of decoders saved by other programs to `model.*` and `lm_head.*`.
 //!
-//! A text model taken out of a multimodal one is called `language_model.model.*` or
-//! `model.language_model.*`, a bare decoder has no `model.`, wrappers leave `_orig_mod.` (a compiled
-//! module), `module.` or `base_model.model.`. Where the embedding is found says what was put before
-//! all names.
+//! A text model taken out of a multimodal one has names `language_model.model.*` or
+//! `model.language_model.*`, a bare decoder lacks `model.`, wrappers leave `_orig_mod.` (a compiled
+//! module), `module.` or `base_model.model.`. The name of the embedding reveals the prefix of all
+//! names.
 //!
-//! A multimodal checkpoint, one whose `config.json` has a `text_config`, is not brought back: its
-//! modules keep the paths under which its readers look for them, and only wrappers are taken away.
+//! A multimodal checkpoint, one whose `config.json` has a `text_config`, is not renamed: its modules
+//! keep the paths that its readers expect, and only wrappers are removed.
 
 use std::collections::BTreeMap;
 
@@ -23,22 +23,21 @@ const WRAPPERS: [&str; 3] = [
 ];
 /// Left before all names by data-parallel training and by adapters that were merged.
 const LEADING: [&str; 2] = ["module.", "base_model.model."];
-/// Of a name out of a file, in an error.
+/// Characters of a stored name shown in an error.
 const SHOWN_CHARACTERS: usize = 96;
 
 /// Names of a checkpoint as the rest of the program knows them.
 #[derive(Debug, PartialEq)]
 pub(crate) struct Renamed<T> {
     pub tensors: BTreeMap<String, T>,
-    /// What stood before the names, where anything did.
+    /// A note on the removed prefix, if there was one.
     pub note: Option<String>,
 }
 
-/// Takes what was put before the names away; `Err` says what was found instead of a decoder.
+/// Removes prefixes from the names; `Err` describes what was found instead of a decoder.
 ///
-/// `multimodal` says that the decoder is one part of a larger model: then names lose their wrappers
-/// and nothing else. Names without an embedding among them stay as they are: whoever misses a tensor
-/// names it.
+/// With `multimodal` the decoder is one part of a larger model, and names lose only their wrappers.
+/// Names without an embedding among them are unchanged: the reader that lacks a tensor reports it.
 pub(crate) fn canonical<T>(
     tensors: BTreeMap<String, T>,
     multimodal: bool,
@@ -218,7 +217,7 @@ mod tests {
                 .unwrap_err()
                 .contains("both mean")
         );
-        // nothing that looks like a decoder: whoever misses a tensor says so
+        // nothing looks like a decoder: the reader that lacks a tensor reports it
         let other = ["transformer.wte.weight".to_string()];
         assert_eq!(canonical(named(&other), false).unwrap().note, None);
     }

@@ -33,8 +33,8 @@ pub(crate) fn read_text(path: &Path, limit: u64) -> Result<String, HubError> {
     String::from_utf8(bytes).map_err(|_| bad("not UTF-8 text".into()))
 }
 
-/// Refuses a file that is a pointer or a web page, by its first bytes. It may be empty: an empty
-/// `merges.txt` is one.
+/// Refuses a file that is an LFS pointer or a web page, by its first bytes. Empty files are valid:
+/// `merges.txt` may be empty.
 pub(crate) fn refuse_stand_in(path: &Path) -> Result<(), HubError> {
     let file = fs::File::open(path).map_err(|source| HubError::io("read", path, source))?;
     let mut first = Vec::new();

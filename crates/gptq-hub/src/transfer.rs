@@ -1,8 +1,8 @@
-//! One file of the hub into a blob of the cache.
+//! Downloads a file of the hub into a blob of the cache.
 //!
-//! Bytes arrive in a file of their own and get the blob's name when all are there and, where the hub
-//! says a sha256, are those. A large file goes on where it was cut, also by another process later:
-//! `blobs/SHA256.incomplete`, locked while it grows. Any other file begins anew in each process.
+//! Bytes go to a temporary file, which gets the blob's name once complete and verified against the
+//! hub's sha256, if it sends one. A large file is resumed where it was cut, also by a later process:
+//! `blobs/SHA256.incomplete`, locked while it grows. Any other file starts over in each process.
 
 use std::cell::Cell;
 use std::fs::{self, File};
@@ -19,7 +19,7 @@ use ureq::http::{HeaderMap, Response};
 use crate::client::{Answer, Client, Headers, Said, Trouble};
 
 const BUFFER_BYTES: usize = 1 << 20;
-/// Of a file whose length nobody declares: what the hub takes as one file.
+/// Limit for a file of undeclared length: the largest file that the hub accepts.
 const MOST_UNDECLARED_BYTES: u64 = 50_000_000_000;
 
 /// A file that arrived.
@@ -42,7 +42,7 @@ struct Transfer<'a> {
     partial: Option<Partial>,
     /// The beginning came with another answer.
     resumed: bool,
-    /// Of the answer that gave the bytes so far: lets the next one go on only if it is the same.
+    /// Validator of the answer that gave the bytes so far; a transfer is resumed only under the same one.
     validator: Option<String>,
     said: Said,
     progress: &'a mut dyn FnMut(u64, u64),
@@ -247,7 +247,7 @@ impl Transfer<'_> {
         }
     }
 
-    /// What no later process could go on with goes.
+    /// Removes a partial file that no later process could resume.
     fn tidy(&mut self) {
         if let Some(partial) = self.partial.take()
             && (!partial.named || partial.have == 0)
@@ -336,7 +336,7 @@ pub(crate) fn unmistakable() -> String {
     format!("{}-{nanoseconds}-{count}", std::process::id())
 }
 
-/// Whether nothing of that name is there, or a file of that content.
+/// Whether the blob is absent or has that content.
 fn is_same(blob: &Path, hash_of_new: &str) -> io::Result<bool> {
     Ok(!blob.is_file() || hash(blob)? == hash_of_new)
 }
@@ -371,13 +371,13 @@ fn number(headers: &HeaderMap, name: &str) -> Option<u64> {
     text(headers, name)?.trim().parse().ok()
 }
 
-/// Whether the bytes are not those of the file in spite of `identity`; the HTTP library unpacks
-/// them, but then the declared length is another.
+/// Whether the body is encoded in spite of `identity`; the HTTP library decodes it, but then the
+/// declared length does not match.
 fn is_encoded(headers: &HeaderMap) -> bool {
     text(headers, "content-encoding").is_some_and(|how| !how.eq_ignore_ascii_case("identity"))
 }
 
-/// Only a strong validator says that two answers are parts of one file.
+/// The entity tag if strong: only a strong one proves that two answers are parts of one file.
 fn strong_etag(headers: &HeaderMap) -> Option<String> {
     let tag = text(headers, "etag")?.trim();
     tag.starts_with('"').then(|| tag.to_string())

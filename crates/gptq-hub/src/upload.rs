@@ -24,7 +24,7 @@ const LFS: &str = "application/vnd.git-lfs+json";
 const NDJSON: &str = "application/x-ndjson";
 /// The hub puts it into every new repository.
 const ATTRIBUTES: &str = ".gitattributes";
-/// Of the hub's own words, in an error.
+/// Characters of the hub's message shown in an error.
 const MOST_REASON: usize = 200;
 
 type Progress<'a> = &'a mut dyn FnMut(&str, u64, u64);
@@ -40,7 +40,7 @@ pub(crate) fn push(
     push_to(&hub, push, progress).map_err(|error| without(error, &hub.token))
 }
 
-/// The same error, with the token nowhere in it.
+/// Removes the token from an error.
 fn without(error: HubError, token: &str) -> HubError {
     let clean = |reason: String| reason.replace(token, "***");
     match error {

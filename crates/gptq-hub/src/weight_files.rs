@@ -1,5 +1,5 @@
-//! Which files of a folder hold its weights: `model.safetensors`, or an index and its shards, or
-//! the one that `quantize_config.json` names, or the only other `*.safetensors` file.
+//! Finds the weight files of a folder: `model.safetensors`, or an index and its shards, or the file
+//! that `quantize_config.json` names, or the only other `*.safetensors` file.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -17,7 +17,7 @@ const MAX_INDEX_BYTES: u64 = 64 << 20;
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 pub(crate) const ADAPTER_CONFIG: &str = "adapter_config.json";
-/// Of a name out of a file, in an error.
+/// Characters of a stored name shown in an error.
 const SHOWN_CHARACTERS: usize = 96;
 
 #[derive(Deserialize)]
@@ -111,7 +111,7 @@ fn declared_file<'a>(dir: &Path, weights: &[&'a String]) -> Result<Option<&'a st
         return Ok(None);
     }
     let text = read_text(&path, MAX_CONFIG_BYTES)?;
-    // what else is wrong with it is said by those who read its settings
+    // other errors in it are reported by the readers of its settings
     let settings: Value = serde_json::from_str(&text).unwrap_or_default();
     let Some(base) = settings["model_file_base_name"].as_str() else {
         return Ok(None);
@@ -156,7 +156,7 @@ fn quote_all(names: &[&String]) -> String {
     quoted.join(", ")
 }
 
-/// The error for a place without safetensors, which says so when pickles are there instead.
+/// The error for a place without safetensors; it mentions pickles found instead.
 pub(crate) fn no_weights(place: String, listing: &[String]) -> HubError {
     let ends = [".bin", ".pt", ".pth", ".ckpt"];
     let named = |name: &&String| ends.iter().any(|end| name.ends_with(end));
@@ -179,7 +179,7 @@ fn adapter(dir: &Path) -> Result<HubError, HubError> {
     Ok(adapter_of(dir.display().to_string(), &text))
 }
 
-/// The same from the text of its `adapter_config.json`.
+/// The error for an adapter, from the text of its `adapter_config.json`.
 pub(crate) fn adapter_of(place: String, config: &str) -> HubError {
     let config: Value = serde_json::from_str(config).unwrap_or_default();
     let base = config["base_model_name_or_path"].as_str();

@@ -188,7 +188,7 @@ fn what_is_no_model_folder_is_named() {
     let config = r#"{"base_model_name_or_path": "acme/base", "peft_type": "LORA"}"#;
     fs::write(dir.path().join("adapter_config.json"), config).unwrap();
     assert!(error_of(dir.path()).ends_with("is an adapter of `acme/base`, not a model"));
-    // merged weights beside it are a model
+    // with merged weights in the same folder it is a model
     write(dir.path(), "model.safetensors", &["a"]);
     Checkpoint::open(dir.path()).unwrap();
 
@@ -281,7 +281,7 @@ fn eight_bit_floats_are_read_by_blocks() {
         .map(|bytes| f32::from_le_bytes(*bytes))
         .collect();
     assert_eq!(values, [1.0, 1.0, 2.0, -2.0]);
-    // a multimodal model may say it of its decoder alone
+    // a multimodal model may declare the type for its decoder only
     let nested = config.replacen("\"torch_dtype\"", "\"text_config\": {\"dtype\"", 1);
     let nested = nested.replacen("\"float32\"", "\"float32\"}", 1);
     fs::write(dir.path().join("config.json"), nested).unwrap();
@@ -303,7 +303,7 @@ fn eight_bit_floats_are_read_by_blocks() {
 
 #[test]
 fn settings_left_beside_floats_are_said() {
-    // `quantize` once refused what `eval` took, and neither said why
+    // `quantize` once refused a folder that `eval` accepted, both without a reason
     let dir = tempfile::tempdir().unwrap();
     let half = TensorInfo {
         dtype: Dtype::F16,
@@ -341,7 +341,7 @@ fn a_text_config_keeps_all_names() {
     assert_eq!(checkpoint.names(), names);
     assert_eq!(checkpoint.bytes(names[2]).unwrap(), [2, 0, 0, 0]);
     assert_eq!(checkpoint.notes().len(), 1);
-    // without it the folder says that it is a decoder, and it is none
+    // without `text_config` the folder claims to be a decoder, which it is not
     fs::write(&config, r#"{"text_config": null}"#).unwrap();
     assert!(error_of(dir.path()).contains("part of no decoder"));
 }

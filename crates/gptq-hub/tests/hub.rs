@@ -18,7 +18,7 @@ const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 const WEIGHTS_SHA256: &str = "9a129038d9a00aed0cf6a7ea059ca50a813449061ab87848cf1a13eafdf33b2c";
 /// No test asks for more.
 const MAX_REQUESTS: usize = 80;
-/// Of a server that a test lets be silent.
+/// The client's timeout for a server that a test keeps silent.
 const SILENCE: Duration = Duration::from_millis(300);
 
 #[derive(Clone)]
@@ -33,7 +33,7 @@ enum Answer {
     Turns(Vec<Raw>),
 }
 
-/// What goes over the wire, and what the server does after it.
+/// Bytes to send, and the server's behaviour afterwards.
 #[derive(Clone)]
 enum Raw {
     Bytes(String),
@@ -108,7 +108,7 @@ impl Hub {
         self.requests.lock().unwrap().len()
     }
 
-    /// Those of paths that end so.
+    /// Requests whose path ends with `end`.
     fn asked(&self, end: &str) -> Vec<Request> {
         let requests = self.requests.lock().unwrap();
         let found = requests
@@ -599,7 +599,7 @@ fn what_was_cut_in_the_middle_goes_on() {
         assert!(!name.contains("incomplete"), "{name}");
     }
 
-    // a small file goes on only where an entity tag says that it is the same one
+    // a small file is resumed only if its entity tag is unchanged
     let tagged = "etag: \"v1\"\r\n";
     let rest = format!("{tagged}content-range: bytes 1-3/4\r\n");
     let config = vec![

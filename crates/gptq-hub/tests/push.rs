@@ -19,7 +19,7 @@ const REPO: &str = "me/model-GPTQ";
 /// No test asks for more.
 const MAX_REQUESTS: usize = 100;
 
-/// What the server holds and how it behaves.
+/// The server's content and behaviour.
 #[derive(Default)]
 struct State {
     exists: bool,

@@ -7,7 +7,7 @@ use gptq_types::PairedDifference;
 /// Share of intervals that hold the true mean.
 const CONFIDENCE: f64 = 0.95;
 
-/// An interval from two windows is twelve standard errors wide and says nothing.
+/// Fewest windows for an interval: one from two windows is twelve standard errors wide, and useless.
 const LEAST_WINDOWS: usize = 3;
 
 /// Mean of `own - first` over windows with its 95 % confidence interval, paired by window: both
@@ -118,7 +118,7 @@ mod tests {
         assert!((found.noise_floor() - 0.343_743).abs() < 1e-6);
     }
 
-    /// The windows themselves differ by far more than the models: unpaired, nothing could be said.
+    /// Windows differ by far more than the models, so an unpaired test would show nothing.
     #[test]
     fn what_windows_have_in_common_cancels() {
         let first = [1.0, 9.0, 4.0, 2.0, 7.0];

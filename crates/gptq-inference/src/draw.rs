@@ -4,7 +4,7 @@
 pub struct Draw(u64);
 
 impl Draw {
-    /// One of the streams of a seed, such as that of a window.
+    /// The stream of a seed for one window.
     pub fn new(seed: u64, window: u64) -> Self {
         let mut draw = Draw(seed ^ window.wrapping_mul(0xD1B5_4A32_D192_ED03));
         draw.next();

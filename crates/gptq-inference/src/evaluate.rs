@@ -26,7 +26,7 @@ const GROUP_TOKENS: usize = 32_768;
 #[cfg(feature = "cuda")]
 const GPU_GROUP_TOKENS: usize = 196_608;
 
-/// Tokens that go through a model together where nobody says how many.
+/// Default number of tokens that go through a model together.
 pub fn group_tokens(device: Device) -> usize {
     match device {
         Device::Cpu => GROUP_TOKENS,
@@ -59,7 +59,7 @@ pub fn groups(lengths: impl IntoIterator<Item = usize>, tokens: usize) -> Vec<Ra
 pub struct Request<'a> {
     /// The first is the reference.
     pub models: &'a [OpenedModel],
-    /// Where.
+    /// The device to score on.
     pub device: &'a DeviceContext,
     /// Token ids, a vector per window.
     pub windows: &'a [Vec<u32>],
@@ -89,7 +89,7 @@ pub struct Scores {
 pub struct Step {
     /// Passes through a block or a head that are behind us.
     pub done: usize,
-    /// All of them.
+    /// The number of all steps.
     pub all: usize,
     /// The model at work.
     pub model: usize,
@@ -202,7 +202,7 @@ pub fn evaluate(
 /// Passages from the shortest to the longest, in groups: those of one length go side by side.
 struct ByLength {
     sorted: Vec<Passage>,
-    /// Where each of them stood.
+    /// The original index of each passage.
     order: Vec<usize>,
     groups: Vec<Range<usize>>,
 }
@@ -293,7 +293,7 @@ impl Run<'_> {
                 },
             })?;
             reference = hidden.or(reference);
-            // What the journal has was scored before; its seconds are those that it took then.
+            // An entry in the journal was scored by an earlier run, and keeps the seconds of that run.
             if self.journal.get(place).is_none() {
                 self.journal.record(Entry {
                     place,

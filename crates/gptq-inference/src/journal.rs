@@ -117,7 +117,7 @@ struct Stored {
     bytes: u64,
     /// Hash of the first line, part of every other line's check.
     evaluation: ContentHash,
-    /// Where the entries that were read stand, from 1.
+    /// Line numbers of the entries that were read, from 1.
     lines: BTreeMap<Place, usize>,
 }
 
@@ -200,7 +200,7 @@ impl Journal {
         self.entries.get(&place)
     }
 
-    /// Keeps the entry; it is on disk when this returns. What a full disk takes of it is removed.
+    /// Appends the entry, which is on disk when this returns. A partial line left by a full disk is removed.
     pub(crate) fn record(&mut self, entry: Entry) -> Result<(), JournalError> {
         if let Some(stored) = &mut self.file {
             let written = serde_json::to_string(&entry)
@@ -282,7 +282,7 @@ fn check_of(evaluation: &ContentHash, json: &str) -> ContentHash {
     hasher.finish()
 }
 
-/// The first line, whole or not at all: written beside, then renamed.
+/// Creates the journal with its first line, atomically: a temporary file is renamed.
 fn begin(path: &Path, settings: &Map<String, Value>) -> io::Result<()> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let beside = path.with_file_name(format!(".{name}.{}.partial", std::process::id()));
@@ -326,7 +326,7 @@ fn read_settings(
     if !found.contains_key("tool") {
         return Err(foreign());
     }
-    // What one of them does not have is null: tasks that were left out, or came in.
+    // A setting missing on one side counts as null: tasks may have been added or dropped.
     for what in settings.keys().chain(found.keys()) {
         let of = |all: &Map<String, Value>| all.get(what).cloned().unwrap_or_default();
         let (found, wanted) = (of(&found), of(settings));

@@ -4,11 +4,11 @@ use gptq_model::{Decoder, ModelError};
 
 use crate::passage::{Passage, ask};
 
-/// Whether each passage's word is what the model would write: each token of it is the likeliest
-/// one after the true tokens before it. Greedy writing takes the same tokens as long as they are
-/// right, so one pass over the whole passage is enough.
+/// Whether greedy decoding would produce each passage's last word: each of its tokens is the likeliest after
+/// the true tokens before it. Greedy decoding follows the true tokens as long as it is right, so one pass
+/// over the whole passage is enough.
 ///
-/// `progress` hears of each block, and of the head as one more.
+/// `progress` is called for each block, and once more for the lm_head.
 pub fn guess_last_words(
     decoder: &mut dyn Decoder,
     passages: &[Passage],

@@ -17,7 +17,7 @@ pub fn logits(decoder: &mut dyn Decoder, ids: &[u32]) -> Result<Vec<f32>, ModelE
 pub struct LogitComparison {
     /// Largest absolute difference; infinite where one side is not finite.
     pub max_difference: f32,
-    /// Where it is: token and vocabulary entry.
+    /// Its position: token and vocabulary entry.
     pub at: (usize, usize),
     /// Both values there: got, expected.
     pub values: (f32, f32),

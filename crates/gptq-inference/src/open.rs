@@ -51,7 +51,7 @@ impl OpenError {
 pub struct OpenedModel {
     /// Weights, dequantized on reading where packed.
     pub weights: Arc<dyn WeightSource>,
-    /// The same, where linears are packed and may be had as codes.
+    /// The same weights as codes, for a packed checkpoint.
     pub packed: Option<Arc<PackedWeights>>,
     /// The architecture.
     pub spec: ModelSpec,

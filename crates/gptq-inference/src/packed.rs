@@ -26,12 +26,11 @@ impl PackedWeights {
         }
     }
 
-    /// The same, with the element type that the text of `config.json` declares: readers compute in
-    /// it, whatever the plain tensors are stored in. Quantizing a bf16 model leaves bf16 embeddings
-    /// under `float16`.
+    /// Sets the element type that the text of `config.json` declares: readers compute in it, whatever type
+    /// the plain tensors have. Quantizing a bf16 model leaves bf16 embeddings under `float16`.
     pub fn declared_by(mut self, config_json: &str) -> Self {
         let json: serde_json::Value = serde_json::from_str(config_json).unwrap_or_default();
-        // That of the whole file, else that of a multimodal checkpoint's text model.
+        // The type of the whole model, else that of a multimodal checkpoint's text model.
         let declared = [&json, &json["text_config"]]
             .into_iter()
             .flat_map(|json| ["dtype", "torch_dtype"].map(|key| json[key].as_str()))

@@ -9,10 +9,10 @@ use crate::{RunError, Runner};
 /// Runs of each measurement; the fastest counts, since whatever else the machine does only slows.
 const RUNS: usize = 3;
 
-/// Reads a prompt of `prompt_tokens` as one sequence, then decodes `new_tokens` for each of `batch`
-/// sequences that hold it. What the tokens are does not matter to the time.
+/// Prefills a prompt of `prompt_tokens` as one sequence, then decodes `new_tokens` for each of `batch`
+/// sequences that hold it. The values of the tokens do not affect the time.
 ///
-/// `device` is the name that the record gets.
+/// `device` is its name in the record.
 pub fn measure_speed(
     runner: &mut dyn Runner,
     device: &str,

@@ -24,7 +24,7 @@ pub struct Evaluation {
     pub windows: usize,
 }
 
-/// One model against the reference.
+/// A model compared with the reference.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Comparison {
     /// Mean KL divergence from the reference, nats.
@@ -176,8 +176,8 @@ mod tests {
         assert!(summarize(&[], &[]).comparison.is_none());
     }
 
-    /// By hand: of 0, 1, ..., 2000, shuffled over windows, 99.9 % of 2000 steps is 1998; of
-    /// 0 ... 499 it is 498.501; of 3 and 7 it is 6.996. `numpy.percentile(x, 99.9)` says the same.
+    /// By hand: the percentile of 0, 1, ..., 2000, shuffled over windows, is 99.9 % of 2000 steps, 1998; of
+    /// 0 ... 499 it is 498.501; of 3 and 7 it is 6.996. `numpy.percentile(x, 99.9)` agrees.
     #[test]
     fn the_tail_is_interpolated_between_positions() {
         let shuffled = |n: usize| -> Vec<f32> { (0..n).map(|i| (i * 7 % n) as f32).collect() };
@@ -219,7 +219,7 @@ mod tests {
         assert_eq!(found.comparison, None);
     }
 
-    /// It was `inf`, and `null` in JSON, at exit 0.
+    /// Such a perplexity was once `inf`, and `null` in JSON, at exit 0.
     #[test]
     fn a_likelihood_too_small_for_a_perplexity_is_told() {
         let found = summarize(&[plain(700.0), plain(720.0)], &[]);
@@ -230,7 +230,7 @@ mod tests {
         assert!(nan.perplexity().is_err());
     }
 
-    /// It was printed as -0.0000, or below 0.
+    /// The divergence was once printed as -0.0000, or below 0.
     #[test]
     fn the_divergence_of_equal_models_is_not_negative() {
         let found = compared(&[window(1.0, &[-1e-7, -3e-7]), window(1.0, &[0.0, 1e-7])]);

@@ -42,7 +42,7 @@ const PACKED: [&str; 5] = [
     "gptqmodel/8bit-64g-v1-sym-act",
 ];
 
-/// As floats and packed.
+/// The float model and the packed ones.
 fn models() -> impl Iterator<Item = OpenedModel> {
     let all = ["verne"].into_iter().chain(PACKED);
     all.map(|name| model(&fixture(name)))

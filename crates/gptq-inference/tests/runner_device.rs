@@ -16,8 +16,8 @@ use gptq_model::{Device, DeviceContext};
 use gptq_packer::SafetensorsFile;
 use gptq_types::{Dtype, SourceError, TensorInfo, TensorSource};
 
-/// Of sixteen-bit activations: largest difference of a logit (they spread over some 20), and mean
-/// divergence in f16 and in bf16, which has an eighth of the precision. The pass that streams blocks
+/// Tolerances for sixteen-bit activations: largest difference of a logit (they span about 20), and mean
+/// KL divergence in f16 and in bf16, which has an eighth of the precision. The pass that streams blocks
 /// differs by as much on the same GPU.
 const DIFFERENCE: f32 = 0.5;
 const DIVERGENCE: [f64; 2] = [1e-4, 1e-2];
@@ -27,7 +27,7 @@ const IDS: [u32; 24] = [
     267, 337, 335, 429,
 ];
 
-/// One test at a time: the memory that a runner takes is told from what the process holds.
+/// One test at a time: a runner's memory is measured as that of the whole process.
 fn alone() -> MutexGuard<'static, ()> {
     static TURN: Mutex<()> = Mutex::new(());
     TURN.lock().unwrap_or_else(|held| held.into_inner())
@@ -246,8 +246,8 @@ fn linears_of_a_stage_with_other_groups_are_read_as_they_are() {
     }
 }
 
-/// What a float `o_proj` reads ends where rows of a packed one have padding, which is zero again when
-/// that one's turn comes: a second sequence would notice.
+/// Rows of a float `o_proj` end where those of a packed one have padding, which must be zero again when the
+/// packed one reads it: a second sequence would show the difference.
 #[test]
 fn packed_beside_float_linears_are_read_as_they_are() {
     let _alone = alone();

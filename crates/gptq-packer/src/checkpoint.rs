@@ -45,12 +45,12 @@ pub fn packed_layers(source: &dyn TensorSource) -> Vec<LayerName> {
 /// Checks the headers of one packed linear of `[in_features, out_features]`: presence, type and shape
 /// of `qweight`, `qzeros`, `scales` and `g_idx`. Nothing is read but headers.
 ///
-/// The shape is the architecture's. What the tensors say of it themselves proves nothing: a `g_idx`
-/// that is two channels short has the same `qweight`.
+/// The shape comes from the architecture, since the tensors cannot prove it: a `g_idx` that is two channels
+/// short has the same `qweight`.
 ///
 /// # Errors
-/// The first tensor that is missing or does not fit; a `g_idx` that is absent where the inputs do not
-/// fill words and groups, so that nothing says how the last ones are cut.
+/// The first tensor that is missing or does not fit; an absent `g_idx` where the inputs do not fill words
+/// and groups, which leaves the length of the last ones unknown.
 pub fn check_layer(
     source: &dyn TensorSource,
     name: &LayerName,
@@ -124,7 +124,7 @@ impl StoredShape {
         }
     }
 
-    /// Whether there is a `g_idx`; an error where a tensor is not as it must be.
+    /// Whether there is a `g_idx`; an error for a tensor of another type or shape.
     fn check(self, source: &dyn TensorSource, name: &LayerName) -> Result<bool, ReadError> {
         let words = |fields| word_count(fields, self.bits);
         let rows = [words(self.inputs), self.outputs];

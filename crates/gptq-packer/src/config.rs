@@ -1,10 +1,9 @@
 //! Quantization settings as AutoGPTQ, transformers, GPTQModel and auto-round write them.
 //!
-//! Reading is lenient about keys that say how a checkpoint was made and strict about those that
-//! say how its bytes are read. Settings stand in `quantize_config.json`, in the
-//! `quantization_config` of `config.json`, or in both; readers differ in which they open first, so
-//! a checkpoint whose two files disagree means different weights to different readers and is
-//! refused.
+//! Reading is lenient about keys on how a checkpoint was made and strict about those that determine how
+//! its bytes are read. Settings are in `quantize_config.json`, in the `quantization_config` of
+//! `config.json`, or in both. Readers differ in which they open first, so a checkpoint whose two files
+//! disagree gives them different weights and is refused.
 
 use std::fmt::Display;
 
@@ -19,7 +18,7 @@ const MODEL_CONFIG: &str = "config.json";
 pub(crate) const SETTINGS_KEY: &str = "quantization_config";
 pub(crate) const TEXT_CONFIG: &str = "text_config";
 const TEXT_SETTINGS: &str = "text_config.quantization_config";
-/// Of a value, in an error.
+/// Characters of a value shown in an error.
 const SHOWN_CHARACTERS: usize = 80;
 
 /// Settings that cannot be read or used.
@@ -91,7 +90,7 @@ impl ConfigError {
     }
 }
 
-/// What a reader must know about a checkpoint, and what is known about its making.
+/// Settings that a reader needs, and settings known about how the checkpoint was made.
 #[derive(Clone, Debug, PartialEq)]
 pub struct QuantizeConfig {
     /// Width of a code.
@@ -119,7 +118,7 @@ pub struct QuantizeConfig {
     pub dynamic: Option<Map<String, Value>>,
     /// All settings as read, `config.json` first; keys of `quantize_config.json` prevail.
     pub raw: Map<String, Value>,
-    /// What was assumed because the files do not say.
+    /// Assumptions made where the files are silent.
     pub notes: Vec<String>,
 }
 
@@ -181,8 +180,8 @@ fn declared_in<'a>(
     }
 }
 
-/// What a `config.json` declares of a quantization, of the whole model or of a part of it
-/// (`text_config`, `vision_config`), the outermost first.
+/// Quantization settings declared in a `config.json` for the whole model or a part of it (`text_config`,
+/// `vision_config`), the outermost first.
 ///
 /// ```
 /// let config = serde_json::json!({"text_config": {"quantization_config": {"bits": 4}}});
@@ -214,7 +213,7 @@ struct Draft {
 }
 
 impl Draft {
-    /// Of the whole model, else of the text model of a multimodal one.
+    /// Settings of the whole model, else those of the text model of a multimodal one.
     fn of_model(text: &str) -> Result<Option<Self>, ConfigError> {
         let model = object(MODEL_CONFIG, text)?;
         let [whole, text] = [

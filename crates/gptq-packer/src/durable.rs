@@ -12,9 +12,9 @@ pub(crate) fn parent_of(path: &Path) -> PathBuf {
     }
 }
 
-/// Makes `folder` and all above it; says which of them were not there, the deepest first.
+/// Makes `folder` and its missing parents; returns the new folders, the deepest first.
 ///
-/// After an error none of those stays.
+/// After an error none of the new folders is left.
 pub(crate) fn make_folders(folder: &Path) -> io::Result<Vec<PathBuf>> {
     let absent = |path: &&Path| !path.as_os_str().is_empty() && !path.exists();
     let made: Vec<PathBuf> = (folder.ancestors().take_while(absent))
@@ -46,12 +46,12 @@ pub(crate) fn sync_folder(folder: &Path) -> io::Result<()> {
 
 const LEFTOVER_SUFFIX: &str = ".partial";
 
-/// Whether a file of this name is what a killed [`replace_file`] leaves.
+/// Whether the name is that of a temporary file left by a killed [`replace_file`].
 pub(crate) fn is_leftover(name: &str) -> bool {
     name.starts_with('.') && name.ends_with(LEFTOVER_SUFFIX)
 }
 
-/// Writes beside `path`, syncs, then renames over it.
+/// Writes a temporary file next to `path`, syncs, then renames it over `path`.
 pub(crate) fn replace_file(
     path: &Path,
     fill: impl FnOnce(&mut File) -> io::Result<()>,

@@ -14,19 +14,19 @@ const MODEL_CONFIG: &str = "config.json";
 /// Names of the element type: before and since transformers 5.
 const TYPE_KEYS: [&str; 2] = ["torch_dtype", "dtype"];
 
-/// In what type a reader is told to compute.
+/// The type that the config tells readers to compute in.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum DeclaredType {
     /// `float16`, which keeps scales as they are stored.
     #[default]
     F16,
-    /// `bfloat16`, for models whose activations are too large for f16. Most readers round scales to
-    /// it; docs/FORMAT.md says which.
+    /// `bfloat16`, for models whose activations overflow f16. Most readers round scales to it;
+    /// docs/FORMAT.md lists them.
     Bf16,
 }
 
 impl DeclaredType {
-    /// As config.json spells it.
+    /// The name in config.json.
     pub fn name(self) -> &'static str {
         match self {
             DeclaredType::F16 => "float16",
@@ -451,7 +451,7 @@ mod tests {
         assert_eq!(emit("{}")["torch_dtype"], "float16");
     }
 
-    /// The float source's declaration went along, beside the settings of the checkpoint.
+    /// The float source's declaration was once copied along with the checkpoint's own settings.
     #[test]
     fn settings_inside_the_parts_of_a_model_are_taken_out() {
         for (part, left) in [
@@ -487,7 +487,7 @@ mod tests {
         }
     }
 
-    /// Gemma 3 computes nothing but infinities in f16, and its copy in text_config once said f16 on.
+    /// Gemma 3 overflows to infinities in f16, yet the copy of the type in text_config once stayed f16.
     #[test]
     fn both_parts_of_a_multimodal_config_declare_the_same() {
         let original = r#"{
@@ -516,7 +516,7 @@ mod tests {
         let parsed: Value = serde_json::from_str(&text).unwrap();
         assert_eq!(parsed.get("torch_dtype"), None);
 
-        // a part that says nothing follows the whole
+        // a part without a type follows the whole model
         for silent in [r#"{"text_config":{"a":[1]}}"#, r#"{"text_config":null}"#] {
             let text = with_settings(silent, &spec).unwrap();
             assert!(text.contains(r#"  "torch_dtype": "float16","#), "{text}");

@@ -1,16 +1,15 @@
-//! Which modules of a checkpoint stay float, in the form in which GPTQModel, vLLM and SGLang read it:
-//! keys of `dynamic` that begin with `-:`, each a regular expression matched against the beginning of
-//! a module's path.
+//! Modules that stay float, as GPTQModel, vLLM and SGLang read them: keys of `dynamic` that begin with
+//! `-:`, each a regular expression matched against the beginning of a module's path.
 //!
-//! Paths at run time are not always those of the file: readers put `model.` before a part of a
-//! multimodal model or take it away. So a whole part is excluded with and without it, and a module
-//! that comes once in every block by the end of its path.
+//! Paths at run time may differ from those in the file: readers add or remove `model.` before a part of a
+//! multimodal model. So a whole part is excluded with and without it, and a module that occurs in every
+//! block is excluded by the end of its path.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use gptq_types::TensorSource;
 
-/// What some readers put before all parts of a model.
+/// The prefix that some readers put before all parts of a model.
 const ROOT: &str = "model.";
 const SKIPS: &str = "-:";
 /// Linears that readers make one of, under a name of their own. SGLang looks for that name alone.
@@ -78,8 +77,8 @@ fn merged(patterns: &BTreeSet<String>) -> Vec<String> {
     more
 }
 
-/// The shortest beginning of a path that leads to modules none of which is packed: a part of the
-/// model, or a whole block. `None` where that would be told anew for each block.
+/// The shortest prefix of a path below which no module is packed: a part of the model, or a whole
+/// block. `None` where each block would need an entry of its own.
 fn free_part<'a>(module: &'a str, packed: &BTreeSet<&str>) -> Option<&'a str> {
     let mut inside_a_block = false;
     for (end, _) in module.match_indices('.') {

@@ -22,12 +22,12 @@ pub enum FolderCheckError {
     Read { path: PathBuf, source: io::Error },
 }
 
-/// What was found; names in order.
+/// The result of a check; names are sorted.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct FolderVerdict {
-    /// Files that are as they were written.
+    /// Files that are unchanged.
     pub sound: Vec<String>,
-    /// Files that are not, with what is wrong.
+    /// Files that differ, with the reason.
     pub differing: Vec<(String, String)>,
     /// Files that are listed and not there.
     pub missing: Vec<String>,

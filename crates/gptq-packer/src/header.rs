@@ -1,8 +1,8 @@
 //! The JSON at the head of a safetensors file: 8 bytes of length, then names, types and offsets.
 //!
 //! Parsing goes through the types of the `safetensors` crate, which checks that offsets leave no
-//! hole. It collects names in a map, where a repeated name vanishes without a word, so the object
-//! is walked member by member here.
+//! hole. That crate collects names in a map, which silently drops a repeated name, so the object is
+//! walked member by member here.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;

@@ -1,4 +1,4 @@
-//! Where every byte of a checkpoint will lie, before any of them exists.
+//! The position of every byte of a checkpoint, computed before any is written.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -25,7 +25,7 @@ pub enum LayoutError {
     Header { file: String, source: HeaderError },
 }
 
-/// Where one tensor lies.
+/// The place of one tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Placement {
     /// Index into [`CheckpointLayout::shards`].
@@ -120,7 +120,7 @@ impl CheckpointLayout {
         &self.tensors
     }
 
-    /// Where a tensor lies, if it is part of the checkpoint.
+    /// The place of a tensor, if it is part of the checkpoint.
     pub fn placement(&self, name: &str) -> Option<Placement> {
         self.placements.get(name).copied()
     }

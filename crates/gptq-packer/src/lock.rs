@@ -1,8 +1,8 @@
 //! One process at a time: a file that its holder keeps locked, with a line that says who holds it.
 //!
-//! The lock is that of flock(2), which ends with its holder however that one ends, and which NFS
-//! passes on to its server. So a line alone keeps nobody out: it names the holder in an error. On a
-//! file system without locks the line is all there is; then it counts until its process is dead.
+//! The lock is that of flock(2), which is released however its holder exits, and which NFS forwards to
+//! its server. The line only names the holder in an error. On a file system without locks the line is the
+//! lock, and holds until its process is dead.
 
 use std::fs::{self, File, TryLockError};
 use std::io::{self, ErrorKind, Read, Seek, Write};
@@ -109,13 +109,13 @@ impl FolderLock {
         }
     }
 
-    /// The file system knows no locks: a process on another machine that looks at the same moment is
-    /// not kept out. To be said to the user.
+    /// The file system has no locks, so a process on another machine that starts at the same moment is not
+    /// kept out. Callers should warn the user.
     pub fn is_line_only(&self) -> bool {
         self.line_only
     }
 
-    /// Gives the lock up and removes its file, whoever made it.
+    /// Releases the lock and removes its file, whoever made it.
     pub fn release(mut self) {
         self.found = false;
     }
@@ -141,7 +141,7 @@ impl Holder {
         }
     }
 
-    /// Whether the process may still run: of another machine nobody can know.
+    /// Whether the process may still run; always true for one on another machine.
     fn is_alive(&self) -> bool {
         self.host != host() || began(self.pid) == Some(self.began)
     }
@@ -156,7 +156,7 @@ impl Holder {
 }
 
 fn open(path: &Path) -> io::Result<File> {
-    // What a link leads to is not ours to write in.
+    // The target of a link is not ours to write to.
     if fs::symlink_metadata(path).is_ok_and(|found| !found.is_file()) {
         return Err(io::Error::new(ErrorKind::InvalidInput, "not a plain file"));
     }

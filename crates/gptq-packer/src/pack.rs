@@ -197,7 +197,7 @@ fn stored_zeros(layer: &SolvedLayer, format: CheckpointFormat) -> Result<Vec<u8>
     layer.zeros.iter().enumerate().map(store).collect()
 }
 
-/// What a reader adds to a stored zero.
+/// The number that readers add to a stored zero.
 pub(crate) fn zero_offset(format: CheckpointFormat) -> u32 {
     match format {
         CheckpointFormat::Gptq => 1,

@@ -33,12 +33,11 @@ impl Drop for MadeFolders {
 }
 
 impl ClaimedPlace {
-    /// Claims `out_dir` with the lock `.{name}.lock` beside it. The folders above are made where they
-    /// are not there.
+    /// Claims `out_dir` with the lock `.{name}.lock` next to it. Missing parent folders are made.
     ///
     /// # Errors
-    /// An `out_dir` that holds something, is no folder, leads nowhere, or could not be replaced by a
-    /// rename; a folder above that cannot be written; a process that is at it. Nothing changes then.
+    /// An `out_dir` that is not empty, no folder, a dangling link, or not replaceable by a rename; a parent
+    /// folder that cannot be written; another process that holds the lock. Nothing changes then.
     pub fn claim(out_dir: &Path) -> Result<Self, StageError> {
         let out_dir = vacant(out_dir)?;
         let partial = partial_path(&out_dir)?;
@@ -61,7 +60,7 @@ impl ClaimedPlace {
         &self.partial
     }
 
-    /// What the user must be told of the lock, if anything.
+    /// The warning to show the user about the lock, if any.
     pub fn warning(&self) -> Option<String> {
         self.lock.is_line_only().then(|| {
             format!(
@@ -72,8 +71,8 @@ impl ClaimedPlace {
         })
     }
 
-    /// Begins a checkpoint; see [`StagedCheckpoint::create`]. The disk must have room for
-    /// `beside_shards` bytes more than the weight files.
+    /// Begins a checkpoint; see [`StagedCheckpoint::create`]. The disk must have room for `beside_shards`
+    /// bytes in addition to the weight files.
     ///
     /// # Errors
     /// A partial folder of an earlier run, a disk without room. Nothing is left behind then.
@@ -90,7 +89,7 @@ impl ClaimedPlace {
         StagedCheckpoint::reopen_in(self, layout)
     }
 
-    /// Removes the partial folder of an earlier run, if there is one; says whether there was.
+    /// Removes the partial folder of an earlier run; returns whether there was one.
     pub fn discard_partial(&self) -> Result<bool, StageError> {
         match fs::remove_dir_all(&self.partial) {
             Ok(()) => Ok(true),
@@ -100,13 +99,13 @@ impl ClaimedPlace {
     }
 }
 
-/// The folder in which a checkpoint for `out_dir` is built: `.{name}.partial` beside it, so that
-/// the final rename stays on one filesystem.
+/// The folder in which a checkpoint for `out_dir` is built: `.{name}.partial` next to it, so that the
+/// final rename stays on one file system.
 pub fn partial_path(out_dir: &Path) -> Result<PathBuf, StageError> {
     beside(out_dir, ".partial")
 }
 
-/// Removes the partial folder of an earlier run, if there is one; says whether there was.
+/// Removes the partial folder of an earlier run; returns whether there was one.
 ///
 /// # Errors
 /// A partial folder that another process is writing.

@@ -1,8 +1,8 @@
-//! Which runtimes load a checkpoint, from its settings and shapes alone.
+//! Runtimes that load a checkpoint, judged by its settings and shapes alone.
 //!
-//! The rules are those of the runtimes' own sources; docs/FORMAT.md names the files. Two runtimes were
-//! run as well, in the versions named here: what their rows say was tried on files of this tool, though
-//! not with every setting and shape.
+//! The rules come from the runtimes' own sources; docs/FORMAT.md names the files. Two runtimes were also
+//! run, in the versions named here: their rows were tried on files of this tool, though not with every
+//! setting and shape.
 
 use gptq_types::{Bits, CheckpointFormat, GroupSize, QuantSpec, Reading};
 
@@ -57,7 +57,7 @@ impl File<'_> {
         self.not_v1().or_else(|| self.sides(32, 32))
     }
 
-    /// Its Torch kernel, the one that takes most.
+    /// GPTQModel's Torch kernel, the one that accepts most checkpoints.
     fn gptqmodel(&self) -> Option<String> {
         let size = i64::from(self.spec.group_size);
         let known = GPTQMODEL_GROUPS.contains(&size);
@@ -184,7 +184,7 @@ mod tests {
             group_size: GroupSize::None,
             ..QuantSpec::published()
         };
-        // All of g_idx is zero then, and the file says `desc_act: false`.
+        // g_idx is all zero then, and the file has `desc_act: false`.
         assert!(refusing(&single, &LLAMA).is_empty());
     }
 

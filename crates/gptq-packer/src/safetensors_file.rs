@@ -123,7 +123,7 @@ impl SafetensorsFile {
         &self.metadata
     }
 
-    /// As given to [`SafetensorsFile::open`].
+    /// The path given to [`SafetensorsFile::open`].
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -142,7 +142,7 @@ impl SafetensorsFile {
         Ok(bytes)
     }
 
-    /// As many bytes of a tensor as `out` takes, from `offset` on; not beyond its end.
+    /// Fills `out` with bytes of a tensor from `offset` on; fails beyond the tensor's end.
     pub fn read_at(
         &self,
         name: &str,
@@ -252,7 +252,7 @@ impl TensorSource for SafetensorsFile {
     }
 }
 
-/// Writes a whole file from memory: beside `path`, synced, then renamed over it.
+/// Writes a whole file from memory: a temporary file next to `path`, synced, then renamed over it.
 ///
 /// Tensors with larger elements are placed first so that each is aligned to its element size.
 ///

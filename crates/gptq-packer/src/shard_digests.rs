@@ -1,8 +1,7 @@
-//! The sha256 of every shard, taken along while tensors are still written.
+//! The sha256 of every shard, computed while tensors are still being written.
 //!
-//! sha256 is a chain through the file. A shard's first tensors are usually those of the first
-//! blocks, so most of it can be hashed beside the work on later blocks, and little is left to the
-//! end.
+//! sha256 runs through a file in order. A shard's first tensors are usually those of the first blocks, so
+//! most of it can be hashed during work on later blocks, which leaves little for the end.
 
 use std::fs::File;
 use std::io;
@@ -45,7 +44,7 @@ impl std::fmt::Debug for Reached {
 }
 
 impl ShardDigests {
-    /// Nothing hashed yet.
+    /// Digests of shards of which nothing is hashed yet.
     pub fn new(layout: &CheckpointLayout) -> Self {
         let mut tensors: Vec<Vec<Placement>> = vec![Vec::new(); layout.shards().len()];
         for name in layout.tensors().keys() {

@@ -1,4 +1,4 @@
-//! A checkpoint comes into being beside its place and is renamed into it when it is whole.
+//! A checkpoint is built in a partial folder next to its final place, and renamed once complete.
 //!
 //! The shard files have their full length and real disk blocks from the start, so a full disk is
 //! found before hours of work and not after them. Tensors may be written in any order, from any
@@ -104,7 +104,7 @@ pub struct StagedCheckpoint {
 }
 
 impl StagedCheckpoint {
-    /// Makes `.{name}.partial` beside `out_dir` and allocates every shard in it.
+    /// Makes `.{name}.partial` next to `out_dir` and allocates every shard in it.
     ///
     /// # Errors
     /// Those of [`ClaimedPlace::claim`], a partial folder of an earlier run, a disk without room.
@@ -113,8 +113,8 @@ impl StagedCheckpoint {
         ClaimedPlace::claim(out_dir)?.create(layout, 0)
     }
 
-    /// Takes up the partial folder of an earlier run. No tensor counts as written until
-    /// [`StagedCheckpoint::mark_written`] or [`StagedCheckpoint::write`] says so.
+    /// Reopens the partial folder of an earlier run. No tensor counts as written before
+    /// [`StagedCheckpoint::mark_written`] or [`StagedCheckpoint::write`].
     ///
     /// # Errors
     /// Those of [`ClaimedPlace::claim`]; shards whose headers are not byte for byte those of
@@ -200,9 +200,8 @@ impl StagedCheckpoint {
         }
     }
 
-    /// Puts a part of a tensor in its place, `start` bytes after the tensor's first. Several threads
-    /// may write at once. The tensor counts as written only when
-    /// [`StagedCheckpoint::mark_written`] says so.
+    /// Writes a part of a tensor at offset `start` in bytes. Several threads may write at once. The tensor
+    /// counts as written only after [`StagedCheckpoint::mark_written`].
     ///
     /// # Errors
     /// A name outside the layout, bytes beyond the tensor's end, and anything the disk refuses.
@@ -237,7 +236,7 @@ impl StagedCheckpoint {
             .is_some_and(|placement| self.written[placement.number].load(Ordering::Acquire))
     }
 
-    /// Makes everything written so far survive a power cut; to be called before a journal says so.
+    /// Syncs everything written so far, so that it survives a power cut; call before adding to a journal.
     pub fn sync(&self) -> Result<(), StageError> {
         for (file, shard) in self.files.iter().zip(self.layout.shards()) {
             let path = self.partial_dir().join(&shard.file_name);
@@ -321,8 +320,8 @@ impl StagedCheckpoint {
         self.publish_without(&[])
     }
 
-    /// The same; the files `scaffold`, which nobody needs once the folder has its name, are removed
-    /// after the rename. A process that is killed in between leaves a whole checkpoint beside them.
+    /// Like [`StagedCheckpoint::publish`], then removes the files `scaffold`, which a finished folder does
+    /// not need. A process killed after the rename leaves a complete checkpoint that still holds them.
     ///
     /// # Errors
     /// Those of [`StagedCheckpoint::publish`].
@@ -332,8 +331,8 @@ impl StagedCheckpoint {
         self.rename(scaffold)
     }
 
-    /// The same without waiting for the disk to hold the shards: a killed process never leaves half
-    /// a checkpoint, a power cut can. For what can be made again from a seed.
+    /// Like [`StagedCheckpoint::publish`], without syncing the shards: a killed process never leaves half a
+    /// checkpoint, but a power cut can. For checkpoints that a seed reproduces.
     ///
     /// # Errors
     /// Those of [`StagedCheckpoint::publish`].
@@ -420,7 +419,7 @@ impl StagedCheckpoint {
     }
 }
 
-/// What was written can be read back before it is published.
+/// Written tensors can be read back before the checkpoint is published.
 impl TensorSource for StagedCheckpoint {
     fn place(&self) -> String {
         self.partial_dir().display().to_string()

@@ -205,7 +205,7 @@ fn a_silent_g_idx_means_consecutive_groups() {
     let g_idx = name().tensor("g_idx");
     let zeroed = read_changed(|tensors| tensors.get_mut(&g_idx).unwrap().1.fill(0)).unwrap();
     assert_eq!(zeroed, solved(Bits::Four));
-    // Without g_idx nothing says how the last word and the last group are cut.
+    // Without g_idx the lengths of the last word and the last group are unknown.
     let absent = read_changed(|tensors| drop(tensors.remove(&g_idx))).unwrap_err();
     let text = absent.to_string();
     assert!(text.contains("up_proj.g_idx`: is absent"), "{text}");

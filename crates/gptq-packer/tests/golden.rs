@@ -167,7 +167,7 @@ fn padding_of_foreign_zero_words_is_not_read() {
     }
 }
 
-/// The same where the project has nothing beside it: 44 outputs fill half of their last word.
+/// The same test on a committed fixture: 44 outputs fill half of their last word.
 #[test]
 fn padding_that_other_tools_borrow_from_is_not_read() {
     let config = open(&fixture("gptqmodel/4bit-32g-v1-sym")).config;
@@ -269,7 +269,7 @@ fn published_configs_are_read() {
     }
 }
 
-/// Nothing of a config is lost between reading and writing its raw settings.
+/// Reading a config and writing its raw settings loses nothing.
 fn round_trip(own: &str) {
     let config = QuantizeConfig::from_quantize_config(own).unwrap();
     let written = Value::Object(config.raw.clone()).to_string();

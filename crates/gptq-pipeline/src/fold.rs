@@ -1,9 +1,9 @@
-//! Act-order that the file holds as the order of its channels.
+//! Folded act-order: the file stores channels in act-order, so that `g_idx` is trivial.
 //!
-//! The input channels of a linear may be stored in any order if the outputs that they come from are
-//! stored in the same: rows of gate and up for down, and rows of v for o, where the order stays inside a
-//! head and is the same for all query heads that share the head of v. What is computed is the same, and
-//! groups formed in act-order have a trivial `g_idx`.
+//! The input channels of a linear may be stored in any order if the outputs that feed them are stored in
+//! the same order: rows of gate and up for down; rows of v for o, where the permutation stays inside a head
+//! and is shared by all query heads of that head of v. The model computes the same function, and groups
+//! formed in act-order have a trivial `g_idx`.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -155,10 +155,10 @@ pub struct Folded {
 }
 
 impl Folded {
-    /// As the records of block `index` say, which was written under `spec`.
+    /// The permutations in the records of block `index`, which was written under `spec`.
     ///
     /// # Errors
-    /// The linear whose record does not say how its channels are stored, or says what cannot be.
+    /// The linear whose record lacks the order of its channels, or holds an impossible one.
     pub fn of(
         model: &ModelSpec,
         index: usize,
@@ -178,7 +178,7 @@ impl Folded {
                 let Some(record) = record else {
                     return Err(PipelineError::UnknownOrder(name));
                 };
-                // A choice says whether there is something to permute.
+                // `Auto` records the chosen order; another than `Folded` permutes nothing.
                 if spec.order == ColumnOrder::Auto
                     && record.folded.is_none()
                     && (record.order).is_some_and(|order| order != ColumnOrder::Folded)
@@ -218,7 +218,7 @@ impl Folded {
     }
 }
 
-/// Whether each channel below their number is there once.
+/// Whether `channels` holds each index below its length once.
 fn is_permutation(channels: &[u32]) -> bool {
     let mut seen = vec![false; channels.len()];
     (channels.iter()).all(|&channel| {

@@ -20,7 +20,7 @@ pub struct Job {
     pub config_json: String,
     /// The model as given, for records and `model_name_or_path`.
     pub model_name: String,
-    /// Where its tokenizer comes from, for records, where that is another folder.
+    /// The source of its tokenizer for records, if another folder.
     pub tokenizer: Option<String>,
     /// Settings.
     pub spec: QuantSpec,
@@ -28,7 +28,7 @@ pub struct Job {
     pub windows: Vec<Vec<u32>>,
     /// The description of the windows for the run record.
     pub calibration: Option<CalibrationRecord>,
-    /// Files copied beside the weights: tokenizer, generation settings.
+    /// Files copied along with the weights: tokenizer, generation settings.
     pub companions: Vec<PathBuf>,
     /// The folder to publish.
     pub out_dir: PathBuf,
@@ -37,9 +37,9 @@ pub struct Job {
     /// The check of all weights. On a GPU a run that begins waits for it only when its first block
     /// is to be vouched for; any other waits before it begins.
     pub check: WeightCheck,
-    /// Where the forward pass runs.
+    /// The device of the forward pass.
     pub device: DeviceContext,
-    /// Go on where an interrupted run stopped.
+    /// Resume an interrupted run.
     pub resume: bool,
     /// Name and version, `gptq-rs:0.1.0`.
     pub tool: String,
@@ -54,12 +54,12 @@ impl Job {
         }
     }
 
-    /// Whether tokens are held out of the Hessian, to choose orders by.
+    /// Whether tokens are held out of the Hessian to choose column orders.
     pub fn holds_out(&self) -> bool {
         self.spec.order == ColumnOrder::Auto
     }
 
-    /// Matrices as large as a Hessian that this keeps beside the decoder's own.
+    /// Number of Hessian-sized matrices that this adds to the decoder's own.
     pub(crate) fn hessians_held_out(&self) -> usize {
         match (self.holds_out(), self.streams()) {
             (false, _) => 0,

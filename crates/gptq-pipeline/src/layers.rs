@@ -28,7 +28,7 @@ pub struct LayerWork<'a> {
 }
 
 impl<'a> LayerWork<'a> {
-    /// Nothing of block `index` done yet.
+    /// Starts block `index`.
     pub fn new(job: &'a Job, model: &'a ModelSpec, index: usize, writer: &'a dyn Output) -> Self {
         LayerWork {
             spec: &job.spec,
@@ -150,7 +150,7 @@ impl<'a> LayerWork<'a> {
         }
     }
 
-    /// The best of some orders on held-out tokens; the first, said, where there are none.
+    /// Picks the best order on held-out tokens; without any, the first one, with a warning.
     fn choose(
         &mut self,
         decoder: &dyn Decoder,

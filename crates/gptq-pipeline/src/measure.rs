@@ -1,9 +1,9 @@
 //! Measures the output error of each linear from the files of a finished checkpoint.
 //!
-//! The loss in a run record is the solver's word on codes in memory. Here the codes come from the
-//! files, and their inputs from a forward pass through the files' own weights, which are the inputs
-//! that the solver saw: so a file that holds what the solver chose gives the solver's loss again,
-//! and one that was packed wrongly does not. It takes a forward pass and the Hessians, no factor.
+//! The loss in a run record is the solver's own, of codes in memory. Here the codes come from the files,
+//! and their inputs from a forward pass through the files' weights, which are the inputs that the solver
+//! saw. A file that holds the solver's codes therefore reproduces its loss, and a wrongly packed one does
+//! not. The cost is a forward pass and the Hessians, without a factorization.
 
 use std::sync::Arc;
 
@@ -31,7 +31,7 @@ pub struct FilesToMeasure<'a> {
     pub measure: LossMeasure,
     /// The settings that the files were made with.
     pub spec: &'a QuantSpec,
-    /// The layers of the record, which say how channels are permuted in the files.
+    /// The record's layers, with the permutations of channels in the files.
     pub layers: &'a [LayerRecord],
 }
 
@@ -40,7 +40,7 @@ pub struct FilesToMeasure<'a> {
 pub struct MeasuredLayer<'a> {
     /// Module name.
     pub layer: &'a LayerName,
-    /// As read from the files.
+    /// The linear as read from the files.
     pub solved: &'a SolvedLayer,
     /// `tr(E H E^T)`, in the measure of [`gptq_types::LayerLoss`].
     pub error: f64,

@@ -1,4 +1,4 @@
-//! Which tensors the result has and in which files they lie, known before any is computed.
+//! The tensors of the result and their files, known before any tensor is computed.
 
 use std::collections::BTreeSet;
 

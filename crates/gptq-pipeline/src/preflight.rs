@@ -117,8 +117,8 @@ fn refused_settings(spec: &QuantSpec) -> Vec<Warning> {
     texts.into_iter().map(warning).collect()
 }
 
-/// A warning for a bf16 model, whose checkpoint is declared float16;
-/// [`gptq_packer::config_json_with_quantization`] says why.
+/// A warning for a bf16 model, whose checkpoint is declared float16; for the reason see
+/// [`gptq_packer::config_json_with_quantization`].
 pub fn check_declared_type(source: &dyn TensorSource, model: &ModelSpec) -> Option<Warning> {
     if declared_type(source, model) == DeclaredType::Bf16 {
         return None;
@@ -136,9 +136,9 @@ pub fn check_declared_type(source: &dyn TensorSource, model: &ModelSpec) -> Opti
     })
 }
 
-/// Refuses a model that is packed, or whose `config.json` (valid JSON) says of it, or of a part of it, that
-/// it is quantized and whose tensors are not all float. Floats beside such a declaration are what merging an adapter
-/// into a quantized model leaves: they are quantized, and the source's notes say so.
+/// Refuses a packed model, and one whose `config.json` (valid JSON) declares it or a part of it quantized
+/// while not all tensors are float. A declaration with float tensors only is left by merging an adapter
+/// into a quantized model: such a model is accepted, with a note from its source.
 pub fn check_unquantized(
     source: &dyn TensorSource,
     config_json: &str,

@@ -31,8 +31,8 @@ pub struct Begun {
     pub done: Vec<BlockEntry>,
 }
 
-/// Takes up what an interrupted run left in a claimed place, where the job asks for it, or begins.
-/// The disk must have room for `beside_shards` bytes beside the weight files.
+/// Resumes an interrupted run in a claimed place if the job asks for it, or begins a new one. The disk must
+/// have room for `beside_shards` bytes in addition to the weight files.
 pub fn begin(
     job: &Job,
     place: ClaimedPlace,
@@ -57,7 +57,7 @@ pub fn begin(
         if partial.join(RECORD_FILE).exists() {
             return Err(PipelineError::Unvouched(partial));
         }
-        // It was interrupted before its first line: there is nothing to go on with.
+        // The run was interrupted before its first journal line: there is nothing to resume.
         place.discard_partial()?;
     }
     Ok(Begun {
@@ -84,7 +84,7 @@ pub fn settings(job: &Job, shared_hessian: bool) -> Map<String, Value> {
         .into_iter()
         .map(|(name, value)| (name.to_string(), value))
         .collect();
-    // Each under its own name, so that the one that differs can be named.
+    // One entry per setting, so that an error can name the one that differs.
     if let Value::Object(spec) = json!(job.spec) {
         settings.extend(spec);
     }
@@ -101,14 +101,14 @@ pub fn of_weights(
     Ok(settings)
 }
 
-/// Whether a folder that is in the way may be the result of the very run that is asked for:
-/// interrupted after its rename, or repeated by a scheduler.
+/// Whether an existing output folder may be the result of this very run, interrupted after its rename or
+/// repeated by a scheduler.
 pub fn may_be_finished(out_dir: &Path, resume: bool) -> bool {
     out_dir.join(RECORD_FILE).is_file() && (resume || out_dir.join(JOURNAL_FILE).is_file())
 }
 
-/// The record of a folder that is the result of this job, every file of it as it was written. What
-/// an interruption after the rename left of the making is removed.
+/// The record of a folder that is this job's result with all files unchanged. Leftovers of an interruption
+/// after the rename are removed.
 pub fn finished(
     job: &Job,
     files: &SmallFiles,
@@ -148,7 +148,7 @@ pub fn finished(
     }
 }
 
-/// Whether there is a run to go on with.
+/// Whether there is a run to resume.
 pub fn is_interrupted(out_dir: &Path) -> bool {
     partial_path(out_dir).is_ok_and(|partial| partial.join(JOURNAL_FILE).exists())
 }

@@ -37,12 +37,12 @@ pub fn quantize(
     quantize_and_compare(job, None, progress)
 }
 
-/// The same; before the folder is published, `compare` looks at its files, and what it finds is in the
-/// record. It is called on this thread.
+/// Like [`quantize`], but calls `compare` on the finished files before the folder is published, on this
+/// thread, and puts its result into the record.
 ///
-/// A run that ends meanwhile, or a comparison that fails, leaves all blocks finished: the same job with
-/// `resume` compares again. What is compared is no setting of the run, so it may be other texts, or
-/// none. A folder that was published before is not compared again.
+/// If the run is interrupted meanwhile or the comparison fails, all blocks are kept, and the same job with
+/// `resume` compares again. The comparison is not a setting of the run, so its texts may change or be left
+/// out. A folder that is already published is not compared again.
 pub fn quantize_and_compare(
     job: &Job,
     compare: Option<&mut Compare<'_>>,
@@ -137,13 +137,13 @@ pub fn quantize_and_compare(
     }
 }
 
-/// Gives the folder its name, and takes the journal away once it has it.
+/// Renames the partial folder to its final name, then removes the journal.
 pub(crate) fn publish(staged: StagedCheckpoint, blocks: usize) -> Result<(), PipelineError> {
     let partial = staged.partial_dir().to_path_buf();
     let published = staged.publish_without(&[JOURNAL_FILE]);
     published.map(drop).map_err(|error| match partial.is_dir() {
         true => kept(partial, blocks, blocks, error.into()),
-        // It has its name, whatever else went wrong.
+        // The folder has its final name, so nothing is left to resume.
         false => error.into(),
     })
 }

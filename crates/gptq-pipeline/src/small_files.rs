@@ -1,5 +1,5 @@
-//! The files beside the weights, read and built before any work: what cannot be had is found in the
-//! first seconds, not after the last block.
+//! Small files that go with the weights. They are read and built before any work, so that a missing one
+//! is an error in the first seconds and not after the last block.
 
 use std::fs::File;
 use std::io::Read;
@@ -50,7 +50,7 @@ impl SmallFiles {
         self.0.iter().map(|(_, bytes)| bytes.len() as u64).sum()
     }
 
-    /// Puts them beside the weights.
+    /// Adds them to the checkpoint.
     pub fn add_to(&self, staged: &StagedCheckpoint) -> Result<(), PipelineError> {
         for (name, bytes) in &self.0 {
             staged.add_file(name, bytes)?;
@@ -58,7 +58,7 @@ impl SmallFiles {
         Ok(())
     }
 
-    /// Whether each is among `files`.
+    /// Whether `files` lists each of them with the same content.
     pub fn are_among(&self, files: &std::collections::BTreeMap<String, FileRecord>) -> bool {
         (self.0.iter()).all(|(name, bytes)| files.get(name) == Some(&FileRecord::of(bytes)))
     }

@@ -112,7 +112,7 @@ pub fn quantize_together(
                 .check
                 .wait()
                 .map_or_else(PipelineError::from, |_| error);
-            // One error for all of them; what it says last is of the first.
+            // There is one error for all targets; in reverse order, it ends with the first target's folder.
             for target in targets.into_iter().rev() {
                 error = kept_or_discarded(target.staged, blocks, error.cause());
             }

@@ -18,7 +18,7 @@ pub struct CheckedWeights {
     pub identity: ContentHash,
 }
 
-/// [`check_weights`] on its way beside other work, or done. Clones share the one check.
+/// [`check_weights`] running in the background, or its result. Clones share one check.
 #[derive(Clone)]
 pub struct WeightCheck(Arc<Check>);
 
@@ -69,8 +69,8 @@ impl WeightCheck {
     }
 }
 
-/// Half of the threads for a check beside the work of a GPU: what the GPU waits for then queues
-/// behind no tensor. All of them, the common ones, on the processor, where nothing else runs yet.
+/// A pool of half the threads for a check concurrent with GPU work, so that tasks the GPU waits for do not
+/// queue behind tensors. On a CPU, where nothing else runs yet, `None`: the global pool.
 fn own_threads(device: Device) -> Option<ThreadPool> {
     match device {
         Device::Cpu => None,

@@ -1,4 +1,4 @@
-//! Packing, writing and reading back: on a thread beside the work of a GPU, else in its place.
+//! Packing, writing and reading back: on a separate thread for a GPU, inline for a CPU.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -19,9 +19,9 @@ use crate::resume::of_weights;
 use crate::weights::WeightCheck;
 use crate::{Job, PipelineError};
 
-/// Messages that may wait for the thread, most of them linears. Those of a capture group come in a burst, of
-/// five in a Cohere; seven are a whole block of a Llama, so solving goes on while one is written. Each
-/// holds the codes of its linear in host memory, and more of them would wait for the same disk.
+/// Queue length of the thread; most messages are linears. A capture group sends a burst, five in a Cohere;
+/// seven are a whole block of a Llama, so solving continues while one is written. Each message holds the
+/// codes of a linear in host memory, and a longer queue would wait for the same disk.
 const WAITING: usize = 7;
 
 /// A message to the writer thread, in order.
@@ -33,7 +33,7 @@ pub enum Message {
     Permuted(String, Option<Vec<u32>>),
 }
 
-/// Where finished work is handed over.
+/// The receiver of finished work.
 pub enum Writer<'a> {
     /// Written before the call returns. On the processor a thread would compete with solving, and
     /// buffers that one thread allocates and another frees make memory grow with the blocks.
@@ -117,7 +117,7 @@ pub fn writing<R>(
 
 /// The files' hashes go into the record; most of them is known when the last block ends.
 fn hash_as_blocks_end(staged: &StagedCheckpoint, blocks: &Receiver<()>) {
-    // What cannot be read here is read again at the end, and reported there.
+    // A file that cannot be read here is read again at the end, which reports the error.
     while blocks.recv().is_ok() && staged.hash_ahead().is_ok() {}
 }
 

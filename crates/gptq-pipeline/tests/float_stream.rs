@@ -1,5 +1,5 @@
-//! The float stream beside the quantized one: what it shows is what a decoder whose weights were never
-//! replaced shows, whatever was replaced beside it.
+//! The float stream shows the same rows as a decoder whose weights were never replaced, whatever was
+//! replaced in the calibration stream.
 
 #[path = "../../../tests/support/data.rs"]
 mod data;

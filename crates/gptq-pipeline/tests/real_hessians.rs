@@ -17,7 +17,7 @@ use gptq_quantizer::{
 };
 use gptq_types::{Bits, ColumnOrder, GroupSize, LayerName, QuantSpec};
 
-/// Where two codes or two grids are equally good the reference follows the solver.
+/// The reference follows the solver where two codes or two grids are equally good.
 const RELATIVE_ERROR_TOLERANCE: f64 = 1e-3;
 
 const ORDERS: [ColumnOrder; 4] = [

@@ -196,7 +196,7 @@ impl Panel {
         }
     }
 
-    /// Each code to the best one, all others as they are.
+    /// Moves each code in turn to the best one, with all others fixed.
     #[inline(always)]
     fn move_codes(&mut self, problem: &Problem<'_>, block: &DescentBlock, gradient: &mut [f32]) {
         let n = self.outputs.len();

@@ -85,8 +85,8 @@ impl GridRule {
     /// `zero = -low / scale`, at least what the format can store.
     ///
     /// # Errors
-    /// A scale beyond f16. It is an error at once: a zero computed with it would be 0, and choose
-    /// another scale that says nothing of what went wrong.
+    /// A scale beyond f16, refused before a zero is computed with it: that zero would be 0 and would lead to
+    /// another scale, which hides the overflow.
     #[inline(always)]
     pub fn fit_range(&self, low: f32, high: f32) -> Result<(f32, f32), ScaleOverflow> {
         if self.sym {

@@ -25,12 +25,12 @@ pub trait GroupSum: ActivationSink {
 
 /// `H` of a capture group, to be factored under one setting or several.
 pub trait GroupHessian {
-    /// The diagonal `[K]`, by which orders go.
+    /// The diagonal `[K]`, which determines column orders.
     fn diagonal(&self) -> Vec<f32>;
 
-    /// Which of `orders` has the least error on the tokens that were held out, summed over the first
-    /// outputs of `linears`, weights with their outputs. Afterwards these tokens are in `H` like all
-    /// others. Nothing where none were held out.
+    /// Index of the order with the least error on held-out tokens, summed over the first outputs of
+    /// `linears`, pairs of weights and their number of outputs; `None` without held-out tokens. Afterwards
+    /// these tokens are part of `H`.
     fn choose(
         &mut self,
         orders: &[Order],
@@ -58,12 +58,12 @@ pub trait GroupHessian {
     }
 }
 
-/// What becomes of a weight after it was rounded.
+/// The fate of a float weight after rounding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum After {
-    /// The rounded one takes its place: later groups see it.
+    /// The rounded weight replaces it, so that later groups see the error.
     Replace,
-    /// It stays: other settings need it too.
+    /// The float weight is kept for other settings.
     Keep,
 }
 
@@ -153,7 +153,7 @@ pub(crate) fn count(
 /// One batch in eight is held out if an order is to be chosen: the second one, so that few batches are enough.
 const HELD_OUT: usize = 1;
 
-/// Whether the batch of this number is held out.
+/// Whether the batch with index `batch` is held out.
 pub(crate) fn is_held_out(batch: usize) -> bool {
     batch % 8 == HELD_OUT
 }
@@ -182,7 +182,7 @@ impl HostGroup {
         }
     }
 
-    /// The same, shown pairs of rows.
+    /// For linears that are shown pairs of quantized and float rows.
     pub fn beside_float(features: usize) -> Self {
         HostGroup {
             sum: HessianSum::beside_float(features),
@@ -190,7 +190,7 @@ impl HostGroup {
         }
     }
 
-    /// The same, which holds some batches out for [`GroupHessian::choose`].
+    /// Holds some batches out for [`GroupHessian::choose`].
     pub fn holding_out(mut self) -> Self {
         self.held_out = Some(self.sum.another());
         self

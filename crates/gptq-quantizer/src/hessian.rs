@@ -25,7 +25,7 @@ impl HessianSum {
         }
     }
 
-    /// The same, which also sums how the rows differ from their float partners.
+    /// Also sums the differences between rows and their float partners.
     pub fn beside_float(features: usize) -> Self {
         HessianSum {
             mismatch: Some(MismatchSum::new(features)),

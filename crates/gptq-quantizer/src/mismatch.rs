@@ -20,9 +20,9 @@ use gptq_kernels::{Cross, Gram, multiply, multiply_left_transposed};
 use crate::Factor;
 use crate::measure::inner_product;
 
-/// Whether the batch that begins at token `start` goes into `F`. A part of the tokens suffices: `F` gives one
-/// number of a layer's error, the same for every rounding, and its product would take half as long as that of
-/// `G`.
+/// Whether the batch that begins at token `start` contributes to `F`. A part of the tokens suffices: `F` only
+/// adds a constant to a layer's error, the same for every rounding, and its product would take half as long
+/// as that of `G`.
 pub(crate) fn is_squared(start: usize) -> bool {
     stretch_of(start) == 0
 }

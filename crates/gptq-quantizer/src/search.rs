@@ -1,12 +1,12 @@
-//! Which share of its weights' extent a grid should cover.
+//! Search for the share of its weights' range that a grid should cover.
 //!
-//! A grid that reaches the largest weight spends its steps on a few; a smaller one clips those and
+//! A grid that reaches the largest weight spends its steps on outliers; a smaller one clips those and
 //! rounds all others finer. The authors' later solver (IST-DASLab/marlin, `gptq/quant.py`) tries
 //! shrunk grids and keeps the one with the least error, measured with the whole factor of the
-//! group. Here only the diagonal of the damped Hessian counts, so that one pass over the weights
-//! measures a grid: `H_ii (w - q)^2`. Weighing by `1 / U_ii^2` instead, what the solver charges
-//! once later channels have made up for the error, is as good in natural order and worse with
-//! act-order (perplexity 27.4 against 25.5 on SmolLM2-135M, 4-bit g64).
+//! group. Here only the diagonal of the damped Hessian is used, so that one pass over the weights
+//! measures a grid: `H_ii (w - q)^2`. Weights of `1 / U_ii^2`, the solver's cost after later channels
+//! have compensated the error, are as good in natural order and worse with act-order (perplexity 27.4
+//! against 25.5 on SmolLM2-135M, 4-bit g64).
 //!
 //! All arithmetic is f32 without fused operations, each sum over the rows in order: every device
 //! that keeps to it finds the same grids.
@@ -94,7 +94,7 @@ impl SearchRule {
         }
     }
 
-    /// All of them; the whole extent comes first.
+    /// All candidates; the full range comes first.
     ///
     /// `share = 1 - c (1 - least) / (shares - 1)` in f32, from left to right.
     pub fn candidates(&self) -> Vec<Candidate> {

@@ -66,7 +66,7 @@ fn the_order_of_least_error_on_held_out_batches_is_taken() {
     let mut places: Vec<usize> = (0..orders.len()).collect();
     places.sort_by(|&a, &b| errors[a].total_cmp(&errors[b]));
 
-    // The same whatever stands first.
+    // The choice does not depend on which order comes first.
     for first in 0..orders.len() {
         let mut rotated = orders.clone();
         rotated.rotate_left(first);
@@ -80,7 +80,7 @@ fn the_order_of_least_error_on_held_out_batches_is_taken() {
         let chosen = hessian.choose(&rotated, &linears, &spec, &mut times);
         let chosen = chosen.unwrap().expect("a batch is held out");
         assert_eq!((chosen + first) % orders.len(), places[0], "{errors:?}");
-        // What was held out counts like all else from now on.
+        // Held-out tokens are part of the Hessian from now on.
         for (got, want) in hessian.diagonal().iter().zip(all.diagonal()) {
             assert!((got / want - 1.0).abs() < 1e-5, "{got} against {want}");
         }

@@ -110,8 +110,8 @@ fn no_output_gets_worse_and_no_code_of_the_end_can_be_bettered() {
     }
 }
 
-/// Of a quadratic function, in f64: moving one code by a step `d` changes the error by
-/// `d^2 H_ii - 2 d (H E)_i`.
+/// Moving one code by a step `d` changes the error, a quadratic function, by `d^2 H_ii - 2 d (H E)_i`
+/// (in f64).
 fn assert_no_code_can_be_bettered(layer: &SolvedLayer, h: &[f64], gradient: &[f64]) {
     let (k, n) = (layer.in_features, layer.out_features);
     let mut better = 0;

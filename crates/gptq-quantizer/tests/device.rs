@@ -123,7 +123,7 @@ fn on_device(gpu: &Arc<Gpu>, p: &Problem, spec: &QuantSpec) -> Solved {
     assert!(beside.replacement.is_none() && rounded.replacement.is_none());
     let layer = (rounded.layer)()?;
     assert_eq!(layer, (beside.layer)()?);
-    // What later stages see is what the file says.
+    // Later stages see the dequantized weights of the file.
     let put_back: Vec<f16> = weight.to_host(p.n * p.k)?;
     let dequantized = layer.dequantize();
     for (n, row) in put_back.chunks(p.k).enumerate() {
@@ -348,7 +348,7 @@ fn dead_channels_and_singular_hessians_are_counted_alike() {
         assert_eq!(device_facts.dead_channels, 2);
         close(device.loss.error, host.loss.error, "singular");
     }
-    // So little damping that f64 cannot tell the matrix from a singular one.
+    // Damping so small that the matrix is singular to f64 precision.
     let spec = QuantSpec {
         damp_percent: 1e-18,
         ..QuantSpec::published()

@@ -239,7 +239,7 @@ fn rows_without_a_partner_count_in_the_hessian_alone() {
     assert_eq!((twice.tokens(), once.tokens()), (2 * TOKENS, TOKENS));
     let zero = vec![0.0; K * N];
     let signal = |hessian| Outputs::new(hessian, &p.weight, N).signal();
-    // The same rows once more change no mean.
+    // Observing the same rows twice changes no mean.
     assert!((signal(&twice) / signal(&once) - 1.0).abs() < 1e-4);
     let exact = difference(&p.float, &p.weight, &p.x, &zero);
     assert!((signal(&twice) / exact - 1.0).abs() < 1e-4);

@@ -168,8 +168,8 @@ fn gptq_beats_rounding_to_nearest() {
     }
 }
 
-/// What a search among all grids of the file gains over one among positive scales, and over zeros
-/// that follow from the scale.
+/// A search over all grids of the format costs less than one over positive scales, or over zeros that
+/// follow from the scale.
 #[test]
 fn grids_of_the_full_range_cost_less() {
     let problem = problem(256, 64, 8);

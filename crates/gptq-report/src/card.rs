@@ -34,14 +34,14 @@ pub enum CardError {
     /// A mistake in the template.
     #[error("card template, line {line}: {reason}")]
     Template {
-        /// Where.
+        /// Line of the template.
         line: usize,
-        /// What.
+        /// The mistake.
         reason: String,
     },
 }
 
-/// What no record can know: whose model it is and how it is to be spoken to.
+/// Facts that no record holds: the model's creator, licence and prompt template.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct CardInfo {
@@ -49,7 +49,7 @@ pub struct CardInfo {
     pub model_name: String,
     /// Who made it.
     pub model_creator: Option<String>,
-    /// Where they are found.
+    /// Link to the creator.
     pub model_creator_link: Option<String>,
     /// `owner/name` of the float model.
     pub base_model: Option<String>,
@@ -57,7 +57,7 @@ pub struct CardInfo {
     pub license: Option<String>,
     /// Languages, as the hub spells them.
     pub language: Vec<String>,
-    /// Tags beside `gptq`.
+    /// Tags in addition to `gptq`.
     pub tags: Vec<String>,
     /// With `{prompt}` where the text goes.
     pub prompt_template: Option<String>,
@@ -95,7 +95,7 @@ struct Row {
     compared: Vec<Compared>,
 }
 
-/// How far a branch was from the float model when it was made.
+/// Divergence of a branch from the float model, measured when it was made.
 #[derive(Serialize)]
 struct Compared {
     text: String,
@@ -107,8 +107,8 @@ struct Compared {
     float_perplexity: String,
 }
 
-/// What widths are a multiple of for Machete, the kernel that optimum chooses on Hopper whatever a model's shapes
-/// are: it refuses others (GPTQModel 7.7, `machete.py`).
+/// Machete, which optimum picks on Hopper for any shape, refuses widths that are no multiple of these
+/// (GPTQModel 7.7, `machete.py`).
 const MACHETE_OUTPUTS: usize = 128;
 const MACHETE_INPUTS: usize = 64;
 
@@ -339,7 +339,7 @@ fn were_run(branch: &Branch) -> Vec<String> {
     readings.filter_map(|reading| reading.run.clone()).collect()
 }
 
-/// It becomes part of commands that a reader copies into a shell.
+/// Checks a name that becomes part of shell commands, which readers copy.
 fn is_repo(repo: &str) -> bool {
     let known = |c: char| c.is_ascii_alphanumeric() || "._-/".contains(c);
     repo.chars().all(known) && repo.matches('/').count() == 1

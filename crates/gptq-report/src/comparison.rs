@@ -68,7 +68,7 @@ fn column(records: &[EvalRecord], head: &str, cell: &dyn Fn(&EvalRecord) -> Stri
     }
 }
 
-/// What checkpoints are worth on one text.
+/// Columns of the scores on one text.
 fn scores(records: &[EvalRecord]) -> Vec<Column> {
     let first = &records[0];
     let scored = |head: &str, cell: &dyn Fn(&EvalRecord) -> String| {

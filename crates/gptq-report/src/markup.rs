@@ -43,8 +43,8 @@ pub(crate) fn prose(text: &str) -> String {
         .collect()
 }
 
-/// A name in the type of code, also in a table. Where it holds what HTML reads, it is spelled in
-/// entities: not every reader of Markdown leaves code alone.
+/// A name as inline code, also inside a table. Characters special to HTML become entities: not every
+/// Markdown renderer leaves code alone.
 pub(crate) fn code(name: &str) -> String {
     let name = name.replace(char::is_control, " ");
     if name.contains(['<', '>', '&']) {

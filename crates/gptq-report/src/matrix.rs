@@ -48,7 +48,7 @@ pub fn matrix_table(branches: &[PlannedBranch], gflops: f64) -> String {
     out + &were_run(branches)
 }
 
-/// Which of the readers were run, in other words than those whose source alone was read.
+/// A sentence on the runtimes that were run, as opposed to those judged by their source alone.
 fn were_run(branches: &[PlannedBranch]) -> String {
     let Some(readings) = (branches.iter().map(|branch| &branch.readings)).find(|r| !r.is_empty())
     else {

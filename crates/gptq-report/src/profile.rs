@@ -1,10 +1,10 @@
-//! Where the time of a run went.
+//! Time profile of a run.
 
 use std::collections::BTreeMap;
 
 use gptq_types::{Phase, RunRecord};
 
-/// What the machine's libraries reach on large products, measured in the same run, in FLOP/s.
+/// FLOP/s of the machine's libraries on large products, measured in the same run.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Rates {
     /// In the type of the forward pass and the Hessian.
@@ -25,7 +25,7 @@ impl Rates {
     }
 }
 
-/// Phases whose work runs on a thread beside that of a GPU.
+/// Phases that run on a CPU thread concurrently with GPU work.
 const BESIDE: [Phase; 3] = [Phase::Pack, Phase::Write, Phase::Verify];
 
 /// A Markdown table of phases: the floor of a phase is the time that its products alone would take

@@ -1,11 +1,10 @@
-//! Whether a quantization is still worth what it was: a verdict from a baseline and from what a run
-//! or a folder gave, as a table, as JUnit and as annotations of GitHub.
+//! Accuracy regression: a verdict that compares a run or a folder with a baseline, as a table, as JUnit
+//! and as GitHub annotations.
 //!
-//! A linear with the baseline's bytes passes, whatever was measured on the way to it. With other
-//! bytes its output error counts, since another kind of processor may round otherwise. Two things
-//! need no tolerance of that kind: files that read as the baseline's and lie otherwise in their
-//! words were packed otherwise; and files whose error is not the one that the solver reported do not
-//! hold what it chose.
+//! A linear with the baseline's bytes passes, whatever error was measured. With other bytes its output
+//! error is compared, since another kind of processor may round differently. Two checks need no such
+//! tolerance: files with the baseline's codes but other words were packed differently; and files whose
+//! error is not the one that the solver reported do not hold the solver's codes.
 
 mod annotations;
 mod junit;
@@ -25,7 +24,7 @@ pub use table::regression;
 pub use tolerances::tolerances;
 pub use verdict::{Case, Finding, Measure, Standing, Verdict, judge};
 
-/// What a run of the recipe, or a folder, gave.
+/// Measurements of a run of the recipe, or of a folder.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Outcome {
     /// Instruction set of the processor that it was measured on.
@@ -45,7 +44,7 @@ pub struct LayerOutcome {
     pub layer: LayerName,
     /// Output error, measured from the files.
     pub file_error: f64,
-    /// What the solver reported; absent where no record tells, or where it tells of other tokens.
+    /// The loss that the solver reported; absent without a record, or where the record is of other tokens.
     pub recorded: Option<LayerLoss>,
     /// sha256 of codes, scales, zeros and group indices.
     pub content: String,

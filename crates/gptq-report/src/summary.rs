@@ -1,9 +1,9 @@
-//! What a quantization run did, in a few lines.
+//! Summary of a quantization run in a few lines.
 
 use gptq_types::{Divergence, LossMeasure, RunRecord};
 
-/// What errors are measured against where it is not the usual: such errors are larger, and comparable
-/// among themselves alone.
+/// The reference of errors where it is not the default: such errors are larger, and only comparable with
+/// each other.
 pub(crate) fn measured(record: &RunRecord) -> &'static str {
     match record.spec.measure() {
         LossMeasure::QuantizedInputs => "",
@@ -67,7 +67,7 @@ pub fn summary(record: &RunRecord) -> String {
     out
 }
 
-/// How far a checkpoint is from the float model on a text, in a line.
+/// A line on the divergence of a checkpoint from the float model on a text.
 pub(crate) fn divergence(compared: &Divergence) -> String {
     let Divergence { text, windows, .. } = compared;
     let which = match compared.held_out {

@@ -1,5 +1,5 @@
-//! Which names branches may have, asked before any work: what git takes, what the hub takes, and
-//! what can lie beside each other in one repository on any file system.
+//! Checks of branch names before any work: the rules of git and of the hub, and names that may coexist
+//! in one repository on any file system.
 
 use std::collections::BTreeMap;
 

@@ -1,4 +1,4 @@
-//! What can go wrong with a repository.
+//! Errors of a repository.
 
 use std::path::{Path, PathBuf};
 

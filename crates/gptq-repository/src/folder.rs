@@ -20,13 +20,13 @@ pub struct FolderFile {
     pub name: String,
     /// Bytes.
     pub bytes: u64,
-    /// Of its content.
+    /// sha256 of its content.
     pub sha256: ContentHash,
-    /// How it travels.
+    /// Whether git or the LFS store holds it.
     pub content: FolderContent,
 }
 
-/// How a file travels.
+/// The storage of a file's content.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum FolderContent {
     /// In git itself.
@@ -38,7 +38,7 @@ pub enum FolderContent {
     },
     /// In the LFS store.
     Large {
-        /// Where it lies.
+        /// The file that holds it.
         file: PathBuf,
     },
 }

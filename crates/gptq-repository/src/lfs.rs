@@ -1,7 +1,7 @@
-//! Git LFS: large files lie beside git's objects under their sha256, a pointer stands for each.
+//! Git LFS: large files are stored by their sha256 outside git's objects, and git holds a pointer to each.
 //!
-//! Pointer and layout of the store: the specification of Git LFS, version 1. An object is known by
-//! its hash and by nothing else: whatever is taken in or handed out is hashed on the way.
+//! Pointers and the layout of the store follow the specification of Git LFS, version 1. An object is
+//! identified by its hash alone, so every object that is stored or read is hashed on the way.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -18,7 +18,7 @@ const VERSION: &str = "version https://git-lfs.github.com/spec/v1";
 pub(crate) const MAX_POINTER: usize = 1024;
 const PIECE_BYTES: usize = 4 << 20;
 
-/// What stands for a large file in git.
+/// The pointer to a large file, stored in git.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Pointer {
     pub oid: ContentHash,
@@ -57,7 +57,7 @@ impl Pointer {
     }
 }
 
-/// Whether a file goes to the store.
+/// Whether a file goes to the LFS store.
 pub(crate) fn is_large(name: &str, size: u64) -> bool {
     name.ends_with(".safetensors") || size > PLAIN_LIMIT
 }
@@ -116,14 +116,14 @@ impl Store {
         Ok(pointer)
     }
 
-    /// Whether something of its length lies where the object belongs.
+    /// Whether a file of the object's length is in its place.
     pub fn may_hold(&self, pointer: &Pointer) -> bool {
         fs::metadata(self.path(&pointer.oid))
             .is_ok_and(|found| found.is_file() && found.len() == pointer.size)
     }
 }
 
-/// Reads a file once, copies it to `out`, and says what it was.
+/// Copies a file to `out` in one read, and returns its pointer.
 pub(crate) fn hash_into(file: &Path, out: &mut dyn Write) -> io::Result<Pointer> {
     let mut reader = File::open(file)?;
     let mut hasher = ContentHasher::default();

@@ -1,12 +1,11 @@
 //! Checkpoints as branches of one bare git repository, weights through Git LFS.
 //!
-//! Knows: which files of a folder go to the LFS store and what stands for them in git, how a branch
-//! comes into being whole or not at all, how a small file of a branch is replaced, how a branch
-//! becomes a folder again; which names from outside are those of branches and files, and that an LFS
-//! object is what its hash says.
+//! Knows: which files of a folder go to the LFS store, and their pointers in git; how a branch is made
+//! atomically, how one of its small files is replaced, how a branch becomes a folder again; which names
+//! from outside are valid for branches and files; that the content of an LFS object matches its hash.
 //!
-//! Does not know: what the files mean, remotes, the network. Nothing is ever deleted but the folder
-//! that a branch was made from.
+//! Does not know: the meaning of files, remotes, the network. The only thing it ever deletes is the
+//! folder that a branch was made from.
 //!
 //! Commits are as reproducible as their content: `SOURCE_DATE_EPOCH` fixes their date,
 //! `GIT_AUTHOR_NAME` and `GIT_AUTHOR_EMAIL` their author; git's own configuration is not read.

@@ -16,7 +16,7 @@ use crate::repository::failed;
 
 const BEGUN: &str = ".making-";
 const HEAD: &str = "HEAD";
-/// What git puts into a new repository.
+/// Entries that git creates in a new repository.
 const OWN: [&str; 7] = [
     "branches",
     "config",
@@ -27,8 +27,8 @@ const OWN: [&str; 7] = [
     "refs",
 ];
 
-/// Whether a repository may be made there: nothing is, or an empty folder, or what others have
-/// begun to make.
+/// Whether a repository may be made there: the path is free, an empty folder, or a repository that another
+/// process has begun.
 pub(crate) fn is_vacant(path: &Path) -> bool {
     match fs::read_dir(path) {
         Ok(mut entries) => entries.all(|entry| {

@@ -14,7 +14,7 @@ use crate::repository::head_of;
 use crate::{Repository, RepositoryError, check_branch_names};
 
 const FILE_MODE: i32 = 0o100_644;
-/// How long git's lock of a reference is waited for; a process holds it while it writes 41 bytes.
+/// Longest wait for git's lock of a reference, which is held while 41 bytes are written.
 const LOCK_PATIENCE: Duration = Duration::from_secs(5);
 const LOCK_PAUSE: Duration = Duration::from_millis(20);
 

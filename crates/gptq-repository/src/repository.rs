@@ -50,7 +50,7 @@ impl Repository {
         }
     }
 
-    /// Where it lies.
+    /// The path of the repository.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -78,7 +78,7 @@ impl Repository {
         Ok(names)
     }
 
-    /// Whether there is such a branch.
+    /// Whether the branch exists.
     pub fn has(&self, branch: &str) -> bool {
         self.git.find_reference(&head_of(branch)).is_ok()
     }
@@ -99,7 +99,7 @@ impl Repository {
         fs::create_dir(folder).map_err(RepositoryError::io("create", folder))?;
         let written = (files.iter()).try_for_each(|file| self.write_file(branch, file, folder));
         if written.is_err() {
-            // What failed is the news; a folder that cannot be removed either is in plain sight.
+            // The first error is reported; a folder that cannot be removed either is visible to the user.
             let _ = fs::remove_dir_all(folder);
         }
         written
@@ -128,8 +128,8 @@ impl Repository {
             .map_err(RepositoryError::io("write", &target))
     }
 
-    /// Where the content of an LFS file of a branch lies, hashed just now; `None` for a file that
-    /// lies in git itself.
+    /// The path of an LFS file's content, which is hashed on every call; `None` for a file that git itself
+    /// holds.
     pub fn object(
         &self,
         branch: &str,

@@ -187,7 +187,7 @@ impl Repository {
     }
 }
 
-/// What an entry is by its mode, where that is no file.
+/// The kind of an entry by its mode; `None` for a file.
 fn other_than_a_file(mode: i32) -> Option<&'static str> {
     match mode {
         // The last is that of git before 2005, which old repositories still hold.

@@ -53,7 +53,7 @@ fn known_settings<'de, D: Deserializer<'de>>(deserializer: D) -> Result<QuantSpe
     }
 }
 
-/// Which text a perplexity is taken over.
+/// The text that perplexity is measured on.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct EvaluationRequest {
@@ -103,7 +103,7 @@ pub struct Inputs {
 pub struct LayerFigures {
     /// Module name.
     pub layer: LayerName,
-    /// As the solver reported it; `error` is what the files gave too.
+    /// The loss reported by the solver; its `error` is also the one measured from the files.
     pub loss: LayerLoss,
     /// sha256 of what the files mean: codes, scales, zeros and group indices once they are read.
     pub content: String,
@@ -126,7 +126,7 @@ pub struct Overall {
     pub top1_agreement: f64,
 }
 
-/// How far each figure may move for the worse. What moves as far for the better is told too.
+/// How much worse each figure may get. An improvement of the same size is reported too.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Tolerances {
     /// Tolerance of a layer's output error, as a share of the baseline's.
@@ -204,7 +204,7 @@ mod tests {
         );
         let error = serde_json::from_str::<Baseline>(&misspelt).unwrap_err();
         assert!(error.to_string().contains("`window`"), "{error}");
-        // It ran with other settings, and the key was gone from what `--update` wrote.
+        // A misplaced key was once ignored, and dropped by `--update`.
         let misplaced = BY_HAND.replace("\"sym\": true", "\"sym\": true, \"effort\": \"fast\"");
         let error = serde_json::from_str::<Baseline>(&misplaced).unwrap_err();
         assert!(error.to_string().contains("`effort`"), "{error}");

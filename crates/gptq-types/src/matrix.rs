@@ -6,7 +6,7 @@ use crate::{
     ColumnOrder, ContentHash, Effort, EvalRecord, GroupSize, Method, QuantSpec, RunRecord,
 };
 
-/// Which calibration tokens a permutation sees.
+/// The calibration tokens of a permutation.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct CalibrationRequest {
     /// A registered name, a dataset of the hub or a file, as `--dataset` takes it.
@@ -105,7 +105,7 @@ pub fn describe(spec: &QuantSpec) -> String {
     format!("{}-bit, {group}, {order}{aim}{descent}.", spec.bits)
 }
 
-/// Whether a runtime loads a branch.
+/// Whether a given runtime loads a branch.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Reading {
     /// The runtime.
@@ -149,7 +149,7 @@ pub struct BranchRecord {
 pub struct Branch {
     /// The contents of the branch.
     pub record: BranchRecord,
-    /// How it was made.
+    /// The run that made it.
     pub run: RunRecord,
 }
 

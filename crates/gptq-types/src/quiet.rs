@@ -30,9 +30,9 @@ impl fmt::Display for PanicMessage {
 
 impl std::error::Error for PanicMessage {}
 
-/// Runs `work`, and returns what it said where it panicked; nothing is printed.
+/// Runs `work`; a panic becomes an error with its message, and nothing is printed.
 ///
-/// For calls into libraries alone: what `work` changed before a panic is to be thrown away. Only
+/// Only for calls into libraries: discard whatever `work` changed before a panic. Only
 /// panics on the calling thread are caught silently; calls may be nested.
 ///
 /// ```

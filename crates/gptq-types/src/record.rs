@@ -13,7 +13,7 @@ pub const RUN_RECORD_SCHEMA: u32 = 1;
 /// The calibration tokens of a run.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct CalibrationRecord {
-    /// As given on the command line.
+    /// The dataset as given on the command line.
     pub dataset: String,
     /// How windows were drawn.
     pub rule: String,
@@ -27,11 +27,11 @@ pub struct CalibrationRecord {
     pub tokens: usize,
     /// sha256 of the token ids as little-endian u32, window after window.
     pub token_sha256: String,
-    /// Positions of the source that some window covers; windows overlap. Of stored and generated
-    /// windows, the tokens of those that differ. Absent in older records, as the next three are.
+    /// Positions of the source that some window covers; windows overlap. For stored and generated windows,
+    /// the tokens of distinct windows. Absent in older records, as are the next three.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub distinct_positions: Option<usize>,
-    /// Tokens that differ in themselves or in the 7 before them, over the first 2^22 tokens.
+    /// Distinct runs of a token and the 7 before it, over the first 2^22 tokens.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub distinct_contexts: Option<usize>,
     /// Share of `tokens` that some window drew before, 0 to 1; a BOS in front of each is not counted.
@@ -44,7 +44,7 @@ pub struct CalibrationRecord {
     /// The column of its rows, where one was named.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub column: Option<String>,
-    /// Name of the local copy that a named dataset was read from; where it lay is not told.
+    /// Name of the local copy that a named dataset was read from, without its folder.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub file: Option<String>,
     /// Sampling temperature while the model wrote its own text, if not 1.
@@ -61,8 +61,8 @@ impl CalibrationRecord {
     /// layer is as wide.
     pub const COUNTED_TOKENS: usize = 1 << 22;
 
-    /// Why errors measured on these tokens say nothing, where that is so: too few positions for
-    /// the widest layer, or a text that repeats itself.
+    /// The reason why errors measured on these tokens mean nothing, if there is one: too few positions for
+    /// the widest layer, or repetitive text.
     pub fn doubt(&self) -> Option<String> {
         let (positions, contexts) = (self.distinct_positions?, self.distinct_contexts?);
         let widest = self.widest_input.unwrap_or(0);
@@ -111,14 +111,14 @@ pub struct LayerRecord {
     /// The order that was chosen, where the settings leave it open.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub order: Option<ColumnOrder>,
-    /// Which input channel of the float model each one in the file is, where they are permuted; the outputs
-    /// of the linears before it are permuted alike.
+    /// The float model's input channel for each input channel in the file, if folded; outputs of the
+    /// preceding linears are permuted alike.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub folded: Option<Vec<u32>>,
 }
 
 impl LayerRecord {
-    /// Whether plain rounding would have done better: the layer counts as degraded.
+    /// Whether rounding to nearest would have done better; the layer then counts as degraded.
     pub fn is_worse_than_rtn(&self) -> bool {
         self.loss
             .as_ref()
@@ -126,15 +126,15 @@ impl LayerRecord {
     }
 }
 
-/// How far a checkpoint is from the float model on a text that calibration did not see.
+/// Divergence of a checkpoint from the float model on text that calibration did not see.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Divergence {
     /// The text, as it may be published.
     pub text: String,
-    /// Name of the local copy that a named text was read from; where it lay is not told.
+    /// Name of the local copy that a named text was read from, without its folder.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub file: Option<String>,
-    /// Windows of the calibration text that calibration did not see; else of a text of its own.
+    /// The windows are held-out windows of the calibration text; otherwise they come from a separate text.
     pub held_out: bool,
     /// Text, windows and how they were chosen, in words.
     pub protocol: String,
@@ -146,7 +146,7 @@ pub struct Divergence {
     pub seq_len: usize,
     /// Tokens in all windows.
     pub tokens: usize,
-    /// As that of [`CalibrationRecord`]: rounding to nearest has no other record of it.
+    /// As in [`CalibrationRecord`], which rounding to nearest lacks.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub window_bos: Option<bool>,
     /// Perplexity of the float model.
@@ -234,7 +234,7 @@ pub struct RunRecord {
     pub spec: QuantSpec,
     /// Tokens; absent for `method rtn`.
     pub calibration: Option<CalibrationRecord>,
-    /// Where it ran: `cpu`, or the name of the GPU.
+    /// The device of the run: `cpu`, or the name of the GPU.
     #[serde(default)]
     pub device: String,
     /// Most bytes of GPU memory that were allocated at a time.
@@ -357,8 +357,8 @@ pub struct EvalRecord {
     /// `nll` less that of the first checkpoint; absent for the first itself.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub nll_difference: Option<PairedDifference>,
-    /// Share of last words that were guessed, where passages were given. What does not depend on the
-    /// text stands in the record of the first text alone: this, tasks, speed and seconds.
+    /// Share of last words guessed, if passages were given. Fields that do not depend on the text (this one,
+    /// tasks, speed, seconds) are only in the record of the first text.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub accuracy: Option<Accuracy>,
     /// Multiple choice, a score per task.
@@ -396,7 +396,7 @@ pub struct PairedDifference {
 }
 
 impl PairedDifference {
-    /// Half the interval: a difference below it cannot be told from none on these windows.
+    /// Half the interval: a smaller difference is indistinguishable from zero on these windows.
     pub fn noise_floor(&self) -> f64 {
         (self.high - self.low) / 2.0
     }
@@ -414,8 +414,8 @@ pub struct Accuracy {
     pub share: f64,
     /// Standard error of the share.
     pub stderr: f64,
-    /// Where the choice counts that is likeliest for its number of characters; absent where no
-    /// choice has a length of its own.
+    /// Accuracy with likelihoods divided by the characters of the choice; absent where choices have no length
+    /// of their own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub acc_norm: Option<Share>,
 }
@@ -429,7 +429,7 @@ pub struct Share {
     pub stderr: f64,
 }
 
-/// How fast a checkpoint runs from its packed files, on the device that is named.
+/// Speed of a checkpoint, run from its packed files on the named device.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Speed {
     /// `cpu, 2 threads`, or the name of the GPU.

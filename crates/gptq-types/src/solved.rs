@@ -100,7 +100,7 @@ impl LossMeasure {
     }
 }
 
-/// How well a layer was rounded. Losses are twice the mean squared output error per token, summed over
+/// Output error of a rounded layer. Losses are twice the mean squared output error per token, summed over
 /// outputs: on quantized inputs the trace `tr(E H E^T)` with the undamped Hessian
 /// `H = 2/tokens * X^T X`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -117,7 +117,7 @@ pub struct LayerLoss {
     pub signal: f64,
     /// Diagonal share that was added in the end, at least the requested `damp_percent`.
     pub damp_used: f64,
-    /// How often damping had to grow before the factorization succeeded.
+    /// Number of times damping was raised before the factorization succeeded.
     pub damp_escalations: u32,
     /// Input channels that were zero on every calibration token.
     pub dead_channels: usize,

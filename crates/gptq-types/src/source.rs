@@ -1,4 +1,4 @@
-//! Where weights come from, without saying how they are stored.
+//! Sources of weights, independent of how they are stored.
 
 use std::fmt;
 
@@ -17,7 +17,7 @@ pub enum Dtype {
     I16,
     I8,
     U8,
-    /// Eight-bit floats without infinities, as FP8 checkpoints hold them beside scales.
+    /// Eight-bit floats without infinities, stored with scales in FP8 checkpoints.
     F8E4M3,
     Bool,
 }
@@ -141,7 +141,7 @@ pub enum SourceError {
 
 /// Named tensors, read one at a time.
 pub trait TensorSource: Send + Sync {
-    /// Where the tensors lie, for error messages.
+    /// The location of the tensors, for error messages.
     fn place(&self) -> String;
 
     /// All names, sorted.
@@ -153,7 +153,7 @@ pub trait TensorSource: Send + Sync {
     /// The stored bytes, little-endian, row-major.
     fn bytes(&self, name: &str) -> Result<Vec<u8>, SourceError>;
 
-    /// As many stored bytes as `out` takes, from `offset` on.
+    /// Fills `out` with stored bytes from `offset` on.
     fn read_at(&self, name: &str, offset: usize, out: &mut [u8]) -> Result<(), SourceError> {
         let bytes = self.bytes(name)?;
         match bytes.get(offset..offset + out.len()) {

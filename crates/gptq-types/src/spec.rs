@@ -108,7 +108,7 @@ impl GroupSize {
         }
     }
 
-    /// How many groups `in_features` channels make, the short last one counted.
+    /// Number of groups of `in_features` channels, including a short last one.
     pub fn count(self, in_features: usize) -> usize {
         in_features.div_ceil(self.resolve(in_features))
     }
@@ -155,7 +155,7 @@ impl fmt::Display for GroupSize {
     }
 }
 
-/// How codes are chosen.
+/// The method that chooses codes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Method {
@@ -188,7 +188,7 @@ impl fmt::Display for CheckpointFormat {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ColumnOrder {
-    /// As stored; `g_idx` is trivial.
+    /// The stored order; `g_idx` is trivial.
     Natural,
     /// By falling Hessian diagonal, groups formed in that order; `g_idx` is a real permutation where
     /// there are several groups.
@@ -219,13 +219,13 @@ impl ColumnOrder {
         }
     }
 
-    /// Whether files of this order may have their channels permuted.
+    /// Whether files of this order may hold permuted channels.
     pub fn may_fold(self) -> bool {
         matches!(self, ColumnOrder::Folded | ColumnOrder::Auto)
     }
 }
 
-/// How much work a quantization is worth.
+/// The amount of work spent on a quantization.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Effort {
@@ -293,9 +293,9 @@ pub struct QuantSpec {
     /// from before there was a choice.
     #[serde(default)]
     pub scale_search: bool,
-    /// The search may choose every grid that the file can hold: symmetric, a scale of either sign, so
-    /// that the larger side of a group gets the code that the other side has not; asymmetric, a zero
-    /// beside the one that follows from the scale. False in records from before there was a choice.
+    /// The search may choose any grid that the file can hold: symmetric, a scale of either sign, so that the
+    /// larger side of a group gets the extra code; asymmetric, zeros other than the one that follows from the
+    /// scale. False in records that predate the setting.
     #[serde(default)]
     pub full_range: bool,
     /// Share, 0 to 1, of the way from the float weight to the one that comes nearest to the float
@@ -372,8 +372,8 @@ impl QuantSpec {
         }
     }
 
-    /// Whether `g_idx` of the result is a real permutation: with one group a row it is all 0,
-    /// whatever the order.
+    /// Whether `g_idx` of the result is a real permutation: with one group per row it is all 0 in any
+    /// order.
     pub fn permutes_g_idx(&self) -> bool {
         self.order == ColumnOrder::ActOrder && self.group_size != GroupSize::None
     }

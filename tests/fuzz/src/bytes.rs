@@ -26,7 +26,7 @@ pub const EDGES: [u64; 20] = [
     u64::MAX,
 ];
 
-/// What insertions may add at once.
+/// Most bytes that one insertion adds.
 const LONGEST: usize = 64;
 
 /// Changes `bytes` in one place; `other` is a second seed of the same kind.
@@ -62,7 +62,7 @@ pub fn mutate(bytes: &mut Vec<u8>, other: &[u8], random: &mut Random) {
     }
 }
 
-/// Headers and footers say how the rest is read, so they are hit as often as all the rest.
+/// Headers and footers determine how the rest is read, so they are hit as often as all the rest.
 fn place(len: usize, random: &mut Random) -> usize {
     let edge = len.min(512);
     match random.below(4) {

@@ -1,4 +1,4 @@
-//! How the command and git are called: no network, one thread, nothing of the caller's home.
+//! Calls of the command and of git: no network, one thread, nothing of the caller's home.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -43,7 +43,7 @@ impl Gptq {
         }
     }
 
-    /// The same, not yet started.
+    /// A prepared command, not yet started.
     pub fn start(&self, folder: &Path, line: &str) -> Command {
         let mut command = Command::new(&self.program);
         command.args(line.split_whitespace()).current_dir(folder);
@@ -85,7 +85,7 @@ pub fn git(repository: &Path, arguments: &[&str], input: &[u8]) -> Result<Vec<u8
     }
 }
 
-/// The same, where one word comes back.
+/// Calls git and returns a single word of output.
 pub fn git_word(repository: &Path, arguments: &[&str], input: &[u8]) -> Result<String, String> {
     let out = git(repository, arguments, input)?;
     Ok(String::from_utf8_lossy(&out).trim().to_string())

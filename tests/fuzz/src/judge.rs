@@ -1,11 +1,11 @@
-//! What a run may not do, whatever its input was.
+//! Faults that no input may cause.
 
 use crate::watch::Took;
 
 /// A run and all that can be seen of it.
 #[derive(Debug)]
 pub struct Seen {
-    /// What it took.
+    /// Exit status and resources.
     pub took: Took,
     /// Its standard output; bytes that are not UTF-8 are replaced.
     pub stdout: String,
@@ -13,9 +13,9 @@ pub struct Seen {
     pub stderr: String,
     /// Files outside of its folder that it made, changed or removed.
     pub escaped: Vec<String>,
-    /// What it wrote, of what may only be there when it succeeded.
+    /// Files that it left and that may only exist after success.
     pub left: Vec<String>,
-    /// Whether only an error is right: the input is not what something vouches for.
+    /// Whether the run must fail, since the input does not match a hash that vouches for it.
     pub must_fail: bool,
 }
 

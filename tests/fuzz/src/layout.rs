@@ -1,5 +1,5 @@
-//! Mutations of files whose parts say how long other parts are: a field is changed and, as often as
-//! not, the lengths around it are made right again, so that readers get past their first check.
+//! Mutations of files whose parts hold the lengths of other parts: a field is changed, and about half
+//! the time the enclosing lengths are corrected, so that readers get past their first check.
 
 use crate::bytes::{self, EDGES};
 use crate::random::Random;
@@ -51,7 +51,7 @@ fn poison(file: &mut [u8], data: usize, random: &mut Random) {
     }
 }
 
-/// What a stretch of a GGUF file or of a protobuf message is.
+/// A field of a GGUF file or of a protobuf message.
 #[derive(Clone, Copy, Debug)]
 enum Field {
     /// A number of `width` bytes.
@@ -66,7 +66,7 @@ pub fn gguf(file: &mut Vec<u8>, other: &[u8], random: &mut Random) {
     if fields.is_empty() || random.once_in(4) {
         return bytes::mutate(file, other, random);
     }
-    // Numbers and texts of the header are few beside the entries of a vocabulary.
+    // Fields of the header are few compared with the entries of a vocabulary.
     let few = fields.len().min(60);
     let at = match random.below(3) {
         0 => random.below(few),
@@ -203,7 +203,7 @@ pub fn protobuf(file: &mut Vec<u8>, other: &[u8], random: &mut Random) {
         return bytes::mutate(file, other, random);
     }
     let (start, body, end) = match random.below(3) {
-        // What follows the pieces says what they are for.
+        // The parts after the pieces determine how they are used.
         0 => parts[parts.len() - 1 - random.below(parts.len().min(4))],
         _ => *random.pick(&parts),
     };

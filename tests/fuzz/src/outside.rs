@@ -1,11 +1,11 @@
-//! What lies around a run's folder, so that what escapes from it is seen.
+//! Snapshots of the files around a run's folder, which reveal writes outside of it.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-/// A folder with a fixed name, for absolute paths in inputs. Nothing may ever be in it.
+/// A folder with a fixed name, for absolute paths in inputs. It must stay empty.
 pub const OUTSIDE: &str = "/tmp/gptq-fuzz-outside";
 
 /// Paths with length and time of the last change; folders have neither.
@@ -37,7 +37,7 @@ pub fn snapshot(folder: &Path, skipped: &[&str]) -> Snapshot {
     found
 }
 
-/// What is in one and not, or not the same, in the other.
+/// Entries that were added, removed or changed.
 pub fn differences(before: &Snapshot, after: &Snapshot) -> Vec<String> {
     let changed = after
         .iter()

@@ -1,4 +1,4 @@
-//! What all runs of a target came to.
+//! Statistics over all runs of a target.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -38,7 +38,7 @@ impl Table {
         self.0.values().map(|row| row.faults).sum()
     }
 
-    /// As text.
+    /// Formats the table as text.
     pub fn render(&self) -> String {
         let mut text = String::from(
             "| target | runs | exit 0 | exit 1 | exit 2 | other | faults | max s | max MB |\n|---|---|---|---|---|---|---|---|---|\n",

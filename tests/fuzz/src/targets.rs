@@ -1,9 +1,9 @@
-//! The readers: for each the file that is changed, what lies beside it, and the commands that read it.
+//! The readers: for each the file to mutate, the files that accompany it, and the commands that read it.
 
-/// How a file is changed.
+/// The kind of mutation for a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// As bytes.
+    /// Raw bytes.
     Bytes,
     /// JSON, TOML, lines of them.
     Text,
@@ -21,10 +21,10 @@ pub enum Kind {
     Tree,
 }
 
-/// Where a changed file goes that git has to take in.
+/// The place of a mutated file, possibly inside a git repository.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
-    /// Where it is: `file`.
+    /// The path `file` itself.
     File,
     /// The tree of the branch.
     Tree,
@@ -48,15 +48,15 @@ pub struct Target {
     /// The name of the changed file in the run's folder; the seed's own end (`.gz`, `.arrow`) takes
     /// the place of `*`.
     pub file: &'static str,
-    /// How it is changed.
+    /// The kind of mutation.
     pub kind: Kind,
-    /// Where it goes.
+    /// The place of the mutated file.
     pub place: Place,
     /// Command lines; a run takes one of them. `*` is as in `file`.
     pub commands: &'static [&'static str],
-    /// What may not be there after an error.
+    /// Files that must not exist after an error.
     pub absent: &'static [&'static str],
-    /// Whether every change has to be noticed.
+    /// Whether every change must be detected.
     pub hashed: bool,
 }
 

@@ -49,7 +49,7 @@ pub fn mutate(bytes: &mut Vec<u8>, random: &mut Random) {
     bytes.splice(at..at, piece.iter().copied());
 }
 
-/// The same inside the JSON string that holds a chat template.
+/// Mutates a chat template inside the JSON string that holds it.
 pub fn mutate_in_json(bytes: &mut Vec<u8>, random: &mut Random) {
     const KEY: &[u8] = b"\"chat_template\": \"";
     let found = bytes.windows(KEY.len()).position(|window| window == KEY);

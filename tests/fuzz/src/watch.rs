@@ -1,4 +1,4 @@
-//! One run of the command, with limits, and what it took.
+//! One run of the command, with limits, and the resources that it took.
 //!
 //! The peak memory of a child is known exactly where a process has had one child alone. So the
 //! fuzzer starts itself once more for each run, as the only parent of that run.
@@ -19,10 +19,10 @@ const LARGEST_FILE: u64 = 1 << 30;
 
 /// Until then nobody asks what a run waited for.
 const SOON: Duration = Duration::from_millis(200);
-/// Of wall time, however busy the machine is.
+/// Limit of wall time, however busy the machine is.
 const LONGEST: Duration = Duration::from_secs(150);
 
-/// What a run took.
+/// Exit status and resources of a run.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Took {
     /// Exit code, or none where a signal ended it.
@@ -108,8 +108,8 @@ pub fn main(arguments: &[String]) -> ExitCode {
     ExitCode::SUCCESS
 }
 
-/// How long the threads of a process were ready and did not run; the kernel counts it in
-/// `schedstat`, as nanoseconds in the second place.
+/// Time that the threads of a process were runnable but not running; the kernel counts it in
+/// `schedstat`, in nanoseconds, as the second number.
 fn waited_for_a_processor(process: u32) -> Duration {
     let tasks = std::fs::read_dir(format!("/proc/{process}/task"));
     let waited = tasks.into_iter().flatten().flatten().filter_map(|task| {

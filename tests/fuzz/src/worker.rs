@@ -14,7 +14,7 @@ use crate::targets::{Kind, Place, Target};
 use crate::watch::{SUBCOMMAND, Took};
 use crate::{bytes, layout, template, text};
 
-/// What the commands may write in a run's folder.
+/// Entries that the commands may write in a run's folder.
 const WRITTEN: [&str; 7] = [
     "out",
     ".out.partial",
@@ -25,7 +25,7 @@ const WRITTEN: [&str; 7] = [
     ".out.lock",
 ];
 
-/// How often what is slow is tried again.
+/// Number of retries of a slow run.
 const TRIES: usize = 2;
 
 /// A changed file and the command that is to read it.
@@ -44,7 +44,7 @@ pub struct Input {
 }
 
 impl Input {
-    /// What the seed and the number of a run make of a target's seeds.
+    /// The input of run `run`: a mutation of the target's seed files, determined by `seed`.
     pub fn drawn(
         target: &'static Target,
         seeds: &Path,
@@ -104,7 +104,7 @@ fn change(kind: Kind, file: &mut Vec<u8>, other: &[u8], random: &mut Random) {
     }
 }
 
-/// A folder for runs: `run` inside it, with a home and a canary beside that.
+/// A folder for runs, with subfolders: `run`, a home, and a canary.
 pub struct Worker<'a> {
     gptq: &'a Gptq,
     seeds: &'a Path,
@@ -115,9 +115,9 @@ pub struct Worker<'a> {
 /// A finished run.
 #[derive(Debug)]
 pub struct Verdict {
-    /// What it took.
+    /// Exit status and resources.
     pub took: Took,
-    /// What is wrong; empty where nothing is.
+    /// Faults; empty for a sound run.
     pub faults: Vec<String>,
     /// Its standard error.
     pub stderr: String,
@@ -152,8 +152,8 @@ impl<'a> Worker<'a> {
         found
     }
 
-    /// Runs the command on an input. What is slow is tried again: the machine may have stalled, and
-    /// a run beside others on a busy one gets a small share of it.
+    /// Runs the command on an input. A slow run is tried again: the machine may have stalled, or given
+    /// this run a small share among others.
     pub fn run(&mut self, input: &Input) -> Result<Verdict, String> {
         let mut verdict = self.run_once(input)?;
         for _ in 0..TRIES {
@@ -203,7 +203,7 @@ impl<'a> Worker<'a> {
         let own = std::env::current_exe().map_err(said)?;
         let mut command = Command::new(own);
         command.arg(SUBCOMMAND).arg(&report);
-        // What is slow shall be seen to be slow and not only to be over.
+        // The limit is above the judged one, so that a slow run is measured and not only killed.
         command.arg((MOST_SECONDS * 1.5).to_string());
         command
             .arg(&self.gptq.program)

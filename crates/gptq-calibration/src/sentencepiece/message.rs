@@ -1,6 +1,6 @@
 //! The wire format of protobuf: fields one after the other, each with its number.
 
-/// What a field holds.
+/// The value of a field.
 #[derive(Debug, PartialEq)]
 pub(super) enum Wire<'a> {
     /// A number of any width, booleans and enumerations too.

@@ -59,7 +59,7 @@ pub fn run(args: &ChatArgs) -> Result<Verdict, Failure> {
     Ok(Verdict::Yes)
 }
 
-/// How a conversation becomes text.
+/// The way to render a conversation as text.
 enum Wording {
     /// The checkpoint's own.
     Chat(ChatRenderer),
@@ -120,7 +120,7 @@ impl Conversation<'_> {
     }
 }
 
-/// Nothing at the end of the input.
+/// Reads a line; `None` at the end of the input.
 fn read_line() -> Result<Option<String>, Failure> {
     let stdin = std::io::stdin();
     if stdin.is_terminal() {

@@ -11,7 +11,7 @@ pub fn run() -> Result<Verdict, Failure> {
     Ok(if complete { Verdict::Yes } else { Verdict::No })
 }
 
-/// What each library is for, and what is lost without it.
+/// The purpose of each library, and what fails without it.
 #[cfg(feature = "cuda")]
 const USES: [(&str, &str); 4] = [
     ("libcuda", "the driver; without it no GPU is used at all"),

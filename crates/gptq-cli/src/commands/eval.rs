@@ -60,7 +60,7 @@ pub fn run(args: &EvalArgs) -> Result<Verdict, Failure> {
         .map_err(|error| scored.placed(error))?;
     shown.end();
     let mut records = scored.records(args, &models, &opened, &scores)?;
-    // Those of the first text come first.
+    // Records of the first text come first; they carry the speeds.
     for (record, speed) in records.iter_mut().zip(speeds) {
         record.speed = Some(speed);
     }
@@ -71,7 +71,7 @@ pub fn run(args: &EvalArgs) -> Result<Verdict, Failure> {
     Ok(Verdict::Yes)
 }
 
-/// Everything that scores in a journal depend on, by the name under which a difference is told.
+/// Everything that the scores in a journal depend on, keyed by the name that an error gives a difference.
 fn settings(
     scored: &Scored,
     models: &[Model],

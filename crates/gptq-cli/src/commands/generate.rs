@@ -78,7 +78,7 @@ fn tokens(
     }
 }
 
-/// All of it, without the end of its last line.
+/// Reads all of stdin, without the final line break.
 fn read_stdin() -> Result<String, Failure> {
     if std::io::stdin().is_terminal() {
         eprintln!("the prompt, ended by Ctrl-D:");

@@ -15,7 +15,7 @@ use crate::failure::Failure;
 use crate::models::{Model, find};
 use crate::output::{print, print_json};
 
-/// What a checkpoint holds, found in its data where the data can say.
+/// The contents of a checkpoint, taken from its data where possible rather than from its configs.
 #[derive(Serialize)]
 struct Inspection {
     architecture: String,
@@ -61,7 +61,7 @@ pub fn run(args: &InspectArgs) -> Result<Verdict, Failure> {
     let model = find(&args.model, &args.hub)?;
     let inspection = match model.try_open()? {
         Ok(opened) => whole(&model, &opened)?,
-        // Sound files of another kind: what can be told without the architecture.
+        // The files are sound, but the architecture is not supported: report what needs no architecture.
         Err(error) if error.is_unsupported() => refused(&model, &error)?,
         Err(error) => return Err(error.into()),
     };
@@ -156,7 +156,7 @@ fn inspect(
     })
 }
 
-/// What the stored zeros look like, and whether that fits the declared format.
+/// Names the convention of the stored zeros, and whether it fits the declared format.
 fn judge(found: ZeroConvention, config: &QuantizeConfig) -> (&'static str, bool) {
     let declared_v1 = config.format.to_string() == "gptq";
     match found {

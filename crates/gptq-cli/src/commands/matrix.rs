@@ -98,7 +98,7 @@ pub fn run(args: &MatrixArgs) -> Result<Verdict, Failure> {
     };
     let failed = match missing.is_empty() {
         true => {
-            // Nothing to make; but it is still the matrix of one model alone.
+            // No branch is missing, but a matrix still belongs to a single model.
             if !args.assemble {
                 state.weights_sha256 = Some(check_weights(source)?.identity);
             }
@@ -173,7 +173,7 @@ fn check_texts(
     Ok(())
 }
 
-/// What branches are scored on.
+/// The text that branches are scored on.
 fn scoring_text(args: &MatrixArgs) -> Option<ScoringText> {
     evaluation(args).map(|text| ScoringText {
         dataset: text.dataset,
@@ -212,7 +212,7 @@ fn verdict(failed: usize) -> Verdict {
     }
 }
 
-/// What was asked for: a preset or a plan, with flags over what it says of tokens.
+/// The requested permutations: a preset or a plan, whose calibration settings are overridden by flags.
 fn permutations(args: &MatrixArgs) -> Result<Vec<Permutation>, Failure> {
     let mut permutations = match (&args.plan, args.preset) {
         (Some(path), _) => {
@@ -383,7 +383,7 @@ fn windows(
     Ok(found)
 }
 
-/// The same card on every branch that is there, with a commit where it changed.
+/// Writes the same card to every existing branch, with a commit where it changed.
 fn assemble(args: &MatrixArgs, repository: &Repository, state: &State) -> Result<(), Failure> {
     let wanted: Vec<String> = state.branches.iter().map(|b| b.branch.clone()).collect();
     let branches = read_branches(repository, &wanted)?;

@@ -66,7 +66,7 @@ fn local(source: &str) -> Result<Option<(Repository, String)>, Failure> {
     Ok(None)
 }
 
-/// What came from the hub is what a run wrote, where its record is there to say so.
+/// Checks a download against the file hashes in its run record, if it has one.
 fn check_copy(folder: &Path, source: &str) -> Result<(), Failure> {
     let record = folder.join(RUN_RECORD);
     if !record.exists() || read_run(&record)?.files.is_empty() {

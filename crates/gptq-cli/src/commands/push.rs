@@ -18,7 +18,7 @@ use crate::records::{
 
 const MESSAGE: &str = "GPTQ checkpoint";
 const CONFIG: &str = "config.json";
-/// Of a checkpoint folder, beside weights and what came from the model.
+/// Files of a checkpoint folder other than weights and companions from the model.
 const OWN_FILES: [&str; 6] = [
     CONFIG,
     "quantize_config.json",
@@ -76,7 +76,7 @@ pub fn run(args: &PushArgs) -> Result<Verdict, Failure> {
     Ok(Verdict::Yes)
 }
 
-/// Whether a folder holds a checkpoint, and not branches.
+/// Whether a folder holds a checkpoint, not a repository of branches.
 fn is_checkpoint(place: &Path) -> bool {
     place.join(CONFIG).exists()
 }
@@ -163,7 +163,7 @@ fn of_folder(folder: &Path) -> Result<Vec<PushFile>, Failure> {
         .collect()
 }
 
-/// What of a folder belongs to a checkpoint; the rest is left here, and said.
+/// The files of a folder that belong to a checkpoint; others are reported and not pushed.
 fn checkpoint_names(folder: &Path) -> Result<Vec<String>, Failure> {
     let failed = |error: std::io::Error| {
         Failure::new(format!("cannot read `{}`: {error}", folder.display()))

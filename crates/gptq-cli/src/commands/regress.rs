@@ -24,7 +24,7 @@ pub fn run(args: &RegressArgs) -> Result<Verdict, Failure> {
     outcome
 }
 
-/// Where a run of GitHub Actions reads what is printed, unless it is to be JSON alone.
+/// Whether to print annotations: on request, or under GitHub Actions unless stdout is JSON.
 fn annotates(args: &RegressArgs) -> bool {
     let inside = std::env::var("GITHUB_ACTIONS").is_ok_and(|value| value == "true");
     args.github || (inside && !args.json)
@@ -110,7 +110,7 @@ fn tell(args: &RegressArgs, judgement: &Judgement, seconds: f64) -> Result<(), F
     }
 }
 
-/// What a baseline keeps of a run; refuses one whose files are not what the solver chose.
+/// The figures that a baseline keeps; refuses a run whose files do not hold what the solver chose.
 fn figures(
     inputs: Inputs,
     measurement: Measurement,

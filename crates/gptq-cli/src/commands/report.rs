@@ -60,9 +60,9 @@ fn unknown(place: &Path, why: &str) -> Failure {
 fn of_folder(folder: &Path) -> Result<FoundRun, Failure> {
     let run = read_run(&folder.join(RUN_RECORD))?;
     let record = match read_branch(folder)? {
-        // The branch that it was pulled from says more than the folder it was put into.
+        // The branch that it was pulled from is a better name than the local folder.
         Some(record) => Some(record),
-        // Records may be kept without the weights that they tell of.
+        // Records may be kept without their weights.
         None if folder.join("config.json").exists() => {
             let mut record = measured_nothing(folder, &run)?;
             record.permutation.branch = folder_name(folder);
@@ -115,7 +115,7 @@ fn of_repository(place: &Path) -> Result<Vec<FoundRun>, Failure> {
         .collect()
 }
 
-/// Branches hold records without times; the full one lies beside them where they were made.
+/// Adds times to a branch's record: published records have none, the repository that made them keeps both.
 fn with_times(place: &Path, branch: &str, run: RunRecord) -> Result<RunRecord, Failure> {
     let path = State::record(place, branch);
     if !path.exists() {

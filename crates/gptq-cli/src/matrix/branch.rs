@@ -23,18 +23,18 @@ use crate::records::{BRANCH_RECORD, RUN_RECORD, check_folder, read_json};
 use crate::scoring::Scorer;
 use crate::watch::{TOOL, watch, watch_together};
 
-/// What all branches share.
+/// Inputs that all branches share.
 pub struct Shared<'a> {
     pub model: &'a Model,
-    /// What was found in its weights.
+    /// The result of the check of its weights.
     pub checked: CheckedWeights,
     /// The model's name as published.
     pub model_name: &'a str,
-    /// Where its tokenizer comes from, as published, where that is another folder.
+    /// The source of its tokenizer as published, if another folder.
     pub tokenizer: Option<String>,
     /// Windows of each request, by [`Shared::key`].
     pub windows: HashMap<String, Windows>,
-    /// What branches are scored on.
+    /// The windows that branches are scored on.
     pub text: Option<EvaluationWindows>,
     pub max_shard_bytes: u64,
     /// Files that go with every branch.
@@ -196,7 +196,7 @@ impl<'a> Maker<'a> {
     }
 }
 
-/// Makes the branch of what [`Maker::make`] left. It is there afterwards, whole.
+/// Commits the work folder that [`Maker::make`] left as a branch, whole or not at all.
 pub fn publish(repository: &Repository, planned: &PlannedBranch) -> Result<(), Failure> {
     let branch = &planned.permutation.branch;
     let work = State::work(repository.path(), branch);
@@ -211,7 +211,7 @@ pub fn remove(work: &Path) -> Result<(), Failure> {
         .map_err(|error| Failure::new(format!("cannot remove `{}`: {error}", work.display())))
 }
 
-/// What an earlier start finished is as it was written, and nothing is left beside it.
+/// Checks that a folder finished by an earlier run is unchanged, and removes a leftover journal.
 fn check_found(work: &Path) -> Result<(), Failure> {
     let journal = work.join(JOURNAL_FILE);
     if journal.exists() {

@@ -69,7 +69,7 @@ fn read<T: DeserializeOwned>(
     })
 }
 
-/// What the user says of the model, over what its own card says.
+/// Reads the user's description of the model; gaps are filled from the model's own card.
 pub fn card_info(file: Option<&Path>, model_dir: &Path, given: &str) -> Result<CardInfo, Failure> {
     let mut info = match file {
         Some(path) => toml::from_str::<CardInfo>(&read_text(path)?)

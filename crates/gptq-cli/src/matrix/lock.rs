@@ -1,4 +1,4 @@
-//! One process at a time: on a branch, and on what the repository remembers.
+//! Locks that admit one process at a time: one for each branch, one for the repository's state.
 
 use std::fs;
 use std::path::Path;

@@ -24,7 +24,7 @@ const WAITING: usize = 1;
 /// A branch that this process alone works on.
 type Task<'a> = (&'a PlannedBranch, Lock);
 
-/// What is still to be made. Branches that another process is making come last: it may die, or fail.
+/// Branches still to be made. Those that another process is making come last, in case it fails.
 struct Queue<'a> {
     repository: &'a Path,
     taken: Vec<Task<'a>>,
@@ -106,8 +106,8 @@ fn next<'a>(
     }
 }
 
-/// Each device takes the next branch; threads beside them hash and commit what they finish. A branch
-/// that fails is named and left out; how many did. `taken` are those whose locks are held.
+/// Makes branches on all devices while other threads hash and commit the finished ones. Failed branches are
+/// reported and skipped; returns how many failed. `taken` are branches whose locks are already held.
 pub fn make_all<'a>(
     missing: &[&'a PlannedBranch],
     taken: Vec<Task<'a>>,

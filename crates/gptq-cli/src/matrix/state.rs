@@ -1,4 +1,4 @@
-//! What a repository remembers of its matrix, so that the same command goes on where it stopped.
+//! The state of a matrix, kept in its repository so that the same command resumes where it stopped.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -20,7 +20,7 @@ const FILE: &str = "matrix.json";
 /// Largest file that is read back: the record of a model with 100,000 linears has 50 MB.
 const MAX_BYTES: u64 = 64 << 20;
 
-/// Which text the branches are scored on.
+/// The text that branches are scored on.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Evaluation {
     pub dataset: String,
@@ -60,7 +60,7 @@ impl State {
         repository.join(FOLDER)
     }
 
-    /// Where a branch is made; a file of its name keeps the full record.
+    /// The work folder of a branch.
     pub fn work(repository: &Path, branch: &str) -> PathBuf {
         let name = branch.replace('/', "%2F");
         Self::folder(repository).join("work").join(name)
@@ -72,7 +72,7 @@ impl State {
         Self::folder(repository).join("records").join(name)
     }
 
-    /// What identifies a model beside its weights.
+    /// Hashes of the files that identify a model, apart from its weights.
     pub fn hash_files(model: &Model) -> Result<BTreeMap<String, ContentHash>, Failure> {
         let mut files = BTreeMap::new();
         files.insert(
@@ -89,7 +89,7 @@ impl State {
         Ok(files)
     }
 
-    /// What is there; `None` in a repository without a matrix.
+    /// Reads the stored state; `None` in a repository without a matrix.
     pub fn read(repository: &Path) -> Result<Option<Self>, Failure> {
         let path = Self::folder(repository).join(FILE);
         if !path.exists() {
@@ -131,7 +131,7 @@ impl State {
             let gone = (before.branches.into_iter())
                 .filter(|branch| self.branches.iter().all(|b| b.branch != branch.branch));
             kept.branches.extend(gone);
-            // One that was there and one that is asked for now may exclude each other.
+            // The name of an existing branch and that of a requested one may exclude each other.
             check_branch_names(kept.branches.iter().map(|branch| branch.branch.as_str()))?;
         }
         let folder = Self::folder(repository);
@@ -228,12 +228,12 @@ pub fn read_own(path: &Path) -> Result<String, Failure> {
     }
 }
 
-/// Writes beside, syncs, renames.
+/// Replaces a file atomically: writes a temporary file in its folder, syncs, renames.
 pub fn replace(path: &Path, content: &[u8]) -> std::io::Result<()> {
     use std::io::Write;
     use std::os::unix::fs::PermissionsExt;
     let folder = path.parent().unwrap_or(Path::new("."));
-    // As readable as any other new file, not for its owner alone.
+    // Temporary files are private to the owner; this one gets the mode of any new file.
     let readable = std::fs::Permissions::from_mode(0o666);
     let mut file = tempfile::Builder::new()
         .permissions(readable)

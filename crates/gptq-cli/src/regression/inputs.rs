@@ -1,4 +1,4 @@
-//! What a recipe reads: where it lies, and whether it is still the same.
+//! Inputs of a recipe: their paths, and whether they are unchanged.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -15,7 +15,7 @@ use crate::models::Model;
 pub struct Place(PathBuf);
 
 impl Place {
-    /// Of this file.
+    /// The folder of `baseline`.
     pub fn of(baseline: &Path) -> Self {
         Place(baseline.parent().unwrap_or(Path::new("")).to_path_buf())
     }
@@ -59,7 +59,7 @@ pub fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// Refuses to compare figures of one thing with figures of another; says what is another one.
+/// Refuses to compare figures of different inputs, and names the input that differs.
 pub fn check_same(was: &Inputs, now: &Inputs, baseline: &Path) -> Result<(), Failure> {
     let names = was.model.keys().chain(now.model.keys());
     let mut changed: Vec<String> = names

@@ -30,10 +30,10 @@ use crate::scoring::{Scorer, ScoringText};
 use crate::watch::{TOOL, try_watch};
 
 const RECORD_FILE: &str = "gptq_run.json";
-/// What `gptq quantize` does without flags.
+/// The defaults of `gptq quantize`.
 const SHARD_BYTES: u64 = 4_000_000_000;
 const TEMPERATURE: f32 = 1.0;
-/// Of an evaluation: a spread over one window is none.
+/// Fewest windows of an evaluation: one window has no standard error.
 const LEAST_WINDOWS: usize = 2;
 
 /// Everything that a recipe reads.
@@ -45,10 +45,10 @@ pub struct Bench<'a> {
     text: EvaluationWindows,
 }
 
-/// What files are, and the scores behind it.
+/// The outcome of measured files, with their scores.
 pub struct Measurement {
     pub outcome: Outcome,
-    /// Of the files, against the float model; absent where the run stopped.
+    /// Scores of the files against the float model; absent where the run stopped early.
     pub scored: Option<EvalRecord>,
 }
 
@@ -190,7 +190,7 @@ impl<'a> Bench<'a> {
         })
     }
 
-    /// How the files are packed; refuses another kind than the recipe makes.
+    /// The packing of the files; refuses another than the recipe's.
     fn settings(&self, made: &Model) -> Result<QuantizeConfig, Failure> {
         let place = made.dir().display();
         let settings = (made.open()?.quantization)
@@ -317,7 +317,7 @@ fn content_sha256(solved: &SolvedLayer) -> String {
     hex(&hasher.finalize())
 }
 
-/// Of the stored tensors that are there: other tools may leave `g_idx` out.
+/// sha256 of each stored tensor that exists: other tools may omit `g_idx`.
 fn tensor_sha256(
     packed: &Checkpoint,
     layer: &LayerName,

@@ -40,7 +40,7 @@ pub fn read(path: &Path) -> Result<Baseline, Failure> {
     Ok(baseline)
 }
 
-/// Writes beside, then renames: a baseline is the old one or the new one.
+/// Replaces a baseline by a rename, so that the file is either the old one or the new one.
 pub fn write(path: &Path, baseline: &Baseline) -> Result<(), Failure> {
     let text = serde_json::to_string_pretty(baseline)? + "\n";
     replace(path, text.as_bytes())

@@ -58,9 +58,8 @@ impl Architecture {
         }
     }
 
-    /// The type in which its tensors are written and readers are told to compute. Activations of
-    /// Gemma 3 are too large for f16: those of the 270M model reach 66128 within 1024 tokens of
-    /// WikiText-2.
+    /// The type of its written tensors, declared for readers to compute in. Activations of Gemma 3
+    /// overflow f16: those of the 270M model reach 66128 within 1024 tokens of WikiText-2.
     pub(crate) fn half(self) -> HalfType {
         match self {
             Architecture::Gemma3 => HalfType::Bf16,
@@ -82,12 +81,12 @@ impl Architecture {
         }
     }
 
-    /// Whether rotary embeddings may turn a part of each head alone.
+    /// Whether RoPE may rotate only a part of each head.
     pub(crate) fn turns_a_part(self) -> bool {
         matches!(self, Architecture::Phi3 | Architecture::Glm4)
     }
 
-    /// What the converter added to the weights of norms: Gemma 3 multiplies by `1 + w`.
+    /// The offset that the converter added to norm weights: Gemma 3 multiplies by `1 + w`.
     pub(crate) fn added_to_norms(self) -> f32 {
         match self {
             Architecture::Gemma3 => 1.0,

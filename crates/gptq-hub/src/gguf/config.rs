@@ -13,7 +13,7 @@ use crate::gguf::read::GgufFile;
 use crate::gguf::rope::{RopeTensors, llama3_scaling, longrope_scaling, scaling_from_keys};
 use crate::gguf::windows::Windows;
 
-/// What llama.cpp takes when the key is absent.
+/// The default of llama.cpp for an absent key.
 const DEFAULT_ROPE_THETA: f64 = 10_000.0;
 /// Far above any model, far below what could overflow.
 const MAX_DIMENSION: u64 = 1 << 24;
@@ -62,7 +62,7 @@ pub(crate) struct Dimensions {
     pub rope_theta: f64,
 }
 
-/// What the tensors, not the keys, say about a model.
+/// Facts about a model that follow from its tensors, not from its keys.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(crate) struct Presence {
     pub tied: bool,
@@ -206,7 +206,7 @@ fn differs(head_dim: usize) -> String {
     format!("differs from the head size {head_dim}")
 }
 
-/// How many of the `head_dim` numbers of a head are turned.
+/// Number of the `head_dim` components of a head that RoPE rotates.
 fn rotary(
     file: &GgufFile,
     key: &str,
@@ -227,7 +227,7 @@ fn rotary(
     }
 }
 
-/// The rows of the embedding; the key, where present, must say the same.
+/// Rows of the embedding; the key must agree, if present.
 fn vocabulary(file: &GgufFile, key: &str, hidden: usize) -> Result<usize, HubError> {
     let name = "token_embd.weight";
     let embedding = file.tensors().iter().find(|tensor| tensor.name == name);

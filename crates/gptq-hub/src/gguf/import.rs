@@ -19,11 +19,11 @@ use crate::gguf::rope::{RopeTensors, unrope};
 use crate::gguf::tokenizer;
 use crate::{HalfType, HubError};
 
-/// What the hub and its libraries write by default.
+/// The default of the hub's libraries.
 const MAX_SHARD_BYTES: u64 = 5_000_000_000;
 const HALF_BYTES: usize = 2;
 
-/// What an import did.
+/// The result of an import.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ImportReport {
     /// The published folder.
@@ -40,9 +40,9 @@ pub struct ImportReport {
     pub weight_bytes: u64,
     /// Tensors per storage type of the source, such as `Q4_K`.
     pub source_types: BTreeMap<String, usize>,
-    /// What rounding to it lost, by storage type of the source.
+    /// Losses of rounding to it, by storage type of the source.
     pub narrowed: BTreeMap<String, Narrowing>,
-    /// What had to be assumed or left out.
+    /// Assumptions and omissions.
     pub notes: Vec<String>,
 }
 
@@ -123,7 +123,7 @@ fn described(moves: &[Move], half: HalfType) -> Vec<(String, TensorInfo)> {
         .collect()
 }
 
-/// Where tensors come from and go to.
+/// Source and destination of tensors.
 struct Filling<'a> {
     stage: &'a StagedCheckpoint,
     file: &'a GgufFile,

@@ -13,7 +13,7 @@ use crate::gguf::rope::RopeTensors;
 pub(crate) struct Move<'a> {
     pub source: &'a GgufTensor,
     pub target: String,
-    /// Whether the rows of each head have to be put back in order.
+    /// Whether the rows of each head must be restored to their original order.
     pub unrope: bool,
     /// Added to every value.
     pub shift: f32,
@@ -82,7 +82,7 @@ fn presence(tensors: &BTreeMap<&str, &GgufTensor>, dims: &Dimensions) -> Presenc
         tied: !tensors.contains_key("output.weight"),
         attention_bias: match dims.architecture {
             Architecture::Qwen2 => true,
-            // has none, and no key of a config that would say so
+            // has no biases, and no config key for them
             Architecture::Phi3 => false,
             _ => any(".attn_"),
         },
@@ -182,7 +182,7 @@ struct Linear {
     target: &'static str,
     /// `[out, in]`.
     shape: [usize; 2],
-    /// Whether its rows were put in llama.cpp's order.
+    /// Whether its rows are in llama.cpp's order.
     unrope: bool,
     bias: bool,
 }

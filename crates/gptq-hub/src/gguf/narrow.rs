@@ -5,14 +5,14 @@ use rayon::prelude::*;
 use crate::HalfType;
 use crate::gguf::dequant::{BlockType, dequantize};
 
-/// What rounding to a half did to the values of a kind.
+/// Effects of rounding values of one storage type to a half type.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Narrowing {
     /// Values in all.
     pub values: u64,
-    /// Of these, those that are not the same in the half.
+    /// Values that rounding changed.
     pub changed: u64,
-    /// Of these, those that became 0.
+    /// Values that became 0.
     pub zeroed: u64,
 }
 
@@ -97,7 +97,7 @@ mod tests {
 
     #[test]
     fn what_changes_and_what_becomes_zero_is_counted() {
-        // 1e-9 once became 0 without a word
+        // 1e-9 once silently became 0
         let values = [1.0f32, 1e-9, -1e-9, 0.1, 0.0, -0.0, 6e-8];
         let bytes: Vec<u8> = values
             .iter()

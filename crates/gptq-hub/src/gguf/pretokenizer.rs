@@ -1,5 +1,5 @@
-//! How each family of byte-level BPE tokenizers cuts text before merging, as its own
-//! `tokenizer.json` says it. A GGUF file names the family in `tokenizer.ggml.pre` and nothing more.
+//! Pre-tokenizers of byte-level BPE families, taken from their own `tokenizer.json`. A GGUF file only
+//! names the family, in `tokenizer.ggml.pre`.
 
 use serde_json::{Value as Json, json};
 
@@ -14,7 +14,7 @@ const CUT_QWEN2: &str = concat!(
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 );
 
-/// That of GPT-4o: words end where a small letter is followed by a capital, and keep their
+/// The split of GPT-4o: words end where a lower-case letter is followed by a capital, and keep their
 /// contractions.
 const CUT_O200K: &str = concat!(
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+",
@@ -77,7 +77,7 @@ pub(crate) struct Family {
     pub decoder: Json,
     /// Whether a word that is a token as a whole is taken without merging.
     pub ignore_merges: bool,
-    /// What llama.cpp does when the file does not say.
+    /// The default of llama.cpp for files without the key.
     pub adds_bos: bool,
 }
 

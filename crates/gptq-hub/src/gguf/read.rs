@@ -13,10 +13,10 @@ use crate::gguf::header::Header;
 use crate::gguf::{BlockType, Value};
 use crate::text_file::refuse_stand_in;
 
-/// Of what a file says, in an error.
+/// Characters of a file's text shown in an error.
 const SHOWN_CHARACTERS: usize = 200;
 
-/// Where a tensor lies and how it is stored.
+/// The position of a tensor and its storage type.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GgufTensor {
     /// The file's own name, such as `blk.0.attn_q.weight`.

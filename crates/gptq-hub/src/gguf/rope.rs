@@ -13,14 +13,14 @@ const DIVISORS: &str = "rope_freqs.weight";
 const LONG_FACTORS: &str = "rope_factors_long.weight";
 const SHORT_FACTORS: &str = "rope_factors_short.weight";
 
-/// What a file says of rotary embeddings among its tensors; it goes into `config.json`, not among
-/// the weights.
+/// RoPE settings that a file stores as tensors; they go into `config.json`, not into the
+/// weights.
 #[derive(Debug, PartialEq)]
 pub(crate) enum RopeTensors {
     None,
-    /// Of each frequency.
+    /// A divisor for each frequency.
     Divisors(Vec<f32>),
-    /// Of each frequency, for long texts and for short ones.
+    /// Factors for each frequency, for long texts and for short ones.
     Factors {
         long: Vec<f32>,
         short: Vec<f32>,

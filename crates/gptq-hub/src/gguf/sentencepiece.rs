@@ -5,7 +5,7 @@ use std::collections::HashMap;
 
 use serde_json::{Value as Json, json};
 
-/// Of all pairs of pieces together; a vocabulary of 256,000 pieces implies 5 MB.
+/// Most bytes of all merges together; a vocabulary of 256,000 pieces implies 5 MB.
 const MAX_MERGE_BYTES: usize = 64 << 20;
 
 /// The merges that a scored vocabulary implies, first to apply first.

@@ -1,8 +1,8 @@
 //! `tokenizer.json` and `tokenizer_config.json` rebuilt from the vocabulary in a GGUF file.
 //!
-//! Two kinds are known: `gpt2` (byte-level BPE with its merges; the cutting rule is named by
-//! `tokenizer.ggml.pre`) and `llama` (SentencePiece; merges follow from the scores). The file does
-//! not say whether a special token swallows the spaces beside it; none does here.
+//! Two kinds are known: `gpt2` (byte-level BPE with its merges; `tokenizer.ggml.pre` names the
+//! pre-tokenizer) and `llama` (SentencePiece; merges follow from the scores). The file does not
+//! record whether a special token strips adjacent spaces; here none does.
 
 use gptq_types::outside_name::shown;
 use serde_json::{Map, Value as Json, json};
@@ -25,7 +25,7 @@ pub(crate) struct TokenizerFiles {
     pub config: Json,
     /// Ids for `config.json`.
     pub ids: SpecialIds,
-    /// What had to be assumed or left out.
+    /// Assumptions and omissions.
     pub notes: Vec<String>,
 }
 
@@ -70,7 +70,7 @@ pub(crate) fn rebuild(
     })
 }
 
-/// What differs between the two kinds of tokenizers.
+/// Parts that differ between the two kinds of tokenizers.
 struct Parts {
     family: Family,
     model: Json,

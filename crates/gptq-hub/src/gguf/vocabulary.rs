@@ -14,7 +14,7 @@ pub(crate) const TYPES: &str = "tokenizer.ggml.token_type";
 pub(crate) const SCORES: &str = "tokenizer.ggml.scores";
 pub(crate) const MERGES: &str = "tokenizer.ggml.merges";
 
-/// What a token is for, by its number in the file.
+/// The type of a token, by its number in the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum TokenKind {
     Normal,

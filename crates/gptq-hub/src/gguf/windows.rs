@@ -1,4 +1,4 @@
-//! Which blocks of a Gemma 3 see a window of the text alone, and with what rotary base.
+//! Sliding-window blocks of Gemma 3 and their RoPE base.
 
 use serde_json::{Value as Json, json};
 
@@ -6,7 +6,7 @@ use crate::HubError;
 use crate::gguf::Value;
 use crate::gguf::read::GgufFile;
 
-/// What llama.cpp takes when the key is absent.
+/// The default of llama.cpp for an absent key.
 const PERIOD: u64 = 6;
 const LOCAL_ROPE_THETA: f64 = 10_000.0;
 
@@ -15,9 +15,9 @@ const LOCAL_ROPE_THETA: f64 = 10_000.0;
 pub(crate) struct Windows {
     /// Tokens that a block with a window sees; `None` where no block has one.
     pub width: Option<u64>,
-    /// Whether each block has one.
+    /// Whether each block has a sliding window.
     pub blocks: Vec<bool>,
-    /// Every so many blocks, the last has none; `None` where the file lists the blocks.
+    /// The last of every `period` blocks has no window; `None` where the file lists the blocks.
     pub period: Option<u64>,
     /// Rotary base of blocks with a window.
     pub rope_theta: f64,

@@ -16,7 +16,7 @@ const SPECIAL: [&str; 3] = ["<unk>", "<s>", "</s>"];
 const BOS: usize = 1;
 const EOS: usize = 2;
 
-/// What a model is beyond its dimensions.
+/// The architecture of a model, apart from its dimensions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ShapeFamily {
     /// Untied embeddings and no biases; norms multiply by their weights.
@@ -34,9 +34,9 @@ pub enum ShapeFamily {
 /// The dimensions of a model.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelShape {
-    /// What [`ModelShape::from_str`] knows it by.
+    /// The name that [`ModelShape::from_str`] accepts.
     pub name: &'static str,
-    /// What the dimensions are those of.
+    /// The architecture that the dimensions belong to.
     pub family: ShapeFamily,
     /// Width of the hidden states.
     pub hidden: usize,
@@ -82,7 +82,7 @@ const LLAMA_2_7B: ModelShape = ModelShape {
     rope_factor: None,
 };
 
-/// Of Gemma 3's windows, in blocks; the last of each has none.
+/// Period of Gemma 3's sliding windows in blocks; the last block of each period has none.
 const GEMMA_PERIOD: usize = 6;
 const GEMMA_LOCAL_ROPE_THETA: f64 = 10000.0;
 
@@ -198,7 +198,7 @@ impl ModelShape {
         tensors
     }
 
-    /// Whether the weights of norms are factors, and not what is added to a factor of 1.
+    /// Whether norm weights are factors, rather than offsets from a factor of 1.
     pub(super) fn norms_are_factors(&self) -> bool {
         self.family == ShapeFamily::Llama
     }

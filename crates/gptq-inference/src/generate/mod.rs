@@ -59,7 +59,7 @@ pub enum Finish {
     EndToken(u32),
     /// One of the stop strings.
     StopString(String),
-    /// As many tokens as were asked for.
+    /// The requested number of tokens was generated.
     Length,
     /// The cache is full.
     Capacity,
@@ -72,8 +72,8 @@ pub enum Finish {
 pub struct Reply {
     /// Tokens that were chosen, an end token not among them.
     pub tokens: Vec<u32>,
-    /// How far the logit of each lies above the largest of all others; negative where another token was
-    /// likelier. Two ways to compute the same text may differ where it is small.
+    /// Margin of each token's logit over the largest other logit; negative where another token was likelier.
+    /// Two ways to compute the same text may diverge where it is small.
     pub leads: Vec<f32>,
     /// Their text up to a stop string.
     pub text: String,
@@ -141,8 +141,8 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// Writes `text` on, which is all that was said so far; only what the cache does not hold of it
-    /// is read. `show` hears the new text as it comes and may break it off.
+    /// Continues `text`, the whole conversation so far; only the part that the KV cache lacks is prefilled.
+    /// `show` receives new text as it is generated and may stop it.
     pub fn reply(
         &mut self,
         text: &[u32],
@@ -226,7 +226,7 @@ impl<'a> Session<'a> {
     }
 }
 
-/// How far the logit of `token` lies above the largest of all others.
+/// Margin of the logit of `token` over the largest other logit.
 fn lead(logits: &[f32], token: u32) -> f32 {
     let others = (logits.iter().enumerate()).filter(|(at, _)| *at != token as usize);
     let next = others

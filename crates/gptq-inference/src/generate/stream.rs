@@ -1,8 +1,8 @@
 //! Text of tokens as they come: never half a character, never a space too few or too many.
 
-/// Tokens that are decoded again with new ones. A decoder may strip the space in front of its first
-/// token or join the bytes of several, so new text is what a longer run of tokens says beyond a
-/// shorter one.
+/// Earlier tokens that are decoded again with new ones. A tokenizer may strip the space before its first
+/// token or join the bytes of several, so new text is the difference between decoding a longer and a
+/// shorter run of tokens.
 const CONTEXT: usize = 5;
 
 /// A character that bytes do not make yet.
@@ -94,7 +94,7 @@ mod tests {
     fn characters_come_whole() {
         let snowman: Vec<u32> = "a☃b".bytes().map(u32::from).collect();
         assert_eq!(pieces(&[], &snowman), ["a", "", "", "☃", "b", ""]);
-        // One that never ends is shown when all is over, as the whole text has it.
+        // An incomplete character is shown at the end, as in the whole text.
         assert_eq!(pieces(&[], &snowman[..3]), ["a", "", "", "\u{fffd}"]);
     }
 

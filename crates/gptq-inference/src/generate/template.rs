@@ -78,16 +78,16 @@ impl Message {
 /// trimmed blocks, Python's string methods, `{% generation %}`, `raise_exception`, `strftime_now` in
 /// local time, `tojson`.
 ///
-/// Steps and the text are bounded. What one step takes is not: a string doubles 30 times in 30 steps.
-/// Whoever renders the template of a stranger does it in a process with limits of its own.
+/// Steps and the length of the text are bounded; the memory of one step is not: a string doubles 30 times in
+/// 30 steps. Render untrusted templates in a process with its own limits.
 pub struct ChatTemplate {
     environment: Environment<'static>,
     special_tokens: Vec<(String, String)>,
 }
 
 impl ChatTemplate {
-    /// Parses `source`. `special_tokens` are the variables beside the messages, such as `bos_token`
-    /// and its text; `now` is what `strftime_now` tells, in the time zone of `TZ` or of the machine.
+    /// Parses `source`. `special_tokens` are variables in addition to the messages, such as `bos_token` and
+    /// its text; `now` is the time of `strftime_now`, shown in the time zone of `TZ` or of the machine.
     pub fn parse(
         source: &str,
         special_tokens: Vec<(String, String)>,

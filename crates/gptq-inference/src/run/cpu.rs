@@ -12,8 +12,8 @@ use gptq_types::SourceError;
 use super::{Lengths, RunError, Runner, memory};
 use crate::{OpenedModel, StoredLinear, StoredMatrix, StoredWeight};
 
-/// Tokens of a prompt that go through the blocks together: enough for the dense product's full
-/// rate, few enough that their activations stay small beside the weights.
+/// Prefill chunk in tokens: large enough for the dense product's full rate, small enough that activations
+/// stay small compared with the weights.
 const PROMPT_TOKENS: usize = 512;
 
 /// See the module.
@@ -220,7 +220,7 @@ impl ByToken {
     }
 }
 
-/// Where the rows of a pass stand.
+/// Positions of the rows of a pass.
 enum Rows {
     /// Tokens of one sequence from position `first` on.
     Prompt { sequence: usize, first: usize },

@@ -17,8 +17,8 @@ use super::projection::{Dense, Projection};
 use super::{Lengths, RunError, Runner, memory};
 use crate::OpenedModel;
 
-/// Tokens of a prompt that go through the blocks together: enough for cuBLAS's full rate; what they
-/// need beside the weights grows with them.
+/// Prefill chunk in tokens: large enough for cuBLAS's full rate; the memory of its activations grows
+/// with it.
 const PROMPT_TOKENS: usize = 2048;
 
 /// See the module.
@@ -34,8 +34,8 @@ pub(super) struct GpuRunner {
     own_head: Option<Dense>, // absent where the embedding is the head
     final_norm: DeviceNorm,  // a factor of logits is part of it
     blocks: Vec<Block<OnGpu>>,
-    /// Some blocks' `o_proj` reads padded rows and others' does not (packed beside float ones): what
-    /// one block leaves in the place of attention would be padding of the next.
+    /// Some blocks' `o_proj` reads padded rows and others' does not (packed and float linears are mixed), so
+    /// one block's attention output would be the next one's padding.
     padded_by_turns: bool,
     caches: Vec<Option<DeviceKeyValues>>, // of each block that has its own
     rotary_tables: Vec<RotaryTables>,
@@ -44,7 +44,7 @@ pub(super) struct GpuRunner {
     newest: Option<Newest>,
 }
 
-/// Where a pass of up to `rows` rows keeps what it computes.
+/// Buffers for a pass of up to `rows` rows.
 pub(super) struct Spaces {
     rows: usize,
     ids: Buffer,           // u32
@@ -329,7 +329,7 @@ impl Runner for GpuRunner {
     }
 
     fn reset(&mut self, batch: usize, capacity: usize) -> Result<(), RunError> {
-        // What the device itself lacks, its allocator says.
+        // A lack of device memory is reported by its allocator.
         memory::check(&self.spec, batch, capacity, 2, usize::MAX)?;
         self.lengths = Lengths::new(batch, capacity);
         // The old ones go first: they may be most of what is held.

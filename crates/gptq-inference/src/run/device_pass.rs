@@ -32,7 +32,7 @@ pub(super) struct RotaryTables {
 }
 
 impl RotaryTables {
-    /// Those of positions `0..capacity`.
+    /// Tables for positions `0..capacity`.
     pub fn new(gpu: &Arc<Gpu>, table: &RotarySpec, capacity: usize) -> Result<Self, CudaError> {
         let queries = table.queries(0..capacity, capacity);
         Ok(RotaryTables {
@@ -56,7 +56,7 @@ pub(super) struct Pass<'a> {
     pub caches: &'a [Option<DeviceKeyValues>],
     pub rotary_tables: &'a [RotaryTables],
     pub dtype: Dtype,
-    /// What all blocks looked up by token id, `[rows, blocks * width]`.
+    /// Per-layer embeddings, looked up by token id for all blocks, `[rows, blocks * width]`.
     pub by_token: Option<DeviceMatrix<'a>>,
     pub padded_by_turns: bool,
 }

@@ -9,9 +9,8 @@ use gptq_model::spec::{BlockSpec, KeySource, RotarySpec};
 
 use super::RunError;
 
-/// Bytes that `batch` sequences of `capacity` tokens take beside the weights: keys and values of
-/// `element` bytes, the rotary tables, and a step's activations and logits. Nothing where no number
-/// holds it.
+/// Bytes that `batch` sequences of `capacity` tokens take in addition to the weights: a KV cache of
+/// `element` bytes a value, rotary tables, and a step's activations and logits. `None` on overflow.
 fn needed(spec: &ModelSpec, batch: usize, capacity: usize, element: usize) -> Option<usize> {
     let own = |keys: KeySource| !matches!(keys, KeySource::Block(_));
     let keys: usize = (spec.blocks.iter())

@@ -139,11 +139,11 @@ impl Linear {
 
 /// See the module.
 pub(super) struct Projection {
-    /// One, or as many as there are names where they cannot stand side by side.
+    /// One fused linear, or one for each name where they cannot be fused.
     linears: Vec<Linear>,
     /// Outputs of each name.
     outputs: Vec<usize>,
-    /// Where operands lie in the outputs.
+    /// The place of each operand in the outputs.
     operands: Vec<Piece>,
 }
 
@@ -216,7 +216,7 @@ impl Projection {
     pub fn order(&self) -> RowOrder<'_> {
         match &self.linears[..] {
             [one] => one.order(),
-            // Each arranges for itself what it reads.
+            // Each linear gathers its own input.
             _ => RowOrder::natural(self.features()),
         }
     }
@@ -249,7 +249,7 @@ impl Projection {
         })
     }
 
-    /// The same with rows of x in their natural order.
+    /// Multiplies rows of x in their natural order.
     pub fn multiply_natural(
         &self,
         gpu: &Gpu,
@@ -274,7 +274,7 @@ impl Projection {
         Ok(())
     }
 
-    /// Where the operands of a mixer are, after a product was left in `out`.
+    /// Views of a mixer's operands in `out`, which holds the product.
     pub fn operands<'a, const N: usize>(&self, out: DeviceMatrix<'a>) -> [DeviceMatrix<'a>; N] {
         let together = self.linears.len() == 1;
         let operand = |piece: &Piece| {

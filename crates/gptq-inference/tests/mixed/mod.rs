@@ -12,14 +12,14 @@ pub struct Mixed {
 }
 
 impl Mixed {
-    /// One of a block's inputs beside packed ones, and outputs of attention in one block alone.
+    /// Float linears among packed ones: an input linear in one block, and `o_proj` in one block only.
     const FLOAT: [&str; 3] = [
         "model.layers.0.self_attn.o_proj.",
         "model.layers.1.self_attn.k_proj.",
         "model.layers.2.mlp.down_proj.",
     ];
 
-    /// Of two folders that hold the same model.
+    /// Opens two folders that hold the same model.
     pub fn open(packed: &Path, float: &Path) -> Self {
         let file = |dir: &Path| SafetensorsFile::open(&dir.join("model.safetensors")).unwrap();
         Mixed {

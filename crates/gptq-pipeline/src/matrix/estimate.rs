@@ -83,7 +83,7 @@ pub(super) fn memory(model: &ModelSpec, permutation: &Permutation) -> u64 {
             .saturating_add(largest.saturating_mul(3))
             .saturating_mul(4),
     };
-    // The Hessian of what is held out, with its sums beside a float stream.
+    // The Hessian of held-out tokens, with its mismatch sums if there is a float stream.
     let held_out = match (permutation.spec.order, permutation.spec.measure()) {
         (ColumnOrder::Auto, LossMeasure::QuantizedInputs) => widest.saturating_mul(widest * 4),
         (ColumnOrder::Auto, LossMeasure::FloatOutputs) => widest.saturating_mul(widest * 12),

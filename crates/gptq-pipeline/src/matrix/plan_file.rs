@@ -263,7 +263,7 @@ fn check(permutation: &Permutation) -> Result<(), String> {
         if text.len() > most {
             return Err(format!("{what} has {} bytes, {most} at most", text.len()));
         }
-        // It becomes part of a commit's message, a table, a path.
+        // The text becomes part of a commit message, a table, a path.
         if text.chars().any(char::is_control) {
             let text = shown(text, SHOWN);
             return Err(format!("{what} `{text}` holds a control character"));
@@ -273,13 +273,13 @@ fn check(permutation: &Permutation) -> Result<(), String> {
 }
 
 impl Tokens {
-    /// As the flags of `quantize`.
+    /// Whether both exclusive settings are given, as with the flags of `quantize`.
     fn contradict(&self) -> bool {
         self.samples.is_some() && self.tokens.is_some()
     }
 
     fn over(self, defaults: &Tokens) -> Tokens {
-        // Either says how much, so the other one of the defaults is no longer meant.
+        // Either one sets the amount, so the defaults' other one must not apply.
         let says_how_much = self.samples.is_some() || self.tokens.is_some();
         let (samples, tokens) = match says_how_much {
             true => (self.samples, self.tokens),

@@ -68,7 +68,7 @@ impl DeviceSum {
         tokens: usize,
     ) -> Result<(), CudaError> {
         let before = self.gpu.mark()?;
-        // Of the whole pass, so that the same tokens are squared where none are held out.
+        // Counted over the whole pass, so that the same tokens are squared when none are held out.
         let squared = is_squared(self.tokens + self.tokens_held_out);
         let (hessian, seen) = match &mut self.held_out {
             Some(held_out) if is_held_out(self.batches) => (held_out, &mut self.tokens_held_out),

@@ -25,7 +25,7 @@ pub fn annotation(level: &str, file: &str, title: &str, text: &str) -> String {
     format!("::{level} file={file},title={title}::{}\n", message(text))
 }
 
-/// As the runner reads it back (actions/toolkit, `command.ts`): the percent sign first.
+/// Escapes a message as the runner expects (actions/toolkit, `command.ts`), the percent sign first.
 fn message(text: &str) -> String {
     text.replace('%', "%25")
         .replace('\r', "%0D")

@@ -47,7 +47,7 @@ fn failure(case: &Case) -> String {
     )
 }
 
-/// What a case that passed has to say.
+/// The output of a passed case.
 fn said(case: &Case) -> String {
     let mut lines: Vec<String> = case.findings.iter().map(|f| escape(&f.text)).collect();
     if case.same_bytes == Some(false) {

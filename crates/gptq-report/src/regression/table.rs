@@ -77,7 +77,7 @@ fn row(case: &Case, finding: &Finding) -> String {
     format!("| {place} | {cells} |")
 }
 
-/// Which linears have other bytes, and whether that is to be expected.
+/// Lists linears with other bytes, and whether that is expected.
 fn bytes(verdict: &Verdict) -> String {
     let linears = || {
         verdict

@@ -60,7 +60,7 @@ fn figures() -> Figures {
     }
 }
 
-/// What the figures are of.
+/// The outcome that the figures were taken from.
 fn outcome() -> Outcome {
     let layers = figures().layers.into_iter();
     Outcome {
@@ -79,7 +79,7 @@ fn outcome() -> Outcome {
     }
 }
 
-/// Another solution of linear `index`: other codes, and the solver says so.
+/// Another solution of linear `index`: other codes, with the error that the solver reports.
 fn solved_otherwise(found: &mut Outcome, index: usize, error: f64) {
     let layer = &mut found.layers[index];
     layer.file_error = error;

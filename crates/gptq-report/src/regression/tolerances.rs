@@ -1,4 +1,4 @@
-//! How far figures may move, from how far they move without anybody's doing.
+//! Tolerances of figures, derived from how far they move by noise.
 
 use gptq_types::{EvalRecord, Tolerance, Tolerances};
 
@@ -7,7 +7,7 @@ use super::{LayerOutcome, Outcome};
 /// A code that lies on a rounding boundary takes a few later ones with it; one such code changed the
 /// error of a 64 x 64 linear by 0.13 %.
 const LEAST_LAYER_ERROR: f64 = 0.01;
-/// Of stories260k under SSE4.2 and AVX2 the two differed by 5e-8 at most.
+/// For stories260k under SSE4.2 and AVX2 the two errors differed by at most 5e-8.
 const FILE_ERROR: f64 = 1e-4;
 /// f32 against f64 over five blocks was within it.
 const REFERENCE_NLL: f64 = 1e-4;

@@ -5,7 +5,7 @@ use serde::Serialize;
 
 use super::{LayerOutcome, Outcome};
 
-/// How a case ended.
+/// The result of a case.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Standing {
@@ -19,7 +19,7 @@ pub enum Standing {
     NotRun,
 }
 
-/// What a finding is about.
+/// The figure that a finding is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 #[allow(missing_docs)]
@@ -69,13 +69,13 @@ impl Measure {
 /// Something beyond its tolerance.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Finding {
-    /// For the worse; else for the better.
+    /// Whether the figure got worse; otherwise it got better.
     pub worse: bool,
-    /// What was compared.
+    /// The figure that was compared.
     pub measure: Measure,
-    /// The figure that it was compared with, where there is one.
+    /// The baseline's value, if there is one.
     pub baseline: Option<f64>,
-    /// The figure of now.
+    /// The current value.
     pub found: Option<f64>,
     /// The tolerance, where there is one.
     pub tolerance: Option<f64>,
@@ -88,15 +88,15 @@ pub struct Finding {
 pub struct Case {
     /// The module, or the name of the figure.
     pub subject: String,
-    /// How it ended.
+    /// The result.
     pub standing: Standing,
     /// Whether a linear has the baseline's bytes; absent for the whole model.
     pub same_bytes: Option<bool>,
     /// The linear's output error, or the figure.
     pub baseline: Option<f64>,
-    /// The same of now.
+    /// The current value.
     pub found: Option<f64>,
-    /// What is beyond its tolerance.
+    /// Differences beyond their tolerance.
     pub findings: Vec<Finding>,
 }
 
@@ -105,15 +105,15 @@ pub struct Case {
 pub struct Verdict {
     /// The baseline file as given.
     pub baseline: String,
-    /// What was judged, in words.
+    /// The judged run or folder, in words.
     pub judged: String,
     /// Instruction set that the baseline was made on.
     pub baseline_processor: String,
-    /// And this one.
+    /// Instruction set of the current measurement.
     pub processor: String,
     /// Scores of the baseline.
     pub baseline_overall: Overall,
-    /// Scores of now.
+    /// Current scores.
     pub overall: Option<Overall>,
     /// Linears in the order of the data, then figures of the whole model.
     pub cases: Vec<Case>,
@@ -125,14 +125,14 @@ impl Verdict {
         self.count(Standing::Worse) > 0
     }
 
-    /// Cases that ended so.
+    /// Number of cases with this result.
     pub fn count(&self, standing: Standing) -> usize {
         let ended = self.cases.iter().filter(|case| case.standing == standing);
         ended.count()
     }
 }
 
-/// Compares what was found with the figures of `baseline`; `judged` says what was, in words.
+/// Compares an outcome with the figures of `baseline`; `judged` describes the outcome in words.
 pub fn judge(baseline: &str, judged: &str, figures: &Figures, found: &Outcome) -> Verdict {
     let mut cases = layers(figures, found);
     cases.extend(overall(figures, found));
@@ -148,8 +148,8 @@ pub fn judge(baseline: &str, judged: &str, figures: &Figures, found: &Outcome) -
 }
 
 fn layers(figures: &Figures, found: &Outcome) -> Vec<Case> {
-    // Behind a linear that is not what the solver chose, inputs are other ones than the solver saw:
-    // its report says nothing about files there.
+    // After a linear that differs from the solver's, inputs differ from those that the solver saw, so
+    // its reported losses cannot be compared.
     let mut faithful = true;
     let mut cases: Vec<Case> = (figures.layers.iter())
         .map(|was| {
@@ -384,7 +384,7 @@ pub(super) fn digits(value: f64) -> String {
     }
 }
 
-/// How far a figure went, in the unit of its tolerance.
+/// The change of a figure, in the unit of its tolerance.
 pub(super) fn change(measure: Measure, was: f64, now: f64) -> String {
     match measure.is_relative() {
         true => format!("{:+.2} %", 100.0 * (now / was - 1.0)),

@@ -65,7 +65,7 @@ pub(super) fn quantize_command(run: &RunRecord, out: &str) -> String {
         ColumnOrder::Auto => &["--order auto"],
     };
     words.extend(order.iter().map(|flag| flag.to_string()));
-    // What is absent is what the model's family has anyway.
+    // An absent value is the default of the model's family.
     words.extend(bos.map(|bos| match bos {
         true => "--window-bos".to_string(),
         false => "--no-window-bos".to_string(),

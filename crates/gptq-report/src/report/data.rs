@@ -1,4 +1,4 @@
-//! What a report is made from, and what it holds.
+//! Inputs and contents of a report.
 
 use gptq_types::{BranchRecord, EvalRecord, Reading, RunRecord};
 use serde::Serialize;
@@ -20,7 +20,7 @@ pub enum ReportError {
     /// A score that more than one run could own.
     #[error("the score of `{model}` could be that of {runs}")]
     Ambiguous {
-        /// As `gptq eval` was given it.
+        /// The model as given to `gptq eval`.
         model: String,
         /// The places of those runs.
         runs: String,
@@ -34,7 +34,7 @@ pub enum ReportError {
 }
 
 impl ReportError {
-    /// What to do about it.
+    /// Advice to the user.
     pub fn hint(&self) -> Option<&'static str> {
         match self {
             ReportError::Ambiguous { .. } | ReportError::Contested(..) => {
@@ -45,7 +45,7 @@ impl ReportError {
     }
 }
 
-/// What was handed in, in its order.
+/// The given inputs, in their order.
 #[derive(Clone, Debug, Default)]
 pub struct Found {
     /// Runs.
@@ -58,7 +58,7 @@ pub struct Found {
 /// A run as it was found.
 #[derive(Clone, Debug)]
 pub struct FoundRun {
-    /// Where, as given: a folder, a file, or `repository:branch`.
+    /// The place as given: a folder, a file, or `repository:branch`.
     pub place: String,
     /// Branch or folder.
     pub name: String,
@@ -68,7 +68,7 @@ pub struct FoundRun {
     pub record: Option<BranchRecord>,
 }
 
-/// What no record knows about the report itself.
+/// Facts about the report itself.
 #[derive(Clone, Debug)]
 pub struct Made {
     /// Name and version of the tool.
@@ -88,11 +88,11 @@ pub struct Report {
     pub date: String,
     /// The models that were quantized, as run records have them.
     pub models: Vec<String>,
-    /// What was scored; the first one is in the table of branches.
+    /// Scored texts; the first one is in the table of branches.
     pub texts: Vec<Text>,
     /// References, then runs as given, then checkpoints of which only scores are known.
     pub rows: Vec<Row>,
-    /// What makes rows hard to compare.
+    /// Reasons why rows are hard to compare.
     pub doubts: Vec<String>,
 }
 
@@ -118,7 +118,7 @@ pub struct Row {
     pub name: String,
     /// Short name for figures, unique too.
     pub label: String,
-    /// Whether scores of others are relative to it, and it is no run of this report.
+    /// Whether other scores are relative to it while it is not a run of this report.
     pub is_reference: bool,
     /// Packing in words, as `gptq eval` saw it.
     pub kind: Option<String>,
@@ -132,13 +132,13 @@ pub struct Row {
     pub readings: Vec<Reading>,
     /// At most one for each text.
     pub scores: Vec<Score>,
-    /// What went less well than asked; absent without a run record.
+    /// Degradations of the run; absent without a run record.
     pub degraded: Option<Degraded>,
     /// How it was made.
     pub run: Option<RunRecord>,
 }
 
-/// How a checkpoint did on a text.
+/// The score of a checkpoint on a text.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Score {
     /// Index into [`Report::texts`].

@@ -1,9 +1,9 @@
-//! What went less well than asked, by name.
+//! Degradations of a run, by name.
 
 use gptq_types::{LayerLoss, LayerRecord, RunRecord};
 use serde::Serialize;
 
-/// Nothing in any list: nothing degraded.
+/// Degradations of a run; all lists are empty if nothing degraded.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Degraded {
     /// Layers that plain rounding would have done better.
@@ -38,7 +38,7 @@ pub struct Damped {
     pub asked: f64,
     /// Share in the end.
     pub used: f64,
-    /// How often it grew.
+    /// Number of times damping was raised.
     pub escalations: u32,
 }
 
@@ -49,20 +49,20 @@ pub struct Dead {
     pub layer: String,
     /// Channels that were zero on every token.
     pub channels: usize,
-    /// All of them.
+    /// Number of all channels.
     pub of: usize,
 }
 
 /// A warning of the run.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Warned {
-    /// What was seen.
+    /// The warning.
     pub text: String,
     /// The modules it concerns; empty for the run.
     pub modules: Vec<String>,
 }
 
-/// Whether a layer took more than what was asked for.
+/// Whether a layer was damped more than requested.
 fn is_damped_further(loss: &LayerLoss, asked: f64) -> bool {
     loss.damp_escalations > 0 || loss.damp_used > asked * (1.0 + 1e-9)
 }
@@ -85,12 +85,12 @@ impl Degraded {
         found
     }
 
-    /// Whether there is nothing to tell.
+    /// Whether nothing degraded.
     pub fn is_nothing(&self) -> bool {
         self.no_layer() && self.warnings.is_empty()
     }
 
-    /// Whether all that there is to tell are warnings.
+    /// Whether no layer degraded; there may be warnings.
     pub(super) fn no_layer(&self) -> bool {
         self.worse.is_empty() && self.damped.is_empty() && self.dead.is_empty()
     }

@@ -1,4 +1,4 @@
-//! Which figures a report has, and what they say in words.
+//! Figures of a report and their descriptions.
 
 use gptq_types::LayerLoss;
 
@@ -160,14 +160,14 @@ pub(super) fn kl_by_position(report: &Report, text: usize) -> Option<Figure> {
     })
 }
 
-/// What a set of small figures shows in each module.
+/// The quantity that a set of small figures shows for each module.
 struct Depth<'a> {
     id: &'a str,
     what: &'a str,
     unit: &'a str,
     rule: Option<f64>,
     value: fn(&LayerLoss) -> Option<f64>,
-    /// Which branches have a line in which module.
+    /// Whether a branch has a line in a module's figure.
     wanted: &'a dyn Fn(&Row, &Module) -> bool,
 }
 

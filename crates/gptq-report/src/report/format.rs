@@ -1,6 +1,6 @@
 //! Numbers as people read them.
 
-/// Where a value is absent.
+/// Placeholder for an absent value.
 pub(super) const ABSENT: &str = "–";
 /// In front of negative numbers.
 const MINUS: &str = "\u{2212}";
@@ -30,7 +30,7 @@ pub(super) fn nats(value: f64) -> String {
     text.replacen('-', if value < 0.0 { MINUS } else { "-" }, 1)
 }
 
-/// The same with its sign.
+/// Nats with a sign.
 pub(super) fn signed_nats(value: f64) -> String {
     match value > 0.0 {
         true => format!("+{}", nats(value)),

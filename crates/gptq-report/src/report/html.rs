@@ -1,4 +1,4 @@
-//! The report as one page that needs nothing beside itself.
+//! The report as a self-contained HTML page.
 
 use minijinja::{
     Environment, ErrorKind, Output, State, UndefinedBehavior, Value, context, escape_formatter,

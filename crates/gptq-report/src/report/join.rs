@@ -15,7 +15,7 @@ const SAME_NLL: f64 = 1e-6;
 
 /// A row while scores are still looking for it.
 pub(super) struct Open {
-    /// As given: of the run, or of the model that was scored.
+    /// The place as given, of the run or of the scored model.
     pub(super) place: String,
     pub(super) name: String,
     pub(super) run: Option<RunRecord>,
@@ -90,7 +90,7 @@ impl Joiner {
     /// The scores of one file on one text.
     fn add_file(&mut self, file: Vec<EvalRecord>, runs: usize) -> Result<(), ReportError> {
         let owners = self.owners(&file, runs)?;
-        // Of a packed checkpoint alone nobody says that others are to be compared with it.
+        // A single packed checkpoint is not a reference for others.
         let compared = file.len() > 1 || file.iter().any(|record| record.kind == UNQUANTIZED);
         let mut first = None;
         for (record, owner) in file.into_iter().zip(owners) {
@@ -132,7 +132,7 @@ impl Joiner {
         Ok(owners)
     }
 
-    /// The one run of `free` that goes by the name of what was scored.
+    /// The only run of `free` with the name of the scored model.
     fn named(&self, record: &EvalRecord, free: &[usize]) -> Result<Option<usize>, ReportError> {
         let scored = [tail(&record.model), branch_of(&record.model)];
         let same = |row: &&usize| {

@@ -6,7 +6,7 @@ use gptq_types::{ColumnOrder, GroupSize, Method, QuantSpec};
 
 use super::join::Open;
 
-/// How `gptq eval` calls a float model.
+/// The kind of a float model in records of `gptq eval`.
 pub(super) const UNQUANTIZED: &str = "unquantised";
 /// Characters of a label that figures have room for.
 const LABEL_CHARACTERS: usize = 22;
@@ -40,7 +40,7 @@ pub(super) fn name_rows(rows: &[Open]) -> Vec<(String, String)> {
     let short: Vec<String> = rows.iter().map(|row| row.name.clone()).collect();
     let places: Vec<String> = rows.iter().map(|row| row.place.clone()).collect();
     let names = first_unique(&[short, places]);
-    // Settings say more in a figure than names do.
+    // Settings are more informative in a figure than names.
     let settings = |more: fn(&QuantSpec) -> String| -> Vec<String> {
         (rows.iter().zip(&names))
             .map(|(row, name)| match &row.run {

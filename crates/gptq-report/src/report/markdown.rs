@@ -74,7 +74,7 @@ fn markdown_table(table: &Table) -> String {
     }
     let heads: Vec<String> = (table.columns.iter())
         .map(|column| match column.group.as_str() {
-            // Without its group such a head says nothing.
+            // Such a head is meaningless without its group.
             group if group.starts_with("speed") => format!("{}, {}", column.head, plain(group)),
             "memory" => format!("{} memory", column.head),
             _ => plain(&column.head),

@@ -1,4 +1,4 @@
-//! What tells series apart without colour: the shape of their marks, the dashes of their lines.
+//! Shapes of marks and dashes of lines, which distinguish series without colour.
 
 use std::fmt::Write;
 
@@ -102,7 +102,7 @@ pub(super) fn sample(series: usize) -> String {
     )
 }
 
-/// The mark alone, for a table; its row says in words what it stands for.
+/// The mark alone, for a table whose row names the series.
 pub(super) fn mark_alone(series: usize) -> String {
     format!(
         r#"<svg class="key {}" viewBox="0 0 12 12" width="12" height="12" aria-hidden="true">{}</svg>"#,

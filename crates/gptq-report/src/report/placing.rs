@@ -1,4 +1,4 @@
-//! Where labels go, so that none lies on another.
+//! Places labels so that none overlaps another.
 
 /// Width of a character over the size of the type, about.
 const CHARACTER: f64 = 0.6;
@@ -65,7 +65,7 @@ impl Area {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Place {
     pub(super) area: Area,
-    /// So far from its mark that a line has to join them.
+    /// Whether it is so far from its mark that a line has to join them.
     pub(super) is_far: bool,
 }
 

@@ -1,11 +1,11 @@
-//! A figure as SVG: text that can be selected, marks that differ by shape, every series labelled
-//! where it is. Nothing is said by colour alone, and a text says what the figure shows.
+//! A figure as SVG: selectable text, marks that differ by shape, every series labelled in place. Colour
+//! alone carries no information, and a text describes the figure.
 
 use super::axis::Axis;
 use super::marks::{class, dashes, escape, mark, n};
 use super::placing::{Area, LINE, RADIUS, apart, beside, text_width};
 
-/// What a mark and the gaps around it take in front of a label.
+/// Width of a mark and the gaps around it, in front of a label.
 const BEFORE_LABEL: f64 = 20.0;
 /// Marks on a line; more would hide it.
 const MARKS_ON_A_LINE: usize = 6;
@@ -41,9 +41,9 @@ pub(super) struct Rule {
 pub(super) struct Plot {
     /// Unique in the page.
     pub(super) id: String,
-    /// What it is, for those who do not see it.
+    /// Title for screen readers.
     pub(super) title: String,
-    /// What it shows, likewise.
+    /// Description for screen readers.
     pub(super) description: String,
     /// Above the figure, where it is one of several.
     pub(super) heading: Option<String>,
@@ -63,7 +63,7 @@ pub(super) fn label_margin(series: &[Series]) -> f64 {
 }
 
 impl Plot {
-    /// Each point a mark with its label beside it.
+    /// A scatter plot: each point is a mark with an adjacent label.
     pub(super) fn scatter(&self) -> String {
         let mut taken: Vec<Area> = Vec::new();
         let mut body = self.rules(&mut taken);
@@ -83,7 +83,7 @@ impl Plot {
         self.svg(&body)
     }
 
-    /// Each series a line with its label at the right end.
+    /// A line plot: each series is a line with its label at the right end.
     pub(super) fn lines(&self) -> String {
         let mut body = self.rules(&mut Vec::new());
         for (index, series) in self.series.iter().enumerate() {

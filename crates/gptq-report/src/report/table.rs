@@ -8,14 +8,14 @@ use super::labels::tail;
 use super::layers::{module_against_rtn, modules};
 use crate::size;
 
-/// What the rows of most tables are.
+/// Corner of most tables, whose rows are branches.
 pub(super) const BRANCH: &str = "branch";
 
 /// Rows of text; a cell without a value is `None`.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Table {
     pub(super) caption: String,
-    /// What the rows are.
+    /// The kind of the rows.
     pub(super) corner: &'static str,
     pub(super) columns: Vec<Column>,
     /// Name of each row, and the number of its mark in figures.
@@ -28,7 +28,7 @@ pub(super) struct Column {
     /// Columns of one kind lie together under it; may be empty.
     pub(super) group: String,
     pub(super) head: String,
-    /// What the head means; empty where that is plain.
+    /// Explanation of the head; empty where it is obvious.
     pub(super) meaning: &'static str,
     pub(super) is_number: bool,
     pub(super) cells: Vec<Option<String>>,
@@ -231,7 +231,7 @@ impl<'a> Builder<'a> {
     }
 }
 
-/// Of all texts together: what a task says does not depend on the text beside it.
+/// Accuracies of all texts together: a task's score does not depend on the text.
 fn accuracies(row: &Row) -> impl Iterator<Item = &Accuracy> {
     row.scores.iter().flat_map(|s| s.record.accuracies())
 }
@@ -244,7 +244,7 @@ fn speed(row: &Row) -> Option<&Speed> {
     row.scores.iter().find_map(|s| s.record.speed.as_ref())
 }
 
-/// What the branches are: settings, size, and who loads them.
+/// Table of branches: settings, size, and the runtimes that load them.
 pub(super) fn branches(report: &Report) -> Table {
     let mut table = Builder::new(report, |_| true);
     let spec = |pick: fn(&QuantSpec) -> String| {
@@ -310,7 +310,7 @@ pub(super) fn branches(report: &Report) -> Table {
     table.finish("What the branches are".to_string())
 }
 
-/// What the branches are worth: scores on the first text, tasks and speed.
+/// Table of scores: the first text, tasks and speed.
 pub(super) fn worth(report: &Report) -> Table {
     let told = |row: &Row| {
         row.score(0).is_some() || speed(row).is_some() || accuracies(row).next().is_some()
@@ -378,7 +378,7 @@ pub(super) fn errors_by_module(report: &Report) -> Table {
     )
 }
 
-/// Which runtime loads which branch, and why not.
+/// Table of the runtimes that load each branch, with the reasons of those that refuse.
 pub(super) fn runtimes(report: &Report) -> Table {
     let mut table = Builder::new(report, |row| !row.readings.is_empty());
     let mut readers: Vec<String> = Vec::new();

@@ -1,4 +1,4 @@
-//! What both renderings say in words: what degraded, how a branch was made, what was scored.
+//! Texts of both renderings: degradations, settings of a branch, scored texts.
 
 use gptq_types::{CheckpointFormat, Phase, RunRecord};
 
@@ -7,14 +7,14 @@ use super::degraded::Degraded;
 use super::format::{duration, perplexity_with_error, thousands};
 use crate::{divergence, size};
 
-/// Names under one heading, each with what is to be said of it.
+/// Names under one heading, each with a remark.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Listed {
     pub(super) heading: String,
     pub(super) items: Vec<(String, String)>,
 }
 
-/// What degraded in a run, each kind by name; empty where nothing did.
+/// Degradations of a run, by kind; empty if there are none.
 pub(super) fn degradations(found: &Degraded) -> Vec<Listed> {
     let mut lists = vec![
         Listed {
@@ -56,7 +56,7 @@ pub(super) fn degradations(found: &Degraded) -> Vec<Listed> {
     lists
 }
 
-/// What stands where a run has nothing to tell, or beside what it tells.
+/// A line on a run's degradations, shown alone or with their list.
 pub(super) fn verdict(row: &Row) -> String {
     let Some(found) = &row.degraded else {
         return "No run record, so nothing is known of its layers.".to_string();
@@ -76,10 +76,10 @@ pub(super) fn verdict(row: &Row) -> String {
     format!("{nothing} {measured}").trim().to_string()
 }
 
-/// A label and what is to be said under it.
+/// A label and its text.
 pub(super) type Fact = (String, String);
 
-/// What is the same for all runs, where there are several.
+/// Facts shared by all runs, if there are several.
 pub(super) fn shared_facts(report: &Report) -> Vec<Fact> {
     let mut runs = report.rows.iter().filter(|row| row.run.is_some());
     let Some(first) = runs.next().map(|row| facts(report, row)) else {
@@ -93,7 +93,7 @@ pub(super) fn shared_facts(report: &Report) -> Vec<Fact> {
     }
 }
 
-/// What of a row is not shared.
+/// Facts of a row that are not shared.
 pub(super) fn own_facts(report: &Report, row: &Row) -> Vec<Fact> {
     let shared = shared_facts(report);
     let mut facts = facts(report, row);
@@ -101,7 +101,7 @@ pub(super) fn own_facts(report: &Report, row: &Row) -> Vec<Fact> {
     facts
 }
 
-/// How a branch was made.
+/// Facts on how a branch was made.
 fn facts(report: &Report, row: &Row) -> Vec<Fact> {
     let mut facts: Vec<(&str, String)> = Vec::new();
     if let Some(run) = &row.run {
@@ -183,7 +183,7 @@ fn phases(run: &RunRecord) -> String {
     }
 }
 
-/// What was scored.
+/// Facts about a scored text.
 pub(super) fn text_facts(report: &Report, index: usize, text: &Text) -> Vec<Fact> {
     let mut facts = vec![
         ("Text", text.protocol.clone()),

@@ -1,4 +1,4 @@
-//! `{% generation %}`: transformers marks what the assistant said with it, for masks in training.
+//! `{% generation %}`: transformers marks the assistant's text with it, for loss masks in training.
 
 /// `source` with each `generation` tag as a `with` block, which renders what is inside and keeps, as
 /// the tag does, what is set there inside. minijinja knows no tags but its own. Bytes between tags
@@ -63,7 +63,7 @@ fn raw_end(tag: &str, from: usize) -> usize {
     tag.len()
 }
 
-/// Where a `{{` or `{%` ends: the sign does not count in a string or between brackets.
+/// The end of a `{{` or `{%`; end signs inside strings and brackets do not count.
 fn expression_end(tag: &str) -> usize {
     let bytes = tag.as_bytes();
     let sign = if bytes[1] == b'{' { b'}' } else { b'%' };

@@ -1,4 +1,4 @@
-//! What plans say, and what they get wrong.
+//! Plan files: valid ones and errors.
 
 use super::*;
 
@@ -62,14 +62,14 @@ fn windows_begin_with_bos_where_the_plan_says_so() {
         [Some(true), Some(false)]
     );
     assert_eq!(asked(&two), [None, Some(false)]);
-    // What was not said is not written: matrices from before there was a choice go on.
+    // An unset key is not written, so matrices that predate the setting can be resumed.
     let plain = &read(&two).unwrap()[0].calibration;
     assert!(!serde_json::to_string(plain).unwrap().contains("bos"));
     let error = read(&branch("main", "window_bos = 1")).unwrap_err();
     assert!(error.contains("line 5"), "{error}");
 }
 
-/// As many windows as hold the tokens, of the length that the branch ends up with.
+/// `tokens` becomes the number of windows that hold them, of the branch's final window length.
 #[test]
 fn tokens_are_counted_in_windows_of_the_branch() {
     let plan = "
@@ -108,7 +108,7 @@ fn tokens_are_counted_in_windows_of_the_branch() {
     assert_eq!(branches[3].calibration.samples, 1);
 }
 
-/// All of these had one name, and a plan with two of them was refused.
+/// These settings once shared a branch name, so a plan with two of them was refused.
 #[test]
 fn what_makes_other_codes_has_another_name() {
     let plan = [
@@ -137,7 +137,7 @@ fn what_makes_other_codes_has_another_name() {
     assert_eq!(names, wanted);
 }
 
-/// `samples = 4611686018427387904` wrapped: the plan said `0 s | 158 MB`.
+/// `samples = 4611686018427387904` once wrapped: the estimate was `0 s | 158 MB`.
 #[test]
 fn what_no_run_can_have_is_refused_before_any_is_estimated() {
     let checked = |rest: &str| {

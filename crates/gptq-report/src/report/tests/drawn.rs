@@ -1,4 +1,4 @@
-//! Where things are in figures.
+//! Layout of figures.
 
 use super::*;
 

@@ -1,4 +1,4 @@
-//! What tables and lists say, and what they leave out.
+//! Contents of tables and lists, and omissions.
 
 use gptq_types::{
     Accuracy, ColumnOrder, Divergence, Method, PairedDifference, Share, Speed, Warning,
