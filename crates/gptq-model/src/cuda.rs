@@ -491,12 +491,9 @@ impl<E: Half> GradientBackend for Cuda<E> {
             let [rows, columns] = x.dims();
             on.blank(rows, columns)
         });
-        let [q, k, v] = qkv.map(view);
+        let qkv = qkv.map(view);
         let out = gradients.each_ref().map(view);
-        on.note(
-            on.gpu()
-                .attend_backward(out, view(dy), q, k, v, tokens, shape),
-        );
+        on.note(on.gpu().attend_backward(out, view(dy), qkv, tokens, shape));
         gradients
     }
 
