@@ -1,19 +1,19 @@
-// Gradients of a decoder block's operations, for training its latents and scales: norms, gates and activations,
-// the softmax of attention, and the error of a block's output. gptq-kernels/src/backward computes the same on a
-// CPU; products are cuBLAS's.
+// Gradients of a decoder block's operations, for training its latents and scales: norms, gates and
+// activations, the softmax of attention, and the error of a block's output. gptq-kernels/src/backward
+// computes the same on a CPU; products are cuBLAS's.
 //
 // Tensors are row-major 16-bit floats, rows are tokens; d before a name is the gradient of what it names.
-// Nothing is kept of the forward pass but its inputs, so values are computed again. Values are computed in f32
-// and rounded once, sums have one order. All kernels are bound by memory bandwidth.
+// Nothing is kept of the forward pass but its inputs, so values are computed again. Values are computed in
+// f32 and rounded once, sums have one order. All kernels are bound by memory bandwidth.
 #define SOFT_CAP 1
 #define WINDOW 1
 #include "attention_scores.cuh"
 
 #define ERROR_ELEMENTS 16384 // of a block that sums an error
 
-// With r = 1 / sqrt(mean(x^2) + eps), n = x r and g = dy weight: dx = r (g - n mean(g n)). Where LAYER, n = (x -
-// mean(x)) r with r from the variance, and dx = r (g - mean(g) - n mean(g n)). A block takes a run of `width`
-// elements; dx may be dy or x. Launch grid: runs.
+// With r = 1 / sqrt(mean(x^2) + eps), n = x r and g = dy weight: dx = r (g - n mean(g n)). Where LAYER, n =
+// (x - mean(x)) r with r from the variance, and dx = r (g - mean(g) - n mean(g n)). A block takes a run of
+// `width` elements; dx may be dy or x. Launch grid: runs.
 template <int VALUES, bool LAYER>
 __device__ __forceinline__ void norm_backward(half16* dx, const half16* dy, const half16* x,
                                               const float* weight, int width, float eps) {
@@ -156,11 +156,12 @@ extern "C" {
 BACKWARD(8)
 BACKWARD(1)
 
-// The softmax of attention, from raw scores s and dp, the gradients of the weights, both f32 [matrices, rows,
-// keys]: with t = cap tanh(scale s / cap) or, where cap is 0, scale s, p = softmax(t) over the keys that a query
-// sees and ds = p (dp - sum(p dp)) dt / d(scale s), both 0 for other keys. The factor `scale` of ds is left to
-// the products that follow, so that small gradients are not smaller still in 16 bits. A block takes a row, and
-// reads it three times, from the cache but for the first. Launch grid: (rows, matrices).
+// The softmax of attention, from raw scores s and dp, the gradients of the weights, both f32 [matrices,
+// rows, keys]: with t = cap tanh(scale s / cap) or, where cap is 0, scale s, p = softmax(t) over the keys
+// that a query sees and ds = p (dp - sum(p dp)) dt / d(scale s), both 0 for other keys. The factor `scale`
+// of ds is left to the products that follow, so that small gradients are not smaller still in 16 bits. A
+// block takes a row, and reads it three times, from the cache but for the first. Launch grid: (rows,
+// matrices).
 __global__ void softmax_backward(half16* p, half16* ds, const float* scores, const float* dp, int keys,
                                  int first, float scale, float cap, int window) {
     __shared__ float scratch[32];

@@ -1,13 +1,13 @@
 // Straight-through rounding of a linear that is trained (gptq-kernels/src/backward/rounding.rs): latents to
-// weights and codes, and the step of latents and scales by LSQ's gradients (Esser et al. 2020) and Adam (Kingma
-// and Ba 2015). With s the stored scale, z the zero and x = latent / s, the code is clamp(round(x) + z) and the
-// weight (code - z) s; dw / dlatent is 1 where nothing was clamped, else 0, and dw / ds is round(x) - x there,
-// else code - z.
+// weights and codes, and the step of latents and scales by LSQ's gradients (Esser et al. 2020) and Adam
+// (Kingma and Ba 2015). With s the stored scale, z the zero and x = latent / s, the code is clamp(round(x) +
+// z) and the weight (code - z) s; dw / dlatent is 1 where nothing was clamped, else 0, and dw / ds is
+// round(x) - x there, else code - z.
 //
-// Latents are f32 [k, n] in stored order, scales and zeros f32 [groups, n], g_idx [k] the group of a channel.
-// A thread serves one output, so that neighbours read neighbours, and every sum runs over channels in one
-// order. Operations are rounded one by one, as on a CPU: weights and codes are its own bit for bit, and so are
-// latents and scales after a step on equal gradients of weights. Bound by memory bandwidth.
+// Latents are f32 [k, n] in stored order, scales and zeros f32 [groups, n], g_idx [k] the group of a
+// channel. A thread serves one output, so that neighbours read neighbours, and every sum runs over channels
+// in one order. Operations are rounded one by one, as on a CPU: weights and codes are its own bit for bit,
+// and so are latents and scales after a step on equal gradients of weights. Bound by memory bandwidth.
 #include "grid.cuh"
 #include "half.cuh"
 
@@ -63,8 +63,8 @@ __device__ __forceinline__ float moved(float parameter, float gradient, float& m
 
 extern "C" {
 
-// weight [n, k] = (code - zero) stored scale, computed in f32 and rounded once. A block transposes a tile of 64
-// channels by 64 outputs in shared memory. Launch grid: (n / 64, k / 64); block: 256.
+// weight [n, k] = (code - zero) stored scale, computed in f32 and rounded once. A block transposes a tile of
+// 64 channels by 64 outputs in shared memory. Launch grid: (n / 64, k / 64); block: 256.
 __global__ void round_latents(half16* weight, const float* latents, const float* scales, const float* zeros,
                               const unsigned* g_idx, int k, int n, float max_code) {
     __shared__ half16 tile[TILE][TILE + 2];
@@ -98,8 +98,8 @@ __global__ void latent_codes(unsigned char* codes, const float* latents, const f
     codes[at] = (unsigned char)(int)(steps + grid.zero);
 }
 
-// Moves latents to the nearest number that rounds to their code; those that do stay. A latent on a grid whose
-// scale overflowed stays too: no number rounds to a code there, and who reads the scale reports it.
+// Moves latents to the nearest number that rounds to their code; those that do stay. A latent on a grid
+// whose scale overflowed stays too: no number rounds to a code there, and who reads the scale reports it.
 // Launch grid: (n / 256, k).
 __global__ void move_to_codes(float* latents, const unsigned char* codes, const float* scales,
                               const float* zeros, const unsigned* g_idx, int n, float max_code) {
@@ -126,7 +126,8 @@ __global__ void move_to_codes(float* latents, const unsigned char* codes, const 
     }
 }
 
-// One step of the latents of `columns` outputs from output `first` on, and the sums of their scales' gradients.
+// One step of the latents of `columns` outputs from output `first` on, and the sums of their scales'
+// gradients.
 //   gradient [k, columns]   of the weights
 //   mean, square [k, n]     Adam's moments of the latents
 //   sums [parts, n]         of a part: channel[starts[part]..starts[part + 1]], at most 128 channels of the
@@ -169,7 +170,8 @@ __global__ void train_latents(float* latents, float* mean, float* square, float*
     sums[(long long)part * n + output] = sum;
 }
 
-// One step of the scales [groups, n] from the sums over the parts of each group: parts[group]..parts[group + 1].
+// One step of the scales [groups, n] from the sums over the parts of each group: parts[group]..parts[group +
+// 1].
 // Launch grid: (n / 128, groups); block: 128.
 __global__ void train_scales(float* scales, float* mean, float* square, const float* sums,
                              const unsigned* parts, int n, AdamStep step) {
