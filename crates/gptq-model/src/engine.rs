@@ -20,7 +20,7 @@ use crate::spec::{ModelSpec, Tap};
 use crate::stream::{Linear, OnBackend, Tables};
 use crate::tape::GradientSink;
 use crate::weights::WeightSource;
-use crate::{Decoder, DeviceContext, ModelError, Streams};
+use crate::{Decoder, DeviceContext, ModelError, Streams, Trainer};
 
 /// See [`Decoder`].
 pub(crate) struct Engine<B: GradientBackend> {
@@ -54,9 +54,8 @@ impl<B: GradientBackend> Engine<B> {
             float: match streams {
                 Streams::One => None,
                 Streams::BesideFloat => Some(FloatStream::new(false)),
-                Streams::Training => Some(FloatStream::new(true)),
             },
-            trains: streams == Streams::Training,
+            trains: false,
             source,
             spec: Arc::new(spec),
             head: None,
@@ -66,6 +65,20 @@ impl<B: GradientBackend> Engine<B> {
             stores: None,
             more_hessians: 0,
             tables: BTreeMap::new(),
+        }
+    }
+
+    /// The same with a float stream that follows all tokens, and inputs of blocks that are kept.
+    pub fn for_training(
+        device: DeviceContext,
+        on: B::Context,
+        source: Arc<dyn WeightSource>,
+        spec: ModelSpec,
+    ) -> Self {
+        Engine {
+            float: Some(FloatStream::new(true)),
+            trains: true,
+            ..Self::new(device, on, source, spec, Streams::One)
         }
     }
 
@@ -180,6 +193,56 @@ impl<B: GradientBackend> Engine<B> {
                 Some(stream) => stream.reach(tap, place, beside)?,
             };
             look(&input, float.as_ref());
+        }
+        B::check(&self.on)
+    }
+}
+
+impl<B: GradientBackend> Trainer for Engine<B> {
+    fn finish_float(&mut self) -> Result<(), ModelError> {
+        let stores = self.stores.as_ref().expect("windows were embedded");
+        let count = self.batches.len();
+        let stream = self.float.as_mut().expect("a decoder that trains");
+        for (place, batch) in self.batches.iter().enumerate() {
+            let (tables, tokens) = (&self.tables[&batch.tokens()], batch.tokens());
+            let context =
+                BatchContext::quantized(&self.on, stores, tables, tokens, place, &batch.by_token);
+            stream.finish(place, |place| context.beside(stores, place, count))?;
+        }
+        stream.set_ahead();
+        B::check(&self.on)
+    }
+
+    fn train(
+        &mut self,
+        batch: usize,
+        factor: f32,
+        sink: &mut dyn GradientSink,
+    ) -> Result<f64, ModelError> {
+        let (state, of, context) = self.training(batch);
+        let target = self.target(batch);
+        let input = B::fetch(&self.on, of.input.as_ref().expect("inputs are kept"));
+        let error = state.gradients(input, &target, factor, &of.state, &context, sink)?;
+        B::check(&self.on)?;
+        Ok(error)
+    }
+
+    fn output_error(&mut self, batch: usize) -> Result<f64, ModelError> {
+        let (state, of, context) = self.training(batch);
+        let input = B::fetch(&self.on, of.input.as_ref().expect("inputs are kept"));
+        let output = state.output(input, &of.state, &context)?;
+        let error = B::squared_error(&self.on, &output, &self.target(batch));
+        B::check(&self.on)?;
+        Ok(error)
+    }
+
+    fn restart_block(&mut self) -> Result<(), ModelError> {
+        let stores = self.stores.as_ref().expect("windows were embedded");
+        for (place, batch) in self.batches.iter_mut().enumerate() {
+            let input = batch.input.as_ref().expect("inputs are kept");
+            let input = B::fetch(&self.on, input);
+            let hidden = B::offload(&self.on, &stores.hidden, place, &input);
+            batch.state.restart(hidden);
         }
         B::check(&self.on)
     }
@@ -339,54 +402,6 @@ impl<B: GradientBackend> Decoder for Engine<B> {
                     computed,
                 });
             }
-        }
-        B::check(&self.on)
-    }
-
-    fn finish_float(&mut self) -> Result<(), ModelError> {
-        let stores = self.stores.as_ref().expect("windows were embedded");
-        let count = self.batches.len();
-        let stream = self.float.as_mut().expect("a decoder that trains");
-        for (place, batch) in self.batches.iter().enumerate() {
-            let (tables, tokens) = (&self.tables[&batch.tokens()], batch.tokens());
-            let context =
-                BatchContext::quantized(&self.on, stores, tables, tokens, place, &batch.by_token);
-            stream.finish(place, |place| context.beside(stores, place, count))?;
-        }
-        stream.set_ahead();
-        B::check(&self.on)
-    }
-
-    fn train(
-        &mut self,
-        batch: usize,
-        factor: f32,
-        sink: &mut dyn GradientSink,
-    ) -> Result<f64, ModelError> {
-        let (state, of, context) = self.training(batch);
-        let target = self.target(batch);
-        let input = B::fetch(&self.on, of.input.as_ref().expect("inputs are kept"));
-        let error = state.gradients(input, &target, factor, &of.state, &context, sink)?;
-        B::check(&self.on)?;
-        Ok(error)
-    }
-
-    fn output_error(&mut self, batch: usize) -> Result<f64, ModelError> {
-        let (state, of, context) = self.training(batch);
-        let input = B::fetch(&self.on, of.input.as_ref().expect("inputs are kept"));
-        let output = state.output(input, &of.state, &context)?;
-        let error = B::squared_error(&self.on, &output, &self.target(batch));
-        B::check(&self.on)?;
-        Ok(error)
-    }
-
-    fn restart_block(&mut self) -> Result<(), ModelError> {
-        let stores = self.stores.as_ref().expect("windows were embedded");
-        for (place, batch) in self.batches.iter_mut().enumerate() {
-            let input = batch.input.as_ref().expect("inputs are kept");
-            let input = B::fetch(&self.on, input);
-            let hidden = B::offload(&self.on, &stores.hidden, place, &input);
-            batch.state.restart(hidden);
         }
         B::check(&self.on)
     }

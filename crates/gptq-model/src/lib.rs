@@ -63,9 +63,6 @@ pub enum Streams {
     /// capture group, [`ActivationSink::observe_pair`]. It takes the time of a pass, a copy of the block and of
     /// the hidden states.
     BesideFloat,
-    /// The same for training: the float stream follows all tokens, and the hidden states before the resident
-    /// block are kept. It takes the hidden states once more.
-    Training,
 }
 
 /// A forward pass that cannot go on.
@@ -162,9 +159,27 @@ pub trait Decoder {
     /// The whole block, with nobody looking.
     fn forward_block(&mut self) -> Result<(), ModelError>;
 
+    /// The weight of a resident linear. One on a GPU may be written over in place.
+    fn weight(&self, layer: &LayerName) -> Result<Weight<'_>, ModelError>;
+
+    /// Replaces it with `values` `[in_features, out_features]`, so that later taps see the new outputs.
+    fn replace_weight(&mut self, layer: &LayerName, values: Vec<f32>) -> Result<(), ModelError>;
+
+    /// Batches that the windows were cut into.
+    fn batches(&self) -> usize;
+
+    /// Final hidden states of one batch with the head, in the order of the windows.
+    fn head_input(&mut self, batch: usize) -> Result<HeadInput, ModelError>;
+
+    /// The windows of one batch.
+    fn batch_windows(&self, batch: usize) -> &[Vec<u32>];
+}
+
+/// A decoder whose resident block can be trained towards the outputs of the float block: its float stream
+/// follows all tokens, and the hidden states before the block are kept.
+pub trait Trainer: Decoder {
     /// Brings the float stream behind the resident block, ahead of the other: its hidden states are then what
-    /// the block is trained towards. For [`Streams::Training`] alone, as all that follow up to
-    /// [`restart_block`](Decoder::restart_block).
+    /// the block is trained towards.
     fn finish_float(&mut self) -> Result<(), ModelError>;
 
     /// Passes a batch through the whole resident block, from the hidden states before it. Returns the squared
@@ -183,21 +198,42 @@ pub trait Decoder {
     /// Takes all batches back to the hidden states before the resident block, so that they pass through it as
     /// it is now.
     fn restart_block(&mut self) -> Result<(), ModelError>;
+}
 
-    /// The weight of a resident linear. One on a GPU may be written over in place.
-    fn weight(&self, layer: &LayerName) -> Result<Weight<'_>, ModelError>;
-
-    /// Replaces it with `values` `[in_features, out_features]`, so that later taps see the new outputs.
-    fn replace_weight(&mut self, layer: &LayerName, values: Vec<f32>) -> Result<(), ModelError>;
-
-    /// Batches that the windows were cut into.
-    fn batches(&self) -> usize;
-
-    /// Final hidden states of one batch with the head, in the order of the windows.
-    fn head_input(&mut self, batch: usize) -> Result<HeadInput, ModelError>;
-
-    /// The windows of one batch.
-    fn batch_windows(&self, batch: usize) -> &[Vec<u32>];
+/// Opens a decoder that trains; every tensor is checked for presence and shape at once.
+pub fn open_trainer(
+    source: Arc<dyn WeightSource>,
+    spec: ModelSpec,
+    device: &DeviceContext,
+) -> Result<Box<dyn Trainer>, ModelError> {
+    spec.check_tensors(source.as_ref())?;
+    let context = device.clone();
+    match device {
+        DeviceContext::Cpu => Ok(Box::new(Engine::<burn::backend::Flex>::for_training(
+            context,
+            (),
+            source,
+            spec,
+        ))),
+        #[cfg(feature = "cuda")]
+        DeviceContext::Cuda(cuda) => {
+            let on = cuda::OnCuda::new(cuda.clone());
+            match source.computing_type(&spec) {
+                Some(Dtype::BF16) => Ok(Box::new(Engine::<cuda::Bf16>::for_training(
+                    context,
+                    on,
+                    source,
+                    spec.computed_in(Dtype::BF16),
+                ))),
+                _ => Ok(Box::new(Engine::<cuda::F16>::for_training(
+                    context,
+                    on,
+                    source,
+                    spec.computed_in(Dtype::F16),
+                ))),
+            }
+        }
+    }
 }
 
 /// Opens a decoder over `source`; every tensor is checked for presence and shape at once.

@@ -132,7 +132,12 @@ impl<B: DecoderBackend> Branch<OnBackend<B>> {
 }
 
 /// Rotary tables of windows of one length: of queries, where theirs differ, and keys.
-pub(crate) struct Tables<B: DecoderBackend>(Vec<(Option<Rc<Rotary<B>>>, Rc<Rotary<B>>)>);
+pub(crate) struct Tables<B: DecoderBackend>(Vec<RotaryPair<B>>);
+
+struct RotaryPair<B: DecoderBackend> {
+    queries: Option<Rc<Rotary<B>>>,
+    keys: Rc<Rotary<B>>,
+}
 
 impl<B: DecoderBackend> Tables<B> {
     /// Those of `positions` in texts that are `tokens` long; `transposed` ones beside them for gradients.
@@ -153,7 +158,10 @@ impl<B: DecoderBackend> Tables<B> {
         let table = |spec: &RotarySpec| {
             let queries = spec.queries(positions.clone(), tokens);
             let keys = spec.keys(positions.clone(), tokens);
-            (queries.map(rotary), rotary(keys))
+            RotaryPair {
+                queries: queries.map(rotary),
+                keys: rotary(keys),
+            }
         };
         Tables(spec.rotaries.iter().map(table).collect())
     }
@@ -198,7 +206,7 @@ impl<B: DecoderBackend, O: Operations<B>> Windows<'_, B, O> {
         let x = match attention.spec.rotary {
             None => x,
             Some(rotary) => {
-                let (queries, keys) = &self.tables.0[rotary];
+                let RotaryPair { queries, keys } = &self.tables.0[rotary];
                 let rotary = queries.as_ref().filter(|_| !of_keys).unwrap_or(keys);
                 self.operations.rotate(x, rotary, self.tokens)
             }

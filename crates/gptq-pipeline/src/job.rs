@@ -64,7 +64,7 @@ impl Job {
         match (self.holds_out(), self.streams()) {
             (false, _) => 0,
             (true, Streams::One) => 1,
-            (true, Streams::BesideFloat | Streams::Training) => 3,
+            (true, Streams::BesideFloat) => 3,
         }
     }
 }

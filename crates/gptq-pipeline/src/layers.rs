@@ -292,7 +292,6 @@ pub fn observe(
     let products = match job.streams() {
         Streams::One => 1.0,
         Streams::BesideFloat => 1.0 + 2.0 * FOLLOWED + SQUARED,
-        Streams::Training => 3.0 + SQUARED,
     };
     times.add_flop(Phase::Hessian, flop * products);
     sum.finish(times).map_err(named)
@@ -304,7 +303,7 @@ fn group_sum(
     job: &Job,
     in_features: usize,
 ) -> Result<Box<dyn GroupSum>, QuantizeError> {
-    let beside_float = job.streams() != Streams::One;
+    let beside_float = job.streams() == Streams::BesideFloat;
     let holding_out = job.holds_out();
     match device {
         DeviceContext::Cpu => {

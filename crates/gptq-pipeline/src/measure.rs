@@ -75,9 +75,7 @@ pub fn measure_files(
         for group in model.blocks[index].groups() {
             let mut sum = match streams {
                 Streams::One => HessianSum::new(group.in_features()),
-                Streams::BesideFloat | Streams::Training => {
-                    HessianSum::beside_float(group.in_features())
-                }
+                Streams::BesideFloat => HessianSum::beside_float(group.in_features()),
             };
             decoder.capture(group.tap, &mut sum)?;
             let hessian = sum.finish().map_err(|source| PipelineError::Quantize {

@@ -449,7 +449,6 @@ pub(crate) fn count_forward(model: &ModelSpec, index: usize, job: &Job, times: &
         let passes = match job.streams() {
             Streams::One => 1.0,
             Streams::BesideFloat => 1.0 + FOLLOWED,
-            Streams::Training => 2.0,
         };
         times.add_flop(Phase::Forward, passes * flop);
     }

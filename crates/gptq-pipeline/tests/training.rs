@@ -10,7 +10,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use gptq_model::{
-    Activations, Decoder, DeviceContext, FloatWeights, GradientSink, ModelSpec, Streams, Weight,
+    Activations, Decoder, DeviceContext, FloatWeights, GradientSink, ModelSpec, Trainer, Weight,
 };
 use gptq_packer::SafetensorsFile;
 use gptq_types::{LayerName, TensorSource};
@@ -20,14 +20,13 @@ const TOLERANCE: f64 = 3e-3;
 /// Steps, as parts of the largest element of each weight.
 const STEPS: [f32; 6] = [1.6e-2, 8e-3, 4e-3, 2e-3, 1e-3, 5e-4];
 
-fn decoder(folder: &Path) -> Box<dyn Decoder> {
+fn decoder(folder: &Path) -> Box<dyn Trainer> {
     let config = std::fs::read_to_string(folder.join("config.json")).unwrap();
     let source = Arc::new(SafetensorsFile::open(&folder.join("model.safetensors")).unwrap());
     let spec = ModelSpec::read(&config, &source.names()).unwrap();
     let vocab = spec.vocab_size as u32;
     let weights = Arc::new(FloatWeights::new(source));
-    let device = DeviceContext::Cpu;
-    let mut decoder = gptq_model::open(weights, spec, &device, Streams::Training).unwrap();
+    let mut decoder = gptq_model::open_trainer(weights, spec, &DeviceContext::Cpu).unwrap();
     let window = |first: u32| {
         (0..12)
             .map(|at| (first + 5 * at) % vocab)
@@ -103,14 +102,14 @@ fn put(decoder: &mut dyn Decoder, weights: &BTreeMap<LayerName, Vec<f32>>) {
     }
 }
 
-fn error(decoder: &mut dyn Decoder) -> f64 {
+fn error(decoder: &mut dyn Trainer) -> f64 {
     let batches = 0..decoder.batches();
     batches
         .map(|batch| decoder.output_error(batch).unwrap())
         .sum()
 }
 
-fn gradients(decoder: &mut dyn Decoder, block: usize, factor: f32) -> (f64, Gradients) {
+fn gradients(decoder: &mut dyn Trainer, block: usize, factor: f32) -> (f64, Gradients) {
     let linears = decoder.spec().blocks[block].linears();
     let widths = linears.map(|linear| (linear.name.clone(), linear.out_features));
     let mut found = Gradients {
@@ -186,7 +185,7 @@ fn gradients_of_every_block_of_every_family_are_those_of_differences() {
         .collect();
     folders.push(data::fixture("verne"));
     folders.sort();
-    let (mut worst, mut checked) = (0.0f64, 0);
+    let mut checked = 0;
     for folder in folders {
         let mut decoder = decoder(&folder);
         let decoder = decoder.as_mut();
@@ -224,7 +223,6 @@ fn gradients_of_every_block_of_every_family_are_those_of_differences() {
                     "{}, block {block}: {want} of the gradient, {got} of differences, error {told}",
                     folder.display()
                 );
-                worst = worst.max(off);
                 checked += 1;
             }
             decoder.restart_block().unwrap();
@@ -232,7 +230,6 @@ fn gradients_of_every_block_of_every_family_are_those_of_differences() {
         }
     }
     assert!(checked > 400, "only {checked} directions");
-    println!("{checked} directions, at most {worst:.1e} off");
 }
 
 /// What passes on to the next block is what the trained weights make of the inputs that were kept.
