@@ -151,6 +151,7 @@ mod tests {
         by_token: (0, 0),
         block_elements: 202_375_168,
         float: None,
+        keeps_inputs: false,
         more_hessians: 0,
     };
 

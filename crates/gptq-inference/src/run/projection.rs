@@ -286,7 +286,8 @@ impl Projection {
             }
         };
         let all: Vec<DeviceMatrix<'a>> = self.operands.iter().map(operand).collect();
-        (all.try_into().ok()).expect("the spec names the operands of a mixer")
+        all.try_into()
+            .expect("the spec names the operands of a mixer")
     }
 }
 
