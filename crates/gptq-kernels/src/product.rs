@@ -5,6 +5,15 @@ use std::time::Instant;
 use faer::{Accum, MatMut, MatRef, Par, linalg::matmul::matmul};
 use rayon::prelude::*;
 
+/// The threads of a product `[m, n]`. With one row or column it is a matrix times a vector, whose sum faer
+/// splits over threads: its bits would depend on their number.
+pub(crate) fn threads(m: usize, n: usize) -> Par {
+    match m > 1 && n > 1 {
+        true => Par::rayon(0),
+        false => Par::Seq,
+    }
+}
+
 /// `out [m, n] = a [m, k] * b [k, n]`, f32.
 pub fn multiply(out: &mut [f32], a: &[f32], b: &[f32], m: usize, k: usize, n: usize) {
     let out = MatMut::from_row_major_slice_mut(out, m, n);
@@ -12,7 +21,7 @@ pub fn multiply(out: &mut [f32], a: &[f32], b: &[f32], m: usize, k: usize, n: us
         MatRef::from_row_major_slice(a, m, k),
         MatRef::from_row_major_slice(b, k, n),
     );
-    matmul(out, Accum::Replace, a, b, 1.0, Par::rayon(0));
+    matmul(out, Accum::Replace, a, b, 1.0, threads(m, n));
 }
 
 /// `out [m, n] = a [m, k] * b^T` with `b [n, k]`, f32.
@@ -22,7 +31,7 @@ pub fn multiply_transposed(out: &mut [f32], a: &[f32], b: &[f32], m: usize, k: u
         MatRef::from_row_major_slice(a, m, k),
         MatRef::from_row_major_slice(b, n, k).transpose(),
     );
-    matmul(out, Accum::Replace, a, b, 1.0, Par::rayon(0));
+    matmul(out, Accum::Replace, a, b, 1.0, threads(m, n));
 }
 
 /// `out [m, n] += alpha * a^T * b` with `a [k, lda]`, of which the columns `first..first + m` are
@@ -55,7 +64,7 @@ pub fn multiply_f64(a: &[f64], b: &[f64], m: usize, k: usize, n: usize) -> Vec<f
         MatRef::from_row_major_slice(a, m, k),
         MatRef::from_row_major_slice(b, k, n),
         1.0,
-        Par::rayon(0),
+        threads(m, n),
     );
     out
 }
@@ -186,7 +195,7 @@ pub fn multiply_left_transposed(
     let out = MatMut::from_row_major_slice_mut(out, m, n);
     let a = MatRef::from_row_major_slice(a, k, m);
     let b = MatRef::from_row_major_slice(b, k, n);
-    matmul(out, Accum::Replace, a.transpose(), b, 1.0, Par::rayon(0));
+    matmul(out, Accum::Replace, a.transpose(), b, 1.0, threads(m, n));
 }
 
 /// A running `A^T B`, in bands of rows side by side: the sums are the same for any number of threads.
@@ -262,6 +271,27 @@ mod tests {
                 (state >> 40) as f32 / (1u64 << 24) as f32 - 0.5
             })
             .collect()
+    }
+
+    /// Of one row faer gave 1962 of 2048 other outputs with two threads.
+    #[test]
+    fn the_number_of_threads_changes_no_bit_of_a_product() {
+        let k = 2048;
+        for (m, n) in [(1, 2048), (2048, 1), (2, 2048), (33, 257)] {
+            let (a, b) = (random(m * k, 1), random(k * n, 2));
+            let products = |threads: usize| {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
+                pool.build().unwrap().install(|| {
+                    let mut outs = [(); 3].map(|()| vec![0.0; m * n]);
+                    let [plain, transposed, left] = &mut outs;
+                    multiply(plain, &a, &b, m, k, n);
+                    multiply_transposed(transposed, &a, &b, m, k, n);
+                    multiply_left_transposed(left, &a, &b, m, k, n);
+                    outs
+                })
+            };
+            assert!(products(1) == products(2), "{m} rows, {n} columns");
+        }
     }
 
     #[test]

@@ -1,9 +1,10 @@
 //! Gradients of a linear, `y = x W + bias`, with `W [in_features, out_features]` as
 //! [`multiply`](crate::multiply) takes it.
 
-use faer::{Accum, MatMut, MatRef, Par};
+use faer::{Accum, MatMut, MatRef};
 use rayon::prelude::*;
 
+use crate::product::threads;
 use crate::real::Real;
 use crate::vector::vectorized;
 
@@ -71,11 +72,7 @@ pub fn bias_backward<R: Real>(d_bias: &mut [R], dy: &[R]) {
 
 /// `out += a b`.
 fn add_product<R: Real>(out: MatMut<'_, R>, a: MatRef<'_, R>, b: MatRef<'_, R>) {
-    // A product with one row or column is faer's matrix times vector, which splits the sum over threads.
-    let par = match out.nrows() > 1 && out.ncols() > 1 {
-        true => Par::rayon(0),
-        false => Par::Seq,
-    };
+    let par = threads(out.nrows(), out.ncols());
     R::multiply_into(out, Accum::Add, R::ONE, a, b, par);
 }
 
