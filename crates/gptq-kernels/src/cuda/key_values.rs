@@ -19,11 +19,11 @@ use crate::{AttentionShape, Pairing};
 
 /// Keys of a sequence that a block attends to. More of them left a GPU unevenly filled in a decoder's
 /// step, although they were faster alone.
-const SHARE: usize = 256;
+const SPLIT_KEYS: usize = 256;
 /// The least, where heads share keys: a warp takes sixteen.
-const LEAST_SHARE: usize = 64;
-/// Of eight lanes, in a block of one head: each leaves sums of its own.
-const TEAMS: usize = 16;
+const LEAST_SPLIT_KEYS: usize = 64;
+/// Groups of eight lanes in a block of one head; each leaves sums of its own.
+const LANE_GROUPS: usize = 16;
 /// Heads that share keys in a block, and its warps: each leaves sums for all of them.
 const TOGETHER: usize = 8;
 const WARPS: usize = 4;
@@ -143,12 +143,12 @@ impl Placed<'_> {
 /// The kernel for new tokens, and what its blocks are given.
 struct Newest {
     name: &'static str,
-    /// Blocks side by side for a share of a sequence.
+    /// Blocks side by side for a split of a sequence.
     over: usize,
     /// What the kernel takes behind the heads of keys: how many heads share one of those, or channels.
     last: usize,
     /// Keys.
-    share: usize,
+    split: usize,
     /// Bytes of shared memory.
     shared: usize,
 }
@@ -306,8 +306,8 @@ impl DeviceKeyValues {
             (self.capacity as i32).into(),
             placed.norms.eps(head_dim).into(),
         ];
-        let teams = heads + 2 * kv_heads;
-        let grid = [(teams * lanes).div_ceil(256), placed.q.rows, 1];
+        let all_heads = heads + 2 * kv_heads;
+        let grid = [(all_heads * lanes).div_ceil(256), placed.q.rows, 1];
         // SAFETY: the rows fit the cache, whose positions the caller counts in `held`.
         unsafe { (self.gpu).launch_pdl(program(self.dtype), name, grid, [256, 1, 1], 0, &args) }
     }
@@ -372,8 +372,8 @@ impl DeviceKeyValues {
         ];
         args.extend(numbers.map(|number| Arg::from(number as i32)));
         args.push(norms.eps(head_dim).into());
-        let teams = heads + 2 * stored;
-        let grid = [(teams * lanes).div_ceil(256), placed.q.rows, 1];
+        let all_heads = heads + 2 * stored;
+        let grid = [(all_heads * lanes).div_ceil(256), placed.q.rows, 1];
         // SAFETY: as for `place_common`; without keys none is stored.
         unsafe { (self.gpu).launch_pdl(others(self.dtype), name, grid, [256, 1, 1], 0, &args) }
     }
@@ -413,13 +413,13 @@ impl DeviceKeyValues {
             name,
             over,
             last,
-            share,
+            split,
             shared,
         } = self.newest(shape)?;
-        let shares = self.capacity.div_ceil(share);
+        let splits = self.capacity.div_ceil(split);
         let parts = (self.gpu).scratch(
-            "attention shares",
-            self.sequences * heads * shares * (d + 2) * 4,
+            "attention splits",
+            self.sequences * heads * splits * (d + 2) * 4,
         )?;
         let [scale, cap, window] = scored(shape);
         let args = [
@@ -431,22 +431,22 @@ impl DeviceKeyValues {
             (self.capacity as i32).into(),
             (shape.kv_heads as i32).into(),
             (last as i32).into(),
-            (share as i32).into(),
+            (split as i32).into(),
             scale,
             cap,
             window,
         ];
-        let grid = [shares, over, self.sequences];
+        let grid = [splits, over, self.sequences];
         let program = attention(self.dtype, shape);
-        // SAFETY: the caches hold what `held` counts; a part for every share.
+        // SAFETY: the caches hold what `held` counts; a part for every split.
         unsafe { (self.gpu).launch_pdl(program, name, grid, [128, 1, 1], shared, &args)? };
         let args = [
             out.address.into(),
             (&*parts).into(),
             held.address().into(),
             address(order.places),
-            (shares as i32).into(),
-            (share as i32).into(),
+            (splits as i32).into(),
+            (split as i32).into(),
             (d as i32).into(),
             (order.width as i32).into(),
             window,
@@ -474,7 +474,7 @@ impl DeviceKeyValues {
                 },
                 over,
                 last: of,
-                share: self.share(over, shape),
+                split: self.split(over, shape),
                 shared: WARPS * TOGETHER * (d + 2) * 4,
             });
         }
@@ -495,21 +495,21 @@ impl DeviceKeyValues {
             name,
             over: heads,
             last: d,
-            share: SHARE,
-            shared: TEAMS * (d + 2) * 4,
+            split: SPLIT_KEYS,
+            shared: LANE_GROUPS * (d + 2) * 4,
         })
     }
 
     /// Keys that a block attends to where there are `over` of them side by side: as many as leave two
     /// blocks to each multiprocessor.
-    fn share(&self, over: usize, shape: AttentionShape) -> usize {
-        let mut share = SHARE;
+    fn split(&self, over: usize, shape: AttentionShape) -> usize {
+        let mut split = SPLIT_KEYS;
         let keys = shape.window.unwrap_or(self.capacity);
-        let blocks = |share| keys.div_ceil(share) * over * self.sequences;
-        while share > LEAST_SHARE && blocks(share) < 2 * self.gpu.multiprocessors() {
-            share /= 2;
+        let blocks = |split| keys.div_ceil(split) * over * self.sequences;
+        while split > LEAST_SPLIT_KEYS && blocks(split) < 2 * self.gpu.multiprocessors() {
+            split /= 2;
         }
-        share
+        split
     }
 
     /// Attends from rows `q [count, shape.heads * head_dim]` of `sequence`, the first at position

@@ -14,8 +14,8 @@ const HOPPERS_ROOM: usize = 216 << 10;
 const ROOM: usize = 96 << 10;
 /// Outputs that are widened at a time: what they take is held beside the packed weights.
 const WIDENED_OUTPUTS: usize = 12288;
-/// Steps of a share of the positions that are worth a block of their own.
-const SHARE_STEPS: usize = 4;
+/// K steps of a split that are worth a block of their own.
+const SPLIT_STEPS: usize = 4;
 /// What a block of more rows costs in steps, after times on an H200 (`docs/runs/2026-11-22-h200-shared-keys/`):
 /// to begin and end; to leave sums for the others and read them; and how much longer a step takes where two
 /// blocks do not share a multiprocessor and wait in turns.
@@ -25,8 +25,8 @@ const ALONE: f64 = 1.15;
 const ALONE_OF_8: f64 = 1.4;
 /// Bytes of shared memory that every block takes beside its own.
 const OF_BLOCK: usize = 1 << 10;
-/// Shares at most: each leaves its sums in memory, and the last one reads them all.
-const MAX_SHARES: usize = 8;
+/// Splits at most: each leaves its sums in memory, and the last one reads them all.
+const MAX_SPLITS: usize = 8;
 
 impl PackedLinear {
     /// The same with rows of x in the linear's own [order](PackedLinear::order), zero at padding.
@@ -85,7 +85,7 @@ impl PackedLinear {
         let multiprocessors = self.gpu.multiprocessors();
         let few = Few::of(self.bits as usize, x.rows, tiles, multiprocessors, room);
         let grid = [tiles.div_ceil(2 * few.warps), 1, 1];
-        let block = [LANES * few.warps * few.teams, 1, 1];
+        let block = [LANES * few.warps * few.k_slices, 1, 1];
         let args = self.arguments(out, x, add);
         let (program, name) = (self.program(), few.name(self.is_plain()));
         // SAFETY: out has rows x N elements, x as many columns as positions, asserted before.
@@ -98,36 +98,36 @@ impl PackedLinear {
         x: DeviceMatrix,
         add: bool,
     ) -> Result<(), CudaError> {
-        let (eights, wide) = more_shape(self.bits, self.gpu.shared_memory);
-        let name = match (eights, self.is_plain()) {
+        let (row_tiles, warpgroups) = more_shape(self.bits, self.gpu.shared_memory);
+        let name = match (row_tiles, self.is_plain()) {
             (4, true) => "more_rows_4_PLAIN",
             (4, false) => "more_rows_4_ANY",
             (_, true) => "more_rows_8_PLAIN",
             (_, false) => "more_rows_8_ANY",
         };
-        let blocks = self.outputs.div_ceil(4 * wide * TILE);
-        let over = x.rows.div_ceil(8 * eights);
+        let blocks = self.outputs.div_ceil(4 * warpgroups * TILE);
+        let over = x.rows.div_ceil(8 * row_tiles);
         let multiprocessors = self.gpu.multiprocessors();
-        let shared = more_shared(self.bits, eights, wide);
+        let shared = more_shared(self.bits, row_tiles, warpgroups);
         let two_fit = 2 * (shared + OF_BLOCK) <= self.gpu.shared_memory + OF_BLOCK;
         let alone = match (two_fit, self.bits) {
             (false, _) => None,
             (true, 8) => Some(ALONE_OF_8),
             (true, _) => Some(ALONE),
         };
-        let shares = shares(alone, self.steps, blocks * over, multiprocessors);
-        let sums = 4 * eights * 128 * wide; // of a block
-        let parts = (self.gpu).scratch("shares", shares * blocks * over * sums * 4)?;
+        let splits = splits(alone, self.steps, blocks * over, multiprocessors);
+        let sums = 4 * row_tiles * 128 * warpgroups; // of a block
+        let parts = (self.gpu).scratch("split sums", splits * blocks * over * sums * 4)?;
         let arrived = self.gpu.counters(blocks * over)?;
         let mut args = self.arguments(out, x, add);
         args.extend([Arg::from(parts.address()), Arg::from(arrived.address())]);
-        let shared = match blocks * over * shares <= multiprocessors {
+        let shared = match blocks * over * splits <= multiprocessors {
             // So much that two do not fit: beside the end of another kernel some multiprocessors would
             // be given two of them, and others none.
             true => shared.max(self.gpu.shared_memory / 2 + OF_BLOCK),
             false => shared,
         };
-        let (grid, block) = ([blocks, over, shares], [128 * wide, 1, 1]);
+        let (grid, block) = ([blocks, over, splits], [128 * warpgroups, 1, 1]);
         // SAFETY: as above; parts and counters for every block.
         unsafe { (self.gpu).launch_pdl(self.program(), name, grid, block, shared, &args) }
     }
@@ -162,63 +162,63 @@ impl PackedLinear {
     }
 }
 
-/// A block of few rows: `teams` of `warps`, with `slots` steps in shared memory. `Few` in
+/// A block of few rows: K slices of `warps`, each with `stages` K steps in shared memory. `FewRowsShape` in
 /// `kernels/few_rows.cuh` computes the same, and what the two differ in only a GPU's tests see.
 #[derive(Clone, Copy, Debug)]
 struct Few {
-    eights: usize,
+    row_tiles: usize,
     warps: usize,
-    teams: usize,
-    slots: usize,
-    /// Bytes of a step of a team: x, and codes, scales and zeros.
-    slot: usize,
+    k_slices: usize,
+    stages: usize,
+    /// Bytes of a K step of a slice: x, and codes, scales and zeros.
+    stage_bytes: usize,
 }
 
 impl Few {
     /// The width of block that reads least where all multiprocessors work at once: tiles of the
     /// busiest one, and what it reads of x beside them, which comes from the cache. Of equals the widest.
     fn of(bits: usize, rows: usize, tiles: usize, multiprocessors: usize, room: usize) -> Few {
-        let eights = rows.div_ceil(8).next_power_of_two();
+        let row_tiles = rows.div_ceil(8).next_power_of_two();
         let read = |warps: usize| {
             let rounds = tiles.div_ceil(2 * warps).div_ceil(multiprocessors);
-            rounds * (2 * warps + eights)
+            rounds * (2 * warps + row_tiles)
         };
         let widths = [6, 3, 2, 1];
         let warps = widths.into_iter().min_by_key(|&warps| read(warps));
-        Few::with(bits, eights, warps.expect("there are widths"), room)
+        Few::with(bits, row_tiles, warps.expect("there are widths"), room)
     }
 
-    fn with(bits: usize, eights: usize, warps: usize, room: usize) -> Few {
-        let slot = eights * 8 * K_STEP * 2 + warps * 2 * (bits * 256 + 256);
-        let mut teams = match warps {
+    fn with(bits: usize, row_tiles: usize, warps: usize, room: usize) -> Few {
+        let stage_bytes = row_tiles * 8 * K_STEP * 2 + warps * 2 * (bits * 256 + 256);
+        let mut k_slices = match warps {
             1 => 8,
             6 => 2,
             _ => 4,
         };
-        while teams > 1 && room / (teams * slot) < 2 {
-            teams /= 2;
+        while k_slices > 1 && room / (k_slices * stage_bytes) < 2 {
+            k_slices /= 2;
         }
-        let most = if eights == 1 || warps == 1 { 4 } else { 3 };
-        let slots = most.min(room / (teams * slot));
+        let most = if row_tiles == 1 || warps == 1 { 4 } else { 3 };
+        let stages = most.min(room / (k_slices * stage_bytes));
         Few {
-            eights,
+            row_tiles,
             warps,
-            teams,
-            slots,
-            slot,
+            k_slices,
+            stages,
+            stage_bytes,
         }
     }
 
     fn shared(self) -> usize {
-        self.teams * self.slots * self.slot
+        self.k_slices * self.stages * self.stage_bytes
     }
 
     fn name(self, plain: bool) -> &'static str {
         macro_rules! names {
-            ($($eights:literal $warps:literal)*) => {
-                match (self.eights, self.warps, plain) {
-                    $(($eights, $warps, true) => concat!("few_rows_", $eights, "_", $warps, "_PLAIN"),
-                      ($eights, $warps, false) => concat!("few_rows_", $eights, "_", $warps, "_ANY"),)*
+            ($($row_tiles:literal $warps:literal)*) => {
+                match (self.row_tiles, self.warps, plain) {
+                    $(($row_tiles, $warps, true) => concat!("few_rows_", $row_tiles, "_", $warps, "_PLAIN"),
+                      ($row_tiles, $warps, false) => concat!("few_rows_", $row_tiles, "_", $warps, "_ANY"),)*
                     _ => unreachable!("no kernel of {self:?}"),
                 }
             };
@@ -230,30 +230,30 @@ impl Few {
 /// How many blocks share the `steps` of positions of each of `blocks`: the number that leaves the busiest
 /// multiprocessor the least work, in steps of a block. `alone`: how much longer a step takes without a block
 /// beside it, none where two do not fit.
-fn shares(alone: Option<f64>, steps: usize, blocks: usize, multiprocessors: usize) -> usize {
-    let work = |shares: usize| {
-        let busiest = (blocks * shares).div_ceil(multiprocessors);
+fn splits(alone: Option<f64>, steps: usize, blocks: usize, multiprocessors: usize) -> usize {
+    let work = |splits: usize| {
+        let busiest = (blocks * splits).div_ceil(multiprocessors);
         let rounds = match alone {
             Some(alone) => (busiest / 2 * 2) as f64 + (busiest % 2) as f64 * alone,
             None => busiest as f64,
         };
-        let sums = match shares {
+        let sums = match splits {
             1 => 0.0,
-            _ => SUMS * (blocks * shares) as f64 / multiprocessors as f64,
+            _ => SUMS * (blocks * splits) as f64 / multiprocessors as f64,
         };
-        rounds * (steps as f64 / shares as f64 + BEGIN) + sums
+        rounds * (steps as f64 / splits as f64 + BEGIN) + sums
     };
-    let most = (steps / SHARE_STEPS).clamp(1, MAX_SHARES);
+    let most = (steps / SPLIT_STEPS).clamp(1, MAX_SPLITS);
     let best = (1..=most).min_by(|&a, &b| work(a).total_cmp(&work(b)));
     best.unwrap_or(1)
 }
 
 /// Bytes of shared memory of a block of more rows: steps of x, and of each warp's codes, scales and
 /// zeros.
-fn more_shared(bits: i32, eights: usize, wide: usize) -> usize {
+fn more_shared(bits: i32, row_tiles: usize, warpgroups: usize) -> usize {
     let of_warp = bits as usize * LANES * 8 + 2 * 8 * 16;
     let stages = if bits == 4 { 4 } else { 3 };
-    stages * (8 * eights * K_STEP * 2 + 4 * wide * of_warp)
+    stages * (8 * row_tiles * K_STEP * 2 + 4 * warpgroups * of_warp)
 }
 
 /// Eights of rows of a block, and its warpgroups: the most for which there is shared memory.
@@ -276,21 +276,24 @@ mod tests {
     fn blocks_of_more_rows_fit_into_shared_memory() {
         for bits in [4, 8] {
             assert_eq!(more_shape(bits, HOPPER), (8, 2), "{bits} bits");
-            let (eights, wide) = more_shape(bits, ADA);
-            assert!(more_shared(bits, eights, wide) <= ADA, "{bits} bits");
+            let (row_tiles, warpgroups) = more_shape(bits, ADA);
+            assert!(
+                more_shared(bits, row_tiles, warpgroups) <= ADA,
+                "{bits} bits"
+            );
         }
     }
 
     #[test]
-    fn blocks_of_few_rows_fit_with_two_steps_of_each_team() {
+    fn blocks_of_few_rows_fit_with_two_stages_of_each_slice() {
         for (room, most) in [(HOPPERS_ROOM, HOPPER), (ROOM, ADA)] {
-            for (bits, eights) in [(4, 1), (4, 2), (4, 4), (8, 1), (8, 2), (8, 4)] {
+            for (bits, row_tiles) in [(4, 1), (4, 2), (4, 4), (8, 1), (8, 2), (8, 4)] {
                 for warps in [1, 2, 3, 6] {
-                    let few = Few::with(bits, eights, warps, room);
-                    let sums = few.teams * few.warps * few.eights * 1024;
-                    assert!(few.slots >= 2 && few.shared() <= most, "{few:?}");
+                    let few = Few::with(bits, row_tiles, warps, room);
+                    let sums = few.k_slices * few.warps * few.row_tiles * 1024;
+                    assert!(few.stages >= 2 && few.shared() <= most, "{few:?}");
                     assert!(
-                        sums <= few.shared() && few.teams * few.warps <= 16,
+                        sums <= few.shared() && few.k_slices * few.warps <= 16,
                         "{few:?}"
                     );
                 }
@@ -309,12 +312,12 @@ mod tests {
             (86, 96, 4),  // 11008 x 4096, 192 rows
             (3, 9, 1),
         ] {
-            let got = shares(Some(ALONE), steps, blocks, 132);
+            let got = splits(Some(ALONE), steps, blocks, 132);
             assert_eq!(got, want, "{blocks} blocks");
         }
         // Where two do not fit, two rounds of half the steps save nothing.
-        assert_eq!(shares(None, 16, 98, 128), 1);
-        assert_eq!(shares(Some(ALONE_OF_8), 16, 98, 128), 2);
+        assert_eq!(splits(None, 16, 98, 128), 1);
+        assert_eq!(splits(Some(ALONE_OF_8), 16, 98, 128), 2);
     }
 
     #[test]
@@ -333,7 +336,7 @@ mod tests {
         ] {
             let few = Few::of(4, rows, outputs / TILE, 132, HOPPERS_ROOM);
             assert_eq!(few.warps, warps, "{rows} rows, {outputs} outputs");
-            assert!(8 * few.eights >= rows);
+            assert!(8 * few.row_tiles >= rows);
         }
     }
 }
