@@ -9,58 +9,20 @@ mod blocks;
 #[path = "../common/mod.rs"]
 mod common;
 mod heads;
+#[path = "../common/operands.rs"]
+mod operands;
+mod refusals;
 mod rows;
 mod views;
 
-use std::sync::Arc;
-
-use gptq_kernels::cuda::{Buffer, DeviceMatrix, Gpu};
 use gptq_types::Dtype;
-use half::{bf16, f16};
 
 use common::Random;
-
-const BOTH: [Dtype; 2] = [Dtype::F16, Dtype::BF16];
-
-/// To the nearest number of sixteen bits.
-fn rounded(dtype: Dtype, x: f64) -> f64 {
-    match dtype {
-        Dtype::BF16 => bf16::from_f64(x).to_f64(),
-        _ => f16::from_f64(x).to_f64(),
-    }
-}
-
-fn bits(dtype: Dtype, x: f64) -> u16 {
-    match dtype {
-        Dtype::BF16 => bf16::from_f64(x).to_bits(),
-        _ => f16::from_f64(x).to_bits(),
-    }
-}
-
-/// From -1 to 1, numbers of sixteen bits.
-fn values(random: &mut Random, dtype: Dtype, count: usize) -> Vec<f64> {
-    (0..count)
-        .map(|_| rounded(dtype, f64::from(random.uniform())))
-        .collect()
-}
+use operands::{BOTH, bits, matrix, poisoned, rounded, upload, values};
 
 /// Weights of a norm.
 fn weights(random: &mut Random, count: usize) -> Vec<f32> {
     (0..count).map(|_| random.uniform()).collect()
-}
-
-fn upload(gpu: &Arc<Gpu>, dtype: Dtype, values: &[f64]) -> Buffer {
-    let values: Vec<u16> = values.iter().map(|x| bits(dtype, *x)).collect();
-    Buffer::from_host(gpu, &values).unwrap()
-}
-
-/// Of `count` sixteen-bit elements, none of them a number.
-fn poisoned(gpu: &Arc<Gpu>, count: usize) -> Buffer {
-    Buffer::from_host(gpu, &vec![u16::MAX; count]).unwrap()
-}
-
-fn matrix(buffer: &Buffer, dtype: Dtype, rows: usize, columns: usize) -> DeviceMatrix<'_> {
-    buffer.matrix([rows, columns], dtype)
 }
 
 /// The distance of numbers of sixteen bits around one.
