@@ -65,6 +65,11 @@ impl<'a> Shown<'a> {
                     steps.say(&record.layer.0);
                 }
             }
+            Progress::Epoch { done, epochs } => {
+                if let Some(steps) = &self.steps {
+                    steps.say(&format!("training, epoch {done} of {epochs}"));
+                }
+            }
             Progress::Block { done, .. } => {
                 if let Some(steps) = &mut self.steps {
                     steps.set(done);

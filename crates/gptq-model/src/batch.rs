@@ -216,8 +216,8 @@ impl<B: GradientBackend> BlockState<B> {
         self.block.forward(&mut self.ops(state, context), input)
     }
 
-    /// The squared error of the block's output against `target`, from its input; the gradient of half of it,
-    /// times `factor`, goes back to the linears.
+    /// Half of the squared error of the block's output against `target`, from its input: its gradient, times
+    /// `factor`, goes back to the linears.
     pub fn gradients(
         &self,
         input: Tensor<B, 2>,
@@ -226,16 +226,15 @@ impl<B: GradientBackend> BlockState<B> {
         state: &RowState<B>,
         context: &BatchContext<'_, B>,
         sink: &mut dyn GradientSink,
-    ) -> Result<f64, ModelError> {
+    ) -> Result<(), ModelError> {
         let mut tape = Tape::new(context.on);
         let input = tape.constant(input);
         let mut ops = self.windows(tape, state, context);
         let output = self.block.forward(&mut ops, input)?;
         let y = Tape::tensor(&output);
-        let error = B::squared_error(context.on, y, target);
         let dy = B::error_gradient(context.on, y, target, factor);
         ops.operations.backward(&output, dy, sink);
-        Ok(error)
+        Ok(())
     }
 
     /// Advances the batch to `tap` and returns the rows there. Taps are reached in the order of the data, each

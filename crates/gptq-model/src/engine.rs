@@ -1,6 +1,7 @@
 //! A decoder on one backend: the resident block and the hidden states of the pass.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
@@ -20,7 +21,7 @@ use crate::spec::{ModelSpec, Tap};
 use crate::stream::{Linear, OnBackend, Tables};
 use crate::tape::GradientSink;
 use crate::weights::WeightSource;
-use crate::{Decoder, DeviceContext, ModelError, Streams, Trainer};
+use crate::{Decoder, DeviceContext, ModelError, STEP_TOKENS, STEP_WINDOWS, Streams, Trainer};
 
 /// See [`Decoder`].
 pub(crate) struct Engine<B: GradientBackend> {
@@ -147,10 +148,15 @@ impl<B: GradientBackend> Engine<B> {
             .ok_or_else(|| ModelError::NotResident(layer.clone()))
     }
 
-    /// Windows of one length side by side, as many as a batch takes.
-    fn cut(windows: &[Vec<u32>]) -> Vec<&[Vec<u32>]> {
+    /// Windows of one length side by side, as many as a batch takes; in training no more than a step takes.
+    fn cut<'a>(&self, windows: &'a [Vec<u32>]) -> Vec<&'a [Vec<u32>]> {
+        let step = |tokens: usize| match self.trains {
+            true => windows_of_step(tokens),
+            false => usize::MAX,
+        };
         (windows.chunk_by(|a, b| a.len() == b.len()))
             .filter(|same| !same[0].is_empty())
+            .flat_map(|same| same.chunks(step(same[0].len())))
             .flat_map(|same| same.chunks((B::BATCH_TOKENS / same[0].len()).max(1)))
             .collect()
     }
@@ -213,18 +219,38 @@ impl<B: GradientBackend> Trainer for Engine<B> {
         B::check(&self.on)
     }
 
+    fn steps(&self) -> Vec<Range<usize>> {
+        let mut steps: Vec<Range<usize>> = Vec::new();
+        let mut open: Option<(usize, usize)> = None; // tokens of a window, windows so far
+        for (place, batch) in self.batches.iter().enumerate() {
+            let (tokens, windows) = (batch.tokens(), batch.windows.len());
+            open = match (open, steps.last_mut()) {
+                (Some((of, so_far)), Some(step))
+                    if of == tokens && so_far + windows <= windows_of_step(tokens) =>
+                {
+                    step.end += 1;
+                    Some((of, so_far + windows))
+                }
+                _ => {
+                    steps.push(place..place + 1);
+                    Some((tokens, windows))
+                }
+            };
+        }
+        steps
+    }
+
     fn train(
         &mut self,
         batch: usize,
         factor: f32,
         sink: &mut dyn GradientSink,
-    ) -> Result<f64, ModelError> {
+    ) -> Result<(), ModelError> {
         let (state, of, context) = self.training(batch);
         let target = self.target(batch);
         let input = B::fetch(&self.on, of.input.as_ref().expect("inputs are kept"));
-        let error = state.gradients(input, &target, factor, &of.state, &context, sink)?;
-        B::check(&self.on)?;
-        Ok(error)
+        state.gradients(input, &target, factor, &of.state, &context, sink)?;
+        B::check(&self.on)
     }
 
     fn output_error(&mut self, batch: usize) -> Result<f64, ModelError> {
@@ -266,6 +292,11 @@ impl<B: GradientBackend> Engine<B> {
     }
 }
 
+/// Windows of a step of training.
+fn windows_of_step(tokens: usize) -> usize {
+    (STEP_TOKENS / tokens).clamp(1, STEP_WINDOWS)
+}
+
 /// The type in which a backend computes.
 fn computed_in<B: GradientBackend>(states: &Tensor<B, 2>) -> Dtype {
     match states.dtype() {
@@ -295,7 +326,7 @@ impl<B: GradientBackend> Decoder for Engine<B> {
         self.batches.clear();
         self.float = self.float.take().map(FloatStream::emptied);
         self.stores = None;
-        let cut = Self::cut(windows);
+        let cut = self.cut(windows);
         let stores = B::stores(&self.on, &self.need(&cut));
         B::check(&self.on)?;
         let table = self.table()?;

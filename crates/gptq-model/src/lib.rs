@@ -36,6 +36,7 @@ mod stream;
 mod tape;
 mod weights;
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use gptq_types::{Dtype, LayerName, SourceError};
@@ -175,6 +176,11 @@ pub trait Decoder {
     fn batch_windows(&self, batch: usize) -> &[Vec<u32>];
 }
 
+/// Most windows of a step of training.
+pub const STEP_WINDOWS: usize = 4;
+/// Most tokens of a step of training, unless one window has more.
+pub const STEP_TOKENS: usize = 8192;
+
 /// A decoder whose resident block can be trained towards the outputs of the float block: its float stream
 /// follows all tokens, and the hidden states before the block are kept.
 pub trait Trainer: Decoder {
@@ -182,17 +188,22 @@ pub trait Trainer: Decoder {
     /// the block is trained towards.
     fn finish_float(&mut self) -> Result<(), ModelError>;
 
-    /// Passes a batch through the whole resident block, from the hidden states before it. Returns the squared
-    /// error `sum((y - target)^2)` of the output `y` against the float stream's, and shows the gradient of
-    /// `factor / 2` times it at each linear to `sink`. In sixteen bits the factor keeps gradients in range.
+    /// The batches of each step of training: at most [`STEP_WINDOWS`] windows, of one length, and
+    /// [`STEP_TOKENS`] tokens where one window has no more. The same windows on every device.
+    fn steps(&self) -> Vec<Range<usize>>;
+
+    /// Passes a batch through the whole resident block, from the hidden states before it, and shows the
+    /// gradient of `factor / 2` times its squared error at each linear to `sink`. In sixteen bits the factor
+    /// keeps gradients in range.
     fn train(
         &mut self,
         batch: usize,
         factor: f32,
         sink: &mut dyn GradientSink,
-    ) -> Result<f64, ModelError>;
+    ) -> Result<(), ModelError>;
 
-    /// The squared error of a batch, without gradients.
+    /// The squared error of a batch, `sum((y - target)^2)` of the block's output `y` and that of the float
+    /// stream.
     fn output_error(&mut self, batch: usize) -> Result<f64, ModelError>;
 
     /// Takes all batches back to the hidden states before the resident block, so that they pass through it as

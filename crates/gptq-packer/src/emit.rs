@@ -102,6 +102,10 @@ fn settings(
             let passes = Value::from(spec.descent_passes);
             meta.insert("descent_passes".into(), passes);
         }
+        if spec.trains() {
+            let epochs = Value::from(spec.training_epochs);
+            meta.insert("training_epochs".into(), epochs);
+        }
         meta.extend(extra_meta.clone());
     }
     settings

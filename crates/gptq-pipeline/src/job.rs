@@ -97,6 +97,8 @@ pub enum Progress<'a> {
     NothingToResume,
     /// Something the user must know before the work.
     Warning(&'a str),
+    /// An epoch of a block's training is done.
+    Epoch { done: usize, epochs: usize },
     /// A block is done.
     Block { done: usize, blocks: usize },
     /// All files are written, and are compared with the float model.

@@ -9,7 +9,7 @@ use std::io::{ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
 
 use gptq_types::outside_name::shown;
-use gptq_types::{ContentHash, ContentHasher, LayerRecord, Warning};
+use gptq_types::{BlockTraining, ContentHash, ContentHasher, LayerRecord, Warning};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -28,6 +28,9 @@ pub struct BlockEntry {
     pub block: usize,
     /// Its linears.
     pub layers: Vec<LayerRecord>,
+    /// Its training, if it was trained.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub training: Option<BlockTraining>,
     /// Warnings about the block.
     pub warnings: Vec<Warning>,
     /// The packed tensors of its linears, as they lie on disk.
@@ -211,6 +214,7 @@ mod tests {
         BlockEntry {
             block,
             layers: Vec::new(),
+            training: None,
             warnings: Vec::new(),
             tensors: BTreeMap::from([(format!("t{block}"), ContentHash::of(b"x"))]),
         }

@@ -6,13 +6,23 @@ use std::time::Instant;
 use gptq_model::{CaptureGroup, Decoder, DeviceContext, LinearSpec, ModelSpec, Streams};
 use gptq_quantizer::{
     After, FactorStats, GroupHessian, GroupSum, HostGroup, Order, PendingLayer, QuantizeError,
+    RoundedLayer, TrainedLinear,
 };
-use gptq_types::{ColumnOrder, LayerName, LayerRecord, Phase, PhaseTimes, QuantSpec, Warning};
+use gptq_types::{
+    BlockTraining, ColumnOrder, LayerName, LayerRecord, Phase, PhaseTimes, QuantSpec, Warning,
+};
 
 use crate::fold::Fold;
-use crate::matrix::estimate::{FOLLOWED, SQUARED};
+use crate::matrix::estimate::{SQUARED, followed};
 use crate::write::Output;
 use crate::{Job, PipelineError, Progress};
+
+/// Linears of a capture group that are stored once their block is trained.
+struct TrainedGroup {
+    linears: Vec<(LayerName, Box<dyn TrainedLinear>)>,
+    fold: Option<Fold>,
+    folded: Option<Arc<[u32]>>,
+}
 
 /// Quantizes the linears of a block under one setting, group by group.
 pub struct LayerWork<'a> {
@@ -23,6 +33,7 @@ pub struct LayerWork<'a> {
     all_tokens: usize,
     /// Rounded linears whose outputs a later group may permute.
     waiting: Vec<(LayerName, PendingLayer)>,
+    trained: Vec<TrainedGroup>,
     pub layers: Vec<LayerRecord>,
     pub warnings: Vec<Warning>,
 }
@@ -37,6 +48,7 @@ impl<'a> LayerWork<'a> {
             writer,
             all_tokens: tokens(job),
             waiting: Vec::new(),
+            trained: Vec::new(),
             layers: Vec::new(),
             warnings: Vec::new(),
         }
@@ -68,6 +80,7 @@ impl<'a> LayerWork<'a> {
         let solver = hessian.factor_in(order, self.spec, times);
         let solver = solver.map_err(named(first))?;
         let stats = solver.stats();
+        let mut trained = Vec::new();
         self.warn_about(stats, first, in_features);
 
         for linear in linears {
@@ -96,7 +109,10 @@ impl<'a> LayerWork<'a> {
                 order: (self.spec.order == ColumnOrder::Auto).then_some(name),
                 folded: folded.as_ref().map(|channels| channels.to_vec()),
             };
-            self.store(layer, rounded.layer, folded.clone())?;
+            match rounded.layer {
+                RoundedLayer::Final(pending) => self.store(layer, pending, folded.clone())?,
+                RoundedLayer::Trained(linear) => trained.push((layer.clone(), linear)),
+            }
             if record.is_worse_than_rtn() {
                 let text = "the GPTQ error is above that of rounding to nearest".to_string();
                 self.warn(&record.layer, text);
@@ -104,10 +120,58 @@ impl<'a> LayerWork<'a> {
             progress(Progress::Layer { record: &record });
             self.layers.push(record);
         }
+        if after == After::Train {
+            self.trained.push(TrainedGroup {
+                linears: trained,
+                fold,
+                folded,
+            });
+            return Ok(());
+        }
         match fold {
             Some(fold) => self.store_waiting(&fold, folded.as_deref()),
             None => Ok(()),
         }
+    }
+
+    /// The block.
+    pub fn index(&self) -> usize {
+        self.index
+    }
+
+    /// Warns of a block that training did not improve, or whose epochs could not be told apart on other windows.
+    pub fn judge(&mut self, training: &BlockTraining) {
+        let block = self.model.blocks[self.index].linears().next();
+        let Some(first) = block.map(|linear| linear.name.clone()) else {
+            return;
+        };
+        if training.kept == 0 {
+            let text = format!(
+                "no epoch of training lowered the error of block {}: it is as the solver left it",
+                training.block
+            );
+            self.warn(&first, text);
+        }
+    }
+
+    /// The linears that were solved with [`After::Train`].
+    pub fn trained(&mut self) -> impl Iterator<Item = (&LayerName, &mut Box<dyn TrainedLinear>)> {
+        let linears = self.trained.iter_mut().flat_map(|group| &mut group.linears);
+        linears.map(|(layer, linear)| (&*layer, linear))
+    }
+
+    /// Hands over the linears of a trained block.
+    pub fn store_trained(&mut self) -> Result<(), PipelineError> {
+        for group in std::mem::take(&mut self.trained) {
+            for (layer, linear) in group.linears {
+                let solved = linear.finish().map_err(named(&layer))?;
+                self.store(&layer, Box::new(|| Ok(solved)), group.folded.clone())?;
+            }
+            if let Some(fold) = group.fold {
+                self.store_waiting(&fold, group.folded.as_deref())?;
+            }
+        }
+        Ok(())
     }
 
     /// The order of a group under the name of what was chosen.
@@ -259,7 +323,7 @@ impl<'a> LayerWork<'a> {
     }
 }
 
-fn named(layer: &LayerName) -> impl FnOnce(QuantizeError) -> PipelineError + use<> {
+pub(crate) fn named(layer: &LayerName) -> impl FnOnce(QuantizeError) -> PipelineError + use<> {
     let layer = layer.clone();
     move |source| PipelineError::Quantize { layer, source }
 }
@@ -291,7 +355,7 @@ pub fn observe(
     // Beside a float stream a full product and another symmetric one, each of some of the tokens.
     let products = match job.streams() {
         Streams::One => 1.0,
-        Streams::BesideFloat => 1.0 + 2.0 * FOLLOWED + SQUARED,
+        Streams::BesideFloat => 1.0 + 2.0 * followed(&job.spec) + SQUARED,
     };
     times.add_flop(Phase::Hessian, flop * products);
     sum.finish(times).map_err(named)

@@ -15,6 +15,7 @@ mod matrix;
 mod measure;
 mod plan;
 mod preflight;
+mod reconstruct;
 mod resume;
 mod run;
 mod small_files;

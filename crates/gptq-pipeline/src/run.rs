@@ -6,17 +6,22 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use gptq_model::{Decoder, DeviceContext, FloatWeights, ModelSpec, Streams, WeightSource};
+use gptq_model::{
+    Decoder, DeviceContext, FloatWeights, ModelError, ModelSpec, Streams, Trainer, WeightSource,
+};
 use gptq_packer::{ClaimedPlace, QuantizeConfig, StageError, StagedCheckpoint, read_layer};
 use gptq_quantizer::{After, round_to_nearest};
-use gptq_types::{LayerRecord, Method, Phase, PhaseTimes, RUN_RECORD_SCHEMA, RunRecord, Warning};
+use gptq_types::{
+    BlockTraining, LayerRecord, Method, Phase, PhaseTimes, RUN_RECORD_SCHEMA, RunRecord, Warning,
+};
 use serde_json::{Map, Value};
 
 use crate::fold::{Fold, Folded};
 use crate::journal::{BlockEntry, JOURNAL_FILE, Journal};
 use crate::layers::{LayerWork, observe};
-use crate::matrix::estimate::FOLLOWED;
+use crate::matrix::estimate::followed;
 use crate::preflight::{check_declared_type, check_shapes, check_unquantized};
+use crate::reconstruct::reconstruct;
 use crate::resume::{Begun, begin, finished, is_interrupted, settings};
 use crate::small_files::{SmallFiles, settings_text};
 use crate::weights::CheckedWeights;
@@ -76,8 +81,8 @@ pub fn quantize_and_compare(
         progress(Progress::NothingToResume);
     }
     let weights: Arc<dyn WeightSource> = Arc::new(FloatWeights::new(job.source.clone()));
-    let mut decoder = gptq_model::open(weights.clone(), model.clone(), &job.device, job.streams())?;
-    decoder.leave_room(job.hessians_held_out());
+    let mut pass = Pass::open(job, weights.clone(), &model)?;
+    pass.decoder().leave_room(job.hessians_held_out());
     wait_on_the_processor(job)?;
     let plan = OutputPlan::new(job.source.as_ref(), &model, &job.spec, job.max_shard_bytes)?;
     let settings = settings(job, false);
@@ -91,28 +96,19 @@ pub fn quantize_and_compare(
         job,
         model: &model,
         weights: weights.as_ref(),
-        decoder,
+        pass,
         staged: &staged,
         times: PhaseTimes::default(),
-        layers: Vec::new(),
-        warnings,
+        made: Made::new(warnings),
     };
     let outcome = run
         .blocks(&plan, &settings, journal, done, progress)
         .and_then(|()| {
-            let (layers, warnings) = (run.layers, run.warnings);
-            let record = record(
-                job,
-                &job.check.wait()?,
-                layers,
-                warnings,
-                started,
-                run.times,
-            );
+            let record = record(job, &job.check.wait()?, run.made, started, run.times);
             // Freeing what a GPU run held takes about as long as hashing the ends of the shards.
             let mut record = std::thread::scope(|scope| {
                 let finishing = scope.spawn(|| add_files(&staged, &files, record));
-                drop(run.decoder);
+                drop(run.pass);
                 finishing
                     .join()
                     .unwrap_or_else(|panic| resume_unwind(panic))
@@ -185,11 +181,15 @@ pub(crate) fn beside_shards(model: &ModelSpec, files: &SmallFiles) -> u64 {
 pub(crate) fn record(
     job: &Job,
     checked: &CheckedWeights,
-    layers: Vec<LayerRecord>,
-    mut warnings: Vec<Warning>,
+    made: Made,
     started: Instant,
     phases: PhaseTimes,
 ) -> RunRecord {
+    let Made {
+        layers,
+        training,
+        mut warnings,
+    } = made;
     if let Some(text) = job.calibration.as_ref().and_then(|tokens| tokens.doubt()) {
         let module = String::new();
         warnings.insert(0, Warning { module, text });
@@ -205,6 +205,7 @@ pub(crate) fn record(
         device: job.device.name().to_string(),
         gpu_memory_peak: job.device.memory_peak(),
         layers,
+        training,
         warnings,
         shared_hessian: false,
         divergence: Vec::new(),
@@ -234,16 +235,67 @@ pub(crate) fn read_model(job: &Job) -> Result<ModelSpec, PipelineError> {
     Ok(model)
 }
 
+/// What the finished blocks tell of themselves.
+pub(crate) struct Made {
+    layers: Vec<LayerRecord>,
+    training: Vec<BlockTraining>,
+    warnings: Vec<Warning>,
+}
+
+impl Made {
+    /// Before the first block.
+    pub fn new(warnings: Vec<Warning>) -> Self {
+        Made {
+            layers: Vec::new(),
+            training: Vec::new(),
+            warnings,
+        }
+    }
+
+    /// Adds a block.
+    pub fn keep(&mut self, entry: BlockEntry) {
+        self.layers.extend(entry.layers);
+        self.training.extend(entry.training);
+        self.warnings.extend(entry.warnings);
+    }
+}
+
+/// The forward pass of a run.
+enum Pass {
+    Rounds(Box<dyn Decoder>),
+    Trains(Box<dyn Trainer>),
+}
+
+impl Pass {
+    fn open(
+        job: &Job,
+        weights: Arc<dyn WeightSource>,
+        model: &ModelSpec,
+    ) -> Result<Self, ModelError> {
+        let (model, device) = (model.clone(), &job.device);
+        Ok(match job.spec.trains() {
+            true => Pass::Trains(gptq_model::open_trainer(weights, model, device)?),
+            false => Pass::Rounds(gptq_model::open(weights, model, device, job.streams())?),
+        })
+    }
+
+    fn decoder(&mut self) -> &mut dyn Decoder {
+        match self {
+            Pass::Rounds(decoder) => decoder.as_mut(),
+            Pass::Trains(trainer) => trainer.as_mut(),
+        }
+    }
+}
+
 /// The parts of a run that its blocks need.
 struct Run<'a> {
     job: &'a Job,
     model: &'a ModelSpec,
     weights: &'a dyn WeightSource,
-    decoder: Box<dyn Decoder>,
+    pass: Pass,
     staged: &'a StagedCheckpoint,
     times: PhaseTimes,
-    layers: Vec<LayerRecord>,
-    warnings: Vec<Warning>,
+    made: Made,
 }
 
 impl Run<'_> {
@@ -274,7 +326,7 @@ impl Run<'_> {
                 writer.copy(&plan.copied)?;
                 copy_permuted_biases(writer, self.model, job, &done)?;
                 if forward {
-                    times.time(Phase::Load, || self.decoder.embed(&job.windows))?;
+                    times.time(Phase::Load, || self.pass.decoder().embed(&job.windows))?;
                 }
                 for index in 0..blocks {
                     match done.get(index) {
@@ -285,7 +337,7 @@ impl Run<'_> {
                                 Method::Rtn => self.round_block(index, writer, times, progress)?,
                             };
                             writer.end_block(entry.clone())?;
-                            self.keep(entry);
+                            self.made.keep(entry);
                         }
                     }
                     progress(Progress::Block {
@@ -300,13 +352,8 @@ impl Run<'_> {
         outcome
     }
 
-    fn keep(&mut self, entry: BlockEntry) {
-        self.layers.extend(entry.layers);
-        self.warnings.extend(entry.warnings);
-    }
-
     /// One forward pass through a block: each capture group is solved as its inputs arrive, and the next
-    /// one sees the quantized outputs.
+    /// one sees the quantized outputs. Then, if the job says so, the block is trained.
     fn solve_block(
         &mut self,
         index: usize,
@@ -314,26 +361,32 @@ impl Run<'_> {
         times: &mut PhaseTimes,
         progress: &mut dyn FnMut(Progress<'_>),
     ) -> Result<BlockEntry, PipelineError> {
-        times.time(Phase::Load, || self.decoder.load_block(index))?;
+        let decoder = self.pass.decoder();
+        times.time(Phase::Load, || decoder.load_block(index))?;
         count_forward(self.model, index, self.job, times);
+        let after = match self.job.spec.trains() {
+            true => After::Train,
+            false => After::Replace,
+        };
         let mut work = LayerWork::new(self.job, self.model, index, writer);
         for group in self.model.blocks[index].groups() {
-            let mut hessian = observe(self.decoder.as_mut(), self.job, &group, times)?;
-            let decoder = self.decoder.as_mut();
-            work.solve(
-                decoder,
-                &group,
-                hessian.as_mut(),
-                After::Replace,
-                times,
-                progress,
-            )?;
+            let mut hessian = observe(decoder, self.job, &group, times)?;
+            let hessian = hessian.as_mut();
+            work.solve(decoder, &group, hessian, after, times, progress)?;
         }
+        let training = match &mut self.pass {
+            Pass::Rounds(_) => None,
+            Pass::Trains(trainer) => {
+                let trainer = trainer.as_mut();
+                Some(train_block(trainer, self.job, &mut work, times, progress)?)
+            }
+        };
         let (layers, warnings) = (work.layers, work.warnings);
-        times.time(Phase::Forward, || self.decoder.finish_block())?;
+        times.time(Phase::Forward, || self.pass.decoder().finish_block())?;
         Ok(BlockEntry {
             block: index,
             layers,
+            training,
             warnings,
             tensors: BTreeMap::new(),
         })
@@ -382,6 +435,7 @@ impl Run<'_> {
         Ok(BlockEntry {
             block: index,
             layers,
+            training: None,
             warnings: Vec::new(),
             tensors: BTreeMap::new(),
         })
@@ -396,13 +450,13 @@ impl Run<'_> {
         forward: bool,
         times: &mut PhaseTimes,
     ) -> Result<(), PipelineError> {
-        self.keep(entry.clone());
+        self.made.keep(entry.clone());
         if !forward {
             return Ok(());
         }
         let config = written_config(self.job, self.model)?;
         let folded = Folded::of(self.model, index, &self.job.spec, &entry.layers)?;
-        times.time(Phase::Load, || self.decoder.load_block(index))?;
+        times.time(Phase::Load, || self.pass.decoder().load_block(index))?;
         for linear in self.model.block_linears(index) {
             let (layer, shape) = (&linear.name, linear.shape());
             let solved = read_layer(self.staged, layer, shape, &config).map_err(|source| {
@@ -412,12 +466,43 @@ impl Run<'_> {
                 }
             })?;
             let weight = folded.unfolded(layer, solved).dequantize();
-            self.decoder.replace_weight(layer, weight)?;
+            self.pass.decoder().replace_weight(layer, weight)?;
         }
         count_forward(self.model, index, self.job, times);
-        times.time(Phase::Forward, || self.decoder.forward_block())?;
+        times.time(Phase::Forward, || self.pass.decoder().forward_block())?;
         Ok(())
     }
+}
+
+/// Trains the resident block, hands over its linears, and takes the pass back before it.
+fn train_block(
+    trainer: &mut dyn Trainer,
+    job: &Job,
+    work: &mut LayerWork<'_>,
+    times: &mut PhaseTimes,
+    progress: &mut dyn FnMut(Progress<'_>),
+) -> Result<BlockTraining, PipelineError> {
+    let start = Instant::now();
+    trainer.finish_float()?;
+    let (block, epochs) = (work.index(), job.spec.training_epochs);
+    let training = reconstruct(
+        trainer,
+        work.trained().collect(),
+        block,
+        job.spec.bits,
+        epochs,
+        &mut |done| {
+            progress(Progress::Epoch {
+                done,
+                epochs: epochs as usize,
+            });
+        },
+    )?;
+    work.judge(&training);
+    work.store_trained()?;
+    trainer.restart_block()?;
+    times.add(Phase::Train, start.elapsed());
+    Ok(training)
 }
 
 /// Writes the biases of finished blocks that are not copied as they are. They are in no journal: it vouches
@@ -448,7 +533,7 @@ pub(crate) fn count_forward(model: &ModelSpec, index: usize, job: &Job, times: &
         let flop = model.block_flop(index, same_length.len(), same_length[0].len());
         let passes = match job.streams() {
             Streams::One => 1.0,
-            Streams::BesideFloat => 1.0 + FOLLOWED,
+            Streams::BesideFloat => 1.0 + followed(&job.spec),
         };
         times.add_flop(Phase::Forward, passes * flop);
     }

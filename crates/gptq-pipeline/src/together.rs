@@ -19,8 +19,8 @@ use crate::layers::{LayerWork, observe};
 use crate::preflight::{check_declared_type, check_shapes, check_unquantized};
 use crate::resume::{begin, settings};
 use crate::run::{
-    add_files, add_record, beside_shards, copy_permuted_biases, count_forward, kept_or_discarded,
-    publish, read_model, record, wait_on_the_processor,
+    Made, add_files, add_record, beside_shards, copy_permuted_biases, count_forward,
+    kept_or_discarded, publish, read_model, record, wait_on_the_processor,
 };
 use crate::small_files::SmallFiles;
 use crate::weights::CheckedWeights;
@@ -150,19 +150,11 @@ impl<'a> Target<'a> {
         times: &PhaseTimes,
         started: Instant,
     ) -> Result<RunRecord, PipelineError> {
-        let mut warnings = self.warnings.clone();
-        warnings.extend(self.done.iter().flat_map(|entry| entry.warnings.clone()));
-        let layers = self.done.iter().flat_map(|entry| entry.layers.clone());
+        let mut made = Made::new(self.warnings.clone());
+        self.done.iter().cloned().for_each(|entry| made.keep(entry));
         let record = RunRecord {
             shared_hessian: true,
-            ..record(
-                self.job,
-                checked,
-                layers.collect(),
-                warnings,
-                started,
-                times.clone(),
-            )
+            ..record(self.job, checked, made, started, times.clone())
         };
         let record = add_files(&self.staged, &self.files, record)?;
         add_record(&self.staged, record)
@@ -267,6 +259,7 @@ fn blocks(
                 let entry = BlockEntry {
                     block: index,
                     layers: work.layers,
+                    training: None,
                     warnings: work.warnings,
                     tensors: BTreeMap::new(),
                 };

@@ -2,6 +2,7 @@
 //! codes.
 
 mod sum;
+mod trained;
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -10,18 +11,20 @@ use std::time::{Duration, Instant};
 
 use gptq_kernels::Weight;
 use gptq_kernels::cuda::{
-    CudaError, DeviceFactor, DeviceHessian, DeviceMatrix, DeviceOutputMismatch, Gpu, RawGridRule,
-    SWEEP_CHANNELS, Step, SweepPlan, Swept, SweptHost,
+    Buffer, CudaError, DeviceFactor, DeviceHessian, DeviceLatents, DeviceMatrix,
+    DeviceOutputMismatch, Gpu, RawGridRule, SWEEP_CHANNELS, Step, SweepPlan, Swept, SweptHost,
 };
 use gptq_types::{Bits, Phase, PhaseTimes, QuantSpec, SolvedLayer};
 use half::f16;
+
+use trained::DeviceTrained;
 
 pub use sum::DeviceSum;
 
 use crate::factor::{Damping, importance};
 use crate::group::{
-    After, FactorStats, GroupHessian, GroupSolver, Rounded, count, factor_flop, least,
-    outputs_of_a_trial,
+    After, FactorStats, GroupHessian, GroupSolver, Rounded, RoundedLayer, count, factor_flop,
+    least, outputs_of_a_trial,
 };
 use crate::search::SearchRule;
 use crate::{Order, QuantizeError};
@@ -132,7 +135,7 @@ impl DeviceReady {
             let size = spec.group_size.resolve(part.columns());
             let rule = rule(spec);
             let (_, output_mismatch) = self.hessian.rounding_cost(part, size, rule)?;
-            let swept = group.swept(part, rule, output_mismatch.as_ref(), spec)?;
+            let swept = group.swept(part, rule, output_mismatch.as_ref(), spec, None)?;
             let (_, output_mismatch) = held_out.rounding_cost(part, size, rule)?;
             let copy = self.gpu.copied(part)?;
             let copy = copy.matrix([part.rows(), part.columns()], part.dtype());
@@ -235,13 +238,14 @@ fn rule(spec: &QuantSpec) -> RawGridRule {
 }
 
 impl DeviceGroup<'_> {
-    /// Aims, sweeps and descends as the spec says.
+    /// Aims, sweeps and descends as the spec says; in `latents` stays what the sweep rounded.
     fn swept(
         &self,
         weight: DeviceMatrix,
         rule: RawGridRule,
         output_mismatch: Option<&DeviceOutputMismatch>,
         spec: &QuantSpec,
+        latents: Option<&Buffer>,
     ) -> Result<Swept, CudaError> {
         let aim =
             output_mismatch.map(|output_mismatch| (output_mismatch, spec.input_mismatch as f32));
@@ -250,7 +254,7 @@ impl DeviceGroup<'_> {
             _ => Some(self.hessian.target(weight.rows())?),
         };
         let (factor, plan) = (&self.damped.factor, &self.plan);
-        let swept = factor.sweep(weight, plan, rule, aim, target.as_deref(), None)?;
+        let swept = factor.sweep(weight, plan, rule, aim, target.as_deref(), latents)?;
         if let Some(target) = target {
             let passes = spec.descent_passes;
             self.hessian
@@ -275,7 +279,7 @@ impl GroupSolver for DeviceGroup<'_> {
     ) -> Result<Rounded, QuantizeError> {
         let shown = there(&weight);
         let copy = match after {
-            After::Replace => None,
+            After::Replace | After::Train => None,
             After::Keep => Some(self.hessian.gpu().copied(shown)?),
         };
         let there = match &copy {
@@ -291,20 +295,40 @@ impl GroupSolver for DeviceGroup<'_> {
         })?;
         let output_mismatch = output_mismatch.as_ref();
         let start = Instant::now();
-        let begin = self.hessian.gpu().mark()?;
-        let swept = self.swept(there, rule, output_mismatch, spec)?;
-        let end = self.hessian.gpu().mark()?;
-        let download = swept.start_download()?;
-        let error = self
-            .hessian
-            .write_back(there, &swept, &self.plan, output_mismatch)?;
-        download.order_after(self.hessian.gpu())?;
+        let gpu = self.hessian.gpu();
+        let latents = match after {
+            After::Train => Some(Buffer::new(gpu, 4 * out_features * there.columns())?),
+            After::Replace | After::Keep => None,
+        };
+        let begin = gpu.mark()?;
+        let swept = self.swept(there, rule, output_mismatch, spec, latents.as_ref())?;
+        let end = gpu.mark()?;
+        let download = match after {
+            After::Train => None,
+            After::Replace | After::Keep => Some(swept.start_download()?),
+        };
+        let error = (self.hessian).write_back(there, &swept, &self.plan, output_mismatch)?;
+        if let Some(download) = &download {
+            download.order_after(gpu)?;
+        }
         let sweep = Duration::from_secs_f64(begin.seconds_to(&end)?);
         times.add(Phase::Sweep, sweep);
         times.add(Phase::Measure, start.elapsed().saturating_sub(sweep));
         let (bits, g_idx) = (spec.bits, self.order.g_idx());
+        let layer = match (latents, download) {
+            (Some(latents), _) => {
+                let latents = DeviceLatents::from_swept(&swept, &self.plan, latents, bits)?;
+                RoundedLayer::Trained(Box::new(DeviceTrained::new(gpu, latents)))
+            }
+            (None, download) => {
+                let download = download.expect("started above");
+                RoundedLayer::Final(Box::new(move || {
+                    layer(download.receive()?, bits, g_idx, out_features)
+                }))
+            }
+        };
         Ok(Rounded {
-            layer: Box::new(move || layer(download.receive()?, bits, g_idx, out_features)),
+            layer,
             loss: (self.stats()).loss(spec.measure(), error, cost.rtn_error, cost.signal),
             replacement: None,
         })

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use gptq_kernels::{ActivationSink, Activations, Weight};
 use gptq_types::{LayerLoss, LossMeasure, Phase, PhaseTimes, QuantSpec, SolvedLayer};
 
+use crate::trained::{HostTrained, TrainedLinear};
 use crate::{
     Factor, Hessian, HessianSum, Order, Outputs, QuantizeError, Solved, descend, output_error,
     round_to_nearest, solve,
@@ -63,6 +64,8 @@ pub trait GroupHessian {
 pub enum After {
     /// The rounded weight replaces it, so that later groups see the error.
     Replace,
+    /// Likewise, and latents and scales are trained before the codes are known.
+    Train,
     /// The float weight is kept for other settings.
     Keep,
 }
@@ -104,10 +107,28 @@ impl FactorStats {
 /// A rounded layer whose codes and grids may still be downloading. Calling it waits, on any thread.
 pub type PendingLayer = Box<dyn FnOnce() -> Result<SolvedLayer, QuantizeError> + Send>;
 
+/// What a linear was rounded to.
+pub enum RoundedLayer {
+    /// Codes and grids.
+    Final(PendingLayer),
+    /// Latents and scales, with [`After::Train`].
+    Trained(Box<dyn TrainedLinear>),
+}
+
+impl RoundedLayer {
+    /// Codes and grids as they are now.
+    pub fn finish(self) -> Result<SolvedLayer, QuantizeError> {
+        match self {
+            RoundedLayer::Final(pending) => pending(),
+            RoundedLayer::Trained(trained) => trained.finish(),
+        }
+    }
+}
+
 /// A rounded linear.
 pub struct Rounded {
-    /// Codes and grids.
-    pub layer: PendingLayer,
+    /// Codes and grids, or what they will be made of.
+    pub layer: RoundedLayer,
     /// The error of the rounding.
     pub loss: LayerLoss,
     /// The dequantized weight `[in_features, out_features]`, for the groups that follow. None where the
@@ -410,13 +431,21 @@ impl GroupSolver for HostSolver<'_> {
                 outputs.signal(),
             ))
         })?;
+        let replacement = match after {
+            After::Replace | After::Train => Some(solved.layer.dequantize()),
+            After::Keep => None,
+        };
+        let layer = match after {
+            After::Train => {
+                let trained = HostTrained::new(&solved.layer, solved.latents);
+                RoundedLayer::Trained(Box::new(trained))
+            }
+            After::Replace | After::Keep => RoundedLayer::Final(Box::new(|| Ok(solved.layer))),
+        };
         Ok(Rounded {
-            replacement: match after {
-                After::Replace => Some(solved.layer.dequantize()),
-                After::Keep => None,
-            },
-            layer: Box::new(|| Ok(solved.layer)),
+            layer,
             loss,
+            replacement,
         })
     }
 }

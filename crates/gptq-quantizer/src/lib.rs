@@ -11,6 +11,7 @@
 //! | algorithm 1, lazy batch updates | [`solve`] |
 //! | inputs of the float model (not in the paper) | [`Mismatch`] |
 //! | codes reconsidered (not in the paper) | [`descend`] |
+//! | codes and scales trained (not in the paper) | [`TrainedLinear`] |
 //!
 //! Knows: Hessians, damping, column orders, grids, the solver, rounding to nearest, and a plain
 //! f64 version of it all ([`reference`]) to be read and compared with.
@@ -32,15 +33,17 @@ pub mod reference;
 mod round;
 mod search;
 mod solve;
+mod trained;
 
 pub use descent::descend;
 #[cfg(feature = "cuda")]
 pub use device::DeviceSum;
 pub use factor::Factor;
-pub use gptq_kernels::{ActivationSink, Activations, Weight};
+pub use gptq_kernels::{ActivationSink, Activations, LearningRates, Weight, cosine_decay};
 pub use grid::Grid;
 pub use group::{
     After, FactorStats, GroupHessian, GroupSolver, GroupSum, HostGroup, PendingLayer, Rounded,
+    RoundedLayer,
 };
 pub use hessian::{Hessian, HessianSum};
 pub use measure::{Outputs, output_error, signal};
@@ -48,6 +51,7 @@ pub use mismatch::{Mismatch, OutputMismatch};
 pub use order::Order;
 pub use round::round_to_nearest;
 pub use solve::{Solved, solve};
+pub use trained::TrainedLinear;
 
 /// A layer that cannot be solved.
 #[derive(Debug, thiserror::Error)]

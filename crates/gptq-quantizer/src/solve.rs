@@ -28,6 +28,9 @@ pub struct Solved {
     /// `sum of ((w - q) / U_ii)^2` over all weights, in the paper's measure: equal to
     /// `tr(E H E^T)` with the damped `H`.
     pub compensated_error: f64,
+    /// `[K, N]` like the codes: the value of each weight when it was rounded, with the errors passed on to it.
+    /// Empty where nothing is trained.
+    pub latents: Vec<f32>,
 }
 
 /// Quantizes `weight [K, N]` (input channel first) with the factor of its Hessian.
@@ -257,12 +260,22 @@ fn assemble(
         position_of[channel] = position;
     }
     let mut codes = Vec::with_capacity(k * out_features);
-    for position in position_of {
+    for &position in &position_of {
         for panel in panels {
             codes.extend_from_slice(&panel.codes[position * panel.outputs..][..panel.outputs]);
         }
     }
+    let mut latents = Vec::new();
+    if spec.trains() {
+        latents.reserve_exact(k * out_features);
+        for &position in &position_of {
+            for panel in panels {
+                latents.extend_from_slice(&panel.w[position * panel.outputs..][..panel.outputs]);
+            }
+        }
+    }
     Solved {
+        latents,
         compensated_error: panels.iter().map(|panel| panel.compensated_error).sum(),
         layer: SolvedLayer {
             bits: spec.bits,

@@ -121,8 +121,8 @@ fn on_device(gpu: &Arc<Gpu>, p: &Problem, spec: &QuantSpec) -> Solved {
     let rounded = solver.round(there, p.n, spec, After::Replace, &mut times)?;
     // On the GPU it is written over, or was a copy.
     assert!(beside.replacement.is_none() && rounded.replacement.is_none());
-    let layer = (rounded.layer)()?;
-    assert_eq!(layer, (beside.layer)()?);
+    let layer = rounded.layer.finish()?;
+    assert_eq!(layer, beside.layer.finish()?);
     // Later stages see the dequantized weights of the file.
     let put_back: Vec<f16> = weight.to_host(p.n * p.k)?;
     let dequantized = layer.dequantize();
@@ -171,7 +171,7 @@ fn on_host(p: &Problem, spec: &QuantSpec) -> Solved {
     let weight = Weight::Host(weight);
     let rounded = solver.round(weight, p.n, spec, After::Keep, &mut times)?;
     let arrived = Arrived {
-        layer: (rounded.layer)()?,
+        layer: rounded.layer.finish()?,
         loss: rounded.loss,
     };
     Ok((arrived, solver.stats()))

@@ -123,7 +123,7 @@ fn all_of_the_way_is_the_weight_of_least_squares() {
                 .round(weight, N, &spec, After::Replace, &mut times)
                 .unwrap();
             assert_eq!(rounded.loss.measure, spec.measure());
-            let layer = (rounded.layer)().unwrap();
+            let layer = rounded.layer.finish().unwrap();
             assert!((outputs.error(&layer) / rounded.loss.error - 1.0).abs() < 1e-6);
             (rounded.loss.error, layer)
         };

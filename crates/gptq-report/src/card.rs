@@ -257,7 +257,11 @@ fn effort(spec: &QuantSpec) -> String {
         (_, Some(effort)) => effort.name().to_string(),
         (_, None) => {
             let (share, passes) = (spec.input_mismatch, spec.descent_passes);
-            format!("mismatch {share}, descent {passes}")
+            let mut text = format!("mismatch {share}, descent {passes}");
+            if spec.trains() {
+                text += &format!(", {} epochs", spec.training_epochs);
+            }
+            text
         }
     }
 }

@@ -32,8 +32,9 @@ pub use matrix::{
 pub use outside_name::OutsideNameError;
 pub use quiet::{PanicMessage, quietly};
 pub use record::{
-    Accuracy, CalibrationRecord, Divergence, EvalRecord, FileRecord, LEAST_KL, LayerRecord,
-    PairedDifference, Phase, PhaseTimes, RUN_RECORD_SCHEMA, RunRecord, Share, Speed, Warning, kl,
+    Accuracy, BlockTraining, CalibrationRecord, Divergence, EvalRecord, FileRecord, LEAST_KL,
+    LayerRecord, PairedDifference, Phase, PhaseTimes, RUN_RECORD_SCHEMA, RunRecord, Share, Speed,
+    Warning, kl,
 };
 pub use solved::{LayerLoss, LossMeasure, SolvedLayer};
 pub use source::{Dtype, SourceError, TensorInfo, TensorSource};

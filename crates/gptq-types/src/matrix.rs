@@ -71,6 +71,9 @@ pub fn plan_branch_name(spec: &QuantSpec, usual: Effort) -> String {
         None => {
             let (aim, passes) = (spec.input_mismatch, spec.descent_passes);
             name += &format!("-mismatch_{aim}-descent_{passes}");
+            if spec.trains() {
+                name += &format!("-epochs_{}", spec.training_epochs);
+            }
         }
     }
     if spec.scale_search && !spec.full_range {
@@ -102,7 +105,14 @@ pub fn describe(spec: &QuantSpec) -> String {
         0 => "",
         _ => ", codes reconsidered by coordinate descent",
     };
-    format!("{}-bit, {group}, {order}{aim}{descent}.", spec.bits)
+    let trained = match spec.trains() {
+        false => "",
+        true => ", blocks trained towards the float model's",
+    };
+    format!(
+        "{}-bit, {group}, {order}{aim}{descent}{trained}.",
+        spec.bits
+    )
 }
 
 /// Whether a given runtime loads a branch.

@@ -126,6 +126,36 @@ impl LayerRecord {
     }
 }
 
+/// The training of a block towards the output of the float block.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct BlockTraining {
+    /// Index of the block.
+    pub block: usize,
+    /// Mean squared difference between an element of the block's output and of the float block's: before
+    /// training, then after each epoch.
+    pub errors: Vec<f64>,
+    /// The epoch whose latents and scales are in the file; 0 where none lowered the error.
+    pub kept: usize,
+    /// Tokens that gradients were taken of.
+    pub tokens: usize,
+    /// Tokens held out of training, on which `errors` were measured; 0 where the windows are too few to hold
+    /// any out, and `errors` are those of the trained ones.
+    pub held_out: usize,
+    /// Wall seconds.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub seconds: f64,
+}
+
+impl BlockTraining {
+    /// The error of what was kept, over that before training.
+    pub fn ratio(&self) -> f64 {
+        match (self.errors.first(), self.errors.get(self.kept)) {
+            (Some(&before), Some(&after)) if before > 0.0 => after / before,
+            _ => 1.0,
+        }
+    }
+}
+
 /// Divergence of a checkpoint from the float model on text that calibration did not see.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Divergence {
@@ -177,6 +207,7 @@ pub enum Phase {
     Factor,
     Sweep,
     Measure,
+    Train,
     Pack,
     Write,
     Verify,
@@ -242,6 +273,9 @@ pub struct RunRecord {
     pub gpu_memory_peak: Option<u64>,
     /// A row per quantized linear.
     pub layers: Vec<LayerRecord>,
+    /// A row per block that was trained.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub training: Vec<BlockTraining>,
     /// Degradations and doubts.
     pub warnings: Vec<Warning>,
     /// The Hessians are those of the float model, one pass for several settings; else of the model
@@ -291,6 +325,9 @@ impl RunRecord {
         self.gpu_memory_peak = None;
         for layer in &mut self.layers {
             layer.solve_seconds = 0.0;
+        }
+        for block in &mut self.training {
+            block.seconds = 0.0;
         }
         self
     }

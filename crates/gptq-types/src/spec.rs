@@ -21,6 +21,8 @@ pub enum SpecError {
     Mismatch(f64),
     #[error("descent passes `{0}` are more than {MAX_DESCENT_PASSES}")]
     Passes(u32),
+    #[error("training epochs `{0}` are more than {MAX_TRAINING_EPOCHS}")]
+    Epochs(u32),
     #[error("`{0}` and `{1}` exclude each other")]
     Conflict(&'static str, &'static str),
     #[error("`{0}` is not one of {1}")]
@@ -235,17 +237,21 @@ pub enum Effort {
     /// over its codes.
     #[default]
     Balanced,
+    /// Then each block is trained: latents and scales of its linears together, towards the output of the float
+    /// block.
+    Best,
 }
 
 impl Effort {
     /// Every one, by the work it takes.
-    pub const ALL: [Effort; 2] = [Effort::Fast, Effort::Balanced];
+    pub const ALL: [Effort; 3] = [Effort::Fast, Effort::Balanced, Effort::Best];
 
     /// Its name on the command line and in plans.
     pub fn name(self) -> &'static str {
         match self {
             Effort::Fast => "fast",
             Effort::Balanced => "balanced",
+            Effort::Best => "best",
         }
     }
 
@@ -254,7 +260,7 @@ impl Effort {
     pub fn input_mismatch(self) -> f64 {
         match self {
             Effort::Fast => 0.0,
-            Effort::Balanced => 0.5,
+            Effort::Balanced | Effort::Best => 0.5,
         }
     }
 
@@ -262,13 +268,24 @@ impl Effort {
     pub fn descent_passes(self) -> u32 {
         match self {
             Effort::Fast => 0,
-            Effort::Balanced => 2,
+            Effort::Balanced | Effort::Best => 2,
+        }
+    }
+
+    /// [`QuantSpec::training_epochs`].
+    pub fn training_epochs(self) -> u32 {
+        match self {
+            Effort::Fast | Effort::Balanced => 0,
+            Effort::Best => 6,
         }
     }
 }
 
 /// Most passes of coordinate descent that a spec may ask for; it has long settled by then.
 pub const MAX_DESCENT_PASSES: u32 = 16;
+
+/// Most epochs of training that a spec may ask for.
+pub const MAX_TRAINING_EPOCHS: u32 = 64;
 
 /// Everything that decides the codes of a layer, apart from its weights and inputs.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -307,6 +324,14 @@ pub struct QuantSpec {
     /// records from before there was a choice.
     #[serde(default)]
     pub descent_passes: u32,
+    /// Passes over the calibration windows in which the latents and scales of each block are trained towards
+    /// the output of the float block. Absent where there is none.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub training_epochs: u32,
+}
+
+fn is_zero(count: &u32) -> bool {
+    *count == 0
 }
 
 impl QuantSpec {
@@ -325,6 +350,7 @@ impl QuantSpec {
             full_range: false,
             input_mismatch: 0.0,
             descent_passes: 0,
+            training_epochs: 0,
         }
     }
 
@@ -354,14 +380,29 @@ impl QuantSpec {
         if self.method == Method::Rtn && self.descent_passes != 0 {
             return Err(SpecError::Conflict("method rtn", "descent passes"));
         }
+        if self.training_epochs > MAX_TRAINING_EPOCHS {
+            return Err(SpecError::Epochs(self.training_epochs));
+        }
+        if self.method == Method::Rtn && self.training_epochs != 0 {
+            return Err(SpecError::Conflict("method rtn", "training epochs"));
+        }
+        if self.training_epochs != 0 && self.input_mismatch == 0.0 {
+            return Err(SpecError::Conflict(
+                "training epochs",
+                "an input mismatch of 0",
+            ));
+        }
         Ok(())
     }
 
     /// The effort whose parts these are, if they are those of one.
     pub fn effort(&self) -> Option<Effort> {
-        let parts = (self.input_mismatch, self.descent_passes);
-        (Effort::ALL.into_iter())
-            .find(|effort| (effort.input_mismatch(), effort.descent_passes()) == parts)
+        let is_of = |effort: &Effort| {
+            self.input_mismatch == effort.input_mismatch()
+                && self.descent_passes == effort.descent_passes()
+                && self.training_epochs == effort.training_epochs()
+        };
+        Effort::ALL.into_iter().find(is_of)
     }
 
     /// The reference of the errors of its layers.
@@ -370,6 +411,11 @@ impl QuantSpec {
             true => LossMeasure::QuantizedInputs,
             false => LossMeasure::FloatOutputs,
         }
+    }
+
+    /// Whether blocks are trained after their linears are rounded.
+    pub fn trains(&self) -> bool {
+        self.training_epochs != 0
     }
 
     /// Whether `g_idx` of the result is a real permutation: with one group per row it is all 0 in any

@@ -114,6 +114,7 @@ fn quantize(args: &QuantizeArgs) -> Vec<Rule> {
                 "effort",
                 "input_mismatch",
                 "descent_passes",
+                "training_epochs",
             ],
             data,
         ),

@@ -34,6 +34,9 @@ pub enum EffortArg {
     Fast,
     /// Another one, of the float model, whose outputs each linear is aimed at; codes are reconsidered
     Balanced,
+    /// Then each block is trained: the latents and scales of its linears together, towards the output of the
+    /// float block
+    Best,
 }
 
 impl EffortArg {
@@ -41,6 +44,7 @@ impl EffortArg {
         match self {
             EffortArg::Fast => Effort::Fast,
             EffortArg::Balanced => Effort::Balanced,
+            EffortArg::Best => Effort::Best,
         }
     }
 }
@@ -125,7 +129,8 @@ pub struct QuantizeArgs {
     /// a reader that takes no negative scale
     #[arg(long, conflicts_with = "no_scale_search")]
     pub unsigned_scales: bool,
-    /// How much work the accuracy is worth; `balanced` is --input-mismatch 0.5 --descent-passes 2
+    /// How much work the accuracy is worth; `balanced` is --input-mismatch 0.5 --descent-passes 2, `best` has
+    /// --training-epochs 6 beside
     #[arg(long, value_enum, default_value = "balanced")]
     pub effort: EffortArg,
     /// How far each linear is moved towards what comes nearest to the float model's outputs on the inputs
@@ -136,6 +141,9 @@ pub struct QuantizeArgs {
     /// [default: those of --effort]
     #[arg(long, value_name = "N")]
     pub descent_passes: Option<u32>,
+    /// Passes over the calibration windows in which each block is trained, 0 to 64 [default: those of --effort]
+    #[arg(long, value_name = "N")]
+    pub training_epochs: Option<u32>,
     /// Calibration data: `c4`, `wikitext2`, NAME=FILE for a local copy, a FILE (txt, jsonl, json,
     /// parquet, arrow; .gz and .zst; safetensors with input_ids), OWNER/NAME[:CONFIG[:SPLIT]] on the
     /// hub, or `self`: text that the model writes itself
@@ -245,12 +253,13 @@ impl QuantizeArgs {
     /// The settings that were typed, checked.
     pub fn spec(&self) -> Result<QuantSpec, Failure> {
         let effort = self.effort.resolve();
-        let (input_mismatch, descent_passes) = match self.method {
+        let (input_mismatch, descent_passes, training_epochs) = match self.method {
             MethodArg::Gptq => (
                 self.input_mismatch.unwrap_or(effort.input_mismatch()),
                 self.descent_passes.unwrap_or(effort.descent_passes()),
+                self.training_epochs.unwrap_or(effort.training_epochs()),
             ),
-            MethodArg::Rtn => (0.0, 0),
+            MethodArg::Rtn => (0.0, 0, 0),
         };
         let spec = QuantSpec {
             bits: self.bits,
@@ -271,6 +280,7 @@ impl QuantizeArgs {
             full_range: self.searches() && !self.unsigned_scales,
             input_mismatch,
             descent_passes,
+            training_epochs,
         };
         spec.validate()?;
         Ok(spec)

@@ -14,6 +14,15 @@ const EPSILON: f64 = 1e-8;
 /// Elements handed to one task.
 const CHUNK: usize = 1 << 15;
 
+/// About how far a step moves a parameter of a linear at most.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LearningRates {
+    /// Of latents.
+    pub latents: f64,
+    /// Of scales.
+    pub scales: f64,
+}
+
 /// Adam with betas 0.9 and 0.95 and epsilon 1e-8, its moments corrected for their start at 0, without weight
 /// decay (Kingma and Ba 2015, algorithm 1): the state of one list of parameters.
 #[derive(Clone, Debug)]

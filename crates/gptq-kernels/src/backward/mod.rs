@@ -22,7 +22,7 @@ mod rounding;
 pub use activation::{activate_backward, gated_backward};
 #[cfg(feature = "cuda")]
 pub(crate) use adam::AdamStep;
-pub use adam::{Adam, cosine_decay};
+pub use adam::{Adam, LearningRates, cosine_decay};
 pub use attention::{AttentionGradients, causal_attention_backward};
 pub use norm::{NormGradients, layer_norm_backward, rms_norm_backward};
 pub use product::{bias_backward, product_input_backward, product_weight_backward};

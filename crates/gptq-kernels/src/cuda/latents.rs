@@ -19,7 +19,7 @@ use super::product::{Product, Side, half_type};
 use super::program::Program;
 use super::sweep::{SweepPlan, Swept};
 use super::view::DeviceMatrix;
-use crate::backward::{AdamStep, stored_scale};
+use crate::backward::{AdamStep, LearningRates, stored_scale};
 use crate::descent_blocks::{DESCENT_CHANNELS, descent_blocks};
 
 /// The gradient of a weight that exists at a time: that of a larger weight is made for some outputs after the
@@ -51,15 +51,6 @@ impl RawAdamStep {
             epsilon: step.epsilon,
         }
     }
-}
-
-/// About how far a step moves a parameter at most.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct LearningRates {
-    /// Of latents.
-    pub latents: f64,
-    /// Of scales.
-    pub scales: f64,
 }
 
 /// Adam's moments, as long as what they belong to.

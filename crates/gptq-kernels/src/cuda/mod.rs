@@ -45,7 +45,7 @@ pub use error::CudaError;
 pub use graph::Recorded;
 pub use hessian::{DeviceFactor, DeviceHessian, DeviceOutputMismatch};
 pub use key_values::{DeviceKeyValues, HeadNorms, TextRows};
-pub use latents::{DeviceLatents, LearningRates};
+pub use latents::DeviceLatents;
 pub use memory::{Buffer, Pinned};
 pub use norm::DeviceNorm;
 pub use packed::PackedLinear;

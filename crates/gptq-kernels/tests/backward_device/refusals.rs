@@ -2,7 +2,8 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use gptq_kernels::cuda::{Buffer, CudaError, DeviceLatents, DeviceNorm, LearningRates};
+use gptq_kernels::LearningRates;
+use gptq_kernels::cuda::{Buffer, CudaError, DeviceLatents, DeviceNorm};
 use gptq_kernels::{Activation, AttentionShape};
 use gptq_types::{Bits, Dtype, SolvedLayer};
 use half::f16;

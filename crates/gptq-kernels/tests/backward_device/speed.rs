@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use gptq_kernels::cuda::{Buffer, CudaError, DeviceLatents, DeviceNorm, Gpu, LearningRates};
+use gptq_kernels::LearningRates;
+use gptq_kernels::cuda::{Buffer, CudaError, DeviceLatents, DeviceNorm, Gpu};
 use gptq_kernels::{Activation, AttentionShape};
 use gptq_types::{Bits, Dtype, SolvedLayer};
 use half::f16;

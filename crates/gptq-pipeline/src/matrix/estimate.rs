@@ -2,14 +2,21 @@
 
 use gptq_model::spec::KeySource;
 use gptq_model::{CaptureGroup, LinearSpec, ModelSpec};
-use gptq_types::{ColumnOrder, LossMeasure, Method, Permutation};
+use gptq_types::{ColumnOrder, LossMeasure, Method, Permutation, QuantSpec};
 
 /// Bytes that a process holds whatever it works on.
 const FIXED: u128 = 150 << 20;
 
-/// Shares of the tokens that a float stream follows, and whose differences are squared.
-pub(crate) const FOLLOWED: f64 = 6.0 / 8.0;
+/// Share of the tokens whose differences from the float stream are squared.
 pub(crate) const SQUARED: f64 = 1.0 / 8.0;
+
+/// Share of the tokens that a float stream follows.
+pub(crate) fn followed(spec: &QuantSpec) -> f64 {
+    match spec.trains() {
+        true => 1.0,
+        false => 6.0 / 8.0,
+    }
+}
 
 /// Orders that `auto` tries on an input, about.
 const ORDERS_TRIED: f64 = 3.5;
@@ -21,7 +28,11 @@ pub(super) fn flop(model: &ModelSpec, permutation: &Permutation) -> f64 {
     }
     let calibration = &permutation.calibration;
     let aims = permutation.spec.measure() == LossMeasure::FloatOutputs;
-    let passes = if aims { 1.0 + FOLLOWED } else { 1.0 };
+    let passes = if aims {
+        1.0 + followed(&permutation.spec)
+    } else {
+        1.0
+    };
     let block = |index: usize| {
         let forward = model.block_flop(index, calibration.samples, calibration.seq_len);
         let groups = model.blocks[index].groups();
@@ -52,7 +63,7 @@ fn group_flop(group: &CaptureGroup, permutation: &Permutation) -> f64 {
     }
     if permutation.spec.measure() == LossMeasure::FloatOutputs {
         // A full product and a symmetric one; four products with each weight.
-        flop += tokens * k * k * (2.0 * FOLLOWED + SQUARED) + 8.0 * k * k * n;
+        flop += tokens * k * k * (2.0 * followed(&permutation.spec) + SQUARED) + 8.0 * k * k * n;
     }
     flop
 }

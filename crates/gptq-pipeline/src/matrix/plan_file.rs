@@ -120,6 +120,7 @@ struct BranchEntry {
     effort: Option<Effort>,
     input_mismatch: Option<f64>,
     descent_passes: Option<u32>,
+    training_epochs: Option<u32>,
     #[serde(default)]
     method: MethodName,
     #[serde(default)]
@@ -345,10 +346,12 @@ impl BranchEntry {
             let text = "unsigned_scales and no_scale_search exclude each other";
             return Err(branch_wrong(text.to_string()));
         }
-        let works =
-            self.effort.is_some() || self.input_mismatch.is_some() || self.descent_passes.is_some();
+        let works = self.effort.is_some()
+            || self.input_mismatch.is_some()
+            || self.descent_passes.is_some()
+            || self.training_epochs.is_some();
         if method == Method::Rtn && (works || self.unsigned_scales) {
-            let text = "method rtn looks at no data: effort, input_mismatch, descent_passes and unsigned_scales are for gptq";
+            let text = "method rtn looks at no data: effort, input_mismatch, descent_passes, training_epochs and unsigned_scales are for gptq";
             return Err(branch_wrong(text.to_string()));
         }
         let effort = match method {
@@ -375,6 +378,7 @@ impl BranchEntry {
             full_range: searches && !self.unsigned_scales,
             input_mismatch: (self.input_mismatch).unwrap_or(effort.input_mismatch()),
             descent_passes: (self.descent_passes).unwrap_or(effort.descent_passes()),
+            training_epochs: (self.training_epochs).unwrap_or(effort.training_epochs()),
         };
         spec.validate().map_err(wrong)?;
         let tokens = Tokens {

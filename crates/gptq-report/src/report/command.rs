@@ -86,6 +86,9 @@ pub(super) fn quantize_command(run: &RunRecord, out: &str) -> String {
         None => {
             words.push(format!("--input-mismatch {}", spec.input_mismatch));
             words.push(format!("--descent-passes {}", spec.descent_passes));
+            if spec.trains() {
+                words.push(format!("--training-epochs {}", spec.training_epochs));
+            }
         }
     }
     words.join(" ")

@@ -108,6 +108,9 @@ fn short_settings(spec: &QuantSpec) -> String {
     if spec.descent_passes != 0 {
         text += " descent";
     }
+    if spec.trains() {
+        text += " trained";
+    }
     if spec.method == Method::Rtn {
         text += " RTN";
     }

@@ -76,6 +76,7 @@ fn run(group: usize) -> RunRecord {
         gpu_memory_peak: None,
         layers: layers.collect(),
         warnings: Vec::new(),
+        training: Vec::new(),
         shared_hessian: false,
         divergence: Vec::new(),
         seconds: 12.5,
