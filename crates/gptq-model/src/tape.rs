@@ -9,11 +9,10 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::rc::Rc;
 
-use burn::tensor::Tensor;
 use gptq_kernels::{Activation, Activations, AttentionShape};
 use gptq_types::LayerName;
 
-use crate::backend::{DecoderBackend, GradientBackend};
+use crate::backend::{DecoderBackend, GradientBackend, Tensor};
 use crate::operations::{Operations, Rotary};
 use crate::stream::Linears;
 
