@@ -5,6 +5,9 @@
 //! the rate of the libraries made for them. So a backend says here how it does the operations that
 //! matter; tensors and their life stay Burn's.
 
+#[cfg(test)]
+pub(crate) mod double;
+
 use std::ops::Range;
 
 use burn::backend::Flex;

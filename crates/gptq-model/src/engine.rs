@@ -437,3 +437,6 @@ impl<B: GradientBackend> Decoder for Engine<B> {
         &self.batches[batch].windows
     }
 }
+
+#[cfg(test)]
+mod tests;
