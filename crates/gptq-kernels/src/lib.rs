@@ -7,6 +7,9 @@
 //!
 //! Does not know: tensors with names, models, what a Hessian is for.
 
+#[cfg(test)]
+extern crate self as gptq_kernels; // for `definition`, which another crate includes
+
 mod attention;
 mod backward;
 mod cache;
@@ -22,6 +25,8 @@ pub mod cuda {
     #[derive(Clone, Copy, Debug)]
     pub struct DeviceMatrix<'a>(std::convert::Infallible, PhantomData<&'a [u8]>);
 }
+#[cfg(test)]
+mod definition;
 mod descent_blocks;
 mod elementwise;
 mod factor;

@@ -1,18 +1,22 @@
-//! The operations of a decoder block as an extension of a Burn backend.
+//! The operations of a decoder block beside a Burn backend.
 //!
 //! Burn's own operations round differently from Hugging Face's (its norm rounds the mean first,
 //! its rotary embedding is interleaved), and its products run at a half (CPU) or a third (GPU) of
 //! the rate of the libraries made for them. So a backend says here how it does the operations that
 //! matter; tensors and their life stay Burn's.
 
+#[cfg(test)]
+pub(crate) mod double;
+
 use std::ops::Range;
 
 use burn::backend::Flex;
 use burn::tensor::backend::Backend;
-use burn::tensor::{Tensor, TensorData, TensorPrimitive};
+use burn::tensor::{Element, TensorData, TensorPrimitive};
 use burn_flex::FlexTensor;
+use bytemuck::Pod;
 use gptq_kernels::{
-    Activation, Activations, AttentionShape, NormGradients, Rotation, Weight, activate,
+    Activation, Activations, AttentionShape, NormGradients, Real, Rotation, Weight, activate,
     activate_backward, add_scaled, causal_attention, causal_attention_backward, gated,
     gated_backward, layer_norm, layer_norm_backward, multiply, product_input_backward, rms_norm,
     rms_norm_backward, scale,
@@ -26,11 +30,16 @@ use crate::score::HeadInput;
 use crate::spec::{BlockSpec, KeySource, ModelSpec, NormKind};
 use crate::weights::{LinearValues, LinearWeights, WeightSource};
 
+/// A tensor of a decoder backend.
+pub(crate) type Tensor<B, const D: usize> = burn::tensor::Tensor<<B as DecoderBackend>::Tensors, D>;
+
 /// A backend that can run a decoder block. Rows of tensors are tokens.
 ///
 /// Operations do not fail one by one: work on a GPU is queued anyway, and what went wrong shows in
 /// [`DecoderBackend::check`].
-pub(crate) trait DecoderBackend: Backend + 'static {
+pub(crate) trait DecoderBackend: Clone + 'static {
+    /// The backend of Burn that has the tensors: this type, or Flex, which holds tensors of either precision.
+    type Tensors: Backend;
     /// The device, passed to every operation.
     type Context: Clone;
     /// A bias, where operations want it.
@@ -355,48 +364,61 @@ impl ActivationSizes {
     }
 }
 
+/// A backend on the processor: rows are Flex's, of either precision. Gradients are written once for both.
+pub(crate) trait OnHost:
+    DecoderBackend<Tensors = Flex, Context = (), Norm = HostNorm<<Self as OnHost>::Real>>
+{
+    /// The type of rows, weights and norms.
+    type Real: Real + Element + Pod + Into<f64>;
+}
+
+impl OnHost for Flex {
+    type Real = f32;
+}
+
 /// The float tensor behind a Burn tensor of the Flex backend.
 fn flex(x: &Tensor<Flex, 2>) -> FlexTensor {
     let tensor = x.clone().into_primitive().tensor();
-    match tensor.as_slice::<f32>() {
-        Some(_) => tensor,
-        None => tensor.to_contiguous(),
+    match tensor.is_contiguous() {
+        true => tensor,
+        false => tensor.to_contiguous(),
     }
 }
 
-fn slice(x: &FlexTensor) -> &[f32] {
-    x.as_slice::<f32>()
-        .expect("tensors of the decoder are contiguous f32")
+fn slice<R: Element + Pod>(x: &FlexTensor) -> &[R] {
+    x.as_slice::<R>()
+        .expect("tensors of the decoder are contiguous and of one type")
 }
 
-fn wrap(values: Vec<f32>, columns: usize) -> Tensor<Flex, 2> {
+fn wrap<R: Element>(values: Vec<R>, columns: usize) -> Tensor<Flex, 2> {
     let rows = values.len() / columns;
     let data = TensorData::new(values, [rows, columns]);
-    Tensor::from_primitive(TensorPrimitive::Float(FlexTensor::from_data(data)))
+    Tensor::<Flex, 2>::from_primitive(TensorPrimitive::Float(FlexTensor::from_data(data)))
 }
 
 /// Changes a tensor in place; it is copied first only if it is shared.
-fn change(x: Tensor<Flex, 2>, change: impl FnOnce(&mut [f32])) -> Tensor<Flex, 2> {
+fn change<R: Element + Pod>(x: Tensor<Flex, 2>, change: impl FnOnce(&mut [R])) -> Tensor<Flex, 2> {
     let mut tensor = x.into_primitive().tensor();
-    if tensor.as_slice::<f32>().is_none() {
+    if tensor.as_slice::<R>().is_none() {
         tensor = tensor.to_contiguous();
     }
-    change(tensor.storage_mut::<f32>());
-    Tensor::from_primitive(TensorPrimitive::Float(tensor))
+    change(tensor.storage_mut::<R>());
+    Tensor::<Flex, 2>::from_primitive(TensorPrimitive::Float(tensor))
 }
 
 /// A norm in host memory.
-pub(crate) struct HostNorm {
+pub(crate) struct HostNorm<R> {
     kind: NormKind,
-    weight: Vec<f32>,
-    bias: Option<Vec<f32>>,
-    eps: f32,
+    weight: Vec<R>,
+    bias: Option<Vec<R>>,
+    eps: R,
 }
 
 impl DecoderBackend for Flex {
+    type Tensors = Self;
     type Context = (); // the processor
     type Vector = Vec<f32>;
-    type Norm = HostNorm;
+    type Norm = HostNorm<f32>;
     type RotaryTable = Rotation;
     type Table = (Vec<f32>, usize);
     type ActivationStore = ();
@@ -458,7 +480,7 @@ impl DecoderBackend for Flex {
         weight: Vec<f32>,
         bias: Option<Vec<f32>>,
         eps: f64,
-    ) -> HostNorm {
+    ) -> HostNorm<f32> {
         let eps = eps as f32;
         HostNorm {
             kind,
@@ -555,7 +577,7 @@ impl DecoderBackend for Flex {
 
     fn columns(_: &(), x: &Tensor<Self, 2>, columns: Range<usize>) -> Tensor<Self, 2> {
         let (width, x) = (x.dims()[1], flex(x));
-        let rows = slice(&x).chunks_exact(width);
+        let rows = slice::<f32>(&x).chunks_exact(width);
         let kept = rows.flat_map(|row| &row[columns.clone()]).copied();
         wrap(kept.collect(), columns.len())
     }
@@ -574,7 +596,7 @@ impl DecoderBackend for Flex {
         change(x, |x| scale(x, factor))
     }
 
-    fn norm(_: &(), x: &Tensor<Self, 2>, norm: &HostNorm) -> Tensor<Self, 2> {
+    fn norm(_: &(), x: &Tensor<Self, 2>, norm: &HostNorm<f32>) -> Tensor<Self, 2> {
         let (columns, x) = (x.dims()[1], flex(x));
         let out = match norm.kind {
             NormKind::Rms => rms_norm(slice(&x), &norm.weight, norm.eps),
@@ -616,7 +638,9 @@ impl DecoderBackend for Flex {
     }
 
     fn is_finite(_: &(), x: &Tensor<Self, 2>) -> bool {
-        slice(&flex(x)).par_iter().all(|value| value.is_finite())
+        slice::<f32>(&flex(x))
+            .par_iter()
+            .all(|value| value.is_finite())
     }
 
     fn head(_: &(), head: HostHead) -> Result<HostHead, ModelError> {
@@ -628,7 +652,7 @@ impl DecoderBackend for Flex {
     }
 }
 
-impl GradientBackend for Flex {
+impl<B: OnHost> GradientBackend for B {
     fn duplicate((): &(), x: &Tensor<Self, 2>) -> Tensor<Self, 2> {
         x.clone() // copied when it is changed
     }
@@ -645,7 +669,7 @@ impl GradientBackend for Flex {
             true => weight.clone(),
             false => Self::columns(on, weight, outputs),
         };
-        let mut dx = vec![0.0; rows * k];
+        let mut dx = vec![B::Real::ZERO; rows * k];
         let (dy, weight) = (flex(dy), flex(&weight));
         product_input_backward(&mut dx, slice(&dy), slice(&weight), rows, k, n);
         wrap(dx, k)
@@ -655,7 +679,7 @@ impl GradientBackend for Flex {
         (): &(),
         dy: &Tensor<Self, 2>,
         x: &Tensor<Self, 2>,
-        norm: &HostNorm,
+        norm: &HostNorm<B::Real>,
     ) -> Tensor<Self, 2> {
         let (columns, dy, x) = (x.dims()[1], flex(dy), flex(x));
         let (dy, x) = (slice(&dy), slice(&x));
@@ -677,7 +701,7 @@ impl GradientBackend for Flex {
     ) -> [Tensor<Self, 2>; 3] {
         let widths = qkv.map(|x| x.dims()[1]);
         let (dy, [q, k, v]) = (flex(dy), qkv.map(flex));
-        let (q, k, v) = (slice(&q), slice(&k), slice(&v));
+        let (q, k, v) = (slice::<B::Real>(&q), slice(&k), slice(&v));
         let found = causal_attention_backward(slice(&dy), q, k, v, tokens, shape);
         let [q, k, v] = widths;
         [wrap(found.q, q), wrap(found.k, k), wrap(found.v, v)]
@@ -690,7 +714,7 @@ impl GradientBackend for Flex {
         activation: Activation,
     ) -> [Tensor<Self, 2>; 2] {
         let (columns, dy) = (gate.dims()[1], flex(dy));
-        let [mut gate, mut up] = [gate, up].map(|x| slice(&flex(&x)).to_vec());
+        let [mut gate, mut up] = [gate, up].map(|x| slice::<B::Real>(&flex(&x)).to_vec());
         gated_backward(slice(&dy), &mut gate, &mut up, activation);
         [wrap(gate, columns), wrap(up, columns)]
     }
@@ -702,14 +726,16 @@ impl GradientBackend for Flex {
         activation: Activation,
     ) -> Tensor<Self, 2> {
         let dy = flex(dy);
-        change(x, |x| activate_backward(slice(&dy), x, activation))
+        change(x, |x: &mut [B::Real]| {
+            activate_backward(slice(&dy), x, activation)
+        })
     }
 
     fn squared_error((): &(), y: &Tensor<Self, 2>, target: &Tensor<Self, 2>) -> f64 {
         let (y, target) = (flex(y), flex(target));
-        let pairs =
-            (slice(&y).par_chunks(ERROR_ELEMENTS)).zip(slice(&target).par_chunks(ERROR_ELEMENTS));
-        let square = |(y, target): (&f32, &f32)| f64::from(y - target).powi(2);
+        let (y, target) = (slice::<B::Real>(&y), slice::<B::Real>(&target));
+        let pairs = (y.par_chunks(ERROR_ELEMENTS)).zip(target.par_chunks(ERROR_ELEMENTS));
+        let square = |(&y, &target): (&B::Real, &B::Real)| (y - target).into().powi(2);
         // The parts do not depend on the number of threads, and are added in their order.
         let parts = pairs.map(|(y, target)| y.iter().zip(target).map(square).sum());
         parts.collect::<Vec<f64>>().iter().sum()
@@ -721,10 +747,10 @@ impl GradientBackend for Flex {
         target: &Tensor<Self, 2>,
         factor: f32,
     ) -> Tensor<Self, 2> {
-        let target = flex(target);
-        change(y.clone(), |y| {
+        let (target, factor) = (flex(target), B::Real::from(factor));
+        change(y.clone(), |y: &mut [B::Real]| {
             let pairs = y.par_iter_mut().zip(slice(&target));
-            pairs.for_each(|(y, target)| *y = factor * (*y - target));
+            pairs.for_each(|(y, &target)| *y = factor * (*y - target));
         })
     }
 }

@@ -2,10 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use burn::tensor::Tensor;
-
 use crate::ModelError;
-use crate::backend::{ActivationStores, GradientBackend};
+use crate::backend::{ActivationStores, GradientBackend, Tensor};
 use crate::forward::Block;
 use crate::operations::{Direct, Operations};
 use crate::spec::{KeySource, ModelSpec, Tap};

@@ -2,10 +2,8 @@
 
 use std::collections::HashMap;
 
-use burn::tensor::Tensor;
-
 use crate::ModelError;
-use crate::backend::DecoderBackend;
+use crate::backend::{DecoderBackend, Tensor};
 use crate::read_block::norm_values;
 use crate::spec::PerBlockInputSpec;
 use crate::weights::WeightSource;

@@ -103,6 +103,7 @@ pub(crate) struct Placed {
 }
 
 impl<E: Half> DecoderBackend for Cuda<E> {
+    type Tensors = Self;
     type Context = OnCuda;
     type Vector = Option<Buffer>;
     type Norm = Option<DeviceNorm>;

@@ -5,11 +5,11 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use burn::tensor::{DType, Tensor};
+use burn::tensor::DType;
 use gptq_kernels::{ActivationSink, Weight};
 use gptq_types::{Dtype, LayerName, SourceError};
 
-use crate::backend::{ActivationSizes, ActivationStores, GradientBackend};
+use crate::backend::{ActivationSizes, ActivationStores, GradientBackend, Tensor};
 use crate::batch::{Batch, BatchContext, BlockState};
 use crate::by_token::RowsByToken;
 use crate::float_stream::FloatStream;
@@ -298,8 +298,8 @@ fn windows_of_step(tokens: usize) -> usize {
 }
 
 /// The type in which a backend computes.
-fn computed_in<B: GradientBackend>(states: &Tensor<B, 2>) -> Dtype {
-    match states.dtype() {
+fn computed_in(states: DType) -> Dtype {
+    match states {
         DType::F16 => Dtype::F16,
         DType::BF16 => Dtype::BF16,
         _ => Dtype::F32,
@@ -427,7 +427,7 @@ impl<B: GradientBackend> Decoder for Engine<B> {
         for batch in &self.batches {
             let hidden = batch.state.hidden(&self.on);
             if !B::is_finite(&self.on, &hidden) {
-                let computed = computed_in(&hidden);
+                let computed = computed_in(hidden.dtype());
                 return Err(ModelError::NotFinite {
                     block: index,
                     computed,
@@ -468,3 +468,6 @@ impl<B: GradientBackend> Decoder for Engine<B> {
         &self.batches[batch].windows
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -5,11 +5,10 @@
 //! are stored between two taps. For the solver it follows six of eight stretches of the tokens; the other two
 //! would cost as much and add little information. For training it follows all of them.
 
-use burn::tensor::Tensor;
 use gptq_kernels::stretch_of;
 
 use crate::ModelError;
-use crate::backend::GradientBackend;
+use crate::backend::{GradientBackend, Tensor};
 use crate::batch::{BatchContext, BlockState, RowState};
 use crate::spec::Tap;
 

@@ -3,10 +3,9 @@
 use std::ops::Range;
 use std::rc::Rc;
 
-use burn::tensor::Tensor;
 use gptq_kernels::{Activation, AttentionShape};
 
-use crate::backend::DecoderBackend;
+use crate::backend::{DecoderBackend, Tensor};
 use crate::stream::{Linear, Linears};
 
 /// The operations of a block on windows. [`Windows`](crate::stream::Windows) says in which order they run,

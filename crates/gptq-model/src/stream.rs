@@ -5,11 +5,10 @@ use std::marker::PhantomData;
 use std::ops::Range;
 use std::rc::Rc;
 
-use burn::tensor::Tensor;
 use gptq_kernels::{Activation, Rotation, Weight};
 
 use crate::ModelError;
-use crate::backend::DecoderBackend;
+use crate::backend::{DecoderBackend, Tensor};
 use crate::forward::{Attention, Block, BlockOps, Branch, Mix, Step, Weights};
 use crate::operations::{Operations, Rotary};
 use crate::spec::{KeySource, LinearSpec, ModelSpec, Piece, RotarySpec};

@@ -9,18 +9,18 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::rc::Rc;
 
-use burn::tensor::Tensor;
 use gptq_kernels::{Activation, Activations, AttentionShape};
 use gptq_types::LayerName;
 
-use crate::backend::{DecoderBackend, GradientBackend};
+use crate::backend::{DecoderBackend, GradientBackend, Tensor};
 use crate::operations::{Operations, Rotary};
 use crate::stream::Linears;
 
 /// Sees, for each linear of a block, the rows it read and the gradient at its outputs.
 pub trait GradientSink {
     /// `x` has `rows` rows of `in_features`, `dy` as many of the outputs `outputs` of the linear `layer`. A
-    /// linear whose outputs are used in several ways is shown once for each; their gradients add up.
+    /// linear whose outputs are several operands is shown several times in a pass. Each range of its outputs is
+    /// shown once, however many read it, and ranges do not overlap.
     fn gradient(
         &mut self,
         layer: &LayerName,
@@ -211,18 +211,26 @@ impl<B: GradientBackend> Operations<B> for Tape<'_, B> {
 
     fn operands(&mut self, linears: &Linears<B>, x: &Recorded<B>) -> Vec<Recorded<B>> {
         let values = linears.project(self.on, &x.value);
-        (values.into_iter().zip(&linears.operands))
-            .map(|(value, piece)| {
-                let linear = &linears.linears[piece.linear];
-                let step = Step::Project {
-                    layer: linear.spec.name.clone(),
-                    weight: linear.weight.clone(),
-                    outputs: piece.columns.clone(),
-                    x: x.clone(),
-                };
-                self.push(value, step)
-            })
-            .collect()
+        let mut operands: Vec<Recorded<B>> = Vec::with_capacity(values.len());
+        for (at, value) in values.into_iter().enumerate() {
+            let piece = &linears.operands[at];
+            let before = &linears.operands[..at];
+            // Keys may also be values: one product, whose gradient is that of both.
+            if let Some(first) = before.iter().position(|other| other == piece) {
+                let id = operands[first].id;
+                operands.push(Recorded { value, id });
+                continue;
+            }
+            let linear = &linears.linears[piece.linear];
+            let step = Step::Project {
+                layer: linear.spec.name.clone(),
+                weight: linear.weight.clone(),
+                outputs: piece.columns.clone(),
+                x: x.clone(),
+            };
+            operands.push(self.push(value, step));
+        }
+        operands
     }
 
     fn norm(&mut self, x: &Recorded<B>, norm: &Rc<B::Norm>) -> Recorded<B> {

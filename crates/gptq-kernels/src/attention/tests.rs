@@ -1,5 +1,6 @@
 use super::*;
 use crate::KeyValueCache;
+use crate::definition::attend_window;
 
 pub(crate) fn wave(len: usize, step: f32) -> Vec<f32> {
     (0..len).map(|i| (i as f32 * step).sin()).collect()
@@ -17,39 +18,6 @@ pub(crate) fn with_windows_and_caps(shape: AttentionShape) -> Vec<AttentionShape
             ..shape
         })
         .collect()
-}
-
-/// The definition in f64, one query at a time.
-pub(crate) fn definition<R: Copy + Into<f64>>(
-    q: &[R],
-    k: &[R],
-    v: &[R],
-    shape: AttentionShape,
-) -> Vec<f64> {
-    let (d, w) = (shape.head_dim, shape.heads * shape.head_dim);
-    let kw = shape.kv_heads * d;
-    let mut out = vec![0.0; q.len()];
-    for (task, out) in out.chunks_exact_mut(d).enumerate() {
-        let (t, h) = (task / shape.heads, task % shape.heads);
-        let g = h / (shape.heads / shape.kv_heads) * d;
-        let weight = |s: usize| {
-            let dot: f64 = (0..d)
-                .map(|i| q[t * w + h * d + i].into() * k[s * kw + g + i].into())
-                .sum();
-            let score = dot * f64::from(shape.scale);
-            let cap = shape.soft_cap.map(f64::from);
-            cap.map_or(score, |cap| cap * (score / cap).tanh()).exp()
-        };
-        let seen = |s: &usize| shape.window.is_none_or(|window| s + window > t);
-        let weights: Vec<(usize, f64)> = (0..=t).filter(seen).map(|s| (s, weight(s))).collect();
-        let sum: f64 = weights.iter().map(|(_, weight)| weight).sum();
-        for (i, out) in out.iter_mut().enumerate() {
-            *out = (weights.iter())
-                .map(|(s, weight)| weight / sum * v[s * kw + g + i].into())
-                .sum();
-        }
-    }
-    out
 }
 
 pub(crate) fn close(got: &[f32], want: &[f64], shape: AttentionShape) {
@@ -74,7 +42,7 @@ fn windows_and_cache_agree_with_the_definition() {
     let q = wave(tokens * w, 0.37);
     let (k, v) = (wave(tokens * kw, 0.11), wave(tokens * kw, 0.23));
     for shape in with_windows_and_caps(shape()) {
-        let want = definition(&q, &k, &v, shape);
+        let want = attend_window(&q, &k, &v, shape);
         close(&causal_attention(&q, &k, &v, tokens, shape), &want, shape);
         let mut cache = KeyValueCache::new(1, tokens, shape);
         for t in 0..tokens {

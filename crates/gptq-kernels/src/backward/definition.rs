@@ -1,9 +1,7 @@
-//! What tests of gradients share: the forward operations in f64, as plain loops, and differences of them.
+//! What tests of gradients share: the forward operations in f64, and differences of them.
 
-use crate::attention::tests::definition;
-use crate::elementwise::Activation;
-use crate::rotation::{Pairing, Rotation};
-use crate::{AttentionShape, Real};
+use crate::Real;
+pub use crate::definition::*;
 
 /// Between a gradient in f64 and central differences along a direction, relative.
 pub const DERIVATIVE: f64 = 1e-6;
@@ -72,90 +70,6 @@ pub fn assert_derivative(
         let error = (got - want).abs() / want.abs();
         assert!(error <= DERIVATIVE, "{what}: {got} against {want}");
     }
-}
-
-fn norm_runs(
-    x: &[f64],
-    width: usize,
-    place: impl Fn(&[f64]) -> (f64, f64),
-    output: impl Fn(usize, f64) -> f64,
-) -> Vec<f64> {
-    let run = |run: &[f64]| {
-        let (mean, scale) = place(run);
-        let normed = run.iter().map(|x| (x - mean) * scale).enumerate();
-        normed.map(|(at, n)| output(at, n)).collect::<Vec<_>>()
-    };
-    x.chunks_exact(width).flat_map(run).collect()
-}
-
-pub fn rms_norm(x: &[f64], weight: &[f64], eps: f64) -> Vec<f64> {
-    let width = weight.len();
-    let place = |run: &[f64]| (0.0, 1.0 / (inner(run, run) / width as f64 + eps).sqrt());
-    norm_runs(x, width, place, |at, n| n * weight[at])
-}
-
-pub fn layer_norm(x: &[f64], weight: &[f64], bias: &[f64], eps: f64) -> Vec<f64> {
-    let width = weight.len();
-    let place = |run: &[f64]| {
-        let mean = run.iter().sum::<f64>() / width as f64;
-        let variance = run.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / width as f64;
-        (mean, 1.0 / (variance + eps).sqrt())
-    };
-    norm_runs(x, width, place, |at, n| n * weight[at] + bias[at])
-}
-
-pub fn rotate(x: &[f64], rotation: &Rotation, width: usize, tokens: usize) -> Vec<f64> {
-    let half = rotation.rotary_dim() / 2;
-    let (cos, sin) = rotation.tables();
-    let mut y = x.to_vec();
-    for (row, y) in y.chunks_exact_mut(width).enumerate() {
-        for head in y.chunks_exact_mut(rotation.head_dim()) {
-            for pair in 0..half {
-                let (i, j) = match rotation.pairing() {
-                    Pairing::Halves => (pair, pair + half),
-                    Pairing::Interleaved => (2 * pair, 2 * pair + 1),
-                };
-                let at = row % tokens * half + pair;
-                let (c, s) = (f64::from(cos[at]), f64::from(sin[at]));
-                (head[i], head[j]) = (head[i] * c - head[j] * s, head[j] * c + head[i] * s);
-            }
-        }
-    }
-    y
-}
-
-/// Windows of `tokens`, one after the other.
-pub fn attend(q: &[f64], k: &[f64], v: &[f64], tokens: usize, shape: AttentionShape) -> Vec<f64> {
-    let (width, kv_width) = (tokens * shape.query_width(), tokens * shape.kv_width());
-    let kv = k.chunks_exact(kv_width).zip(v.chunks_exact(kv_width));
-    (q.chunks_exact(width).zip(kv))
-        .flat_map(|(q, (k, v))| definition(q, k, v, shape))
-        .collect()
-}
-
-pub fn activate(x: &[f64], activation: Activation) -> Vec<f64> {
-    let each = |&x: &f64| {
-        let inner = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044_715 * x.powi(3));
-        match activation {
-            Activation::Silu => x / (1.0 + (-x).exp()),
-            Activation::GeluTanh => 0.5 * x * (1.0 + inner.tanh()),
-        }
-    };
-    x.iter().map(each).collect()
-}
-
-pub fn gated(gate: &[f64], up: &[f64], activation: Activation) -> Vec<f64> {
-    let gate = activate(gate, activation);
-    gate.iter().zip(up).map(|(gate, up)| gate * up).collect()
-}
-
-/// `x [rows, k] * weight [k, n] + bias [n]`.
-pub fn project(x: &[f64], weight: &[f64], bias: &[f64], k: usize) -> Vec<f64> {
-    let n = bias.len();
-    let output = |row: &[f64], j: usize| (0..k).map(|l| row[l] * weight[l * n + j]).sum::<f64>();
-    (x.chunks_exact(k))
-        .flat_map(|row| (0..n).map(move |j| output(row, j) + bias[j]))
-        .collect()
 }
 
 /// Both precisions are there, and round as they should.

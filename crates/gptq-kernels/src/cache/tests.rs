@@ -1,5 +1,6 @@
 use super::*;
-use crate::attention::tests::{close, definition, wave, with_windows_and_caps};
+use crate::attention::tests::{close, wave, with_windows_and_caps};
+use crate::definition::attend_window;
 
 const TOKENS: usize = 75;
 const WIDTH: usize = 60;
@@ -25,7 +26,7 @@ fn pieces_and_tokens_agree_with_the_definition() {
     };
     let queries = |tokens: Range<usize>| tokens.start * WIDTH..tokens.end * WIDTH;
     for shape in with_windows_and_caps(shape()) {
-        let want = definition(&q, &k, &v, shape);
+        let want = attend_window(&q, &k, &v, shape);
         let mut cache = KeyValueCache::new(2, TOKENS, shape);
         for piece in [0..TOKENS, 0..1, 1..40, 40..75] {
             let (k, v) = kv(piece.clone());
