@@ -9,7 +9,6 @@
 #define WINDOW 1
 #include "attention_scores.cuh"
 
-#define ERROR_ELEMENTS 16384 // of a block that sums an error
 
 // With r = 1 / sqrt(mean(x^2) + eps), n = x r and g = dy weight: dx = r (g - n mean(g n)). Where LAYER, n =
 // (x - mean(x)) r with r from the variance, and dx = r (g - mean(g) - n mean(g n)). A block takes a run of
@@ -207,36 +206,49 @@ __global__ void narrow_rows(half16* out, const float* x, int pitch, int columns)
     for (int i = threadIdx.x; i < columns; i += blockDim.x) out[i] = narrow(x[i]);
 }
 
-// sums[block] = sum of (y - target)^2 over ERROR_ELEMENTS elements, in f64. Block: 256.
-__global__ void square_error(double* sums, const half16* y, const half16* target, long long count) {
-    __shared__ double warps[8];
-    long long first = (long long)blockIdx.x * ERROR_ELEMENTS, end = min(first + ERROR_ELEMENTS, count);
-    double sum = 0;
-    for (long long i = first + threadIdx.x; i < end; i += blockDim.x) {
-        float difference = widen(y[i]) - widen(target[i]);
-        sum += (double)difference * difference;
-    }
+// The sum over a block of 256 threads, for all of them; always added in the same order.
+__device__ double block_sum(double sum, double* warps) {
     for (int offset = 16; offset; offset >>= 1) sum += __shfl_xor_sync(~0u, sum, offset);
     if ((threadIdx.x & 31) == 0) warps[threadIdx.x >> 5] = sum;
     __syncthreads();
-    if (threadIdx.x) return;
-    for (int warp = 1; warp < 8; warp++) sum += warps[warp];
-    sums[blockIdx.x] = sum;
+    sum = 0;
+    for (int warp = 0; warp < 8; warp++) sum += warps[warp];
+    __syncthreads();
+    return sum;
 }
 
-// out = factor (y - target); out may be y or target.
-__global__ void error_gradient(half16* out, const half16* y, const half16* target, float factor,
-                               long long count) {
-    long long i = 8 * ((long long)blockIdx.x * blockDim.x + threadIdx.x);
-    bool aligned = (((long long)out | (long long)y | (long long)target) & 15) == 0;
-    if (aligned && i + 8 <= count) {
-        auto from = load_vector<8>(y + i), to = load_vector<8>(target + i);
-#pragma unroll
-        for (int j = 0; j < 8; j++) from.at[j] = narrow(factor * (widen(from.at[j]) - widen(to.at[j])));
-        store_vector(out + i, from);
-        return;
+// What the squares of a row's error are multiplied with: 1 / mean(target^2), or 1.
+__device__ double row_share(const half16* target, int columns, double* warps) {
+    double square = 0;
+    for (int c = threadIdx.x; c < columns; c += blockDim.x) {
+        float t = widen(target[c]);
+        square += (double)t * t;
     }
-    for (long long end = min(i + 8, count); i < end; i++)
-        out[i] = narrow(factor * (widen(y[i]) - widen(target[i])));
+    square = block_sum(square, warps);
+    return square > 0 ? columns / square : 1;
+}
+
+// errors[row] = |y - target|^2 / mean(target^2), in f64. Grid: (rows), block: 256.
+__global__ void row_error(double* errors, const half16* y, const half16* target, int columns) {
+    __shared__ double warps[8];
+    y += (long long)blockIdx.x * columns, target += (long long)blockIdx.x * columns;
+    double share = row_share(target, columns, warps), sum = 0;
+    for (int c = threadIdx.x; c < columns; c += blockDim.x) {
+        float difference = widen(y[c]) - widen(target[c]);
+        sum += (double)difference * difference;
+    }
+    sum = block_sum(sum, warps);
+    if (threadIdx.x == 0) errors[blockIdx.x] = share * sum;
+}
+
+// out = factor (y - target) / mean(target^2) of the row; out may be y or target. Grid: (rows), block: 256.
+__global__ void row_error_gradient(half16* out, const half16* y, const half16* target, float factor,
+                                   int columns) {
+    __shared__ double warps[8];
+    long long first = (long long)blockIdx.x * columns;
+    out += first, y += first, target += first;
+    float weight = (float)(factor * row_share(target, columns, warps));
+    for (int c = threadIdx.x; c < columns; c += blockDim.x)
+        out[c] = narrow(weight * (widen(y[c]) - widen(target[c])));
 }
 }

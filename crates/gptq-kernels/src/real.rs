@@ -17,6 +17,7 @@ pub trait Real:
     + Send
     + Sync
     + From<f32>
+    + Into<f64>
     + Sum
     + Add<Output = Self>
     + AddAssign

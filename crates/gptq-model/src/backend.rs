@@ -18,8 +18,8 @@ use bytemuck::Pod;
 use gptq_kernels::{
     Activation, Activations, AttentionShape, NormGradients, Real, Rotation, Weight, activate,
     activate_backward, add_scaled, causal_attention, causal_attention_backward, gated,
-    gated_backward, layer_norm, layer_norm_backward, multiply, product_input_backward, rms_norm,
-    rms_norm_backward, scale,
+    gated_backward, layer_norm, layer_norm_backward, multiply, output_error, output_error_backward,
+    product_input_backward, rms_norm, rms_norm_backward, scale,
 };
 use gptq_types::{LayerName, SourceError};
 use rayon::prelude::*;
@@ -268,10 +268,11 @@ pub(crate) trait GradientBackend: DecoderBackend {
         activation: Activation,
     ) -> Tensor<Self, 2>;
 
-    /// The sum of the squares of `y - target`.
-    fn squared_error(on: &Self::Context, y: &Tensor<Self, 2>, target: &Tensor<Self, 2>) -> f64;
+    /// The error of outputs against their target, `gptq_kernels::output_error`: the sum over the rows of
+    /// `|y - target|^2 / mean(target^2)`.
+    fn output_error(on: &Self::Context, y: &Tensor<Self, 2>, target: &Tensor<Self, 2>) -> f64;
 
-    /// `factor * (y - target)`.
+    /// The gradient of `factor / 2` times that error with respect to `y`.
     fn error_gradient(
         on: &Self::Context,
         y: &Tensor<Self, 2>,
@@ -731,14 +732,10 @@ impl<B: OnHost> GradientBackend for B {
         })
     }
 
-    fn squared_error((): &(), y: &Tensor<Self, 2>, target: &Tensor<Self, 2>) -> f64 {
+    fn output_error((): &(), y: &Tensor<Self, 2>, target: &Tensor<Self, 2>) -> f64 {
+        let columns = y.dims()[1];
         let (y, target) = (flex(y), flex(target));
-        let (y, target) = (slice::<B::Real>(&y), slice::<B::Real>(&target));
-        let pairs = (y.par_chunks(ERROR_ELEMENTS)).zip(target.par_chunks(ERROR_ELEMENTS));
-        let square = |(&y, &target): (&B::Real, &B::Real)| (y - target).into().powi(2);
-        // The parts do not depend on the number of threads, and are added in their order.
-        let parts = pairs.map(|(y, target)| y.iter().zip(target).map(square).sum());
-        parts.collect::<Vec<f64>>().iter().sum()
+        output_error::<B::Real>(slice(&y), slice(&target), columns)
     }
 
     fn error_gradient(
@@ -747,13 +744,9 @@ impl<B: OnHost> GradientBackend for B {
         target: &Tensor<Self, 2>,
         factor: f32,
     ) -> Tensor<Self, 2> {
-        let (target, factor) = (flex(target), B::Real::from(factor));
+        let (columns, target) = (y.dims()[1], flex(target));
         change(y.clone(), |y: &mut [B::Real]| {
-            let pairs = y.par_iter_mut().zip(slice(&target));
-            pairs.for_each(|(y, &target)| *y = factor * (*y - target));
+            output_error_backward(y, slice(&target), columns, factor);
         })
     }
 }
-
-/// Elements of a part of a squared error.
-const ERROR_ELEMENTS: usize = 1 << 14;

@@ -214,7 +214,7 @@ impl<B: GradientBackend> BlockState<B> {
         self.block.forward(&mut self.ops(state, context), input)
     }
 
-    /// Half of the squared error of the block's output against `target`, from its input: its gradient, times
+    /// Half of the error of the block's output against `target`, from its input: its gradient, times
     /// `factor`, goes back to the linears.
     pub fn gradients(
         &self,

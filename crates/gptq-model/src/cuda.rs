@@ -522,7 +522,7 @@ impl<E: Half> GradientBackend for Cuda<E> {
         x
     }
 
-    fn squared_error(on: &OnCuda, y: &Tensor<Self, 2>, target: &Tensor<Self, 2>) -> f64 {
+    fn output_error(on: &OnCuda, y: &Tensor<Self, 2>, target: &Tensor<Self, 2>) -> f64 {
         let error = on.note(on.gpu().output_error(view(y), view(target)));
         error.unwrap_or(f64::NAN) // the error is kept for `check`
     }

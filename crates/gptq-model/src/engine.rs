@@ -257,7 +257,7 @@ impl<B: GradientBackend> Trainer for Engine<B> {
         let (state, of, context) = self.training(batch);
         let input = B::fetch(&self.on, of.input.as_ref().expect("inputs are kept"));
         let output = state.output(input, &of.state, &context)?;
-        let error = B::squared_error(&self.on, &output, &self.target(batch));
+        let error = B::output_error(&self.on, &output, &self.target(batch));
         B::check(&self.on)?;
         Ok(error)
     }

@@ -193,7 +193,7 @@ pub trait Trainer: Decoder {
     fn steps(&self) -> Vec<Range<usize>>;
 
     /// Passes a batch through the whole resident block, from the hidden states before it, and shows the
-    /// gradient of `factor / 2` times its squared error at each linear to `sink`. In sixteen bits the factor
+    /// gradient of `factor / 2` times its error at each linear to `sink`. In sixteen bits the factor
     /// keeps gradients in range.
     fn train(
         &mut self,
@@ -202,8 +202,8 @@ pub trait Trainer: Decoder {
         sink: &mut dyn GradientSink,
     ) -> Result<(), ModelError>;
 
-    /// The squared error of a batch, `sum((y - target)^2)` of the block's output `y` and that of the float
-    /// stream.
+    /// The error of a batch: the sum over its rows of `|y - t|^2 / mean(t^2)`, with the block's output `y` and
+    /// that of the float stream `t`.
     fn output_error(&mut self, batch: usize) -> Result<f64, ModelError>;
 
     /// Takes all batches back to the hidden states before the resident block, so that they pass through it as

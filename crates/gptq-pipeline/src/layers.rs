@@ -145,7 +145,13 @@ impl<'a> LayerWork<'a> {
         let Some(first) = block.map(|linear| linear.name.clone()) else {
             return;
         };
-        if training.kept == 0 {
+        if let Some(epoch) = training.diverged {
+            let text = format!(
+                "training of block {} diverged in epoch {epoch}: epoch {} was kept",
+                training.block, training.kept
+            );
+            self.warn(&first, text);
+        } else if training.kept == 0 {
             let text = format!(
                 "no epoch of training lowered the error of block {}: it is as the solver left it",
                 training.block

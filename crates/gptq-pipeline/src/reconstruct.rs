@@ -20,7 +20,8 @@ use crate::layers::named;
 
 /// One step in so many is held out of training.
 const HELD_OUT: usize = 8;
-/// Root mean square of the gradient at the block's output: f16 has as much room above as below it.
+/// Gradients at the block's output are brought near to this, over the size of the outputs: f16 has as much room
+/// above as below it.
 const GRADIENT: f64 = 1.0 / 16.0;
 
 /// The linears of a block that are trained, by name.
@@ -51,16 +52,25 @@ pub(crate) fn reconstruct(
     training.set_factor(before);
     training.keep()?;
     let (mut errors, mut kept) = (vec![before], 0);
-    for epoch in 0..epochs as usize {
-        training.epoch(block, epoch)?;
-        errors.push(training.error()?);
-        // An error that is no number is not below another one.
-        if errors[epoch + 1] < errors[kept] {
-            kept = epoch + 1;
+    let mut diverged = (!before.is_finite()).then_some(0);
+    for epoch in 1..=epochs as usize {
+        if diverged.is_some() {
+            break;
+        }
+        training.epoch(block, epoch - 1)?;
+        let error = training.error()?;
+        if !error.is_finite() {
+            diverged = Some(epoch);
+            break;
+        }
+        errors.push(error);
+        if error < errors[kept] {
+            kept = epoch;
             training.keep()?;
         }
-        progress(epoch + 1);
+        progress(epoch);
     }
+    errors.retain(|error| error.is_finite());
     if kept < epochs as usize {
         training.restore()?;
     }
@@ -68,6 +78,7 @@ pub(crate) fn reconstruct(
         block,
         errors,
         kept,
+        diverged,
         tokens: training.tokens(&training.trained),
         held_out: match training.holds_out {
             true => training.tokens(&training.measured),
@@ -148,14 +159,9 @@ impl<'a> Training<'a> {
     }
 
     /// Brings gradients near to [`GRADIENT`]; Adam does not see a factor.
-    fn set_factor(&mut self, mean_square: f64) {
-        let exact = GRADIENT / mean_square.sqrt();
-        let factor = exact.log2().round().clamp(-40.0, 40.0).exp2();
-        self.factor = if factor.is_finite() {
-            factor as f32
-        } else {
-            1.0
-        };
+    fn set_factor(&mut self, error: f64) {
+        let factor = (GRADIENT / error.sqrt()).log2().round();
+        self.factor = factor.clamp(-40.0, 40.0).exp2() as f32;
     }
 
     /// Puts the rounded weights into the block.
@@ -193,7 +199,7 @@ impl<'a> Training<'a> {
         Ok(())
     }
 
-    /// Mean squared error of an element of the block's output.
+    /// Error of the block's output, relative to the float block's.
     fn error(&mut self) -> Result<f64, PipelineError> {
         self.round()?;
         let mut error = 0.0;

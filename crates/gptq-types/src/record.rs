@@ -131,11 +131,15 @@ impl LayerRecord {
 pub struct BlockTraining {
     /// Index of the block.
     pub block: usize,
-    /// Mean squared difference between an element of the block's output and of the float block's: before
-    /// training, then after each epoch.
+    /// Error of the block's output, relative to the float block's output: the mean over tokens of
+    /// `|y - t|^2 / |t|^2`, before training, then after each epoch.
     pub errors: Vec<f64>,
     /// The epoch whose latents and scales are in the file; 0 where none lowered the error.
     pub kept: usize,
+    /// The epoch after which the error was no number, where one was: training ended there. 0 is before the
+    /// first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub diverged: Option<usize>,
     /// Tokens that gradients were taken of.
     pub tokens: usize,
     /// Tokens held out of training, on which `errors` were measured; 0 where the windows are too few to hold

@@ -21,8 +21,6 @@ use super::text::by_eights;
 use super::view::DeviceMatrix;
 use crate::Activation;
 
-/// Elements whose error a block of threads sums: `ERROR_ELEMENTS` of the kernel.
-const ERROR_ELEMENTS: usize = 16_384;
 /// Threads of a block that takes columns of rows.
 const COLUMNS: usize = 128;
 /// Rows of a launch grid, its second dimension; a thread takes several where there are more.
@@ -199,8 +197,8 @@ impl Gpu {
         unsafe { self.launch(program(x.dtype), name, grid, block, 0, &args) }
     }
 
-    /// `sum((y - target)^2)`: differences in f32, their squares summed in f64 in one order. Waits for all work
-    /// queued so far.
+    /// The error of outputs against their target, summed over rows: [`output_error`](crate::output_error), with
+    /// differences in f32 and sums in f64, in one order. Waits for all work queued so far.
     ///
     /// # Panics
     /// If shapes or types differ, or there are gaps.
@@ -209,25 +207,25 @@ impl Gpu {
         y: DeviceMatrix,
         target: DeviceMatrix,
     ) -> Result<f64, CudaError> {
-        let count = expect_pair(y, target);
-        let blocks = count.div_ceil(ERROR_ELEMENTS);
-        let sums = Buffer::new(self, 8 * blocks)?;
+        let [rows, columns] = expect_pair(y, target);
+        let errors = Buffer::new(self, 8 * rows)?;
         let args = [
-            (&sums).into(),
+            (&errors).into(),
             y.address.into(),
             target.address.into(),
-            (count as i64).into(),
+            (columns as i32).into(),
         ];
-        let (grid, block) = ([blocks, 1, 1], [256, 1, 1]);
-        // SAFETY: a sum for each block, which stops at the count of both.
-        unsafe { self.launch(program(y.dtype), "square_error", grid, block, 0, &args)? };
-        let sums: Vec<f64> = sums.to_host(blocks)?;
-        Ok(sums.iter().sum())
+        // SAFETY: an error for each row; all rows have as many columns.
+        unsafe {
+            let (grid, block) = ([rows, 1, 1], [LINE, 1, 1]);
+            self.launch(program(y.dtype), "row_error", grid, block, 0, &args)?;
+        }
+        let errors: Vec<f64> = errors.to_host(rows)?;
+        Ok(errors.iter().sum())
     }
 
-    /// `out = factor (y - target)`, rounded once: with `factor` 2 the gradient of [`Gpu::output_error`] with
-    /// respect to `y`, with another one that of a multiple of it, which keeps gradients inside the range of f16.
-    /// `out` may be `y` or `target`.
+    /// The gradient of `factor / 2` times [`Gpu::output_error`] with respect to `y`, rounded once: the factor
+    /// keeps it inside the range of f16. `out` may be `y` or `target`.
     ///
     /// # Panics
     /// If shapes or types differ, or there are gaps.
@@ -238,25 +236,33 @@ impl Gpu {
         target: DeviceMatrix,
         factor: f32,
     ) -> Result<(), CudaError> {
-        let count = expect_pair(y, target);
-        let shape = [y.rows, y.columns];
-        (out.contiguous().like(y)).expect(shape, "rows of the gradient");
+        let [rows, columns] = expect_pair(y, target);
+        (out.contiguous().like(y)).expect([rows, columns], "rows of the gradient");
         let args = [
             out.address.into(),
             y.address.into(),
             target.address.into(),
             factor.into(),
-            (count as i64).into(),
+            (columns as i32).into(),
         ];
-        let (grid, block) = ([count.div_ceil(8 * LINE), 1, 1], [LINE, 1, 1]);
-        // SAFETY: the kernel stops at its count, which all three have.
-        unsafe { self.launch(program(y.dtype), "error_gradient", grid, block, 0, &args) }
+        let (grid, block) = ([rows, 1, 1], [LINE, 1, 1]);
+        // SAFETY: a block for each row, which all three have.
+        unsafe {
+            self.launch(
+                program(y.dtype),
+                "row_error_gradient",
+                grid,
+                block,
+                0,
+                &args,
+            )
+        }
     }
 }
 
-/// Elements of an output and of its target.
-fn expect_pair(y: DeviceMatrix, target: DeviceMatrix) -> usize {
+/// The shape of outputs and of their target.
+fn expect_pair(y: DeviceMatrix, target: DeviceMatrix) -> [usize; 2] {
     let shape = [y.contiguous().rows, y.columns];
     (target.contiguous().like(y)).expect(shape, "rows of the target");
-    y.elements()
+    shape
 }

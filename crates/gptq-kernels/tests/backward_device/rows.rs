@@ -278,7 +278,12 @@ fn errors_of_outputs() {
             let [y_there, target_there] =
                 [&of_y, &of_target].map(|x| matrix(x, dtype, rows, width));
             let difference: Vec<f64> = y.iter().zip(&target).map(|(y, t)| y - t).collect();
-            let want: f64 = difference.iter().map(|d| d * d).sum();
+            let share = |row: usize| {
+                let target = &target[row * width..][..width];
+                width as f64 / target.iter().map(|t| t * t).sum::<f64>()
+            };
+            let squares = difference.iter().enumerate();
+            let want: f64 = squares.map(|(at, d)| share(at / width) * d * d).sum();
             let what = format!("{dtype}, {rows} x {width}");
             let got = gpu.output_error(y_there, target_there).unwrap();
             let relative = (got - want).abs() / want;
@@ -292,7 +297,9 @@ fn errors_of_outputs() {
                 &[got.to_bits()],
                 &format!("again, {what}"),
             );
-            let want: Vec<f64> = difference.iter().map(|d| 0.37 * d).collect();
+            let want: Vec<f64> = (difference.iter().enumerate())
+                .map(|(at, d)| 0.37 * share(at / width) * d)
+                .collect();
             let out = poisoned(&gpu, rows * width);
             for place in [matrix(&out, dtype, rows, width), y_there] {
                 gpu.error_gradient(place, y_there, target_there, 0.37)

@@ -98,8 +98,7 @@ impl Engine<Double> {
             (spec.name.clone(), (spec.out_features, Vec::new(), sum))
         });
         let mut found = Gradients(gradients.collect());
-        let told = self.train(0, factor, &mut found).unwrap();
-        assert_eq!(told, self.error(), "recorded and not");
+        self.train(0, factor, &mut found).unwrap();
         let whole = |(layer, (outputs, mut shown, sum)): (_, OfLinear)| {
             shown.sort_by_key(|range| range.start);
             let mut end = 0;
