@@ -217,37 +217,53 @@ __device__ double block_sum(double sum, double* warps) {
     return sum;
 }
 
-// What the squares of a row's error are multiplied with: 1 / mean(target^2), or 1.
-__device__ double row_share(const half16* target, int columns, double* warps) {
-    double square = 0;
+// The mean square of a row.
+__device__ double mean_square(const half16* row, int columns, double* warps) {
+    double sum = 0;
     for (int c = threadIdx.x; c < columns; c += blockDim.x) {
-        float t = widen(target[c]);
-        square += (double)t * t;
+        float x = widen(row[c]);
+        sum += (double)x * x;
     }
-    square = block_sum(square, warps);
-    return square > 0 ? columns / square : 1;
+    return block_sum(sum, warps) / columns;
 }
 
-// errors[row] = |y - target|^2 / mean(target^2), in f64. Grid: (rows), block: 256.
-__global__ void row_error(double* errors, const half16* y, const half16* target, int columns) {
+// squares[row] = mean(x^2). Grid: (rows), block: 256.
+__global__ void row_squares(double* squares, const half16* x, int columns) {
+    __shared__ double warps[8];
+    double square = mean_square(x + (long long)blockIdx.x * columns, columns, warps);
+    if (threadIdx.x == 0) squares[blockIdx.x] = square;
+}
+
+// What the squares of the error of a row are divided by: see RowScale.
+struct RowScale {
+    double floor, share;
+};
+
+__device__ double row_weight(const half16* target, int columns, RowScale of, double* warps) {
+    double scale = of.share * (mean_square(target, columns, warps) + of.floor);
+    return scale > 0 ? 1 / scale : 1;
+}
+
+// errors[row] = weight |y - target|^2, in f64. Grid: (rows), block: 256.
+__global__ void row_error(double* errors, const half16* y, const half16* target, int columns, RowScale of) {
     __shared__ double warps[8];
     y += (long long)blockIdx.x * columns, target += (long long)blockIdx.x * columns;
-    double share = row_share(target, columns, warps), sum = 0;
+    double weight = row_weight(target, columns, of, warps), sum = 0;
     for (int c = threadIdx.x; c < columns; c += blockDim.x) {
         float difference = widen(y[c]) - widen(target[c]);
         sum += (double)difference * difference;
     }
     sum = block_sum(sum, warps);
-    if (threadIdx.x == 0) errors[blockIdx.x] = share * sum;
+    if (threadIdx.x == 0) errors[blockIdx.x] = weight * sum;
 }
 
-// out = factor (y - target) / mean(target^2) of the row; out may be y or target. Grid: (rows), block: 256.
+// out = factor weight (y - target); out may be y or target. Grid: (rows), block: 256.
 __global__ void row_error_gradient(half16* out, const half16* y, const half16* target, float factor,
-                                   int columns) {
+                                   int columns, RowScale of) {
     __shared__ double warps[8];
     long long first = (long long)blockIdx.x * columns;
     out += first, y += first, target += first;
-    float weight = (float)(factor * row_share(target, columns, warps));
+    float weight = (float)(factor * row_weight(target, columns, of, warps));
     for (int c = threadIdx.x; c < columns; c += blockDim.x)
         out[c] = narrow(weight * (widen(y[c]) - widen(target[c])));
 }

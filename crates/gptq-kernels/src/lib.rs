@@ -39,10 +39,10 @@ mod vector;
 
 pub use attention::{AttentionShape, causal_attention};
 pub use backward::{
-    Adam, AttentionGradients, LearningRates, NormGradients, TrainedGrids, activate_backward,
-    bias_backward, causal_attention_backward, cosine_decay, gated_backward, layer_norm_backward,
-    nearest_latent, output_error, output_error_backward, product_input_backward,
-    product_weight_backward, rms_norm_backward, stored_scale,
+    Adam, AttentionGradients, LearningRates, NormGradients, RowScale, TrainedGrids,
+    activate_backward, bias_backward, causal_attention_backward, cosine_decay, gated_backward,
+    layer_norm_backward, nearest_latent, output_error, output_error_backward,
+    product_input_backward, product_weight_backward, rms_norm_backward, row_squares, stored_scale,
 };
 pub use cache::KeyValueCache;
 pub use descent_blocks::{DESCENT_CHANNELS, DescentBlock, descent_blocks};

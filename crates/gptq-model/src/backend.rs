@@ -16,10 +16,10 @@ use burn::tensor::{Element, TensorData, TensorPrimitive};
 use burn_flex::FlexTensor;
 use bytemuck::Pod;
 use gptq_kernels::{
-    Activation, Activations, AttentionShape, NormGradients, Real, Rotation, Weight, activate,
-    activate_backward, add_scaled, causal_attention, causal_attention_backward, gated,
+    Activation, Activations, AttentionShape, NormGradients, Real, Rotation, RowScale, Weight,
+    activate, activate_backward, add_scaled, causal_attention, causal_attention_backward, gated,
     gated_backward, layer_norm, layer_norm_backward, multiply, output_error, output_error_backward,
-    product_input_backward, rms_norm, rms_norm_backward, scale,
+    product_input_backward, rms_norm, rms_norm_backward, row_squares, scale,
 };
 use gptq_types::{LayerName, SourceError};
 use rayon::prelude::*;
@@ -268,15 +268,23 @@ pub(crate) trait GradientBackend: DecoderBackend {
         activation: Activation,
     ) -> Tensor<Self, 2>;
 
-    /// The error of outputs against their target, `gptq_kernels::output_error`: the sum over the rows of
-    /// `|y - target|^2 / mean(target^2)`.
-    fn output_error(on: &Self::Context, y: &Tensor<Self, 2>, target: &Tensor<Self, 2>) -> f64;
+    /// The mean squares of rows.
+    fn row_squares(on: &Self::Context, x: &Tensor<Self, 2>) -> Vec<f64>;
+
+    /// The error of outputs against their target, summed over rows: `gptq_kernels::output_error`.
+    fn output_error(
+        on: &Self::Context,
+        y: &Tensor<Self, 2>,
+        target: &Tensor<Self, 2>,
+        scale: RowScale,
+    ) -> f64;
 
     /// The gradient of `factor / 2` times that error with respect to `y`.
     fn error_gradient(
         on: &Self::Context,
         y: &Tensor<Self, 2>,
         target: &Tensor<Self, 2>,
+        scale: RowScale,
         factor: f32,
     ) -> Tensor<Self, 2>;
 }
@@ -732,21 +740,32 @@ impl<B: OnHost> GradientBackend for B {
         })
     }
 
-    fn output_error((): &(), y: &Tensor<Self, 2>, target: &Tensor<Self, 2>) -> f64 {
+    fn row_squares((): &(), x: &Tensor<Self, 2>) -> Vec<f64> {
+        let columns = x.dims()[1];
+        row_squares::<B::Real>(slice(&flex(x)), columns)
+    }
+
+    fn output_error(
+        (): &(),
+        y: &Tensor<Self, 2>,
+        target: &Tensor<Self, 2>,
+        scale: RowScale,
+    ) -> f64 {
         let columns = y.dims()[1];
         let (y, target) = (flex(y), flex(target));
-        output_error::<B::Real>(slice(&y), slice(&target), columns)
+        output_error::<B::Real>(slice(&y), slice(&target), columns, scale)
     }
 
     fn error_gradient(
         (): &(),
         y: &Tensor<Self, 2>,
         target: &Tensor<Self, 2>,
+        scale: RowScale,
         factor: f32,
     ) -> Tensor<Self, 2> {
         let (columns, target) = (y.dims()[1], flex(target));
         change(y.clone(), |y: &mut [B::Real]| {
-            output_error_backward(y, slice(&target), columns, factor);
+            output_error_backward(y, slice(&target), columns, scale, factor);
         })
     }
 }

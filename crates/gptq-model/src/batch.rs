@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use gptq_kernels::RowScale;
+
 use crate::ModelError;
 use crate::backend::{ActivationStores, GradientBackend, Tensor};
 use crate::forward::Block;
@@ -215,12 +217,12 @@ impl<B: GradientBackend> BlockState<B> {
     }
 
     /// Half of the error of the block's output against `target`, from its input: its gradient, times
-    /// `factor`, goes back to the linears.
+    /// `factor`, goes back to the linears. Rows of the error have the scale `scale`.
     pub fn gradients(
         &self,
         input: Tensor<B, 2>,
         target: &Tensor<B, 2>,
-        factor: f32,
+        (scale, factor): (RowScale, f32),
         state: &RowState<B>,
         context: &BatchContext<'_, B>,
         sink: &mut dyn GradientSink,
@@ -230,7 +232,7 @@ impl<B: GradientBackend> BlockState<B> {
         let mut ops = self.windows(tape, state, context);
         let output = self.block.forward(&mut ops, input)?;
         let y = Tape::tensor(&output);
-        let dy = B::error_gradient(context.on, y, target, factor);
+        let dy = B::error_gradient(context.on, y, target, scale, factor);
         ops.operations.backward(&output, dy, sink);
         Ok(())
     }

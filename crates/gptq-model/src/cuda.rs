@@ -19,7 +19,9 @@ use burn_cubecl::FloatElement;
 use gptq_kernels::cuda::{
     ActivationStore, Buffer, CudaError, DeviceNorm, Gpu, RotaryTable, RowOrder,
 };
-use gptq_kernels::{Activation, Activations, AttentionShape, Rotation, Weight, transpose};
+use gptq_kernels::{
+    Activation, Activations, AttentionShape, Rotation, RowScale, Weight, transpose,
+};
 use gptq_types::{Dtype, LayerName, SourceError};
 
 use crate::ModelError;
@@ -522,24 +524,32 @@ impl<E: Half> GradientBackend for Cuda<E> {
         x
     }
 
-    fn output_error(on: &OnCuda, y: &Tensor<Self, 2>, target: &Tensor<Self, 2>) -> f64 {
-        let error = on.note(on.gpu().output_error(view(y), view(target)));
-        error.unwrap_or(f64::NAN) // the error is kept for `check`
+    fn row_squares(on: &OnCuda, x: &Tensor<Self, 2>) -> Vec<f64> {
+        let squares = on.note(on.gpu().row_squares(view(x)));
+        squares.unwrap_or_else(|| vec![f64::NAN]) // the error is kept for `check`
+    }
+
+    fn output_error(
+        on: &OnCuda,
+        y: &Tensor<Self, 2>,
+        target: &Tensor<Self, 2>,
+        scale: RowScale,
+    ) -> f64 {
+        let error = on.note(on.gpu().output_error(view(y), view(target), scale));
+        error.unwrap_or(f64::NAN) // likewise
     }
 
     fn error_gradient(
         on: &OnCuda,
         y: &Tensor<Self, 2>,
         target: &Tensor<Self, 2>,
+        scale: RowScale,
         factor: f32,
     ) -> Tensor<Self, 2> {
         let [rows, columns] = y.dims();
         let out = on.blank(rows, columns);
-        let gradient = view(&out);
-        on.note(
-            on.gpu()
-                .error_gradient(gradient, view(y), view(target), factor),
-        );
+        let (gradient, y, target) = (view(&out), view(y), view(target));
+        on.note((on.gpu()).error_gradient(gradient, y, target, scale, factor));
         out
     }
 }

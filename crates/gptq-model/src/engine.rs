@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use burn::tensor::DType;
-use gptq_kernels::{ActivationSink, Weight};
+use gptq_kernels::{ActivationSink, RowScale, Weight};
 use gptq_types::{Dtype, LayerName, SourceError};
 
 use crate::backend::{ActivationSizes, ActivationStores, GradientBackend, Tensor};
@@ -36,7 +36,8 @@ pub(crate) struct Engine<B: GradientBackend> {
     stores: Option<ActivationStores<B::ActivationStore>>,
     float: Option<FloatStream<B>>,
     trains: bool,
-    more_hessians: usize, // that somebody else will keep on the device
+    row_scale: Option<RowScale>, // of the errors of the resident block's output
+    more_hessians: usize,        // that somebody else will keep on the device
     tables: BTreeMap<usize, Tables<B>>, // by window length
 }
 
@@ -57,6 +58,7 @@ impl<B: GradientBackend> Engine<B> {
                 Streams::BesideFloat => Some(FloatStream::new(false)),
             },
             trains: false,
+            row_scale: None,
             source,
             spec: Arc::new(spec),
             head: None,
@@ -216,6 +218,9 @@ impl<B: GradientBackend> Trainer for Engine<B> {
             stream.finish(place, |place| context.beside(stores, place, count))?;
         }
         stream.set_ahead();
+        let targets = (0..count).map(|batch| stream.target(&self.on, batch));
+        let squares = targets.flat_map(|target| B::row_squares(&self.on, &target));
+        self.row_scale = Some(RowScale::of(squares.collect()));
         B::check(&self.on)
     }
 
@@ -249,7 +254,8 @@ impl<B: GradientBackend> Trainer for Engine<B> {
         let (state, of, context) = self.training(batch);
         let target = self.target(batch);
         let input = B::fetch(&self.on, of.input.as_ref().expect("inputs are kept"));
-        state.gradients(input, &target, factor, &of.state, &context, sink)?;
+        let error = (self.row_scale(), factor);
+        state.gradients(input, &target, error, &of.state, &context, sink)?;
         B::check(&self.on)
     }
 
@@ -257,7 +263,7 @@ impl<B: GradientBackend> Trainer for Engine<B> {
         let (state, of, context) = self.training(batch);
         let input = B::fetch(&self.on, of.input.as_ref().expect("inputs are kept"));
         let output = state.output(input, &of.state, &context)?;
-        let error = B::output_error(&self.on, &output, &self.target(batch));
+        let error = B::output_error(&self.on, &output, &self.target(batch), self.row_scale());
         B::check(&self.on)?;
         Ok(error)
     }
@@ -284,6 +290,10 @@ impl<B: GradientBackend> Engine<B> {
         let context =
             BatchContext::quantized(&self.on, stores, tables, tokens, batch, &of.by_token);
         (state, of, context)
+    }
+
+    fn row_scale(&self) -> RowScale {
+        self.row_scale.expect("the float stream is ahead")
     }
 
     fn target(&self, batch: usize) -> Tensor<B, 2> {

@@ -25,7 +25,7 @@ pub use activation::{activate_backward, gated_backward};
 pub(crate) use adam::AdamStep;
 pub use adam::{Adam, LearningRates, cosine_decay};
 pub use attention::{AttentionGradients, causal_attention_backward};
-pub use error::{output_error, output_error_backward};
+pub use error::{RowScale, output_error, output_error_backward, row_squares};
 pub use norm::{NormGradients, layer_norm_backward, rms_norm_backward};
 pub use product::{bias_backward, product_input_backward, product_weight_backward};
 pub use rounding::{TrainedGrids, nearest_latent, stored_scale};

@@ -19,7 +19,7 @@ use super::product::{Product, Side, half_type};
 use super::program::Program;
 use super::text::by_eights;
 use super::view::DeviceMatrix;
-use crate::Activation;
+use crate::{Activation, RowScale};
 
 /// Threads of a block that takes columns of rows.
 const COLUMNS: usize = 128;
@@ -197,6 +197,20 @@ impl Gpu {
         unsafe { self.launch(program(x.dtype), name, grid, block, 0, &args) }
     }
 
+    /// The mean square of each row. Waits for all work queued so far.
+    ///
+    /// # Panics
+    /// If there are gaps.
+    pub fn row_squares(self: &Arc<Self>, x: DeviceMatrix) -> Result<Vec<f64>, CudaError> {
+        let (rows, columns) = (x.contiguous().half().rows, x.columns);
+        let squares = Buffer::new(self, 8 * rows)?;
+        let args = [(&squares).into(), x.address.into(), (columns as i32).into()];
+        let (grid, block) = ([rows, 1, 1], [LINE, 1, 1]);
+        // SAFETY: a square for each row.
+        unsafe { self.launch(program(x.dtype), "row_squares", grid, block, 0, &args)? };
+        squares.to_host(rows)
+    }
+
     /// The error of outputs against their target, summed over rows: [`output_error`](crate::output_error), with
     /// differences in f32 and sums in f64, in one order. Waits for all work queued so far.
     ///
@@ -206,6 +220,7 @@ impl Gpu {
         self: &Arc<Self>,
         y: DeviceMatrix,
         target: DeviceMatrix,
+        scale: RowScale,
     ) -> Result<f64, CudaError> {
         let [rows, columns] = expect_pair(y, target);
         let errors = Buffer::new(self, 8 * rows)?;
@@ -214,6 +229,7 @@ impl Gpu {
             y.address.into(),
             target.address.into(),
             (columns as i32).into(),
+            scale.into(),
         ];
         // SAFETY: an error for each row; all rows have as many columns.
         unsafe {
@@ -234,6 +250,7 @@ impl Gpu {
         out: DeviceMatrix,
         y: DeviceMatrix,
         target: DeviceMatrix,
+        scale: RowScale,
         factor: f32,
     ) -> Result<(), CudaError> {
         let [rows, columns] = expect_pair(y, target);
@@ -244,6 +261,7 @@ impl Gpu {
             target.address.into(),
             factor.into(),
             (columns as i32).into(),
+            scale.into(),
         ];
         let (grid, block) = ([rows, 1, 1], [LINE, 1, 1]);
         // SAFETY: a block for each row, which all three have.

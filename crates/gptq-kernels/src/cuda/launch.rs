@@ -35,6 +35,7 @@ argument!(
     i64,
     f32,
     super::latents::RawAdamStep,
+    crate::RowScale,
     super::packed::Packed,
     super::sweep::RawGridRule,
     super::key_values::RawRows

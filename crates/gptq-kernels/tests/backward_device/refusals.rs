@@ -2,9 +2,9 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use gptq_kernels::LearningRates;
 use gptq_kernels::cuda::{Buffer, CudaError, DeviceLatents, DeviceNorm};
 use gptq_kernels::{Activation, AttentionShape};
+use gptq_kernels::{LearningRates, RowScale};
 use gptq_types::{Bits, Dtype, SolvedLayer};
 use half::f16;
 
@@ -63,10 +63,11 @@ fn other_shapes_and_types_are_refused() {
         gpu.project_backward(other, brain, weight, true)
     });
     refused(c, "rows of the target", || {
-        gpu.output_error(x, other).map(|_| ())
+        gpu.output_error(x, other, RowScale::of(vec![1.0]))
+            .map(|_| ())
     });
     refused(c, "rows of the gradient", || {
-        gpu.error_gradient(other, x, x, 1.0)
+        gpu.error_gradient(other, x, x, RowScale::of(vec![1.0]), 1.0)
     });
     refused(c, "gaps", || gpu.place_columns(x, gaps));
     let shape = AttentionShape::new(4, 2, 16);

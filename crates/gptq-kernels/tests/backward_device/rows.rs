@@ -2,7 +2,7 @@
 
 use gptq_kernels::cuda::{DeviceNorm, RotaryTable};
 use gptq_kernels::{
-    Activation, NormGradients, Pairing, Rotation, activate_backward, gated_backward,
+    Activation, NormGradients, Pairing, Rotation, RowScale, activate_backward, gated_backward,
     layer_norm_backward, product_input_backward, rms_norm_backward,
 };
 
@@ -278,20 +278,29 @@ fn errors_of_outputs() {
             let [y_there, target_there] =
                 [&of_y, &of_target].map(|x| matrix(x, dtype, rows, width));
             let difference: Vec<f64> = y.iter().zip(&target).map(|(y, t)| y - t).collect();
+            let mean_squares = gptq_kernels::row_squares(&target, width);
+            let squares = gpu.row_squares(target_there).unwrap();
+            let off = |(got, want): (&f64, &f64)| (got - want).abs() / want;
+            let off = squares.iter().zip(&mean_squares).map(off);
+            cases.check(
+                squares.len() == rows && off.fold(0.0, f64::max) < 1e-12,
+                &format!("squares, {rows} x {width}"),
+            );
+            let scale = RowScale::of(mean_squares.clone());
             let share = |row: usize| {
-                let target = &target[row * width..][..width];
-                width as f64 / target.iter().map(|t| t * t).sum::<f64>()
+                let scale = scale.share * (mean_squares[row] + scale.floor);
+                1.0 / scale
             };
             let squares = difference.iter().enumerate();
             let want: f64 = squares.map(|(at, d)| share(at / width) * d * d).sum();
             let what = format!("{dtype}, {rows} x {width}");
-            let got = gpu.output_error(y_there, target_there).unwrap();
+            let got = gpu.output_error(y_there, target_there, scale).unwrap();
             let relative = (got - want).abs() / want;
             cases.check(
                 relative <= 1e-6,
                 &format!("{what}: {got} for {want}, {relative:.1e}"),
             );
-            let again = gpu.output_error(y_there, target_there).unwrap();
+            let again = gpu.output_error(y_there, target_there, scale).unwrap();
             cases.same(
                 &[again.to_bits()],
                 &[got.to_bits()],
@@ -302,7 +311,7 @@ fn errors_of_outputs() {
                 .collect();
             let out = poisoned(&gpu, rows * width);
             for place in [matrix(&out, dtype, rows, width), y_there] {
-                gpu.error_gradient(place, y_there, target_there, 0.37)
+                gpu.error_gradient(place, y_there, target_there, scale, 0.37)
                     .unwrap();
                 let got = gpu.download(place).unwrap();
                 cases.near(&got, &want, tolerance(dtype), &format!("gradient, {what}"));

@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use gptq_kernels::LearningRates;
 use gptq_kernels::cuda::{Buffer, CudaError, DeviceLatents, DeviceNorm, Gpu};
 use gptq_kernels::{Activation, AttentionShape};
+use gptq_kernels::{LearningRates, RowScale};
 use gptq_types::{Bits, Dtype, SolvedLayer};
 use half::f16;
 
@@ -132,11 +132,12 @@ fn times_of_a_step() {
             Activation::Silu,
         )
     });
+    let scale = RowScale::of(vec![1.0]);
     time(&gpu, "output error, 8192 x 4096", || {
-        gpu.output_error(q, d_out).map(|_| ())
+        gpu.output_error(q, d_out, scale).map(|_| ())
     });
     time(&gpu, "its gradient", || {
-        gpu.error_gradient(dq, q, d_out, 1.0)
+        gpu.error_gradient(dq, q, d_out, scale, 1.0)
     });
     time(&gpu, "sum, 8192 x 4096", || gpu.add(dq, q));
 }
