@@ -104,7 +104,7 @@ fn starcoder2() {
 }
 
 const ORDERS: [&str; 3] = ["natural", "act-order", "folded"];
-const EFFORTS: [&str; 2] = ["fast", "balanced"];
+const EFFORTS: [&str; 3] = ["fast", "balanced", "best"];
 /// No width of a fixture is a multiple of more.
 const SETTINGS: [&str; 4] = ["--group-size", "16", "--device", "cpu"];
 

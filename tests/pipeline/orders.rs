@@ -32,6 +32,7 @@ fn permuted_channels_fit_together() {
     let (natural, _) = made("natural", &[]);
     let (folded, record) = made("folded", &["--order", "folded"]);
     let (auto, chosen) = made("auto", &["--order", "auto", "--effort", "balanced"]);
+    let (trained, of_trained) = made("trained", &["--order", "folded", "--effort", "best"]);
 
     for name in tensor_names(&folded) {
         if name.ends_with("g_idx") {
@@ -40,9 +41,10 @@ fn permuted_channels_fit_together() {
             let trivial = channels.flat_map(|channel| (channel / 16).to_le_bytes());
             assert_eq!(found, trivial.collect::<Vec<u8>>(), "{name}");
             assert_eq!(found, tensor(&auto, &name), "{name}");
+            assert_eq!(found, tensor(&trained, &name), "{name}");
         }
     }
-    for layer in &record.layers {
+    for layer in record.layers.iter().chain(&of_trained.layers) {
         let permutes = ["o_proj", "down_proj"]
             .iter()
             .any(|end| layer.layer.0.ends_with(end));
@@ -63,10 +65,10 @@ fn permuted_channels_fit_together() {
     );
 
     let mut eval = gptq("eval");
-    eval.arg(&model).args([&natural, &folded, &auto]);
+    eval.arg(&model).args([&natural, &folded, &auto, &trained]);
     eval.arg("--dataset").arg(&text);
     let records = json(eval.args(["--seq-len", "64", "--max-windows", "16"]));
-    for made in 1..4 {
+    for made in 1..5 {
         let kl = records[made]["kl"].as_f64().unwrap();
         assert!((0.0..SMALL_KL).contains(&kl), "{records:#}");
     }

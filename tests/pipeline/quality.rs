@@ -55,9 +55,10 @@ fn gptq_beats_rounding_to_nearest(bits: &str) {
 }
 
 /// Each setting is compared with the run without it, on text outside of calibration: scales of either sign,
-/// then linears aimed at the float model's outputs; zeros searched along with scales, then the aim.
+/// then linears aimed at the float model's outputs, then blocks that are trained; with zeros searched along with
+/// scales likewise.
 #[test]
-fn signed_scales_and_the_aim_each_lower_the_divergence() {
+fn signed_scales_the_aim_and_training_each_lower_the_divergence() {
     let (model, calibration) = (fixture("verne"), fixture("verne-calibration.txt"));
     let folder = tempfile::tempdir().unwrap();
     let made = |name: &str, flags: &[&str]| {
@@ -67,7 +68,11 @@ fn signed_scales_and_the_aim_each_lower_the_divergence() {
         command.args(["--samples", "32", "--seq-len", "256"]);
         let record = json(command.args(flags));
         let measure = record["layers"][0]["loss"]["measure"].clone();
-        assert_eq!(measure == "float_outputs", flags.contains(&"balanced"));
+        assert_eq!(measure == "float_outputs", !flags.contains(&"fast"));
+        match flags.contains(&"best") {
+            true => blocks_were_trained(&record),
+            false => assert!(record["training"].is_null()),
+        }
         out
     };
     for grid in ["--sym", "--asym"] {
@@ -78,14 +83,35 @@ fn signed_scales_and_the_aim_each_lower_the_divergence() {
             ),
             made(&format!("{grid}-fast"), &[grid, "--effort", "fast"]),
             made(&format!("{grid}-balanced"), &[grid, "--effort", "balanced"]),
+            made(&format!("{grid}-best"), &[grid, "--effort", "best"]),
         ];
         let models: Vec<&Path> = std::iter::once(model.as_path())
             .chain(places.iter().map(|place| place.as_path()))
             .collect();
         let records = evaluate(&models, &fixture("verne-held-out.txt"));
         let kl = |index: usize| records[index]["kl"].as_f64().unwrap();
-        assert!(kl(1) > kl(2) && kl(2) > kl(3), "{grid}: {records:#}");
+        let falls = (1..4).all(|at| kl(at) > kl(at + 1));
+        assert!(falls && kl(4) < 0.9 * kl(3), "{grid}: {records:#}");
     }
+}
+
+/// All 32 windows of 256 tokens are steps of four, one of them held out. A block keeps the epoch with the least
+/// error.
+fn blocks_were_trained(record: &serde_json::Value) {
+    let training = record["training"].as_array().unwrap();
+    assert_eq!(training.len(), 5);
+    let mut improved = 0;
+    for block in training {
+        let errors = block["errors"].as_array().unwrap();
+        let error = |at: usize| errors[at].as_f64().unwrap();
+        let kept = block["kept"].as_u64().unwrap() as usize;
+        assert_eq!(errors.len(), 7, "{block:#}");
+        assert!((0..7).all(|at| error(kept) <= error(at)), "{block:#}");
+        assert_eq!(block["tokens"], 28 * 256);
+        assert_eq!(block["held_out"], 4 * 256);
+        improved += usize::from(kept > 0);
+    }
+    assert!(improved >= 4, "{training:#?}");
 }
 
 fn evaluate(models: &[&Path], text: &Path) -> serde_json::Value {

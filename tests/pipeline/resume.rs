@@ -143,6 +143,13 @@ fn after_the_second_block_beside_the_float_model() {
     killed_and_resumed(&Place::new(), 2, &flags);
 }
 
+/// The third block is trained towards the float stream, from the inputs that the two before it gave.
+#[test]
+fn after_the_second_block_with_blocks_that_are_trained() {
+    let flags = ["--group-size", "32", "--bits", "2", "--effort", "best"];
+    killed_and_resumed(&Place::new(), 2, &flags);
+}
+
 /// Finished blocks lie permuted on disk, their biases too.
 #[test]
 fn after_the_first_block_with_permuted_channels() {

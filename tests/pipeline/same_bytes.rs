@@ -23,13 +23,16 @@ fn two_runs_and_any_number_of_threads() {
     let folder = tempfile::tempdir().unwrap();
     let (model, text) = small_model(folder.path());
     let out = |name: &str| folder.path().join(name);
-    for (name, threads) in [("first", "2"), ("second", "2"), ("one", "1"), ("five", "5")] {
-        let mut command = quantize(&model, &out(name), &text);
-        command.args(["--effort", "balanced", "--threads", threads]);
-        run(command.args(SETTINGS)).done();
-    }
-    for name in ["second", "one", "five"] {
-        same_files(&out("first"), &out(name));
+    for effort in ["balanced", "best"] {
+        let out = |name: &str| out(&format!("{effort}-{name}"));
+        for (name, threads) in [("first", "2"), ("second", "2"), ("one", "1"), ("five", "5")] {
+            let mut command = quantize(&model, &out(name), &text);
+            command.args(["--effort", effort, "--threads", threads]);
+            run(command.args(SETTINGS)).done();
+        }
+        for name in ["second", "one", "five"] {
+            same_files(&out("first"), &out(name));
+        }
     }
 }
 

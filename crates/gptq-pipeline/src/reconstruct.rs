@@ -27,12 +27,16 @@ const GRADIENT: f64 = 1.0 / 16.0;
 /// The linears of a block that are trained, by name.
 pub(crate) type Linears<'a> = BTreeMap<&'a LayerName, &'a mut Box<dyn TrainedLinear>>;
 
-/// Learning rates of the first step, as parts of the median scale of the block.
+/// Learning rates of the first step, as parts of the median scale of the block: of a few that were tried those with
+/// the lowest error of the last block on held-out windows (docs/ACCURACY.md).
 fn rates(bits: Bits) -> LearningRates {
-    let _ = bits;
+    let latents = match bits {
+        Bits::Two => 0.005,
+        Bits::Three | Bits::Four | Bits::Eight => 0.01,
+    };
     LearningRates {
-        latents: 0.01,
-        scales: 0.002,
+        latents,
+        scales: latents / 5.0,
     }
 }
 

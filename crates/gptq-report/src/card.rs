@@ -298,6 +298,9 @@ fn made(branch: &Branch) -> String {
             crate::measured(run)
         );
     }
+    if let Some(gained) = crate::trained(run) {
+        text += &format!("; {gained}");
+    }
     let worse = run
         .layers
         .iter()

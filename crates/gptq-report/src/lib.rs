@@ -29,7 +29,7 @@ pub use report::{
     Worse, quoted,
 };
 pub use summary::summary;
-pub(crate) use summary::{divergence, measured};
+pub(crate) use summary::{divergence, measured, trained};
 
 /// Bytes with a decimal unit, three digits.
 fn size(bytes: u64) -> String {

@@ -1,6 +1,6 @@
 //! Summary of a quantization run in a few lines.
 
-use gptq_types::{Divergence, LossMeasure, RunRecord};
+use gptq_types::{BlockTraining, Divergence, LossMeasure, RunRecord};
 
 /// The reference of errors where it is not the default: such errors are larger, and only comparable with
 /// each other.
@@ -9,6 +9,25 @@ pub(crate) fn measured(record: &RunRecord) -> &'static str {
         LossMeasure::QuantizedInputs => "",
         LossMeasure::FloatOutputs => " (both against the float model's outputs)",
     }
+}
+
+/// What training gained, where blocks were trained.
+pub(crate) fn trained(record: &RunRecord) -> Option<String> {
+    let blocks = &record.training;
+    let mean =
+        |of: fn(&BlockTraining) -> f64| blocks.iter().map(of).sum::<f64>() / blocks.len() as f64;
+    let improved = blocks.iter().filter(|block| block.kept > 0).count();
+    let tokens = match blocks.iter().all(|block| block.held_out > 0) {
+        true => "on windows held out of it",
+        false => "on the trained windows, too few to hold any out",
+    };
+    (!blocks.is_empty()).then(|| {
+        format!(
+            "{improved} of {} blocks trained: the error of their outputs {tokens} is {:.1} % of that before",
+            blocks.len(),
+            100.0 * mean(BlockTraining::ratio)
+        )
+    })
 }
 
 /// Counts, quality against rounding to nearest, and every warning.
@@ -46,6 +65,9 @@ pub fn summary(record: &RunRecord) -> String {
             100.0 * error / rtn,
             crate::measured(record)
         );
+    }
+    if let Some(text) = trained(record) {
+        out += &format!("{text}\n");
     }
     for compared in &record.divergence {
         out += &format!("against the float model: {}\n", divergence(compared));

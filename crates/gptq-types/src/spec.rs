@@ -272,11 +272,13 @@ impl Effort {
         }
     }
 
-    /// [`QuantSpec::training_epochs`].
-    pub fn training_epochs(self) -> u32 {
-        match self {
-            Effort::Fast | Effort::Balanced => 0,
-            Effort::Best => 6,
+    /// [`QuantSpec::training_epochs`]. At 2 bits smaller steps and more of them are better; at 4 more epochs fit
+    /// the calibration text and not others.
+    pub fn training_epochs(self, bits: Bits) -> u32 {
+        match (self, bits) {
+            (Effort::Fast | Effort::Balanced, _) => 0,
+            (Effort::Best, Bits::Two) => 12,
+            (Effort::Best, Bits::Three | Bits::Four | Bits::Eight) => 6,
         }
     }
 }
@@ -400,7 +402,7 @@ impl QuantSpec {
         let is_of = |effort: &Effort| {
             self.input_mismatch == effort.input_mismatch()
                 && self.descent_passes == effort.descent_passes()
-                && self.training_epochs == effort.training_epochs()
+                && self.training_epochs == effort.training_epochs(self.bits)
         };
         Effort::ALL.into_iter().find(is_of)
     }

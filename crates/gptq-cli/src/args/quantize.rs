@@ -130,7 +130,7 @@ pub struct QuantizeArgs {
     #[arg(long, conflicts_with = "no_scale_search")]
     pub unsigned_scales: bool,
     /// How much work the accuracy is worth; `balanced` is --input-mismatch 0.5 --descent-passes 2, `best` has
-    /// --training-epochs 6 beside
+    /// --training-epochs 6 beside, 12 at 2 bits
     #[arg(long, value_enum, default_value = "balanced")]
     pub effort: EffortArg,
     /// How far each linear is moved towards what comes nearest to the float model's outputs on the inputs
@@ -257,7 +257,8 @@ impl QuantizeArgs {
             MethodArg::Gptq => (
                 self.input_mismatch.unwrap_or(effort.input_mismatch()),
                 self.descent_passes.unwrap_or(effort.descent_passes()),
-                self.training_epochs.unwrap_or(effort.training_epochs()),
+                self.training_epochs
+                    .unwrap_or(effort.training_epochs(self.bits)),
             ),
             MethodArg::Rtn => (0.0, 0, 0),
         };

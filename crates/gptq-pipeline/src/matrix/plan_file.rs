@@ -359,8 +359,9 @@ impl BranchEntry {
             Method::Rtn => Effort::Fast,
         };
         let searches = !self.no_scale_search && method == Method::Gptq;
+        let bits = Bits::try_from(self.bits).map_err(wrong)?;
         let spec = QuantSpec {
-            bits: Bits::try_from(self.bits).map_err(wrong)?,
+            bits,
             group_size: match &self.group_size {
                 Group::Size(size) => GroupSize::try_from(*size),
                 Group::Word(word) => word.parse(),
@@ -378,7 +379,7 @@ impl BranchEntry {
             full_range: searches && !self.unsigned_scales,
             input_mismatch: (self.input_mismatch).unwrap_or(effort.input_mismatch()),
             descent_passes: (self.descent_passes).unwrap_or(effort.descent_passes()),
-            training_epochs: (self.training_epochs).unwrap_or(effort.training_epochs()),
+            training_epochs: (self.training_epochs).unwrap_or(effort.training_epochs(bits)),
         };
         spec.validate().map_err(wrong)?;
         let tokens = Tokens {

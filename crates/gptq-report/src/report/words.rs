@@ -5,7 +5,7 @@ use gptq_types::{CheckpointFormat, Phase, RunRecord};
 use super::data::{Report, Row, Text};
 use super::degraded::Degraded;
 use super::format::{duration, perplexity_with_error, thousands};
-use crate::{divergence, size};
+use crate::{divergence, size, trained};
 
 /// Names under one heading, each with a remark.
 #[derive(Clone, Debug, PartialEq)]
@@ -142,6 +142,9 @@ fn run_facts(run: &RunRecord) -> Vec<(&'static str, String)> {
     }
     if let Some(tokenizer) = &run.tokenizer {
         facts.push(("Tokenizer", format!("of another folder, {tokenizer}")));
+    }
+    if let Some(gained) = trained(run) {
+        facts.push(("Training", gained));
     }
     for compared in &run.divergence {
         facts.push(("Against the float model", divergence(compared)));
