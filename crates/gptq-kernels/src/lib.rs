@@ -28,6 +28,7 @@ pub mod cuda {
 #[cfg(test)]
 mod definition;
 mod descent_blocks;
+mod device_sizes;
 mod elementwise;
 mod factor;
 mod matrix;
@@ -46,6 +47,7 @@ pub use backward::{
 };
 pub use cache::KeyValueCache;
 pub use descent_blocks::{DESCENT_CHANNELS, DescentBlock, descent_blocks};
+pub use device_sizes::{LatentShape, attention_backward_bytes};
 pub use elementwise::{
     Activation, activate, add_scaled, gated, layer_norm, rms_norm, scale, soft_cap,
 };

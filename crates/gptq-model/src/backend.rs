@@ -25,9 +25,13 @@ use gptq_types::{LayerName, SourceError};
 use rayon::prelude::*;
 
 use crate::ModelError;
+use crate::Streams;
+use crate::budget::GpuRun;
+use crate::float_stream::is_followed;
 use crate::head::HostHead;
 use crate::score::HeadInput;
 use crate::spec::{BlockSpec, KeySource, ModelSpec, NormKind};
+use crate::training_sizes::TrainingSizes;
 use crate::weights::{LinearValues, LinearWeights, WeightSource};
 
 /// A tensor of a decoder backend.
@@ -310,7 +314,6 @@ pub(crate) struct ActivationStores<S> {
 }
 
 /// The sizes of the activations of a pass, in rows and columns.
-#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
 #[derive(Clone, Copy)]
 pub(crate) struct ActivationSizes {
     /// Batches.
@@ -331,13 +334,46 @@ pub(crate) struct ActivationSizes {
     pub block_elements: usize,
     /// Batches that the float stream follows, where one runs beside the quantized one.
     pub float: Option<usize>,
-    /// Whether the hidden states before the resident block are kept.
-    pub keeps_inputs: bool,
+    /// What training takes, where blocks are trained; the hidden states before the resident block are kept then.
+    pub training: Option<TrainingSizes>,
     /// Matrices as large as the widest Hessian that somebody else keeps.
     pub more_hessians: usize,
 }
 
 impl ActivationSizes {
+    /// The sizes of a run, with batches of at most `batch_tokens`.
+    pub fn of_run(spec: &ModelSpec, run: &GpuRun<'_>, batch_tokens: usize) -> Self {
+        let trains = run.training.is_some();
+        let rows: Vec<usize> = (run.windows.iter())
+            .flat_map(|of| {
+                of.batches(batch_tokens, trains)
+                    .map(|windows| windows * of.tokens)
+            })
+            .collect();
+        let starts = rows.iter().scan(0, |start, rows| {
+            let this = *start;
+            *start += rows;
+            Some(this)
+        });
+        let float = match run.streams {
+            Streams::One => None,
+            Streams::BesideFloat => {
+                Some(starts.filter(|&start| is_followed(start, trains)).count())
+            }
+        };
+        let tokens = run.windows.iter().map(|run| run.tokens).max().unwrap_or(0);
+        ActivationSizes {
+            training: (run.training).map(|group_size| TrainingSizes::of(spec, group_size, tokens)),
+            more_hessians: run.more_hessians,
+            ..Self::of(spec, rows.len(), rows.into_iter().max().unwrap_or(0), float)
+        }
+    }
+
+    /// Batches whose hidden states before the resident block are kept.
+    pub fn kept_inputs(&self) -> usize {
+        self.training.map_or(0, |_| self.batches)
+    }
+
     /// The sizes for a model, with batches of at most `rows`; `float` batches are in the float stream.
     pub fn of(spec: &ModelSpec, batches: usize, rows: usize, float: Option<usize>) -> Self {
         let attentions = || spec.blocks.iter().flat_map(BlockSpec::attention);
@@ -367,7 +403,7 @@ impl ActivationSizes {
             },
             block_elements: spec.block_elements(),
             float,
-            keeps_inputs: false,
+            training: None,
             more_hessians: 0,
         }
     }

@@ -1,12 +1,18 @@
-//! Divides GPU memory among the activation stores of a run.
+//! Divides GPU memory among the activation stores of a run. Plain arithmetic: plans are made without a GPU too.
 
-use gptq_kernels::cuda::CudaError;
+use gptq_types::GroupSize;
 
+use crate::Streams;
 use crate::backend::{ActivationSizes, ActivationStores};
+use crate::batches::WindowRun;
+use crate::spec::ModelSpec;
 
 /// Memory that the driver, cuBLAS and cuSOLVER take for themselves, measured with nothing
 /// allocated: 0.6 GB on an H200, and some room.
 const LIBRARIES: usize = 850 << 20;
+
+/// Rows of a batch on a GPU. Large products for the Hessian: each batch reads and writes all of the sum.
+pub(crate) const BATCH_TOKENS: usize = 8192;
 
 /// The part of an activation store that is on the GPU.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -26,20 +32,31 @@ struct StoreRequest {
     slot_bytes: usize,
 }
 
-/// The part of each activation store that fits on the GPU beside everything else that a run needs there.
-pub(crate) fn places_on_device(
-    need: &ActivationSizes,
-    memory: usize,
-) -> Result<ActivationStores<StoreBudget>, CudaError> {
-    let fixed = fixed_bytes(need);
-    let Some(left) = memory.checked_sub(fixed) else {
-        return Err(CudaError::Invalid(format!(
-            "--gpu-memory of {:.1} GB is too little: a block, its solver and the libraries take \
-             {:.1} GB beside the activations",
-            memory as f64 / 1e9,
-            fixed as f64 / 1e9
-        )));
-    };
+/// GPU memory in which a run does not fit, whatever waits in host memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "--gpu-memory of {:.1} GB is too little: a block, its solver, {}and the libraries take {:.1} GB beside the \
+     activations",
+    *.memory as f64 / 1e9,
+    if *.trains { "its training " } else { "" },
+    rounded_up(*.least)
+)]
+pub struct TooLittleMemory {
+    /// Bytes that it may take.
+    pub memory: usize,
+    /// The least that would do.
+    pub least: usize,
+    /// Whether blocks are trained.
+    pub trains: bool,
+}
+
+/// Tenths of GB, so that the number that an error names is enough.
+fn rounded_up(bytes: usize) -> f64 {
+    bytes.div_ceil(100_000_000) as f64 / 10.0
+}
+
+/// The activation stores of a run in the order in which they are served.
+fn requests(need: &ActivationSizes) -> [StoreRequest; 6] {
     let row = |columns: usize| need.rows * columns * 2;
     let request = |columns: usize, places: usize, slots: usize| StoreRequest {
         bytes: row(columns),
@@ -53,24 +70,33 @@ pub(crate) fn places_on_device(
     // The hidden states first: every tap reads them, and every step takes them and writes them again (in a
     // Llama five reads and two writes a block), each write between two reads; then what several blocks
     // read, or each block once; inner ones are read twice, and all written before any is read.
-    let [hidden, float, inputs, shared_kv, by_token, inner] = divide(
-        [
-            request(need.hidden, need.batches, 2),
-            request(need.hidden, followed, 2),
-            request(
-                need.hidden,
-                if need.keeps_inputs { need.batches } else { 0 },
-                2,
-            ),
-            request(shared_kv, 2 * donors * (need.batches + followed), 1),
-            request(by_token, blocks * need.batches, 1),
-            StoreRequest {
-                slot_bytes: row(need.attention),
-                ..request(need.inner, need.batches, 1)
-            },
-        ],
-        left,
-    );
+    [
+        request(need.hidden, need.batches, 2),
+        request(need.hidden, followed, 2),
+        request(need.hidden, need.kept_inputs(), 2),
+        request(shared_kv, 2 * donors * (need.batches + followed), 1),
+        request(by_token, blocks * need.batches, 1),
+        StoreRequest {
+            slot_bytes: row(need.attention),
+            ..request(need.inner, need.batches, 1)
+        },
+    ]
+}
+
+/// The part of each activation store that fits on the GPU beside everything else that a run needs there.
+pub(crate) fn places_on_device(
+    need: &ActivationSizes,
+    memory: usize,
+) -> Result<ActivationStores<StoreBudget>, TooLittleMemory> {
+    let least = fixed_bytes(need);
+    let Some(left) = memory.checked_sub(least) else {
+        return Err(TooLittleMemory {
+            memory,
+            least,
+            trains: need.training.is_some(),
+        });
+    };
+    let [hidden, float, inputs, shared_kv, by_token, inner] = divide(requests(need), left);
     Ok(ActivationStores {
         hidden,
         float,
@@ -78,34 +104,41 @@ pub(crate) fn places_on_device(
         shared_kv,
         by_token,
         inner,
-        donors,
+        donors: need.shared_kv.0,
     })
 }
 
-/// Bytes that a run needs on the GPU apart from activation stores.
+/// Bytes that a run needs on the GPU apart from activation stores: libraries, weights, the latents of the block,
+/// and either what solving its linears takes or, when that is freed, what training them takes.
 fn fixed_bytes(need: &ActivationSizes) -> usize {
+    let weights = match need.float {
+        Some(_) => 2 * need.block_elements * 2,
+        None => need.block_elements * 2,
+    };
+    let training = need.training.unwrap_or_default();
+    let tape = need.rows * training.columns * 2;
+    LIBRARIES + weights + training.latents + solving_bytes(need).max(training.beside_latents + tape)
+}
+
+/// Hessians, and either a batch's temporaries or what solving the widest linear takes.
+fn solving_bytes(need: &ActivationSizes) -> usize {
     let row = |columns: usize| need.rows * columns * 2;
     let widest = need.inner.max(need.hidden);
-    // Weights of a block; a batch's temporaries, of which three are as wide as the feed-forward;
-    // scores; and either those or what solving the widest linear takes: the factor in f64 beside
+    // Of the temporaries three are as wide as the feed-forward; scores. Solving takes the factor in f64 beside
     // H, a weight three times in f32, its codes.
     let temporaries = 3 * row(widest) + 4 * row(need.hidden) + (400 << 20);
     let solving = widest * widest * 8 + widest * need.hidden * 14;
-    // Beside a float stream: its block, the rows' difference, two more matrices as large as H, and the
-    // target of a linear, three times in f32.
-    let (beside, temporaries, solving) = match need.float {
+    // Beside a float stream: the rows' difference, two more matrices as large as H, and the target of a linear,
+    // three times in f32.
+    let (sums, temporaries, solving) = match need.float {
         Some(_) => (
-            need.block_elements * 2 + widest * widest * 8,
+            widest * widest * 8,
             temporaries + row(widest),
             solving + widest * need.hidden * 12,
         ),
         None => (0, temporaries, solving),
     };
-    LIBRARIES
-        + need.block_elements * 2
-        + (1 + need.more_hessians) * widest * widest * 4
-        + beside
-        + temporaries.max(solving)
+    (1 + need.more_hessians) * widest * widest * 4 + sums + temporaries.max(solving)
 }
 
 /// Divides `left` bytes among requests in order. A request that is not granted as a whole gets its staging buffers
@@ -136,100 +169,65 @@ fn divide<const N: usize>(requests: [StoreRequest; N], left: usize) -> [StoreBud
     fits
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+/// A run as GPU memory sees it.
+#[derive(Clone, Copy, Debug)]
+pub struct GpuRun<'a> {
+    /// Calibration windows.
+    pub windows: &'a [WindowRun],
+    /// Passes beside each other.
+    pub streams: Streams,
+    /// Groups of the grids, where blocks are trained.
+    pub training: Option<GroupSize>,
+    /// What [`Decoder::leave_room`](crate::Decoder::leave_room) is told.
+    pub more_hessians: usize,
+}
 
-    /// Llama 2 7B with 128 windows of 2048 tokens.
-    const NEED: ActivationSizes = ActivationSizes {
-        batches: 32,
-        rows: 8192,
-        hidden: 4096,
-        attention: 4096,
-        inner: 11008,
-        shared_kv: (0, 0),
-        by_token: (0, 0),
-        block_elements: 202_375_168,
-        float: None,
-        keeps_inputs: false,
-        more_hessians: 0,
-    };
+/// What a run takes of a GPU's memory, before it begins.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct GpuMemory {
+    /// The least that must be granted.
+    pub least: usize,
+    /// Most bytes allocated at a time, as a record has them: without what libraries take for themselves.
+    pub peak: usize,
+    /// Activations that wait in host memory.
+    pub in_host_memory: usize,
+    /// The part of what a step of training reads, the block's inputs and targets, that comes from there.
+    pub fetched_share: f64,
+}
 
-    #[test]
-    fn a_larger_budget_keeps_more_activations_on_the_gpu() {
-        let places = |gb: usize| {
-            let fit = places_on_device(&NEED, gb * 1_000_000_000).unwrap();
-            [fit.hidden.places, fit.inner.places]
-        };
-        let [six, ten, thirty] = [places(6), places(10), places(30)];
-        assert_eq!(thirty, [32, 32]);
-        assert_eq!((six[0], ten[0]), (32, 32), "hidden states come first");
-        assert!(six[1] < ten[1] && ten[1] < 32, "{six:?} {ten:?}");
-    }
-
-    #[test]
-    fn a_float_stream_leaves_less_room_for_inner_activations() {
-        let need = ActivationSizes {
-            float: Some(24),
-            ..NEED
-        };
-        let fit = places_on_device(&need, 10_000_000_000).unwrap();
-        let without = places_on_device(&NEED, 10_000_000_000).unwrap();
-        let places = [fit.hidden, fit.float, without.float].map(|fit| fit.places);
-        assert_eq!(places, [32, 24, 0]);
-        assert!(fit.inner.places < without.inner.places, "{:?}", fit.inner);
-    }
-
-    #[test]
-    fn what_crosses_the_bus_has_slots_and_nothing_else_has() {
-        let need = ActivationSizes {
-            float: Some(24),
-            ..NEED
-        };
-        for gb in 6..20 {
-            let fit = places_on_device(&need, gb * 1_000_000_000).unwrap();
-            let slots = |fit: StoreBudget, all: usize, slots: usize| {
-                let want = if fit.places < all { slots } else { 0 };
-                assert_eq!(fit.slots, want, "{gb} GB: {fit:?}");
-            };
-            slots(fit.hidden, 32, 2);
-            slots(fit.float, 24, 2);
-            slots(fit.inner, 32, 1);
+impl GpuMemory {
+    /// Of a run that may take `memory` bytes.
+    ///
+    /// # Errors
+    /// If that is too little.
+    pub fn of(spec: &ModelSpec, run: &GpuRun<'_>, memory: usize) -> Result<Self, TooLittleMemory> {
+        let need = ActivationSizes::of_run(spec, run, BATCH_TOKENS);
+        let fits = places_on_device(&need, memory)?;
+        let fits = [
+            fits.hidden,
+            fits.float,
+            fits.inputs,
+            fits.shared_kv,
+            fits.by_token,
+            fits.inner,
+        ];
+        let (mut there, mut waiting) = (0, 0);
+        for (fit, request) in fits.iter().zip(requests(&need)) {
+            there += fit.places * request.bytes + fit.slots * request.slot_bytes;
+            waiting += (request.places - fit.places) * request.slot_bytes;
         }
-    }
-
-    #[test]
-    fn places_and_slots_are_no_more_than_what_is_left() {
-        let requests =
-            [(3, 32, 2), (3, 28, 2), (8, 32, 1)].map(|(bytes, places, slots)| StoreRequest {
-                bytes,
-                places,
-                slots,
-                slot_bytes: bytes,
-            });
-        let all = 3 * 32 + 3 * 28 + 8 * 32;
-        for left in 0..all + 30 {
-            let taken = |(fit, request): (&StoreBudget, &StoreRequest)| {
-                (fit.places + fit.slots) * request.bytes
-            };
-            let fits = divide(requests, left);
-            let taken: usize = fits.iter().zip(&requests).map(taken).sum();
-            assert!(taken <= left, "{left}: {fits:?}");
-            if left >= all {
-                assert_eq!(taken, all, "everything fits and nothing crosses: {fits:?}");
-            }
-        }
-        let little = divide(requests, 12);
-        assert_eq!(little.map(|fit| fit.slots), [0; 3], "too little for slots");
-        assert_eq!(little.map(|fit| fit.places), [4, 0, 0]);
-    }
-
-    #[test]
-    fn a_budget_below_what_a_block_needs_is_refused() {
-        let error = places_on_device(&NEED, 2_000_000_000).unwrap_err();
-        assert!(
-            error.to_string().contains("--gpu-memory of 2.0 GB"),
-            "{error}"
-        );
+        let read = [1, 2].map(|at| (fits[at].places, requests(&need)[at].places));
+        let all: usize = read.iter().map(|(_, places)| places).sum();
+        let near: usize = read.iter().map(|(near, _)| near).sum();
+        let least = fixed_bytes(&need);
+        Ok(GpuMemory {
+            least,
+            peak: least + there - LIBRARIES,
+            in_host_memory: waiting,
+            fetched_share: (all - near) as f64 / all.max(1) as f64,
+        })
     }
 }
+
+#[cfg(test)]
+pub(crate) mod tests;

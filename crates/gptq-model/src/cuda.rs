@@ -26,7 +26,7 @@ use gptq_types::{Dtype, LayerName, SourceError};
 
 use crate::ModelError;
 use crate::backend::{ActivationSizes, ActivationStores, DecoderBackend, GradientBackend};
-use crate::budget::{StoreBudget, places_on_device};
+use crate::budget::{BATCH_TOKENS, StoreBudget, places_on_device};
 use crate::burn_memory::view;
 use crate::device::CudaContext;
 use crate::device_rows::ScoringHead;
@@ -115,8 +115,7 @@ impl<E: Half> DecoderBackend for Cuda<E> {
     type Offloaded = Placed;
     type Head = ScoringHead;
 
-    /// Large products for the Hessian: each batch reads and writes all of the sum.
-    const BATCH_TOKENS: usize = 8192;
+    const BATCH_TOKENS: usize = BATCH_TOKENS;
     const PREFETCH: bool = true;
     const EVERY_INNER: bool = false;
 
@@ -255,7 +254,9 @@ impl<E: Half> DecoderBackend for Cuda<E> {
             inner: None,
             donors: need.shared_kv.0,
         };
-        let Some(fit) = on.note(places_on_device(need, on.context.memory())) else {
+        let fit = places_on_device(need, on.context.memory());
+        let fit = fit.map_err(|error| CudaError::Invalid(error.to_string()));
+        let Some(fit) = on.note(fit) else {
             return none;
         };
         let store = |places: usize, columns: [usize; 2], fit: StoreBudget| {
@@ -276,11 +277,7 @@ impl<E: Half> DecoderBackend for Cuda<E> {
         ActivationStores {
             hidden: store(need.batches, hidden, fit.hidden),
             float: some(followed, need.hidden, fit.float),
-            inputs: some(
-                if need.keeps_inputs { need.batches } else { 0 },
-                need.hidden,
-                fit.inputs,
-            ),
+            inputs: some(need.kept_inputs(), need.hidden, fit.inputs),
             shared_kv: some(
                 2 * donors * (need.batches + followed),
                 shared_kv,

@@ -7,10 +7,12 @@ use std::thread::JoinHandle;
 
 use burn::tensor::DType;
 use gptq_kernels::{ActivationSink, RowScale, Weight};
-use gptq_types::{Dtype, LayerName, SourceError};
+use gptq_types::{Dtype, GroupSize, LayerName, SourceError};
 
 use crate::backend::{ActivationSizes, ActivationStores, GradientBackend, Tensor};
 use crate::batch::{Batch, BatchContext, BlockState};
+use crate::batches::{WindowRun, windows_of_step};
+use crate::budget::GpuRun;
 use crate::by_token::RowsByToken;
 use crate::float_stream::FloatStream;
 use crate::forward::Block;
@@ -21,7 +23,7 @@ use crate::spec::{ModelSpec, Tap};
 use crate::stream::{Linear, OnBackend, Tables};
 use crate::tape::GradientSink;
 use crate::weights::WeightSource;
-use crate::{Decoder, DeviceContext, ModelError, STEP_TOKENS, STEP_WINDOWS, Streams, Trainer};
+use crate::{Decoder, DeviceContext, ModelError, Streams, Trainer};
 
 /// See [`Decoder`].
 pub(crate) struct Engine<B: GradientBackend> {
@@ -35,7 +37,7 @@ pub(crate) struct Engine<B: GradientBackend> {
     batches: Vec<Batch<B>>,
     stores: Option<ActivationStores<B::ActivationStore>>,
     float: Option<FloatStream<B>>,
-    trains: bool,
+    trains: Option<GroupSize>,
     row_scale: Option<RowScale>, // of the errors of the resident block's output
     more_hessians: usize,        // that somebody else will keep on the device
     tables: BTreeMap<usize, Tables<B>>, // by window length
@@ -57,7 +59,7 @@ impl<B: GradientBackend> Engine<B> {
                 Streams::One => None,
                 Streams::BesideFloat => Some(FloatStream::new(false)),
             },
-            trains: false,
+            trains: None,
             row_scale: None,
             source,
             spec: Arc::new(spec),
@@ -77,10 +79,11 @@ impl<B: GradientBackend> Engine<B> {
         on: B::Context,
         source: Arc<dyn WeightSource>,
         spec: ModelSpec,
+        group_size: GroupSize,
     ) -> Self {
         Engine {
             float: Some(FloatStream::new(true)),
-            trains: true,
+            trains: Some(group_size),
             ..Self::new(device, on, source, spec, Streams::One)
         }
     }
@@ -152,32 +155,31 @@ impl<B: GradientBackend> Engine<B> {
 
     /// Windows of one length side by side, as many as a batch takes; in training no more than a step takes.
     fn cut<'a>(&self, windows: &'a [Vec<u32>]) -> Vec<&'a [Vec<u32>]> {
-        let step = |tokens: usize| match self.trains {
-            true => windows_of_step(tokens),
-            false => usize::MAX,
-        };
-        (windows.chunk_by(|a, b| a.len() == b.len()))
-            .filter(|same| !same[0].is_empty())
-            .flat_map(|same| same.chunks(step(same[0].len())))
-            .flat_map(|same| same.chunks((B::BATCH_TOKENS / same[0].len()).max(1)))
-            .collect()
+        let mut left = windows;
+        let mut batches = Vec::new();
+        for run in WindowRun::of(windows) {
+            let empty = left.iter().take_while(|window| window.is_empty()).count();
+            left = &left[empty..];
+            for windows in run.batches(B::BATCH_TOKENS, self.trains.is_some()) {
+                let (batch, rest) = left.split_at(windows);
+                batches.push(batch);
+                left = rest;
+            }
+        }
+        batches
     }
 
-    fn need(&self, batches: &[&[Vec<u32>]]) -> ActivationSizes {
-        let rows = |batch: &&[Vec<u32>]| batch.len() * batch[0].len();
-        let starts = batches.iter().scan(0, |start, batch| {
-            let this = *start;
-            *start += rows(batch);
-            Some(this)
-        });
-        let float = self.float.as_ref();
-        let float = float.map(|stream| starts.filter(|&start| stream.follows(start)).count());
-        let rows = batches.iter().map(rows).max().unwrap_or(0);
-        ActivationSizes {
-            keeps_inputs: self.trains,
+    fn need(&self, windows: &[Vec<u32>]) -> ActivationSizes {
+        let run = GpuRun {
+            windows: &WindowRun::of(windows),
+            streams: match self.float {
+                None => Streams::One,
+                Some(_) => Streams::BesideFloat,
+            },
+            training: self.trains,
             more_hessians: self.more_hessians,
-            ..ActivationSizes::of(&self.spec, batches.len(), rows, float)
-        }
+        };
+        ActivationSizes::of_run(&self.spec, &run, B::BATCH_TOKENS)
     }
 
     /// Brings every batch to `tap` of the resident block and shows what is there.
@@ -208,6 +210,7 @@ impl<B: GradientBackend> Engine<B> {
 
 impl<B: GradientBackend> Trainer for Engine<B> {
     fn finish_float(&mut self) -> Result<(), ModelError> {
+        B::tidy(&self.on); // what solving worked in
         let stores = self.stores.as_ref().expect("windows were embedded");
         let count = self.batches.len();
         let stream = self.float.as_mut().expect("a decoder that trains");
@@ -302,11 +305,6 @@ impl<B: GradientBackend> Engine<B> {
     }
 }
 
-/// Windows of a step of training.
-fn windows_of_step(tokens: usize) -> usize {
-    (STEP_TOKENS / tokens).clamp(1, STEP_WINDOWS)
-}
-
 /// The type in which a backend computes.
 fn computed_in(states: DType) -> Dtype {
     match states {
@@ -337,7 +335,7 @@ impl<B: GradientBackend> Decoder for Engine<B> {
         self.float = self.float.take().map(FloatStream::emptied);
         self.stores = None;
         let cut = self.cut(windows);
-        let stores = B::stores(&self.on, &self.need(&cut));
+        let stores = B::stores(&self.on, &self.need(windows));
         B::check(&self.on)?;
         let table = self.table()?;
         let inputs = self.spec.embedding.per_block.as_ref();
@@ -373,7 +371,13 @@ impl<B: GradientBackend> Decoder for Engine<B> {
             self.batches.push(batch);
             let tokens = windows[0].len();
             (self.tables.entry(tokens)).or_insert_with(|| {
-                Tables::new(&self.on, &self.spec, 0..tokens, tokens, self.trains)
+                Tables::new(
+                    &self.on,
+                    &self.spec,
+                    0..tokens,
+                    tokens,
+                    self.trains.is_some(),
+                )
             });
         }
         self.stores = Some(stores);
@@ -389,7 +393,7 @@ impl<B: GradientBackend> Decoder for Engine<B> {
             stream.load(BlockState::new(index, &self.spec, copy));
         }
         self.block = Some(BlockState::new(index, &self.spec, block));
-        if let Some(stores) = self.stores.as_ref().filter(|_| self.trains) {
+        if let Some(stores) = self.stores.as_ref().filter(|_| self.trains.is_some()) {
             for (place, batch) in self.batches.iter_mut().enumerate() {
                 let hidden = batch.state.hidden(&self.on);
                 batch.input = Some(B::offload(&self.on, &stores.inputs, place, &hidden));

@@ -12,6 +12,11 @@ use crate::backend::{GradientBackend, Tensor};
 use crate::batch::{BatchContext, BlockState, RowState};
 use crate::spec::Tap;
 
+/// Whether a float stream follows the batch that begins at token `start`; `all` of them for training.
+pub(crate) fn is_followed(start: usize, all: bool) -> bool {
+    all || stretch_of(start) < 6
+}
+
 /// A batch that is followed.
 struct Followed<B: GradientBackend> {
     place: usize, // slot in the stream's own store, which has none for other batches
@@ -45,7 +50,7 @@ impl<B: GradientBackend> FloatStream<B> {
 
     /// Whether the batch that begins at token `start` is followed.
     pub fn follows(&self, start: usize) -> bool {
-        self.all || stretch_of(start) < 6
+        is_followed(start, self.all)
     }
 
     /// Takes another block.

@@ -11,7 +11,7 @@
 mod arch;
 mod backend;
 mod batch;
-#[cfg(feature = "cuda")]
+mod batches;
 mod budget;
 #[cfg(feature = "cuda")]
 mod burn_memory;
@@ -34,15 +34,18 @@ mod score;
 pub mod spec;
 mod stream;
 mod tape;
+mod training_sizes;
 mod weights;
 
 use std::ops::Range;
 use std::sync::Arc;
 
-use gptq_types::{Dtype, LayerName, SourceError};
+use gptq_types::{Dtype, GroupSize, LayerName, SourceError};
 
 use engine::Engine;
 
+pub use batches::{STEP_TOKENS, STEP_WINDOWS, WindowRun};
+pub use budget::{GpuMemory, GpuRun, TooLittleMemory};
 pub use config::ConfigError;
 #[cfg(feature = "cuda")]
 pub use device::CudaContext;
@@ -176,11 +179,6 @@ pub trait Decoder {
     fn batch_windows(&self, batch: usize) -> &[Vec<u32>];
 }
 
-/// Most windows of a step of training.
-pub const STEP_WINDOWS: usize = 4;
-/// Most tokens of a step of training, unless one window has more.
-pub const STEP_TOKENS: usize = 8192;
-
 /// A decoder whose resident block can be trained towards the outputs of the float block: its float stream
 /// follows all tokens, and the hidden states before the block are kept.
 pub trait Trainer: Decoder {
@@ -211,11 +209,13 @@ pub trait Trainer: Decoder {
     fn restart_block(&mut self) -> Result<(), ModelError>;
 }
 
-/// Opens a decoder that trains; every tensor is checked for presence and shape at once.
+/// Opens a decoder that trains; every tensor is checked for presence and shape at once. Groups of `group_size`
+/// channels say how large the grids are.
 pub fn open_trainer(
     source: Arc<dyn WeightSource>,
     spec: ModelSpec,
     device: &DeviceContext,
+    group_size: GroupSize,
 ) -> Result<Box<dyn Trainer>, ModelError> {
     spec.check_tensors(source.as_ref())?;
     let context = device.clone();
@@ -225,6 +225,7 @@ pub fn open_trainer(
             (),
             source,
             spec,
+            group_size,
         ))),
         #[cfg(feature = "cuda")]
         DeviceContext::Cuda(cuda) => {
@@ -235,12 +236,14 @@ pub fn open_trainer(
                     on,
                     source,
                     spec.computed_in(Dtype::BF16),
+                    group_size,
                 ))),
                 _ => Ok(Box::new(Engine::<cuda::F16>::for_training(
                     context,
                     on,
                     source,
                     spec.computed_in(Dtype::F16),
+                    group_size,
                 ))),
             }
         }

@@ -274,7 +274,12 @@ impl Pass {
     ) -> Result<Self, ModelError> {
         let (model, device) = (model.clone(), &job.device);
         Ok(match job.spec.trains() {
-            true => Pass::Trains(gptq_model::open_trainer(weights, model, device)?),
+            true => {
+                let group_size = job.spec.group_size;
+                Pass::Trains(gptq_model::open_trainer(
+                    weights, model, device, group_size,
+                )?)
+            }
             false => Pass::Rounds(gptq_model::open(weights, model, device, job.streams())?),
         })
     }

@@ -13,7 +13,7 @@ use gptq_model::{
     Activations, Decoder, DeviceContext, FloatWeights, GradientSink, ModelSpec, Trainer, Weight,
 };
 use gptq_packer::SafetensorsFile;
-use gptq_types::{LayerName, TensorSource};
+use gptq_types::{GroupSize, LayerName, TensorSource};
 
 /// Of a directional derivative, from differences of f32 passes.
 const TOLERANCE: f64 = 3e-3;
@@ -26,7 +26,8 @@ fn decoder(folder: &Path) -> Box<dyn Trainer> {
     let spec = ModelSpec::read(&config, &source.names()).unwrap();
     let vocab = spec.vocab_size as u32;
     let weights = Arc::new(FloatWeights::new(source));
-    let mut decoder = gptq_model::open_trainer(weights, spec, &DeviceContext::Cpu).unwrap();
+    let mut decoder =
+        gptq_model::open_trainer(weights, spec, &DeviceContext::Cpu, GroupSize::None).unwrap();
     let window = |first: u32| {
         (0..12)
             .map(|at| (first + 5 * at) % vocab)

@@ -14,12 +14,7 @@ use super::key_values::{among, scored};
 use super::product::{Product, Side, half_type};
 use super::view::DeviceMatrix;
 use crate::AttentionShape;
-
-/// Scores that exist at a time: long windows are cut into query rows that keep to it, so that
-/// memory is linear in the window.
-const SCORE_BYTES: usize = 256 << 20;
-/// Most query rows at a time; shorter runs leave more of the unneeded upper triangle out.
-const QUERY_ROWS: usize = 512;
+use crate::device_sizes::rows_at_a_time;
 
 impl Gpu {
     /// Causal attention inside windows of `tokens` rows, as [`crate::causal_attention`].
@@ -212,13 +207,6 @@ impl Gpu {
         }
         Ok(())
     }
-}
-
-/// Query rows of `count` whose scores against `keys` keys exist at a time.
-pub(super) fn rows_at_a_time(count: usize, keys: usize, shape: AttentionShape) -> usize {
-    (SCORE_BYTES / (4 * shape.heads * keys))
-        .clamp(16, QUERY_ROWS)
-        .min(count)
 }
 
 /// Checks that queries and what attention makes of them, and keys and values of `keys` tokens, are as

@@ -8,7 +8,6 @@ use cudarc::cublas::sys::{
 };
 
 use super::Gpu;
-use super::attention::rows_at_a_time;
 use super::backward::program;
 use super::decoder::LINE;
 use super::error::CudaError;
@@ -17,6 +16,7 @@ use super::memory::Buffer;
 use super::product::{Product, Side, half_type};
 use super::view::DeviceMatrix;
 use crate::AttentionShape;
+use crate::device_sizes::rows_at_a_time;
 
 /// What attention reads, and the gradient of what it gave: `d_out`, `q`, `k`, `v`.
 #[derive(Clone, Copy)]
@@ -51,16 +51,10 @@ struct Working {
 }
 
 impl Gpu {
-    /// Bytes that [`Gpu::attend_backward`] works with beside its operands, and keeps for the next call. Linear
-    /// in `tokens` beyond 2048 tokens of 32 heads, where the query rows at a time become fewer.
-    pub fn attend_backward_bytes(tokens: usize, shape: AttentionShape) -> usize {
-        let scores = shape.heads * rows_at_a_time(tokens, tokens, shape) * tokens;
-        12 * scores + 8 * tokens * shape.kv_width()
-    }
-
     /// `[dq, dk, dv]`, the gradients of the inputs `[q, k, v]` of [`Gpu::attend`], from `d_out`, that of its
     /// output: causal attention inside windows of `tokens` rows. Every one of them may be columns of a wider
-    /// matrix; `dq` may be `q` or `d_out`, `dk` may be `k` and `dv` may be `v`.
+    /// matrix; `dq` may be `q` or `d_out`, `dk` may be `k` and `dv` may be `v`. It works in
+    /// [`attention_backward_bytes`](crate::attention_backward_bytes).
     ///
     /// With `P = softmax(t)`, `t = cap tanh(s / cap)` (or `s`) and `s = scale Q K^T`, which are computed again:
     /// `dV = P^T dO`, `dP = dO V^T`, `dT = P (dP - rowsum(P dP))`, `dS = dT (1 - (t / cap)^2)`,

@@ -20,13 +20,8 @@ use super::program::Program;
 use super::sweep::{SweepPlan, Swept};
 use super::view::DeviceMatrix;
 use crate::backward::{AdamStep, LearningRates, stored_scale};
-use crate::descent_blocks::{DESCENT_CHANNELS, descent_blocks};
-
-/// The gradient of a weight that exists at a time: that of a larger weight is made for some outputs after the
-/// other.
-const GRADIENT_BYTES: usize = 256 << 20;
-/// Threads of a block, an output each.
-const OUTPUTS: usize = 128;
+use crate::descent_blocks::descent_blocks;
+use crate::device_sizes::{GRADIENT_OUTPUTS as OUTPUTS, outputs_at_a_time};
 
 /// The numbers of a step of Adam: `AdamStep` in `kernels/latents.cu`.
 #[repr(C)]
@@ -60,6 +55,8 @@ struct Moments {
 }
 
 /// Latents and grids of a linear, on the GPU. Latents lie in stored order, input channel first, as codes do.
+/// [`LatentShape`](crate::LatentShape) says how many bytes they take; moments and snapshot are there until
+/// [`DeviceLatents::end_training`].
 pub struct DeviceLatents {
     gpu: Arc<Gpu>,
     bits: Bits,
@@ -78,7 +75,7 @@ pub struct DeviceLatents {
     snapshot: Option<[Buffer; 2]>,
 }
 
-/// Channels of a group, at most [`DESCENT_CHANNELS`], over which a thread sums the gradient of a scale.
+/// Channels of a group, at most [`DESCENT_CHANNELS`](crate::DESCENT_CHANNELS), over which a thread sums the gradient of a scale.
 struct Parts {
     count: usize,
     /// Stored channels, sorted by group.
@@ -113,12 +110,6 @@ fn program(dtype: Dtype) -> Program {
     Program::Latents {
         bf16: dtype == Dtype::BF16,
     }
-}
-
-/// Outputs whose gradients exist at a time.
-fn outputs_at_a_time(features: usize, outputs: usize) -> usize {
-    let most = GRADIENT_BYTES / (4 * features.max(1)) / OUTPUTS * OUTPUTS;
-    most.max(OUTPUTS).min(outputs)
 }
 
 impl DeviceLatents {
@@ -191,28 +182,6 @@ impl DeviceLatents {
         };
         all.move_to_codes(&swept.codes)?;
         Ok(all)
-    }
-
-    /// Bytes of the latents and grids of a linear.
-    pub fn bytes(features: usize, outputs: usize, groups: usize) -> usize {
-        let parts = features.div_ceil(DESCENT_CHANNELS) + groups;
-        4 * (features * outputs + 2 * groups * outputs + 2 * features + 2 * parts + groups + 2)
-    }
-
-    /// What Adam's moments take more, from the first step until [`DeviceLatents::end_training`].
-    pub fn moment_bytes(features: usize, outputs: usize, groups: usize) -> usize {
-        8 * (features * outputs + groups * outputs)
-    }
-
-    /// What [`DeviceLatents::snapshot`] takes more.
-    pub fn snapshot_bytes(features: usize, outputs: usize, groups: usize) -> usize {
-        4 * (features * outputs + groups * outputs)
-    }
-
-    /// Working space of a step, which all linears share: that of the one that needs most.
-    pub fn working_bytes(features: usize, outputs: usize, groups: usize) -> usize {
-        let parts = features.div_ceil(DESCENT_CHANNELS) + groups;
-        4 * (features * outputs_at_a_time(features, outputs) + parts * outputs)
     }
 
     /// Input channels.

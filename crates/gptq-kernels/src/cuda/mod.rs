@@ -34,6 +34,7 @@ mod probe;
 mod product;
 mod program;
 mod score;
+mod speed;
 mod sweep;
 mod text;
 mod view;
@@ -51,6 +52,7 @@ pub use norm::DeviceNorm;
 pub use packed::PackedLinear;
 pub use probe::{Found, check, devices, libraries};
 pub use score::{DeviceHead, RowScore, States};
+pub use speed::DeviceSpeed;
 pub use sweep::{
     Cost, RawGridRule, SWEEP_CHANNELS, Step, SweepPlan, Swept, SweptDownload, SweptHost,
 };

@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use gptq_kernels::cuda::{Buffer, CudaError, DeviceLatents, DeviceNorm, Gpu};
-use gptq_kernels::{Activation, AttentionShape};
-use gptq_kernels::{LearningRates, RowScale};
+use gptq_kernels::{
+    Activation, AttentionShape, LatentShape, LearningRates, RowScale, attention_backward_bytes,
+};
 use gptq_types::{Bits, Dtype, SolvedLayer};
 use half::f16;
 
@@ -93,7 +94,12 @@ fn times_of_a_step() {
             &format!("product of {k} x {n}, gradient of inputs"),
             || gpu.project_backward(x, dy, weight, false),
         );
-        let bytes = DeviceLatents::bytes(k, n, groups) + DeviceLatents::moment_bytes(k, n, groups);
+        let shape = LatentShape {
+            features: k,
+            outputs: n,
+            groups,
+        };
+        let bytes = shape.latent_bytes() + shape.moment_bytes();
         eprintln!("     {k} x {n}: {} MB in training", bytes >> 20);
     }
     let shape = AttentionShape::new(32, 32, 128);
@@ -118,7 +124,7 @@ fn times_of_a_step() {
             shared,
         )
     });
-    let bytes = Gpu::attend_backward_bytes(TOKENS, shape);
+    let bytes = attention_backward_bytes(TOKENS, shape);
     eprintln!("     attention works in {} MB", bytes >> 20);
     let norm = DeviceNorm::rms(&gpu, &vec![1.0; 4096], 1e-5).unwrap();
     time(&gpu, "gradient of a norm, 8192 x 4096", || {

@@ -12,7 +12,7 @@ use std::path::Path;
 
 use gptq_kernels::{Activations, product_weight_backward};
 use gptq_packer::SafetensorsFile;
-use gptq_types::TensorSource;
+use gptq_types::{GroupSize, TensorSource};
 
 use super::*;
 use crate::backend::double::{Double, tensor, values};
@@ -60,7 +60,7 @@ fn decoder(folder: &Path) -> Engine<Double> {
     let vocab = spec.vocab_size as u32;
     let weights = Arc::new(FloatWeights::new(source));
     spec.check_tensors(weights.as_ref()).unwrap();
-    let mut decoder = Engine::for_training(DeviceContext::Cpu, (), weights, spec);
+    let mut decoder = Engine::for_training(DeviceContext::Cpu, (), weights, spec, GroupSize::None);
     let window = |first: u32| (0..TOKENS).map(|at| (first + 5 * at) % vocab).collect();
     decoder.embed(&[window(3), window(20)]).unwrap();
     decoder
