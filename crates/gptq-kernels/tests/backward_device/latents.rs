@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use gptq_kernels::cuda::{Buffer, DeviceLatents, DeviceMatrix, Gpu, LearningRates};
-use gptq_kernels::{Adam, TrainedGrids, product_weight_backward, stored_scale};
+use gptq_kernels::cuda::{Buffer, DeviceLatents, DeviceMatrix, Gpu};
+use gptq_kernels::{Adam, LearningRates, TrainedGrids, product_weight_backward, stored_scale};
 use gptq_types::{Bits, Dtype, SolvedLayer};
 use half::{bf16, f16};
 

@@ -226,6 +226,24 @@ fn grids_and_the_aim_are_those_of_quantize() {
     assert_eq!(spec("method = 'rtn'"), ((false, false), 0.0, 0));
 }
 
+/// By its bits, unless the plan says how many; the name of the branch says what is not the effort's own.
+#[test]
+fn epochs_are_those_of_the_effort_or_of_the_plan() {
+    let made = |bits: u32, rest: &str| {
+        let text = format!("[[branch]]\nbits = {bits}\ngroup_size = 64\n{rest}");
+        let branch = read(&text).unwrap().remove(0);
+        let named = branch.branch.split_once("False").map(|parts| parts.1.to_string());
+        (branch.spec.training_epochs, named.unwrap())
+    };
+    assert_eq!(made(4, ""), (0, String::new()));
+    assert_eq!(made(4, "effort = 'best'"), (6, "-best".to_string()));
+    assert_eq!(made(2, "effort = 'best'"), (12, "-best".to_string()));
+    let four = "effort = 'best'\ntraining_epochs = 4";
+    let name = "-mismatch_0.5-descent_2-epochs_4".to_string();
+    assert_eq!(made(4, four), (4, name.clone()));
+    assert_eq!(made(4, "training_epochs = 4"), (4, name));
+}
+
 #[test]
 fn what_a_plan_gets_wrong_is_named() {
     let entry = |rest: &str| format!("[[branch]]\nbits = 4\ngroup_size = 64\n{rest}");
@@ -262,7 +280,16 @@ fn what_a_plan_gets_wrong_is_named() {
         ),
         (entry("order = 'sorted'"), "unknown variant `sorted`"),
         (entry("input_mismatch = 1.5"), "input mismatch `1.5`"),
-        (entry("effort = 'best'"), "unknown variant `best`"),
+        (entry("effort = 'better'"), "unknown variant `better`"),
+        (entry("training_epochs = 65"), "training epochs `65`"),
+        (
+            entry("effort = 'fast'\ntraining_epochs = 4"),
+            "`training epochs` and `an input mismatch of 0` exclude each other",
+        ),
+        (
+            entry("method = 'rtn'\ntraining_epochs = 1"),
+            "method rtn looks at no data",
+        ),
         (
             entry("method = 'rtn'\neffort = 'balanced'"),
             "method rtn looks at no data",
