@@ -8,7 +8,7 @@ use gptq_types::{ColumnOrder, Method};
 use super::Work;
 
 /// Bytes that a process holds whatever it works on, and what CUDA's libraries add to it.
-const FIXED: u128 = 150 << 20;
+const FIXED: u128 = 60 << 20;
 const LIBRARIES: u128 = 1300 << 20;
 
 /// Rows of a batch on a processor.
