@@ -66,10 +66,6 @@ fn seconds_on_an_h200_are_within_a_quarter_of_measured_ones() {
     ] {
         let forecast = on_h200(model, effort, gb * 1_000_000_000);
         let ratio = forecast.seconds / measured;
-        eprintln!(
-            "{name}, {effort:?}: {:.1} s of {measured}",
-            forecast.seconds
-        );
         assert!((0.75..1.25).contains(&ratio), "{name}: {forecast:?}");
     }
 }
@@ -149,10 +145,6 @@ fn seconds_on_a_processor_are_within_a_quarter_of_measured_ones() {
             ..spec(effort)
         };
         let forecast = forecast(&stories, &spec, &windows, &machine).unwrap();
-        eprintln!(
-            "stories260K, {effort:?}: {:.2} s of {measured}",
-            forecast.seconds
-        );
         let ratio = forecast.seconds / measured;
         assert!((0.75..1.25).contains(&ratio), "{effort:?}: {forecast:?}");
         assert_eq!(forecast.gpu_memory, None);
