@@ -7,6 +7,7 @@ mod calibration;
 mod device;
 mod effect;
 mod files;
+mod forecast;
 mod full_disk;
 mod generate;
 mod help;

@@ -2,6 +2,9 @@
 
 use gptq_kernels::measure_sgemm;
 use gptq_model::{Device, DeviceContext};
+#[cfg(feature = "cuda")]
+use gptq_pipeline::GpuSpeed;
+use gptq_pipeline::Machine;
 use gptq_report::Rates;
 
 use crate::args::{DeviceArg, DeviceArgs, WholeDeviceArgs};
@@ -9,6 +12,8 @@ use crate::failure::Failure;
 
 /// Size of the products that the processor's rate is measured with.
 const SGEMM_SIZE: usize = 2048;
+/// Likewise for a forecast, which every run makes.
+const FORECAST_SIZE: usize = 512;
 
 /// Opens the device of a command line and reports which one it is.
 pub fn resolve(args: &DeviceArgs) -> Result<DeviceContext, Failure> {
@@ -89,16 +94,34 @@ pub fn rates(device: &DeviceContext) -> Result<Rates, Failure> {
     })
 }
 
-/// Approximate FLOP/s of a whole run on a device: its product rate times the share that the forward pass
-/// and the Hessians reached on two CPU cores and on an H200.
-pub fn working_rate(device: Device) -> Result<f64, Failure> {
+/// The device and its speed, measured in milliseconds: what forecasts are made for.
+pub fn machine(device: &DeviceContext) -> Result<Machine, Failure> {
+    #[cfg(feature = "cuda")]
+    if let DeviceContext::Cuda(cuda) = device {
+        let speed = cuda.gpu().measure_speed()?;
+        return Ok(Machine::Gpu {
+            speed: GpuSpeed {
+                products: speed.products,
+                f32: speed.f32,
+                f64: speed.f64,
+                bytes: speed.bytes,
+            },
+            memory: cuda.memory(),
+        });
+    }
+    #[cfg(not(feature = "cuda"))]
+    let DeviceContext::Cpu = device;
+    Ok(Machine::Processor {
+        products: measure_sgemm(FORECAST_SIZE),
+    })
+}
+
+/// Bytes that a run may take of a GPU.
+pub fn gpu_memory(device: Device) -> Option<usize> {
     match device {
-        Device::Cpu => Ok(0.6 * measure_sgemm(SGEMM_SIZE)),
+        Device::Cpu => None,
         #[cfg(feature = "cuda")]
-        Device::Cuda { ordinal, .. } => {
-            let [products, ..] = gptq_kernels::cuda::Gpu::open(ordinal)?.measure_rates()?;
-            Ok(0.4 * products)
-        }
+        Device::Cuda { memory, .. } => Some(memory),
     }
 }
 

@@ -13,6 +13,7 @@ mod datasets;
 mod device;
 mod divergence;
 mod failure;
+mod forecast;
 mod interrupt;
 mod isolation;
 mod matrix;

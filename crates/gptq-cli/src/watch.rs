@@ -3,27 +3,54 @@
 use gptq_pipeline::{
     Compare, Job, PipelineError, Progress, quantize_and_compare, quantize_together,
 };
-use gptq_types::RunRecord;
+use gptq_types::{Forecast, RunRecord};
 
 use crate::failure::Failure;
+use crate::forecast::words;
 use crate::progress::Steps;
 
 /// Name and version, as records and configs have it.
 pub const TOOL: &str = concat!("gptq-rs:", env!("CARGO_PKG_VERSION"));
 
-/// Runs the job under the name `what`; `plain` prints lines instead of a bar, for concurrent jobs.
-pub fn watch(job: &Job, what: &str, plain: bool) -> Result<RunRecord, Failure> {
-    try_watch(job, None, what, plain).map_err(|error| Failure::from(*error))
+/// How a run is shown.
+#[derive(Clone, Copy)]
+pub struct View<'a> {
+    /// The branch, where there are several.
+    pub branch: Option<&'a str>,
+    /// Lines instead of a bar, for concurrent jobs.
+    pub plain: bool,
+    /// Told before the first block.
+    pub forecast: Option<&'a Forecast>,
+}
+
+impl View<'_> {
+    /// Of the only run, of which nothing is forecast.
+    pub const ALONE: Self = View {
+        branch: None,
+        plain: false,
+        forecast: None,
+    };
+}
+
+/// Runs the job.
+pub fn watch(job: &Job, view: View<'_>) -> Result<RunRecord, Failure> {
+    try_watch(job, None, view).map_err(|error| Failure::from(*error))
 }
 
 /// Like [`watch`], with an optional comparison at the end; returns the error for callers that match on it.
 pub fn try_watch(
     job: &Job,
     compare: Option<&mut Compare<'_>>,
-    what: &str,
-    plain: bool,
+    view: View<'_>,
 ) -> Result<RunRecord, Box<PipelineError>> {
-    let mut shown = Shown::new(what, plain);
+    let of = view
+        .branch
+        .map_or(String::new(), |branch| format!("{branch}: "));
+    let (what, forecast) = (format!("{of}blocks"), format!("{of}forecast"));
+    let mut shown = Shown {
+        forecast: view.forecast.map(|found| (forecast.as_str(), found)),
+        ..Shown::new(&what, view.plain)
+    };
     let record = quantize_and_compare(job, compare, &mut |progress| shown.hear(progress))?;
     shown.end();
     Ok(record)
@@ -40,6 +67,8 @@ pub fn watch_together(jobs: &[Job], what: &str) -> Result<Vec<RunRecord>, Failur
 struct Shown<'a> {
     what: &'a str,
     plain: bool,
+    /// Under its name.
+    forecast: Option<(&'a str, &'a Forecast)>,
     steps: Option<Steps>,
 }
 
@@ -48,6 +77,7 @@ impl<'a> Shown<'a> {
         Shown {
             what,
             plain,
+            forecast: None,
             steps: None,
         }
     }
@@ -57,6 +87,10 @@ impl<'a> Shown<'a> {
             Progress::Begin { blocks, resumed } => {
                 if resumed > 0 {
                     eprintln!("{resumed} of {blocks} blocks are done already");
+                }
+                if let Some((name, forecast)) = self.forecast.filter(|_| resumed < blocks) {
+                    let left = (blocks - resumed) as f64 / blocks as f64;
+                    eprintln!("{name}: {}", words(forecast, left));
                 }
                 self.steps = Some(Steps::beside(self.what, blocks, self.plain));
             }

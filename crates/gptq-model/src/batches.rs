@@ -43,7 +43,7 @@ impl WindowRun {
         trains: bool,
     ) -> impl Iterator<Item = usize> + use<> {
         let WindowRun { windows, tokens } = self;
-        let most = (batch_tokens / tokens).max(1);
+        let most = (batch_tokens / tokens.max(1)).max(1);
         let step = match trains {
             true => windows_of_step(tokens),
             false => windows.max(1),
@@ -59,7 +59,7 @@ impl WindowRun {
 
 /// Windows of a step of training.
 pub(crate) fn windows_of_step(tokens: usize) -> usize {
-    (STEP_TOKENS / tokens).clamp(1, STEP_WINDOWS)
+    (STEP_TOKENS / tokens.max(1)).clamp(1, STEP_WINDOWS)
 }
 
 #[cfg(test)]

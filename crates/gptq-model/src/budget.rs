@@ -35,10 +35,10 @@ struct StoreRequest {
 /// GPU memory in which a run does not fit, whatever waits in host memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "--gpu-memory of {:.1} GB is too little: a block, its solver, {}and the libraries take {:.1} GB beside the \
+    "--gpu-memory of {:.1} GB is too little: a block, its solver{} and the libraries take {:.1} GB beside the \
      activations",
     *.memory as f64 / 1e9,
-    if *.trains { "its training " } else { "" },
+    if *.trains { ", its training" } else { "" },
     rounded_up(*.least)
 )]
 pub struct TooLittleMemory {

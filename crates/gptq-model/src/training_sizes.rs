@@ -57,14 +57,14 @@ fn shape(linear: &LinearSpec, group_size: GroupSize) -> LatentShape {
 }
 
 impl BlockSpec {
-    /// Columns of the rows that [`Tape`](crate::tape::Tape) and the gradients of a pass take at most, with the
+    /// Columns of the rows that a recorded pass and the gradients of a pass take at most, with the
     /// block's input, its output and its target. Memory that is freed serves rows of the same width alone (Burn
     /// keeps it so), so this is the most of each width, which do not all live at once.
     ///
     /// Of a Llama: the input, the hidden states between its two steps and both as they are normed; queries, keys,
     /// values and what attention makes of them; gate, up and their product; output, target, and three gradients
     /// as wide as the hidden states; those of keys and values, and a fourth matrix as wide as the feed-forward.
-    pub(crate) fn tape_columns(&self, hidden: usize) -> usize {
+    pub fn tape_columns(&self, hidden: usize) -> usize {
         let steps = self.steps.iter().map(|step| {
             let branches = step.branches.iter();
             let normed = match step.norm {

@@ -3,13 +3,14 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use crate::estimate;
 use crate::weights::WeightCheck;
-use gptq_model::{ConfigError, DeviceContext, ModelError, Streams};
+use gptq_model::{ConfigError, DeviceContext, ModelError, Streams, TooLittleMemory};
 use gptq_packer::{LayoutError, PackError, StageError, VerifyError};
 use gptq_quantizer::QuantizeError;
 use gptq_types::{
-    CalibrationRecord, ColumnOrder, Divergence, LayerName, LayerRecord, LossMeasure, QuantSpec,
-    SourceError, SpecError, TensorSource,
+    CalibrationRecord, ColumnOrder, Divergence, LayerName, LayerRecord, QuantSpec, SourceError,
+    SpecError, TensorSource,
 };
 
 /// A quantization to be done.
@@ -48,10 +49,7 @@ pub struct Job {
 impl Job {
     /// The passes that it needs.
     pub fn streams(&self) -> Streams {
-        match self.spec.measure() {
-            LossMeasure::QuantizedInputs => Streams::One,
-            LossMeasure::FloatOutputs => Streams::BesideFloat,
-        }
+        estimate::streams(&self.spec)
     }
 
     /// Whether tokens are held out of the Hessian to choose column orders.
@@ -61,11 +59,7 @@ impl Job {
 
     /// Number of Hessian-sized matrices that this adds to the decoder's own.
     pub(crate) fn hessians_held_out(&self) -> usize {
-        match (self.holds_out(), self.streams()) {
-            (false, _) => 0,
-            (true, Streams::One) => 1,
-            (true, Streams::BesideFloat) => 3,
-        }
+        estimate::hessians_held_out(&self.spec)
     }
 }
 
@@ -147,6 +141,8 @@ pub enum PipelineError {
     Weights(#[from] Arc<SourceError>),
     #[error(transparent)]
     Model(#[from] ModelError),
+    #[error(transparent)]
+    GpuMemory(#[from] TooLittleMemory),
     #[error(transparent)]
     Layout(#[from] LayoutError),
     #[error(transparent)]
@@ -263,6 +259,9 @@ impl PipelineError {
                 Some("move what is in the way to another place")
             }
             PipelineError::Stage(StageError::Locked(error)) => error.hint(),
+            PipelineError::GpuMemory(TooLittleMemory { trains: true, .. }) => {
+                Some("--effort balanced trains nothing")
+            }
             PipelineError::GroupTooLarge { .. } => Some("use a smaller group, or `none`"),
             PipelineError::DamagedLine { .. } => {
                 Some("what it says of the run cannot be known: delete the folder and begin anew")

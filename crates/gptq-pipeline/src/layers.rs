@@ -12,8 +12,8 @@ use gptq_types::{
     BlockTraining, ColumnOrder, LayerName, LayerRecord, Phase, PhaseTimes, QuantSpec, Warning,
 };
 
+use crate::estimate::{SQUARED, followed};
 use crate::fold::Fold;
-use crate::matrix::estimate::{SQUARED, followed};
 use crate::write::Output;
 use crate::{Job, PipelineError, Progress};
 

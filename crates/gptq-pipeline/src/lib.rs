@@ -2,11 +2,12 @@
 //!
 //! Knows: which permutations a matrix has and what each will be, which tensors a result has, the order of work
 //! (one forward per block, each group of linears solved as its inputs arrive), the journal by which an
-//! interrupted run goes on, what a reader of the result must be told, and what the files of a finished
+//! interrupted run goes on, what a run will take, what a reader of the result must be told, and what the files of a finished
 //! checkpoint cost at each linear's output.
 //!
 //! Does not know: where models and texts come from, how progress is shown, bit order.
 
+mod estimate;
 mod fold;
 mod job;
 mod journal;
@@ -23,6 +24,7 @@ mod together;
 mod weights;
 mod write;
 
+pub use estimate::{GpuSpeed, Machine, check_gpu_memory, forecast, windows_of};
 pub use job::{Compare, CompareError, Job, PipelineError, Progress};
 pub use journal::JOURNAL_FILE;
 pub use matrix::{PlanError, Preset, check_permutations, plan_matrix, read_plan};

@@ -1,6 +1,5 @@
 //! A matrix of permutations before any work: presets, plan files, and what each branch will be.
 
-pub(crate) mod estimate;
 mod plan_file;
 mod presets;
 
@@ -10,7 +9,7 @@ use gptq_model::{LinearSpec, ModelSpec};
 use gptq_packer::readings;
 use gptq_types::{Method, Permutation, PlannedBranch, TensorSource};
 
-use crate::{OutputPlan, PipelineError, check_shapes};
+use crate::{OutputPlan, PipelineError, check_shapes, estimate};
 
 pub use plan_file::{PlanError, check_permutations, read_plan};
 pub use presets::Preset;
@@ -44,6 +43,7 @@ fn plan_branch(
             readings: Vec::new(),
             flop: 0.0,
             memory: 0,
+            forecast: None,
         });
     }
     let spec = &permutation.spec;
@@ -66,7 +66,8 @@ fn plan_branch(
         bits_per_weight: 8.0 * packed as f64 / weights as f64,
         readings: readings(spec, &shapes),
         flop: estimate::flop(model, &permutation),
-        memory: estimate::memory(model, &permutation),
+        memory: estimate::host_memory(model, &permutation),
+        forecast: None,
         permutation,
     })
 }

@@ -16,10 +16,9 @@ use gptq_quantizer::{LearningRates, TrainedLinear, cosine_decay};
 use gptq_types::{Bits, BlockTraining, LayerName};
 
 use crate::PipelineError;
+use crate::estimate::held_out;
 use crate::layers::named;
 
-/// One step in so many is held out of training.
-const HELD_OUT: usize = 8;
 /// Gradients at the block's output are brought near to this, over the size of the outputs: f16 has as much room
 /// above as below it.
 const GRADIENT: f64 = 1.0 / 16.0;
@@ -131,10 +130,7 @@ impl<'a> Training<'a> {
         epochs: usize,
     ) -> Result<Self, PipelineError> {
         let mut trained = trainer.steps();
-        let held_out = match trained.len() {
-            0 | 1 => 0,
-            steps => steps.div_ceil(HELD_OUT),
-        };
+        let held_out = held_out(trained.len());
         let measured = trained.split_off(trained.len() - held_out);
         let median = median_scale(&linears)?;
         let rates = rates(bits);

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use gptq_model::{
-    Decoder, DeviceContext, FloatWeights, ModelError, ModelSpec, Streams, Trainer, WeightSource,
+    Decoder, DeviceContext, FloatWeights, ModelError, ModelSpec, Trainer, WeightSource, WindowRun,
 };
 use gptq_packer::{ClaimedPlace, QuantizeConfig, StageError, StagedCheckpoint, read_layer};
 use gptq_quantizer::{After, round_to_nearest};
@@ -16,10 +16,10 @@ use gptq_types::{
 };
 use serde_json::{Map, Value};
 
+use crate::estimate::{streamed_passes, trained_passes};
 use crate::fold::{Fold, Folded};
 use crate::journal::{BlockEntry, JOURNAL_FILE, Journal};
 use crate::layers::{LayerWork, observe};
-use crate::matrix::estimate::followed;
 use crate::preflight::{check_declared_type, check_shapes, check_unquantized};
 use crate::reconstruct::reconstruct;
 use crate::resume::{Begun, begin, finished, is_interrupted, settings};
@@ -383,6 +383,7 @@ impl Run<'_> {
             Pass::Rounds(_) => None,
             Pass::Trains(trainer) => {
                 let trainer = trainer.as_mut();
+                count_training(self.model, index, self.job, times);
                 Some(train_block(trainer, self.job, &mut work, times, progress)?)
             }
         };
@@ -534,13 +535,20 @@ pub(crate) fn copy_permuted_biases(
 
 /// The operations of one block for all windows.
 pub(crate) fn count_forward(model: &ModelSpec, index: usize, job: &Job, times: &mut PhaseTimes) {
-    for same_length in job.windows.chunk_by(|a, b| a.len() == b.len()) {
-        let flop = model.block_flop(index, same_length.len(), same_length[0].len());
-        let passes = match job.streams() {
-            Streams::One => 1.0,
-            Streams::BesideFloat => 1.0 + followed(&job.spec),
-        };
-        times.add_flop(Phase::Forward, passes * flop);
+    for run in WindowRun::of(&job.windows) {
+        let flop = model.block_flop(index, run.windows, run.tokens);
+        times.add_flop(Phase::Forward, streamed_passes(&job.spec) * flop);
+    }
+}
+
+/// Those of training it, and of the pass through what came of it: of `y = x W^T` a pass with gradients has two
+/// products more, `dy W` and `dy^T x`.
+fn count_training(model: &ModelSpec, index: usize, job: &Job, times: &mut PhaseTimes) {
+    for run in WindowRun::of(&job.windows) {
+        let flop = model.block_flop(index, run.windows, run.tokens);
+        let [gradients, plain] = trained_passes(job.spec.training_epochs, run.steps());
+        times.add_flop(Phase::Train, (3.0 * gradients + plain) * flop);
+        times.add_flop(Phase::Forward, flop);
     }
 }
 

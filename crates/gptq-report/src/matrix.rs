@@ -1,12 +1,12 @@
 //! The table of a matrix before it is made.
 
-use gptq_types::{GroupSize, Method, PlannedBranch};
+use gptq_types::{Forecast, GroupSize, Method, PlannedBranch};
 
 use crate::markup::plain;
 use crate::size;
 
-/// Markdown of what each branch will be; `gflops` is the rate that times are estimated with.
-pub fn matrix_table(branches: &[PlannedBranch], gflops: f64) -> String {
+/// Markdown of what each branch will be, with its forecast where there is one.
+pub fn matrix_table(branches: &[PlannedBranch]) -> String {
     let mut out = String::from(
         "| branch | bits | group | order | damp | dataset | windows | size | bits per weight | time | memory | not read by |\n\
          |---|---|---|---|---|---|---|---|---|---|---|---|\n",
@@ -39,8 +39,10 @@ pub fn matrix_table(branches: &[PlannedBranch], gflops: f64) -> String {
                 "{} | {:.2} | {} | {} | {} |\n",
                 size(branch.weight_bytes),
                 branch.bits_per_weight,
-                about(branch.flop / gflops / 1e9),
-                size(branch.memory),
+                branch
+                    .forecast
+                    .map_or(String::new(), |forecast| about(forecast.seconds)),
+                memory(branch),
                 refusing(branch)
             ),
         };
@@ -76,6 +78,27 @@ fn refusing(branch: &PlannedBranch) -> String {
         })
         .collect();
     names.join(", ")
+}
+
+/// On the GPU, where there is one, and in host memory.
+fn memory(branch: &PlannedBranch) -> String {
+    match branch.forecast {
+        None => size(branch.memory),
+        Some(Forecast {
+            gpu_memory: None,
+            host_memory,
+            ..
+        }) => size(host_memory),
+        Some(Forecast {
+            gpu_memory: Some(there),
+            host_memory,
+            ..
+        }) => format!(
+            "{} on the GPU, {} of the host",
+            size(there),
+            size(host_memory)
+        ),
+    }
 }
 
 fn about(seconds: f64) -> String {

@@ -8,6 +8,7 @@
 //! Does not know: files, bytes on disk, Burn, arithmetic beyond a cast. No I/O happens here.
 
 mod baseline;
+mod forecast;
 mod identity;
 mod layer;
 mod matrix;
@@ -23,6 +24,7 @@ pub use baseline::{
     BASELINE_SCHEMA, Baseline, EvaluationRequest, Figures, Inputs, LayerFigures, Overall, Recipe,
     Tolerance, Tolerances,
 };
+pub use forecast::Forecast;
 pub use identity::{ContentHash, ContentHasher, NotAHash, model_identity};
 pub use layer::LayerName;
 pub use matrix::{

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    ColumnOrder, ContentHash, Effort, EvalRecord, GroupSize, Method, QuantSpec, RunRecord,
+    ColumnOrder, ContentHash, Effort, EvalRecord, Forecast, GroupSize, Method, QuantSpec, RunRecord,
 };
 
 /// The calibration tokens of a permutation.
@@ -180,6 +180,9 @@ pub struct PlannedBranch {
     pub flop: f64,
     /// Bytes of host memory on a run without a GPU, about.
     pub memory: u64,
+    /// What it will take on the machine at hand, where that was measured.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub forecast: Option<Forecast>,
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::thread;
 
 use gptq_calibration::{EvaluationWindows, Windows};
-use gptq_model::{Device, ModelSpec};
+use gptq_model::{Device, DeviceContext, ModelSpec};
 use gptq_pipeline::{
     Preset, check_permutations, check_unquantized, check_weights, plan_matrix, read_plan,
 };
@@ -20,6 +20,7 @@ use crate::calibrate::{calibrate, check_request};
 use crate::datasets::public_name;
 use crate::device;
 use crate::failure::Failure;
+use crate::forecast::forecast_branches;
 use crate::matrix::{
     Evaluation, Shared, State, card_info, make_all, make_together, read_branches, read_text,
     render, tidy,
@@ -46,13 +47,15 @@ pub fn run(args: &MatrixArgs) -> Result<Verdict, Failure> {
     check_unquantized(model.checkpoint.as_ref(), &model.config_json)?;
     let companions = model.companions();
     let source = model.checkpoint.as_ref();
-    let planned = plan_matrix(source, &config, asked, max_shard_bytes)?;
+    let mut planned = plan_matrix(source, &config, asked, max_shard_bytes)?;
     if args.shared_hessian {
         check_shared(&planned)?;
     }
     if args.dry_run {
         let all: Vec<&PlannedBranch> = planned.iter().collect();
         check_texts(args, &all, &model, &config)?;
+        let device = DeviceContext::open(devices(args)?[0])?;
+        forecast_branches(&mut planned, &config, &device::machine(&device)?);
         return dry_run(args, &planned);
     }
     let planned = possible(planned, args.skip_impossible)?;
@@ -108,6 +111,8 @@ pub fn run(args: &MatrixArgs) -> Result<Verdict, Failure> {
         false => {
             // Reading all weights once takes seconds; so does what else must be there first.
             let devices = devices(args)?;
+            let missing = forecast_missing(args, &missing, &config, devices[0])?;
+            let missing: Vec<&PlannedBranch> = missing.iter().collect();
             let (checked, _open, prepared) = thread::scope(|scope| {
                 let check = scope.spawn(|| check_weights(source));
                 let open = scope.spawn(|| device::open_all(&devices));
@@ -148,6 +153,22 @@ pub fn run(args: &MatrixArgs) -> Result<Verdict, Failure> {
         eprintln!("{absent} of {} branches are absent", state.branches.len());
     }
     Ok(verdict(absent))
+}
+
+/// The branches with what each will take; refuses those that do not fit. One pass for all of them is not forecast.
+fn forecast_missing(
+    args: &MatrixArgs,
+    missing: &[&PlannedBranch],
+    model: &ModelSpec,
+    device: Device,
+) -> Result<Vec<PlannedBranch>, Failure> {
+    let mut missing: Vec<PlannedBranch> = missing.iter().map(|&branch| branch.clone()).collect();
+    if args.shared_hessian {
+        return Ok(missing);
+    }
+    let machine = device::machine(&DeviceContext::open(device)?)?;
+    forecast_branches(&mut missing, model, &machine);
+    possible(missing, args.skip_impossible)
 }
 
 /// Refuses at once, before a repository is made, what would fail when texts are read.
@@ -283,11 +304,7 @@ fn check_shared(planned: &[PlannedBranch]) -> Result<(), Failure> {
 fn dry_run(args: &MatrixArgs, planned: &[PlannedBranch]) -> Result<Verdict, Failure> {
     match args.json {
         true => print_json(&planned)?,
-        false => {
-            let device = devices(args)?[0];
-            let rate = device::working_rate(device)?;
-            print(&gptq_report::matrix_table(planned, rate / 1e9))?;
-        }
+        false => print(&gptq_report::matrix_table(planned))?,
     }
     let impossible = planned.iter().filter(|branch| branch.refusal.is_some());
     Ok(verdict(match args.skip_impossible {

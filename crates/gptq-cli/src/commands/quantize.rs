@@ -2,11 +2,11 @@
 
 use std::path::Path;
 
-use gptq_model::{DeviceContext, ModelSpec};
+use gptq_model::{DeviceContext, ModelSpec, WindowRun};
 use gptq_packer::{ClaimedPlace, StageError};
 use gptq_pipeline::{
-    Compare, Job, PipelineError, WeightCheck, check_beside, check_shapes, check_unquantized,
-    may_be_finished,
+    Compare, Job, PipelineError, WeightCheck, check_beside, check_gpu_memory, check_shapes,
+    check_unquantized, forecast, may_be_finished,
 };
 use gptq_report::quoted;
 use gptq_types::{Method, RunRecord, TensorSource};
@@ -21,7 +21,7 @@ use crate::failure::Failure;
 use crate::models::{find, public_folder_name, public_model_name};
 use crate::output::{print, print_json};
 use crate::unread_keys;
-use crate::watch::{TOOL, try_watch};
+use crate::watch::{TOOL, View, try_watch};
 
 pub fn run(args: &QuantizeArgs) -> Result<Verdict, Failure> {
     let spec = args.spec()?;
@@ -45,6 +45,16 @@ pub fn run(args: &QuantizeArgs) -> Result<Verdict, Failure> {
         true => comparing.clone(),
         false => DeviceContext::Cpu,
     };
+    let request = args.calibration();
+    if let Some(memory) = device::gpu_memory(device.device()) {
+        let asked = [WindowRun {
+            windows: request.samples,
+            tokens: request.seq_len,
+        }];
+        check_gpu_memory(&config, &spec, &asked, memory).map_err(PipelineError::from)?;
+    }
+    // Before the check of the weights, which would slow what is measured.
+    let machine = device::machine(&device)?;
     let mut job = Job {
         source: model.checkpoint.clone(),
         config_json: model.config_json.clone(),
@@ -67,7 +77,7 @@ pub fn run(args: &QuantizeArgs) -> Result<Verdict, Failure> {
     // Rounding to nearest is compared on the windows that GPTQ would have held out.
     if solves || args.check_windows > 0 {
         let (mut windows, beside) = calibrate_and_hold_out(
-            &args.calibration(),
+            &request,
             args.check_windows,
             args.temperature,
             &model,
@@ -89,7 +99,13 @@ pub fn run(args: &QuantizeArgs) -> Result<Verdict, Failure> {
         true => None,
         false => Some(&mut compare),
     };
-    let record = try_watch(&job, compare, "blocks", false).map_err(|error| with_command(*error))?;
+    let windows = WindowRun::of(&job.windows);
+    let forecast = forecast(&config, &job.spec, &windows, &machine).map_err(PipelineError::from)?;
+    let view = View {
+        forecast: Some(&forecast),
+        ..View::ALONE
+    };
+    let record = try_watch(&job, compare, view).map_err(|error| with_command(*error))?;
     texts.warn_of_missing(&record);
     report(args, &record, &device)
 }

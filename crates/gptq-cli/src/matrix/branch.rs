@@ -21,7 +21,7 @@ use crate::failure::Failure;
 use crate::models::Model;
 use crate::records::{BRANCH_RECORD, RUN_RECORD, check_folder, read_json};
 use crate::scoring::Scorer;
-use crate::watch::{TOOL, watch, watch_together};
+use crate::watch::{TOOL, View, watch, watch_together};
 
 /// Inputs that all branches share.
 pub struct Shared<'a> {
@@ -75,7 +75,7 @@ impl<'a> Maker<'a> {
         let branch = &planned.permutation.branch;
         let work = State::work(self.shared.repository, branch);
         match work.exists() {
-            false => self.quantize(&planned.permutation, &work)?,
+            false => self.quantize(planned, &work)?,
             true => check_found(&work)?,
         }
         self.keep(branch, &work)?;
@@ -92,8 +92,8 @@ impl<'a> Maker<'a> {
         write(&work.join(BRANCH_RECORD), text.as_bytes())
     }
 
-    fn quantize(&self, permutation: &Permutation, work: &Path) -> Result<(), Failure> {
-        let branch = &permutation.branch;
+    fn quantize(&self, planned: &PlannedBranch, work: &Path) -> Result<(), Failure> {
+        let permutation = &planned.permutation;
         let journal = partial_path(work)
             .map(|partial| partial.join(JOURNAL_FILE))
             .is_ok_and(|journal| journal.exists());
@@ -102,7 +102,12 @@ impl<'a> Maker<'a> {
             discard_partial(work).map_err(|error| Failure::new(error.to_string()))?;
         }
         let job = self.job(permutation, work, journal);
-        watch(&job, &format!("{branch}: blocks"), self.shared.side_by_side).map(drop)
+        let view = View {
+            branch: Some(&permutation.branch),
+            plain: self.shared.side_by_side,
+            forecast: planned.forecast.as_ref(),
+        };
+        watch(&job, view).map(drop)
     }
 
     /// The full record stays in the repository's own folder; the branch gets one without times,

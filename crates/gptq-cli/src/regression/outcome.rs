@@ -27,7 +27,7 @@ use crate::failure::Failure;
 use crate::models::{Model, find};
 use crate::progress::Steps;
 use crate::scoring::{Scorer, ScoringText};
-use crate::watch::{TOOL, try_watch};
+use crate::watch::{TOOL, View, try_watch};
 
 const RECORD_FILE: &str = "gptq_run.json";
 /// The defaults of `gptq quantize`.
@@ -122,7 +122,7 @@ impl<'a> Bench<'a> {
             check: WeightCheck::done(self.checked.clone()),
             tool: TOOL.to_string(),
         };
-        match try_watch(&job, None, "blocks", false) {
+        match try_watch(&job, None, View::ALONE) {
             Ok(record) => {
                 eprint!("{}", gptq_report::summary(&record));
                 self.measure(&out, &job.windows, Some(&record))
