@@ -232,7 +232,10 @@ fn epochs_are_those_of_the_effort_or_of_the_plan() {
     let made = |bits: u32, rest: &str| {
         let text = format!("[[branch]]\nbits = {bits}\ngroup_size = 64\n{rest}");
         let branch = read(&text).unwrap().remove(0);
-        let named = branch.branch.split_once("False").map(|parts| parts.1.to_string());
+        let named = branch
+            .branch
+            .split_once("False")
+            .map(|parts| parts.1.to_string());
         (branch.spec.training_epochs, named.unwrap())
     };
     assert_eq!(made(4, ""), (0, String::new()));
