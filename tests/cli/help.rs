@@ -72,6 +72,7 @@ const FLAGS: &[(&str, &[&str])] = &[
             "--effort",
             "--input-mismatch",
             "--descent-passes",
+            "--training-epochs",
             "--dataset",
             "--column",
             "--samples",
