@@ -7,6 +7,7 @@
 //!
 //! Does not know: where models and texts come from, how progress is shown, bit order.
 
+mod block_loop;
 mod estimate;
 mod fold;
 mod job;

@@ -51,30 +51,29 @@ pub(crate) fn reconstruct(
 ) -> Result<BlockTraining, PipelineError> {
     let start = Instant::now();
     let mut training = Training::new(trainer, linears, bits, epochs as usize)?;
-    let before = training.error()?;
-    training.set_factor(before);
-    training.keep()?;
-    let (mut errors, mut kept) = (vec![before], 0);
-    let mut diverged = (!before.is_finite()).then_some(0);
-    for epoch in 1..=epochs as usize {
-        if diverged.is_some() {
-            break;
+    let (mut errors, mut kept, mut diverged) = (Vec::new(), 0, None);
+    for epoch in 0..=epochs as usize {
+        if epoch > 0 {
+            training.epoch(block, epoch - 1)?;
         }
-        training.epoch(block, epoch - 1)?;
         let error = training.error()?;
         if !error.is_finite() {
             diverged = Some(epoch);
             break;
         }
+        if epoch == 0 {
+            training.set_factor(error);
+        } else {
+            progress(epoch);
+        }
         errors.push(error);
-        if error < errors[kept] {
+        if epoch == 0 || error < errors[kept] {
             kept = epoch;
             training.keep()?;
         }
-        progress(epoch);
     }
-    errors.retain(|error| error.is_finite());
-    if kept < epochs as usize {
+    let ended_in = errors.len().checked_sub(1);
+    if diverged.is_some_and(|epoch| epoch > 0) || ended_in.is_some_and(|last| last != kept) {
         training.restore()?;
     }
     Ok(BlockTraining {

@@ -14,13 +14,14 @@ use gptq_quantizer::After;
 use gptq_types::{Method, Phase, PhaseTimes, RunRecord, Warning};
 use serde_json::{Map, Value};
 
+use crate::block_loop::{Made, copy_permuted_biases, count_forward};
 use crate::journal::{BlockEntry, Journal};
 use crate::layers::{LayerWork, observe};
 use crate::preflight::{check_declared_type, check_shapes, check_unquantized};
 use crate::resume::{begin, settings};
 use crate::run::{
-    Made, add_files, add_record, beside_shards, copy_permuted_biases, count_forward,
-    kept_or_discarded, publish, read_model, record, wait_on_the_processor,
+    add_files, add_record, beside_shards, kept_or_discarded, publish, read_model, record,
+    wait_on_the_processor,
 };
 use crate::small_files::SmallFiles;
 use crate::weights::CheckedWeights;

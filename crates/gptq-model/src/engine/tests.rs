@@ -15,7 +15,7 @@ use gptq_packer::SafetensorsFile;
 use gptq_types::{GroupSize, TensorSource};
 
 use super::*;
-use crate::backend::double::{Double, tensor, values};
+use crate::backend::host::double::{Double, tensor, values};
 use crate::weights::FloatWeights;
 
 /// Of a directional derivative, relative.

@@ -2,7 +2,7 @@
 //! tensors. The order of the operations, the tape and the gradients are those of every decoder on the
 //! processor ([`OnHost`]). What only other passes need is not there.
 
-#[path = "../../../gptq-kernels/src/definition.rs"]
+#[path = "../../../../gptq-kernels/src/definition.rs"]
 mod definition;
 
 use super::*;
