@@ -170,7 +170,7 @@ __global__ void train_latents(float* latents, float* mean, float* square, float*
     sums[(long long)part * n + output] = sum;
 }
 
-// One step of the scales [groups, n] from the sums over the parts of each group: parts[group]..parts[group +
+// One step of the scales [groups, n], which keep their signs, from the sums over the parts of each group: parts[group]..parts[group +
 // 1].
 // Launch grid: (n / 128, groups); block: 128.
 __global__ void train_scales(float* scales, float* mean, float* square, const float* sums,
@@ -182,7 +182,8 @@ __global__ void train_scales(float* scales, float* mean, float* square, const fl
         gradient = __fadd_rn(gradient, sums[(long long)part * n + output]);
     long long at = (long long)blockIdx.y * n + output;
     float of_mean = mean[at], of_square = square[at];
-    scales[at] = moved(scales[at], gradient, of_mean, of_square, step);
+    float before = scales[at], after = moved(before, gradient, of_mean, of_square, step);
+    scales[at] = signbit(after) == signbit(before) ? after : copysignf(6.103515625e-5f, before);
     mean[at] = of_mean;
     square[at] = of_square;
 }

@@ -61,6 +61,15 @@ pub(crate) fn finite(layer: SolvedLayer) -> Result<SolvedLayer, QuantizeError> {
     }
 }
 
+/// Stops a scale that stepped over 0: where scales are unsigned they stay so.
+fn keep_signs(scales: &mut [f32], before: &[f32]) {
+    for (scale, before) in scales.iter_mut().zip(before) {
+        if scale.is_sign_negative() != before.is_sign_negative() {
+            *scale = f16::MIN_POSITIVE.to_f32().copysign(*before);
+        }
+    }
+}
+
 /// On the processor.
 pub(crate) struct HostTrained {
     bits: Bits,
@@ -164,7 +173,9 @@ impl TrainedLinear for HostTrained {
         (self.grids()).backward(&mut d_latents, &self.latents, &mut d_scales);
         let [latents, scales] = &mut self.adam;
         latents.step(&mut self.latents, &d_latents, self.rates.latents);
+        let before = self.scales.clone();
         scales.step(&mut self.scales, &d_scales, self.rates.scales);
+        keep_signs(&mut self.scales, &before);
         self.gradient = d_latents;
         Ok(())
     }
@@ -193,5 +204,36 @@ impl TrainedLinear for HostTrained {
             zeros: self.zeros.iter().map(|&zero| zero as u16).collect(),
             g_idx: self.g_idx,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// One input channel, two outputs, gradients that push both scales over 0 in one step.
+    #[test]
+    fn a_scale_keeps_its_sign() {
+        let layer = SolvedLayer {
+            bits: Bits::Four,
+            in_features: 1,
+            out_features: 2,
+            codes: vec![15, 15],
+            scales: vec![f16::from_f32(0.01), f16::from_f32(-0.01)],
+            zeros: vec![8, 8],
+            g_idx: vec![0],
+        };
+        let mut trained = HostTrained::new(&layer, vec![0.09, -0.09]);
+        trained.begin_step(LearningRates {
+            latents: 0.0,
+            scales: 1.0,
+        });
+        let (x, dy) = ([1.0f32], [1.0f32, -1.0]);
+        trained.gradient(0..2, Activations::Host(&x), Activations::Host(&dy), 1);
+        trained.end_step().unwrap();
+        let least = f16::MIN_POSITIVE.to_f32();
+        assert_eq!(trained.scales().unwrap(), [least, -least]);
+        let finished = Box::new(trained).finish().unwrap();
+        assert_eq!(finished.scales, [f16::MIN_POSITIVE, -f16::MIN_POSITIVE]);
     }
 }
