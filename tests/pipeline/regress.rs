@@ -357,6 +357,16 @@ fn a_recipe_that_aims_at_the_float_model_is_measured_there() {
     assert!(error(&made) > error(&plain));
 }
 
+/// The record has the error of each linear before its block was trained; the baseline has that of the files.
+#[test]
+fn a_recipe_that_trains_is_measured_from_its_files() {
+    let made =
+        Made::with(&json!({"full_range": true, "input_mismatch": 0.5, "training_epochs": 2}));
+    run(regress(&made.baseline).arg("--update")).done();
+    let told = run(&mut regress(&made.baseline)).done();
+    assert!(told.stdout.contains("as good"), "{told:#?}");
+}
+
 /// Permuted channels are measured as those of the float model; without a record of the permutation there
 /// is no verdict.
 #[test]

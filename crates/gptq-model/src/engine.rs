@@ -187,7 +187,7 @@ impl<B: GradientBackend> Engine<B> {
         let state = self.block.as_ref().expect("a block is resident");
         let stores = self.stores.as_ref().expect("windows were embedded");
         if tap.branch == Some(0) {
-            // All inner activations of the step before were taken back.
+            // All inner activations of the step before were taken back, or dropped.
             let rows = self.batches.iter().map(Batch::rows).max().unwrap_or(0);
             B::clear(&stores.inner, rows, state.inner_columns(tap.step));
         }

@@ -201,7 +201,7 @@ pub trait Trainer: Decoder {
     ) -> Result<(), ModelError>;
 
     /// The error of a batch: the sum over its rows of `|y - t|^2`, with the block's output `y` and that of the
-    /// float stream `t`, over the mean square of a typical row, or that of the row where it is much larger.
+    /// float stream `t`, each divided as `gptq_kernels::RowScale` says.
     fn output_error(&mut self, batch: usize) -> Result<f64, ModelError>;
 
     /// Takes all batches back to the hidden states before the resident block, so that they pass through it as

@@ -145,7 +145,17 @@ impl<'a> LayerWork<'a> {
         let Some(first) = block.map(|linear| linear.name.clone()) else {
             return;
         };
-        if let Some(epoch) = training.diverged {
+        if training.held_out == 0 && self.index == 0 {
+            let text = "the windows are too few to hold any out of training: epochs were chosen on trained ones";
+            self.warn(&first, text.to_string());
+        }
+        if training.diverged == Some(0) {
+            let text = format!(
+                "the output of block {} is not finite: it was not trained",
+                training.block
+            );
+            self.warn(&first, text);
+        } else if let Some(epoch) = training.diverged {
             let text = format!(
                 "training of block {} diverged in epoch {epoch}: epoch {} was kept",
                 training.block, training.kept

@@ -131,8 +131,9 @@ impl LayerRecord {
 pub struct BlockTraining {
     /// Index of the block.
     pub block: usize,
-    /// Error of the block's output, relative to the float block's output: the mean over tokens of
-    /// `|y - t|^2 / |t|^2`, before training, then after each epoch.
+    /// Error of the block's output against the float block's: the mean over tokens of `|y - t|^2` over the square
+    /// of a typical row, or more where the row is larger (`gptq_kernels::RowScale`); before training, then
+    /// after each epoch.
     pub errors: Vec<f64>,
     /// The epoch whose latents and scales are in the file; 0 where none lowered the error.
     pub kept: usize,

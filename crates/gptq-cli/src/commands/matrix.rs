@@ -55,7 +55,9 @@ pub fn run(args: &MatrixArgs) -> Result<Verdict, Failure> {
         let all: Vec<&PlannedBranch> = planned.iter().collect();
         check_texts(args, &all, &model, &config)?;
         let device = DeviceContext::open(devices(args)?[0])?;
-        forecast_branches(&mut planned, &config, &device::machine(&device)?);
+        if !args.shared_hessian {
+            forecast_branches(&mut planned, &config, &device::machine(&device)?);
+        }
         return dry_run(args, &planned);
     }
     let planned = possible(planned, args.skip_impossible)?;
@@ -155,7 +157,8 @@ pub fn run(args: &MatrixArgs) -> Result<Verdict, Failure> {
     Ok(verdict(absent))
 }
 
-/// The branches with what each will take; refuses those that do not fit. One pass for all of them is not forecast.
+/// The branches with what each will take. One that does not fit fails when its turn comes, as any other; another
+/// GPU may be larger. One pass for all of them is not forecast.
 fn forecast_missing(
     args: &MatrixArgs,
     missing: &[&PlannedBranch],
@@ -168,7 +171,12 @@ fn forecast_missing(
     }
     let machine = device::machine(&DeviceContext::open(device)?)?;
     forecast_branches(&mut missing, model, &machine);
-    possible(missing, args.skip_impossible)
+    for branch in &mut missing {
+        if let Some(reason) = branch.refusal.take() {
+            eprintln!("warning: branch `{}`: {reason}", branch.permutation.branch);
+        }
+    }
+    Ok(missing)
 }
 
 /// Refuses at once, before a repository is made, what would fail when texts are read.

@@ -242,7 +242,8 @@ impl<'a> Bench<'a> {
             layers.push(LayerOutcome {
                 layer: measured.layer.clone(),
                 file_error: measured.error,
-                recorded: record.and_then(|record| reported(record, measured.layer)),
+                recorded: record
+                    .and_then(|record| reported(record, measured.layer, measured.error)),
                 content: content_sha256(measured.solved),
                 tensors: BTreeMap::new(),
             });
@@ -296,9 +297,15 @@ fn unfaithful(layer: LayerName, difference: &VerifyError) -> Measurement {
     }
 }
 
-fn reported(record: &RunRecord, layer: &LayerName) -> Option<LayerLoss> {
+fn reported(record: &RunRecord, layer: &LayerName, measured: f64) -> Option<LayerLoss> {
     let row = record.layers.iter().find(|row| row.layer == *layer)?;
-    row.loss.clone()
+    let loss = row.loss.clone()?;
+    // The solver's error is of the codes before training, which are in no file.
+    let error = match record.spec.trains() {
+        true => measured,
+        false => loss.error,
+    };
+    Some(LayerLoss { error, ..loss })
 }
 
 /// Codes, scales, zeros and group indices, little-endian, one after the other.
